@@ -1,0 +1,272 @@
+"""What the library asks of arrays: their module, device, layout, type and overlap.
+
+NumPy is always there; CuPy is looked up among the modules that are already imported,
+because a CuPy array can only exist where CuPy was imported first.
+"""
+
+import math
+import sys
+from collections.abc import Sequence
+from typing import Any, NamedTuple, TypeAlias
+
+import numpy as np
+
+from cuconv.geometry import LAYOUTS
+
+Array: TypeAlias = Any
+DType: TypeAlias = "np.dtype[Any]"
+
+SUPPORTED_TYPES = (
+    *("bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"),
+    *("float16", "bfloat16", "float32", "float64", "complex64", "complex128"),
+)
+_HALF_TYPES = ("float16", "bfloat16")
+
+
+class Types(NamedTuple):
+    """The three types of a sum of products: terms, running sum, stored result."""
+
+    operand: DType
+    accumulate: DType
+    result: DType
+
+
+def is_half(dtype: DType) -> bool:
+    return dtype.name in _HALF_TYPES
+
+
+def array_module(*arrays: Array) -> Any:
+    """The module, NumPy or CuPy, that all these arrays belong to.
+
+    Parameters
+    ----------
+    *arrays
+        NumPy or CuPy arrays; ``None`` is passed over.
+
+    Returns
+    -------
+    module
+        ``numpy`` or ``cupy``.
+
+    Raises
+    ------
+    TypeError
+        If host and device arrays are mixed, or something is no array of either.
+    ValueError
+        If device arrays lie on different devices.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import cuconv
+    >>> cuconv.array_module(np.zeros(3)).__name__
+    'numpy'
+    """
+    named = {f"argument {i}": a for i, a in enumerate(arrays) if a is not None}
+    return module_of(named)
+
+
+def module_of(arrays: dict[str, Array]) -> Any:
+    """`array_module` with the arguments' names for its messages."""
+    cupy = sys.modules.get("cupy")
+    device_type = getattr(cupy, "ndarray", ())
+    on_device = []
+    on_host = []
+    for name, array in arrays.items():
+        if isinstance(array, np.ndarray) and not isinstance(array, np.ma.MaskedArray):
+            on_host.append(name)
+        elif isinstance(array, device_type):
+            on_device.append(name)
+        else:
+            kind = f"{type(array).__module__}.{type(array).__qualname__}"
+            raise TypeError(f"{name} must be a NumPy or CuPy array; got {kind}")
+    if on_host and on_device:
+        raise TypeError(
+            f"host and device arrays are mixed: {', '.join(on_host)} in NumPy, "
+            f"{', '.join(on_device)} in CuPy"
+        )
+    if not on_device:
+        return np
+    _check_devices({name: arrays[name] for name in on_device})
+    return cupy
+
+
+def _check_devices(arrays: dict[str, Array]) -> None:
+    devices = {name: int(array.device.id) for name, array in arrays.items()}
+    if len(set(devices.values())) > 1:
+        places = ", ".join(f"{name} on device {i}" for name, i in devices.items())
+        raise ValueError(f"arrays lie on different devices: {places}")
+
+
+def plain(array: Array) -> Array:
+    """The array without the habits of a subclass (`numpy.matrix`, `numpy.memmap`)."""
+    if type(array) is not np.ndarray and isinstance(array, np.ndarray):
+        return array.view(np.ndarray)
+    return array
+
+
+def check_type(name: str, dtype: DType) -> None:
+    if dtype.name not in SUPPORTED_TYPES:
+        raise TypeError(f"{name} has type {dtype}; supported: {', '.join(SUPPORTED_TYPES)}")
+
+
+def resolve_types(arrays: dict[str, Array], dtype: Any) -> Types:
+    """The types of a convolution of these arrays with a result of ``dtype``.
+
+    Half types are summed in float32.  Everything else is summed in the type that
+    NumPy gives the operands and the result together.
+    """
+    for name, array in arrays.items():
+        check_type(name, array.dtype)
+    operand = _common("operands", *(a.dtype for a in arrays.values()))
+    result = operand if dtype is None else np.dtype(dtype)
+    check_type("dtype", result)
+    if not np.can_cast(operand, result, "same_kind"):
+        raise TypeError(f"a result of type {operand} cannot be cast to dtype {result}")
+    accumulate = _common("operands and dtype", operand, result)
+    wide = np.dtype(np.float32) if is_half(accumulate) else accumulate
+    return Types(operand if is_half(operand) else wide, wide, result)
+
+
+def _common(what: str, *dtypes: DType) -> DType:
+    try:
+        return np.result_type(*(d.newbyteorder("=") for d in dtypes))
+    except TypeError:
+        names = ", ".join(dict.fromkeys(d.name for d in dtypes))
+        raise TypeError(f"the types of the {what} have no common type: {names}") from None
+
+
+def check_out(out: Array, shape: tuple[int, ...], dtype: DType) -> None:
+    """Refuse an ``out`` that cannot take the result as it is."""
+    if out.shape != shape:
+        raise ValueError(f"out has shape {out.shape} and the result has {shape}")
+    if out.dtype != dtype:
+        raise TypeError(f"out has type {out.dtype} and the result has {dtype}")
+    if not getattr(out.flags, "writeable", True):
+        raise ValueError("out is read-only")
+    if any(n > 1 and s == 0 for n, s in zip(shape, out.strides, strict=True)):
+        raise ValueError(f"out has overlapping cells: shape {shape}, strides {out.strides}")
+
+
+def check_overlap(xp: Any, out: Array, inputs: dict[str, Array]) -> None:
+    for name, array in inputs.items():
+        if _overlap(xp, out, array):
+            raise ValueError(f"out overlaps {name} in memory")
+
+
+def _overlap(xp: Any, a: Array, b: Array) -> bool:
+    if not xp.may_share_memory(a, b):
+        return False
+    if xp is not np:
+        return True
+    try:
+        return np.shares_memory(a, b, max_work=10_000)
+    except np.exceptions.TooHardError:
+        return True
+
+
+def merged_stride(shape: Sequence[int], strides: Sequence[int]) -> int | None:
+    """The stride at which these axes run as one, or None if they do not."""
+    kept = [(n, s) for n, s in zip(shape, strides, strict=True) if n != 1]
+    if not kept:
+        return 0
+    for (_, outer), (size, inner) in zip(kept, kept[1:], strict=False):
+        if outer != size * inner:
+            return None
+    return kept[-1][1]
+
+
+def channel_axis(rank: int, channels_first: bool) -> int:
+    """Where an array in this layout keeps its channels, counted from the end."""
+    return -rank - 1 if channels_first else -1
+
+
+def grouped(
+    array: Array, groups: int, rank: int, *, channels_first: bool, batched: bool
+) -> Array:
+    """View an array of any layout as (N, G, C/G, *spatial)."""
+    whole = array if batched else array[None]
+    first = whole if channels_first else whole.transpose(0, rank + 1, *range(1, rank + 1))
+    channels = whole.shape[channel_axis(rank, channels_first)]
+    # Splitting one axis in two never copies, whatever the strides.
+    shape = (first.shape[0], groups, channels // groups, *first.shape[2:])
+    return first.reshape(shape)
+
+
+def flattened(array: Array, rank: int) -> Array:
+    """Merge the last ``rank`` axes; the caller knows that they merge."""
+    return array.reshape(*array.shape[: array.ndim - rank], math.prod(array.shape[-rank:]))
+
+
+class Stored(NamedTuple):
+    """A buffer seen twice: by cells and as the matrix that BLAS takes.
+
+    ``cells`` is (N, G, C, *kernel, *out) and ``matrix`` (N, G, C·taps, positions) or,
+    wide, (1, G, C·taps, N·positions).
+    """
+
+    cells: Array
+    matrix: Array
+
+
+def stored(
+    flat: Array,
+    head: tuple[int, int, int],
+    kernel: tuple[int, ...],
+    out: tuple[int, ...],
+    *,
+    channels_first: bool,
+    wide: bool = False,
+) -> Stored:
+    """Lay cells out in a flat buffer, in the axis order of the layout.
+
+    Channels first, positions run fastest and the patch is channels then taps; channels
+    last, the patch runs fastest and is taps then channels.  ``wide`` puts the positions
+    of all images in one row of the matrix.
+    """
+    n, g, c = head
+    k, o = len(kernel), len(out)
+    taps, positions = math.prod(kernel), math.prod(out)
+    flat = flat[: n * g * c * taps * positions]
+    if channels_first and wide:
+        cells = flat.reshape(g, c, *kernel, n, *out)
+        cells = cells.transpose(2 + k, 0, 1, *range(2, 2 + k), *range(3 + k, 3 + k + o))
+        return Stored(cells, flat.reshape(1, g, c * taps, n * positions))
+    if channels_first:
+        return Stored(
+            flat.reshape(*head, *kernel, *out), flat.reshape(n, g, c * taps, positions)
+        )
+    outer = (g, n) if wide else (n, g)
+    cells = flat.reshape(*outer, *out, *kernel, c)
+    inner = (*range(2 + o, 2 + o + k), *range(2, 2 + o))
+    cells = cells.transpose(*((1, 0) if wide else (0, 1)), 2 + o + k, *inner)
+    batch = (1, g, n * positions) if wide else (n, g, positions)
+    return Stored(cells, flat.reshape(*batch, taps * c).swapaxes(-1, -2))
+
+
+def is_matrix_ready(array: Array, rank: int, largest_step: int) -> bool:
+    """Whether the last ``rank`` axes merge into the columns or rows of a BLAS matrix.
+
+    ``array`` is grouped: (N, G, C, *spatial).  BLAS wants one of the two matrix axes
+    contiguous and the other at a positive distance: no less than one row, no more than
+    ``largest_step`` items.
+    """
+    if 0 in array.shape:
+        return True
+    item = array.dtype.itemsize
+    spatial = math.prod(array.shape[-rank:])
+    run = merged_stride(array.shape[-rank:], array.strides[-rank:])
+    channels, step = array.shape[-rank - 1], array.strides[-rank - 1]
+    if run is None or max(run, step) > largest_step * item:
+        return False
+    by_channel = _is_blas_row(spatial, run, channels, step, item)
+    return by_channel or _is_blas_row(channels, step, spatial, run, item)
+
+
+def _is_blas_row(inner: int, run: int, outer: int, step: int, item: int) -> bool:
+    contiguous = inner == 1 or run == item
+    spaced = outer == 1 or (step >= inner * item and step % item == 0)
+    return contiguous and spaced
+
+
+__all__ = ["LAYOUTS", "SUPPORTED_TYPES", "Array", "DType", "Types", "array_module"]

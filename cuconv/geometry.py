@@ -1,0 +1,640 @@
+"""The shapes of one convolution: the only size formula of the project.
+
+Along one axis, output cell ``o`` and kernel tap ``t`` read the input cell
+
+    i = o * stride + t * dilation - before
+
+where ``before`` is the padding in front of the axis (negative padding crops) and
+cells outside ``0 <= i < size`` read as zero.  Everything below follows from this line.
+"""
+
+import math
+import operator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from itertools import product
+from typing import NamedTuple, TypeAlias
+
+LARGEST_PARAMETER = 2**31 - 1
+
+PADDING_WORDS = ("valid", "same", "same_lower")
+
+LAYOUTS = {
+    "channels_first": True,
+    "channels_last": False,
+    **dict.fromkeys(("NCL", "NCW", "NCHW", "NCDHW"), True),
+    **dict.fromkeys(("NLC", "NWC", "NHWC", "NDHWC"), False),
+}
+
+Sizes: TypeAlias = int | Sequence[int]
+Padding: TypeAlias = int | str | Sequence[int | Sequence[int]]
+Range: TypeAlias = tuple[int, int]
+Ranges: TypeAlias = tuple[Range, ...]
+
+
+class Axis(NamedTuple):
+    """One spatial axis: input size, kernel taps, and how they meet."""
+
+    size: int
+    kernel: int
+    stride: int
+    dilation: int
+    before: int
+    after: int
+
+    @property
+    def extent(self) -> int:
+        """Input cells from the first tap to the last, both counted."""
+        return self.dilation * (self.kernel - 1) + 1
+
+    @property
+    def padded(self) -> int:
+        return self.size + self.before + self.after
+
+    @property
+    def out(self) -> int:
+        return (self.padded - self.extent) // self.stride + 1
+
+    def first(self, output: int) -> int:
+        """The input cell under tap 0 of an output cell; may lie in the padding."""
+        return output * self.stride - self.before
+
+    def window(self, start: int, stop: int) -> Range:
+        """The input interval under output cells [start, stop), padding included."""
+        return self.first(start), self.first(stop - 1) + self.extent
+
+    def reached_from(self, start: int, stop: int) -> Range:
+        """The output cells with a window that meets the input interval."""
+        lowest = -((self.extent - 1 - self.before - start) // self.stride)
+        highest = (stop - 1 + self.before) // self.stride
+        first = min(max(lowest, 0), self.out)
+        return first, max(first, min(highest + 1, self.out))
+
+
+class Tile(NamedTuple):
+    """How much of an array one block spans: images, and cells of every axis."""
+
+    images: int
+    cells: tuple[int, ...]
+
+    @property
+    def positions(self) -> int:
+        return self.images * math.prod(self.cells)
+
+
+class Block(NamedTuple):
+    """A block of the output and the input that it needs.
+
+    ``window`` are the input cells that exist; ``padding`` counts the cells of zeros
+    before and after them, so that along each axis window and padding together are
+    ``(stop - start - 1) * stride + extent`` cells.
+    """
+
+    images: Range
+    output: Ranges
+    window: Ranges
+    padding: Ranges
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Output cells along every axis."""
+        return tuple(stop - start for start, stop in self.output)
+
+
+class Region(NamedTuple):
+    """A block of the input and the output cells whose windows meet it."""
+
+    images: Range
+    cells: Ranges
+    output: Ranges
+
+
+def tile_of(images: int, sizes: tuple[int, ...], cells: int) -> Tile:
+    """The largest tile of at most ``cells`` cells (at least one).
+
+    Inner axes fill up before outer ones, so that a tile is one run of memory in each
+    channel: only one axis is cut, those outside it have one cell, those inside are
+    whole.  The cut is balanced: 56 rows in tiles of at most 15 make 4 of 14.
+    """
+    budget = max(cells, 1)
+    steps = []
+    for size in (*reversed(sizes), images):
+        pieces = math.ceil(size / min(size, budget)) if size else 1
+        steps.append(max(math.ceil(size / pieces), 1))
+        budget = budget // max(size, 1) if pieces == 1 else 1
+    return Tile(steps[-1], tuple(reversed(steps[:-1])))
+
+
+def _pieces(start: int, stop: int, step: int) -> list[Range]:
+    return [(i, min(i + step, stop)) for i in range(start, stop, step)]
+
+
+def _clip(start: int, stop: int, size: int) -> tuple[Range, Range]:
+    """The part of [start, stop) inside [0, size), and what hangs over each end."""
+    low = min(max(start, 0), size)
+    high = max(low, min(stop, size))
+    before = low - start if high > low else stop - start
+    return (low, high), (before, stop - start - (high - low) - before)
+
+
+@dataclass(frozen=True)
+class WindowGeometry:
+    """How windows slide over a batch of multi-channel arrays.
+
+    Parameters
+    ----------
+    images, channels
+        Batch size N and channels C.
+    axes
+        One `Axis` for each spatial axis, outermost first.
+    channels_first
+        (N, C, *spatial) if true, (N, *spatial, C) if not.
+    batched
+        Whether the arrays carry the batch axis; without it, ``images`` is 1.
+    """
+
+    images: int
+    channels: int
+    axes: tuple[Axis, ...]
+    channels_first: bool = True
+    batched: bool = True
+
+    @property
+    def rank(self) -> int:
+        return len(self.axes)
+
+    @cached_property
+    def size(self) -> tuple[int, ...]:
+        return tuple(axis.size for axis in self.axes)
+
+    @cached_property
+    def kernel(self) -> tuple[int, ...]:
+        return tuple(axis.kernel for axis in self.axes)
+
+    @cached_property
+    def out(self) -> tuple[int, ...]:
+        return tuple(axis.out for axis in self.axes)
+
+    @cached_property
+    def taps(self) -> int:
+        return math.prod(self.kernel)
+
+    @cached_property
+    def positions(self) -> int:
+        """Output positions in one image."""
+        return math.prod(self.out)
+
+    @cached_property
+    def cells(self) -> int:
+        """Input cells in one channel of one image."""
+        return math.prod(self.size)
+
+    @cached_property
+    def is_padded(self) -> bool:
+        return any(axis.before > 0 or axis.after > 0 for axis in self.axes)
+
+    @cached_property
+    def is_pointwise(self) -> bool:
+        """Whether the column matrix is the input itself."""
+        return all(axis[1:] == (1, 1, axis.dilation, 0, 0) for axis in self.axes)
+
+    @cached_property
+    def x_shape(self) -> tuple[int, ...]:
+        return self.array_shape(self.channels, self.size)
+
+    def array_shape(self, channels: int, spatial: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape, in this layout, of an array with these channels and cells."""
+        inner = (channels, *spatial) if self.channels_first else (*spatial, channels)
+        return (self.images, *inner) if self.batched else inner
+
+    def column_shape(self, order: str = "rows") -> tuple[int, ...]:
+        """The shape of the column matrix in the orders that `cuconv.im2col` knows.
+
+        Examples
+        --------
+        >>> from cuconv.geometry import WindowGeometry
+        >>> WindowGeometry.of((32, 64, 56, 56), (3, 3), padding=1).column_shape()
+        (100352, 576)
+        """
+        patch, positions = self.channels * self.taps, self.positions
+        shapes = {
+            "rows": (self.images * positions, patch),
+            "columns": (patch, self.images * positions),
+            "batched": (self.images, patch, positions),
+        }
+        if order not in shapes:
+            words = ", ".join(map(repr, shapes))
+            raise ValueError(f"order must be one of {words}; got {order!r}")
+        return shapes[order] if self.batched or order != "batched" else shapes[order][1:]
+
+    def column_bytes(self, itemsize: int) -> int:
+        """How many bytes the whole column matrix would take.
+
+        Examples
+        --------
+        >>> from cuconv.geometry import WindowGeometry
+        >>> WindowGeometry.of((32, 64, 56, 56), (3, 3), padding=1).column_bytes(4)
+        231211008
+        """
+        return math.prod(self.column_shape()) * itemsize
+
+    def tile(self, positions: int) -> Tile:
+        """The largest output tile of at most this many positions."""
+        return tile_of(self.images, self.out, positions)
+
+    def region_tile(self, cells: int) -> Tile:
+        """The largest input tile of at most this many cells."""
+        return tile_of(self.images, self.size, cells)
+
+    def count_blocks(self, tile: Tile) -> int:
+        """How many blocks of this tile cover the output."""
+        sizes = (self.images, *self.out)
+        steps = (tile.images, *tile.cells)
+        return math.prod(-(-n // step) for n, step in zip(sizes, steps, strict=True))
+
+    def count_regions(self, tile: Tile) -> int:
+        """How many regions of this tile cover the input."""
+        sizes = (self.images, *self.size)
+        steps = (tile.images, *tile.cells)
+        return math.prod(-(-n // step) for n, step in zip(sizes, steps, strict=True))
+
+    def reach(self, tile: Tile) -> int:
+        """Output positions whose windows meet a region of this tile, at most."""
+        return tile.images * math.prod(
+            min(axis.out, (cells + axis.extent - 2) // axis.stride + 1)
+            for axis, cells in zip(self.axes, tile.cells, strict=True)
+        )
+
+    def block(self, images: Range, output: Ranges) -> Block:
+        """The block that computes these images and output cells."""
+        clipped = [
+            _clip(*axis.window(start, stop), axis.size)
+            for axis, (start, stop) in zip(self.axes, output, strict=True)
+        ]
+        window, padding = zip(*clipped, strict=True) if clipped else ((), ())
+        return Block(images, output, window, padding)
+
+    def blocks(
+        self,
+        tile: Tile,
+        images: Range | None = None,
+        output: Ranges | None = None,
+    ) -> Iterator[Block]:
+        """Cut the output (or the given part of it) into blocks, in memory order.
+
+        Parameters
+        ----------
+        tile
+            The largest block wanted; see `tile`.
+        images, output
+            The part to cut; all of it by default.
+        """
+        whole = ((0, out) for out in self.out)
+        ranges = (images or (0, self.images), *(output or whole))
+        steps = (tile.images, *tile.cells)
+        pieces = [_pieces(*r, step) for r, step in zip(ranges, steps, strict=True)]
+        for picked, *spans in product(*pieces):
+            yield self.block(picked, tuple(spans))
+
+    def regions(self, tile: Tile) -> Iterator[Region]:
+        """Cut the input into regions, each with the output cells that reach it."""
+        images, *spatial = (
+            _pieces(0, size, step)
+            for size, step in zip(
+                (self.images, *self.size), (tile.images, *tile.cells), strict=True
+            )
+        )
+        for picked, *cells in product(images, *spatial):
+            reached = tuple(
+                axis.reached_from(*span)
+                for axis, span in zip(self.axes, cells, strict=True)
+            )
+            yield Region(picked, tuple(cells), reached)
+
+    @classmethod
+    def of(
+        cls,
+        x_shape: Sequence[int],
+        kernel_size: Sizes,
+        *,
+        stride: Sizes = 1,
+        padding: Padding = 0,
+        dilation: Sizes = 1,
+        layout: str = "channels_first",
+    ) -> "WindowGeometry":
+        """Geometry of windows over an array of shape ``x_shape``.
+
+        A ``kernel_size`` of several numbers fixes the rank, and ``x_shape`` may then
+        lack the batch axis; a single number means a batched array.
+
+        Raises
+        ------
+        ValueError, TypeError
+            For every option that does not fit; the message names both numbers.
+        """
+        return _window_geometry(
+            _shape("x", x_shape),
+            _frozen("kernel_size", kernel_size),
+            _frozen("stride", stride),
+            _frozen("padding", padding),
+            _frozen("dilation", dilation),
+            layout,
+        )
+
+
+@dataclass(frozen=True)
+class ConvGeometry(WindowGeometry):
+    """The shapes of one convolution: windows over the input, filters over windows.
+
+    ``filters`` is K, ``groups`` is G; group g maps channels [g·C/G, (g+1)·C/G) to
+    filters [g·K/G, (g+1)·K/G).
+    """
+
+    filters: int = 1
+    groups: int = 1
+
+    @property
+    def group_channels(self) -> int:
+        return self.channels // self.groups
+
+    @property
+    def group_filters(self) -> int:
+        return self.filters // self.groups
+
+    @property
+    def patch(self) -> int:
+        """Cells under one window in one group: the length of a dot product."""
+        return self.group_channels * self.taps
+
+    @property
+    def multiplications(self) -> int:
+        """Multiply-adds of one pass, padding counted as if it were data."""
+        return self.images * self.positions * self.filters * self.patch
+
+    @cached_property
+    def y_shape(self) -> tuple[int, ...]:
+        return self.array_shape(self.filters, self.out)
+
+    @cached_property
+    def w_shape(self) -> tuple[int, ...]:
+        if self.channels_first:
+            return (self.filters, self.group_channels, *self.kernel)
+        return (*self.kernel, self.group_channels, self.filters)
+
+    @classmethod
+    def of_weights(
+        cls,
+        x_shape: Sequence[int],
+        w_shape: Sequence[int],
+        *,
+        stride: Sizes = 1,
+        padding: Padding = 0,
+        dilation: Sizes = 1,
+        groups: int = 1,
+        layout: str = "channels_first",
+    ) -> "ConvGeometry":
+        """Geometry of ``conv(x, w)`` from the two shapes; see `cuconv.conv`.
+
+        Examples
+        --------
+        >>> from cuconv.geometry import ConvGeometry
+        >>> g = ConvGeometry.of_weights((8, 3, 224, 224), (64, 3, 7, 7), stride=2)
+        >>> g.y_shape
+        (8, 64, 109, 109)
+        """
+        return _conv_geometry(
+            _shape("x", x_shape),
+            _shape("w", w_shape),
+            _frozen("stride", stride),
+            _frozen("padding", padding),
+            _frozen("dilation", dilation),
+            _index("groups", groups),
+            layout,
+        )
+
+
+def _index(name: str, value: object) -> int:
+    if type(value) is int:
+        return value
+    try:
+        return operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        kind = type(value).__name__
+        raise TypeError(f"{name} must be made of integers; got {value!r} ({kind})") from None
+
+
+def _frozen(name: str, value: object) -> object:
+    """An option as a hashable value of plain integers: the key of the caches."""
+    if type(value) is int or isinstance(value, str):
+        return value
+    if isinstance(value, Sequence) or (hasattr(value, "__iter__") and not _is_0d(value)):
+        return tuple(_frozen(name, item) for item in value)  # type: ignore[attr-defined]
+    return _index(name, value)
+
+
+def _shape(name: str, shape: Sequence[int]) -> tuple[int, ...]:
+    sizes = tuple(_index(f"the shape of {name}", size) for size in shape)
+    if any(size < 0 for size in sizes):
+        raise ValueError(f"the shape of {name} is {sizes}; sizes cannot be negative")
+    return sizes
+
+
+def _is_0d(value: object) -> bool:
+    return getattr(value, "ndim", None) == 0
+
+
+def _per_axis(name: str, value: object, rank: int, least: int) -> tuple[int, ...]:
+    values = (value,) * rank if isinstance(value, int) else value
+    if not isinstance(values, tuple) or not all(isinstance(v, int) for v in values):
+        raise TypeError(f"{name} must be an integer or one per axis; got {value!r}")
+    if len(values) != rank:
+        raise ValueError(f"{name} has {len(values)} values for {rank} spatial axes")
+    for axis, item in enumerate(values):
+        if not least <= item <= LARGEST_PARAMETER:
+            raise ValueError(
+                f"{name} of spatial axis {axis} is {item}; "
+                f"it must lie in {least} … {LARGEST_PARAMETER}"
+            )
+    return values
+
+
+def channels_are_first(layout: str) -> bool:
+    """Whether a layout word puts the channels before the spatial axes."""
+    if not isinstance(layout, str) or layout not in LAYOUTS:
+        words = ", ".join(map(repr, LAYOUTS))
+        raise ValueError(f"layout must be one of {words}; got {layout!r}")
+    return LAYOUTS[layout]
+
+
+def _check_layout_rank(layout: str, rank: int) -> None:
+    if not layout.startswith("channels") and len(layout) != rank + 2:
+        raise ValueError(
+            f"layout {layout!r} has {len(layout) - 2} spatial axes "
+            f"and the kernel has {rank}"
+        )
+
+
+def _same_pads(word: str, size: int, kernel: int, stride: int, dilation: int) -> Range:
+    """Padding that makes the output ceil(size / stride) cells long."""
+    out = -(-size // stride)
+    total = max(0, (out - 1) * stride + dilation * (kernel - 1) + 1 - size)
+    less = total // 2
+    return (less, total - less) if word == "same" else (total - less, less)
+
+
+def _pads(
+    padding: object,
+    sizes: tuple[int, ...],
+    kernel: tuple[int, ...],
+    strides: tuple[int, ...],
+    dilations: tuple[int, ...],
+) -> Ranges:
+    rank = len(sizes)
+    if isinstance(padding, str):
+        if padding not in PADDING_WORDS:
+            words = ", ".join(map(repr, PADDING_WORDS))
+            raise ValueError(
+                f"padding must be integers or one of {words}; got {padding!r}"
+            )
+        if padding == "valid":
+            return ((0, 0),) * rank
+        each = zip(sizes, kernel, strides, dilations, strict=True)
+        return tuple(_same_pads(padding, *axis) for axis in each)
+    if isinstance(padding, tuple) and any(isinstance(p, tuple) for p in padding):
+        pairs = tuple(p if isinstance(p, tuple) else (p, p) for p in padding)
+        if len(pairs) != rank:
+            raise ValueError(f"padding has {len(pairs)} values for {rank} spatial axes")
+        if any(len(pair) != 2 for pair in pairs):
+            raise ValueError(f"padding must be (before, after) pairs; got {padding!r}")
+        befores = _per_axis("padding", tuple(p[0] for p in pairs), rank, -LARGEST_PARAMETER)
+        afters = _per_axis("padding", tuple(p[1] for p in pairs), rank, -LARGEST_PARAMETER)
+        return tuple(zip(befores, afters, strict=True))
+    each_side = _per_axis("padding", padding, rank, -LARGEST_PARAMETER)
+    return tuple((p, p) for p in each_side)
+
+
+def _check_fits(index: int, axis: Axis, padding: object) -> None:
+    # "same" over an empty axis gives an empty output, which is no mistake.
+    if axis.padded >= axis.extent or (axis.size == 0 and padding in PADDING_WORDS[1:]):
+        return
+    raise ValueError(
+        f"the kernel is larger than the padded input on spatial axis {index}: it spans "
+        f"{axis.extent} cells (kernel {axis.kernel}, dilation {axis.dilation}) and the "
+        f"input has {axis.padded} ({axis.size} + {axis.before} + {axis.after} of padding)"
+    )
+
+
+def _axes(
+    sizes: tuple[int, ...],
+    kernel: tuple[int, ...],
+    stride: object,
+    padding: object,
+    dilation: object,
+) -> tuple[Axis, ...]:
+    rank = len(sizes)
+    _per_axis("kernel_size", kernel, rank, 1)
+    strides = _per_axis("stride", stride, rank, 1)
+    dilations = _per_axis("dilation", dilation, rank, 1)
+    pads = _pads(padding, sizes, kernel, strides, dilations)
+    axes = tuple(
+        Axis(size, k, s, d, before, after)
+        for size, k, s, d, (before, after) in zip(
+            sizes, kernel, strides, dilations, pads, strict=True
+        )
+    )
+    for index, axis in enumerate(axes):
+        _check_fits(index, axis, padding)
+    return axes
+
+
+class _Split(NamedTuple):
+    images: int
+    channels: int
+    sizes: tuple[int, ...]
+    channels_first: bool
+    batched: bool
+
+
+def _split_shape(x_shape: tuple[int, ...], rank: int, layout: str) -> _Split:
+    channels_first = channels_are_first(layout)
+    _check_layout_rank(layout, rank)
+    if len(x_shape) not in (rank + 1, rank + 2):
+        raise ValueError(
+            f"x has {len(x_shape)} axes; {rank} spatial axes need {rank + 2}, "
+            f"or {rank + 1} without the batch axis"
+        )
+    batched = len(x_shape) == rank + 2
+    images, inner = (x_shape[0], x_shape[1:]) if batched else (1, x_shape)
+    channels, sizes = (
+        (inner[0], inner[1:]) if channels_first else (inner[-1], inner[:-1])
+    )
+    return _Split(images, channels, sizes, channels_first, batched)
+
+
+@lru_cache(maxsize=4096)
+def _window_geometry(
+    x_shape: tuple[int, ...],
+    kernel_size: int | tuple[int, ...],
+    stride: object,
+    padding: object,
+    dilation: object,
+    layout: str,
+) -> WindowGeometry:
+    if isinstance(kernel_size, str):
+        raise TypeError(f"kernel_size must be integers; got {kernel_size!r}")
+    if isinstance(kernel_size, int):
+        kernel_size = (kernel_size,) * (len(x_shape) - 2)
+    if not kernel_size:
+        raise ValueError(
+            f"x has {len(x_shape)} axes, which leaves no spatial axis; "
+            "a kernel_size of one number needs a batch and a channel axis beside them"
+        )
+    split = _split_shape(x_shape, len(kernel_size), layout)
+    axes = _axes(split.sizes, kernel_size, stride, padding, dilation)
+    return WindowGeometry(
+        split.images, split.channels, axes, split.channels_first, split.batched
+    )
+
+
+def _check_channels(channels: int, expected: int, filters: int, groups: int) -> None:
+    if groups < 1:
+        raise ValueError(f"groups must be at least 1; got {groups}")
+    if expected * groups != channels:
+        raise ValueError(
+            f"channels do not match: x has {channels} and w expects "
+            f"{expected} × groups {groups} = {expected * groups}"
+        )
+    if filters % groups:
+        raise ValueError(f"groups {groups} do not divide the {filters} filters of w")
+
+
+@lru_cache(maxsize=4096)
+def _conv_geometry(
+    x_shape: tuple[int, ...],
+    w_shape: tuple[int, ...],
+    stride: object,
+    padding: object,
+    dilation: object,
+    groups: int,
+    layout: str,
+) -> ConvGeometry:
+    rank = len(w_shape) - 2
+    if rank < 1:
+        raise ValueError(
+            f"w has {len(w_shape)} axes; it needs at least 3: filters, channels, space"
+        )
+    split = _split_shape(x_shape, rank, layout)
+    filters, channels = w_shape[:2] if split.channels_first else w_shape[:-3:-1]
+    kernel = w_shape[2:] if split.channels_first else w_shape[:-2]
+    _check_channels(split.channels, channels, filters, groups)
+    axes = _axes(split.sizes, kernel, stride, padding, dilation)
+    return ConvGeometry(
+        split.images,
+        split.channels,
+        axes,
+        split.channels_first,
+        split.batched,
+        filters,
+        groups,
+    )

@@ -1,0 +1,101 @@
+"""What differs between NumPy and CuPy, and nothing else.
+
+Algorithms are written once against `Leaves`.  Arrays come grouped: input (N, G, C,
+*spatial), columns (N, G, C, *kernel, *out), matrices (N, G, rows, columns); any strides.
+"""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any, Protocol
+
+import numpy as np
+
+from cuconv.arrays import Array, DType, Types
+from cuconv.geometry import Block, Ranges, Tile, WindowGeometry
+from cuconv.leaves.host import HostLeaves
+from cuconv.memory import Buffer
+
+
+class Leaves(Protocol):
+    """The operations that know which module they serve."""
+
+    xp: Any
+
+    # Bytes of columns per block, and the limit when the user names none.
+    block_bytes: int
+    default_memory_limit: int
+    # What a call takes beyond its buffers, and the longest row step BLAS can take.
+    overhead_bytes: int
+    largest_step: int
+    # Whether `gemm(add=True)` needs a buffer for the product before it is added.
+    needs_partial: bool
+
+    def device_of(self, array: Array) -> AbstractContextManager[object]:
+        """Make the device that holds the array the current one."""
+
+    def workers(self) -> int:
+        """How many blocks may run at the same time."""
+
+    def operand_type(self, types: Types) -> DType:
+        """The type of the matrices that `gemm` multiplies."""
+
+    def can_store(self, types: Types, dtype: DType) -> bool:
+        """Whether `gemm` can write a finished result of this type."""
+
+    def gather_buffers(
+        self, geometry: WindowGeometry, tile: Tile, source: DType, operand: DType
+    ) -> tuple[Buffer, ...]:
+        """What `gather` needs beside the columns."""
+
+    def gather(
+        self,
+        x: Array,
+        columns: Array,
+        geometry: WindowGeometry,
+        block: Block,
+        buffers: dict[str, Array],
+    ) -> None:
+        """Write the columns of one block, zeros where a window leaves the input."""
+
+    def scatter_add(
+        self,
+        columns: Array,
+        target: Array,
+        geometry: WindowGeometry,
+        block: Block,
+        cells: Ranges,
+        *,
+        deterministic: bool,
+    ) -> None:
+        """Add columns to the input cells they came from, within ``cells``."""
+
+    def gemm(
+        self,
+        a: Array,
+        b: Array,
+        out: Array,
+        *,
+        bias: Array | None = None,
+        add: bool = False,
+        partial: Array | None = None,
+        fast: bool = False,
+    ) -> None:
+        """``out = a @ b (+ bias) (+ out if add)``; ``fast`` allows TF32."""
+
+    def copy(self, source: Array, target: Array) -> None:
+        """Copy with a cast."""
+
+    def parallel(self, body: Callable[[int], None], workers: int) -> None:
+        """Run ``body(0) … body(workers - 1)``, and return when all are done."""
+
+
+def leaves_of(xp: Any) -> Leaves:
+    """The leaves of an array module; CuPy's are imported when first asked for."""
+    if xp is np:
+        return _HOST
+    from cuconv._cuda import cuda_leaves
+
+    return cuda_leaves()
+
+
+_HOST = HostLeaves()

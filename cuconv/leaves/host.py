@@ -1,0 +1,239 @@
+"""The leaves over NumPy: strided copies, BLAS through matmul, a pool of threads."""
+
+import math
+import os
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import cache
+from itertools import product
+
+import numpy as np
+from numpy.lib.stride_tricks import as_strided
+from threadpoolctl import ThreadpoolController
+
+from cuconv.arrays import Array, DType, Types, stored
+from cuconv.geometry import Axis, Block, Range, Ranges, Tile, WindowGeometry
+from cuconv.memory import INTERPRETER_BYTES, Buffer
+from cuconv.profiling import stage
+
+
+class HostLeaves:
+    """See `cuconv.leaves.Leaves`."""
+
+    xp = np
+    # Columns that stay in the second-level cache of one core: 1 MiB was the best of
+    # 256 KiB to 4 MiB for ResNet-50 layers on two AMD EPYC cores with 1 MiB each.
+    block_bytes = 2**20
+    default_memory_limit = 64 * 2**20
+    overhead_bytes = INTERPRETER_BYTES
+    largest_step = 2**62
+    needs_partial = True
+
+    def device_of(self, array: Array) -> AbstractContextManager[object]:
+        return nullcontext()
+
+    def workers(self) -> int:
+        return _blas().threads()
+
+    def operand_type(self, types: Types) -> DType:
+        return types.accumulate
+
+    def can_store(self, types: Types, dtype: DType) -> bool:
+        return dtype == types.accumulate
+
+    def gather_buffers(
+        self, geometry: WindowGeometry, tile: Tile, source: DType, operand: DType
+    ) -> tuple[Buffer, ...]:
+        del source
+        if not geometry.is_padded:
+            return ()
+        windows = [
+            axis.window(0, size)
+            for axis, size in zip(geometry.axes, tile.cells, strict=True)
+        ]
+        cells = math.prod(stop - start for start, stop in windows)
+        return (Buffer("window", tile.images * geometry.channels * cells, operand),)
+
+    def gather(
+        self,
+        x: Array,
+        columns: Array,
+        geometry: WindowGeometry,
+        block: Block,
+        buffers: dict[str, Array],
+    ) -> None:
+        cells = tuple(slice(*span) for span in block.window)
+        source = x[(..., *cells)]
+        if any(map(any, block.padding)):
+            source = _padded(source, block.padding, geometry, buffers["window"])
+        np.copyto(columns, _windows(source, geometry.axes, columns.shape))
+
+    def scatter_add(
+        self,
+        columns: Array,
+        target: Array,
+        geometry: WindowGeometry,
+        block: Block,
+        cells: Ranges,
+        *,
+        deterministic: bool,
+    ) -> None:
+        del deterministic  # NumPy adds in the order of the taps, always.
+        hits = [
+            [_hits(axis, tap, output, span) for tap in range(axis.kernel)]
+            for axis, output, span in zip(geometry.axes, block.output, cells, strict=True)
+        ]
+        for tap in product(*(range(axis.kernel) for axis in geometry.axes)):
+            met = [axis[t] for axis, t in zip(hits, tap, strict=True)]
+            into = target[(..., *(inside for inside, _ in met))]
+            part = columns[(slice(None),) * 3 + (*tap, *(which for _, which in met))]
+            np.add(into, part, out=into)
+
+    def gemm(
+        self,
+        a: Array,
+        b: Array,
+        out: Array,
+        *,
+        bias: Array | None = None,
+        add: bool = False,
+        partial: Array | None = None,
+        fast: bool = False,
+    ) -> None:
+        del fast  # a CPU has no TF32
+        product = out if not add else _like(partial, out)
+        if product.strides[-1] == product.itemsize:
+            np.matmul(a, b, out=product)
+        else:
+            # matmul writes rows; a result stored by columns is the product transposed.
+            np.matmul(b.mT, a.mT, out=product.mT)
+        if add:
+            np.add(out, product, out=out)
+        if bias is not None:
+            np.add(out, bias, out=out)
+
+    def copy(self, source: Array, target: Array) -> None:
+        np.copyto(target, source, casting="unsafe")
+
+    def parallel(self, body: Callable[[int], None], workers: int) -> None:
+        if workers == 1:
+            body(0)
+            return
+        with _blas().one_thread():
+            others = [_pool().submit(body, i) for i in range(1, workers)]
+            try:
+                body(0)
+            finally:
+                # Every worker must be done with the arrays, whatever failed.
+                errors = [future.exception() for future in others]
+            for error in filter(None, errors):
+                raise error
+
+
+def _like(flat: Array, out: Array) -> Array:
+    """The flat buffer as an array with the shape and the axis order of ``out``."""
+    if out.strides[-1] == out.itemsize:
+        return flat[: out.size].reshape(out.shape)
+    return flat[: out.size].reshape(out.mT.shape).mT
+
+
+def _padded(
+    window: Array, padding: Ranges, geometry: WindowGeometry, buffer: Array
+) -> Array:
+    """The window with its zeros, in the buffer, axes in the order of the input."""
+    with stage("pad"):
+        inner = window.shape[3:]
+        each = list(zip(inner, padding, strict=True))
+        padded = stored(
+            buffer,
+            window.shape[:3],
+            (),
+            tuple(before + size + after for size, (before, after) in each),
+            channels_first=geometry.channels_first,
+        ).cells
+        padded[...] = 0
+        inside = tuple(slice(before, before + size) for size, (before, _) in each)
+        np.copyto(padded[(..., *inside)], window)
+        return padded
+
+
+def _windows(source: Array, axes: tuple[Axis, ...], shape: tuple[int, ...]) -> Array:
+    """Every window over the source, without a copy: (N, G, C, *kernel, *out)."""
+    head, spatial = source.strides[:3], source.strides[3:]
+    taps = (s * axis.dilation for s, axis in zip(spatial, axes, strict=True))
+    steps = (s * axis.stride for s, axis in zip(spatial, axes, strict=True))
+    return as_strided(source, shape, (*head, *taps, *steps), writeable=False)
+
+
+def _hits(axis: Axis, tap: int, output: Range, cells: Range) -> tuple[slice, slice]:
+    """Where a tap of these output cells falls within ``cells``: (cells, outputs)."""
+    offset = tap * axis.dilation - axis.before
+    start = max(output[0], -((offset - cells[0]) // axis.stride))
+    stop = max(start, min(output[1], (cells[1] - 1 - offset) // axis.stride + 1))
+    first = start * axis.stride + offset - cells[0]
+    last = first + (stop - start - 1) * axis.stride
+    inside = slice(first, last + 1, axis.stride) if stop > start else slice(0, 0)
+    return inside, slice(start - output[0], stop - output[0])
+
+
+class _Blas:
+    """The threads of NumPy's BLAS, and calls that must have only one of them.
+
+    The limit is a property of the process, so overlapping calls share it: the first
+    to enter sets it and the last to leave restores what was there.
+    """
+
+    def __init__(self) -> None:
+        controller = ThreadpoolController().select(user_api="blas")
+        self._libraries = controller.lib_controllers
+        self._lock = threading.Lock()
+        self._users = 0
+        self._before: list[int] = []
+
+    def threads(self) -> int:
+        with self._lock:
+            now = self._before or [lib.get_num_threads() for lib in self._libraries]
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 0
+        return max(1, min([*now, cores or os.cpu_count() or 1])) if now else 1
+
+    @contextmanager
+    def one_thread(self) -> Iterator[None]:
+        with self._lock:
+            if self._users == 0:
+                self._before = [lib.get_num_threads() for lib in self._libraries]
+                self._set([1] * len(self._libraries))
+            self._users += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._users -= 1
+                if self._users == 0:
+                    self._set(self._before)
+                    self._before = []
+
+    def _set(self, threads: list[int]) -> None:
+        for library, count in zip(self._libraries, threads, strict=True):
+            library.set_num_threads(count)
+
+
+@cache
+def _blas() -> _Blas:
+    return _Blas()
+
+
+@cache
+def _pool() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(thread_name_prefix="cuconv")
+
+
+def _forget_threads() -> None:
+    """A forked child has none of its parent's threads."""
+    _pool.cache_clear()
+    _blas.cache_clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_threads)

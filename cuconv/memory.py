@@ -1,0 +1,100 @@
+"""Memory limits, and the one allocation that a call makes beyond its result.
+
+A strategy says which buffers it needs for a tile; their sum is the plan's workspace,
+and the same list is what `carve` cuts out of a single allocation.  So the memory that a
+plan promises and the memory that it takes cannot differ.
+"""
+
+import re
+from collections.abc import Iterable
+from typing import Any, NamedTuple, TypeAlias
+
+from cuconv.arrays import Array, DType
+
+MemoryLimit: TypeAlias = int | str | None
+
+# Views, slices and closures of one call, measured with tracemalloc on CPython 3.11 to
+# 3.13: at most 11 KiB for one worker and 2 KiB for each more.
+INTERPRETER_BYTES = 16 * 1024
+
+_ALIGNMENT = 256
+_UNITS = {
+    **{"b": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40},
+    **{"kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12},
+}
+_QUANTITY = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?i?b)\s*", re.IGNORECASE)
+
+
+class MemoryLimitError(MemoryError):
+    """No plan fits under ``memory_limit``.
+
+    Attributes
+    ----------
+    limit, smallest
+        The limit that was given, and the smallest that would do, in bytes.
+    """
+
+    def __init__(self, limit: int, smallest: int, what: str) -> None:
+        super().__init__(
+            f"memory_limit of {limit} bytes is too small for {what}: "
+            f"the smallest that would do is {smallest} bytes"
+        )
+        self.limit = limit
+        self.smallest = smallest
+
+
+def parse_memory_limit(limit: int | str) -> int:
+    """Bytes from a number or a word such as ``"64 MiB"`` or ``"1.5GB"``.
+
+    Examples
+    --------
+    >>> from cuconv.memory import parse_memory_limit
+    >>> parse_memory_limit("64 MiB")
+    67108864
+    """
+    if isinstance(limit, str):
+        match = _QUANTITY.fullmatch(limit)
+        if not match:
+            raise ValueError(
+                f'memory_limit must be bytes or a word such as "64 MiB"; got {limit!r}'
+            )
+        return int(float(match[1]) * _UNITS[match[2].lower()])
+    if isinstance(limit, bool) or not hasattr(limit, "__index__"):
+        raise TypeError(f"memory_limit must be bytes or a word; got {limit!r}")
+    if limit < 0:
+        raise ValueError(f"memory_limit must not be negative; got {limit}")
+    return int(limit)
+
+
+class Buffer(NamedTuple):
+    """A named run of cells in a workspace."""
+
+    name: str
+    cells: int
+    dtype: DType
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes, rounded up so that the next buffer is aligned too."""
+        return -(-self.cells * self.dtype.itemsize // _ALIGNMENT) * _ALIGNMENT
+
+
+def workspace_bytes(buffers: Iterable[Buffer]) -> int:
+    total = sum(buffer.nbytes for buffer in buffers)
+    return total + _ALIGNMENT if total else 0
+
+
+def carve(xp: Any, buffers: tuple[Buffer, ...]) -> dict[str, Array]:
+    """Allocate the buffers at once; each is one-dimensional and uninitialised."""
+    total = workspace_bytes(buffers)
+    if not total:
+        return {}
+    raw = xp.empty(total, dtype=xp.uint8)
+    address = raw.ctypes.data if hasattr(raw, "ctypes") else raw.data.ptr
+    start = -address % _ALIGNMENT
+    views = {}
+    for buffer in buffers:
+        cells = raw[start : start + buffer.cells * buffer.dtype.itemsize]
+        views[buffer.name] = cells.view(buffer.dtype)
+        start += buffer.nbytes
+    return views

@@ -1,0 +1,25 @@
+"""The ways to compute a convolution, one a file, under one normalised name each."""
+
+from cuconv.strategies.base import OPERATIONS, Cut, Job, Problem, Strategy
+from cuconv.strategies.im2col import Im2col
+from cuconv.strategies.pointwise import Pointwise
+
+_REGISTRY: dict[str, Strategy] = {}
+
+
+def register(strategy: Strategy) -> None:
+    """Add a strategy; its name must be new."""
+    if strategy.name in _REGISTRY:
+        raise ValueError(f"a strategy named {strategy.name!r} is already registered")
+    _REGISTRY[strategy.name] = strategy
+
+
+def strategies() -> dict[str, Strategy]:
+    """Every strategy by name, the preferred one first."""
+    return dict(_REGISTRY)
+
+
+register(Pointwise())
+register(Im2col())
+
+__all__ = ["OPERATIONS", "Cut", "Job", "Problem", "Strategy", "register", "strategies"]
