@@ -109,6 +109,11 @@ class Region(NamedTuple):
     cells: Ranges
     output: Ranges
 
+    @property
+    def is_reached(self) -> bool:
+        """Whether any window meets it: strides may jump over cells."""
+        return all(stop > start for start, stop in self.output)
+
 
 def tile_of(images: int, sizes: tuple[int, ...], cells: int) -> Tile:
     """The largest tile of at most ``cells`` cells (at least one).
@@ -208,8 +213,15 @@ class WindowGeometry:
         inner = (channels, *spatial) if self.channels_first else (*spatial, channels)
         return (self.images, *inner) if self.batched else inner
 
-    def column_shape(self, order: str = "rows") -> tuple[int, ...]:
-        """The shape of the column matrix in the orders that `cuconv.im2col` knows.
+    def column_shape(
+        self,
+        order: str = "rows",
+        images: int | None = None,
+        out: tuple[int, ...] | None = None,
+    ) -> tuple[int, ...]:
+        """The shape of the column matrix, or of a block of it.
+
+        ``order`` is one of those that `cuconv.im2col` knows.
 
         Examples
         --------
@@ -217,11 +229,13 @@ class WindowGeometry:
         >>> WindowGeometry.of((32, 64, 56, 56), (3, 3), padding=1).column_shape()
         (100352, 576)
         """
-        patch, positions = self.channels * self.taps, self.positions
+        patch = self.channels * self.taps
+        images = self.images if images is None else images
+        positions = self.positions if out is None else math.prod(out)
         shapes = {
-            "rows": (self.images * positions, patch),
-            "columns": (patch, self.images * positions),
-            "batched": (self.images, patch, positions),
+            "rows": (images * positions, patch),
+            "columns": (patch, images * positions),
+            "batched": (images, patch, positions),
         }
         if order not in shapes:
             words = ", ".join(map(repr, shapes))

@@ -160,11 +160,11 @@ class _Fit:
             return self.bytes(self._cut(positions, cells, workers)) <= limit
 
         whole = self._problem.geometry.cells
-        positions = _most(lambda p: fits(p, whole), self._preferred)
+        positions = most(lambda p: fits(p, whole), self._preferred)
         if positions:
             return self._cut(positions, whole, workers)
         halves = (self._preferred >> i for i in range(self._preferred.bit_length()))
-        pairs = ((p, _most(partial(fits, p), whole)) for p in halves)
+        pairs = ((p, most(partial(fits, p), whole)) for p in halves)
         cuts = [self._cut(p, cells, workers) for p, cells in pairs if cells]
         return min(cuts, key=self._cost, default=None)
 
@@ -176,11 +176,11 @@ class _Fit:
         return geometry.reach(cut.region) / region * (1 + 64 / cut.tile.positions)
 
 
-def _most(fits: Callable[[int], bool], most: int) -> int:
-    """The largest number up to ``most`` that fits, 0 if none does."""
-    if fits(most):
-        return most
-    low, high = 0, most
+def most(fits: Callable[[int], bool], limit: int) -> int:
+    """The largest number up to ``limit`` that fits, 0 if none does."""
+    if fits(limit):
+        return limit
+    low, high = 0, limit
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (middle, high) if fits(middle) else (low, middle)

@@ -4,7 +4,7 @@ Algorithms are written once against `Leaves`.  Arrays come grouped: input (N, G,
 *spatial), columns (N, G, C, *kernel, *out), matrices (N, G, rows, columns); any strides.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
@@ -57,7 +57,7 @@ class Leaves(Protocol):
     ) -> None:
         """Write the columns of one block, zeros where a window leaves the input."""
 
-    def scatter_add(
+    def scatter(
         self,
         columns: Array,
         target: Array,
@@ -65,9 +65,13 @@ class Leaves(Protocol):
         block: Block,
         cells: Ranges,
         *,
+        add: bool,
         deterministic: bool,
     ) -> None:
-        """Add columns to the input cells they came from, within ``cells``."""
+        """Sum columns in the input cells they came from: ``target`` holds ``cells``.
+
+        With ``add``, on top of what is there; without, all other cells become zero.
+        """
 
     def gemm(
         self,
@@ -96,6 +100,54 @@ def leaves_of(xp: Any) -> Leaves:
     from cuconv._cuda import cuda_leaves
 
     return cuda_leaves()
+
+
+def default_array_module() -> Any:
+    """CuPy where a GPU really works, else NumPy.
+
+    A device must answer and run a tiny kernel: that CuPy imports proves nothing.
+
+    Returns
+    -------
+    module
+        ``cupy`` or ``numpy``.
+
+    Examples
+    --------
+    >>> import cuconv
+    >>> xp = cuconv.default_array_module()
+    >>> cuconv.conv1d(xp.ones((1, 1, 5)), xp.ones((1, 1, 3))).shape
+    (1, 1, 3)
+    """
+    from cuconv._cuda.device import working_cupy
+
+    return working_cupy() or np
+
+
+def precompile(
+    dtypes: Sequence[Any] = ("float32",), ranks: Sequence[int] = (1, 2, 3)
+) -> int:
+    """Compile and load CUDA kernels on the current device, to spare the first call.
+
+    Parameters
+    ----------
+    dtypes
+        Types of the arrays that will be convolved.
+    ranks
+        Numbers of spatial axes.
+
+    Returns
+    -------
+    int
+        How many kernels are ready; 0 where no GPU works, which needs none.
+    """
+    from cuconv._cuda.device import working_cupy
+
+    if working_cupy() is None:
+        return 0
+    from cuconv import _cuda
+
+    return _cuda.precompile(dtypes, ranks)
 
 
 _HOST = HostLeaves()

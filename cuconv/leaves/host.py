@@ -70,7 +70,7 @@ class HostLeaves:
             source = _padded(source, block.padding, geometry, buffers["window"])
         np.copyto(columns, _windows(source, geometry.axes, columns.shape))
 
-    def scatter_add(
+    def scatter(
         self,
         columns: Array,
         target: Array,
@@ -78,9 +78,12 @@ class HostLeaves:
         block: Block,
         cells: Ranges,
         *,
+        add: bool,
         deterministic: bool,
     ) -> None:
         del deterministic  # NumPy adds in the order of the taps, always.
+        if not add:
+            target[...] = 0
         hits = [
             [_hits(axis, tap, output, span) for tap in range(axis.kernel)]
             for axis, output, span in zip(geometry.axes, block.output, cells, strict=True)

@@ -238,7 +238,10 @@ def _write_region(
     region: Region,
     buffers: dict[str, Array],
 ) -> None:
-    """Compute one region of dx from every block of dy whose windows meet it."""
+    """Compute one region of dx from every block of dy whose windows meet it.
+
+    A region has no more images than a tile, so each block covers all of them.
+    """
     geometry = job.problem.geometry
     cells = dx[slice(*region.images)][(..., *(slice(*span) for span in region.cells))]
     target = cells
@@ -246,21 +249,22 @@ def _write_region(
         head, spatial = cells.shape[:3], cells.shape[3:]
         first = geometry.channels_first
         target = stored(buffers["dx"], head, (), spatial, channels_first=first).cells
-    target[...] = 0
+    if not region.is_reached:
+        target[...] = 0
     blocks = geometry.blocks(job.cut.tile, region.images, region.output)
     for chunk, block in enumerate(blocks):
         columns = _stored_columns(job, buffers["columns"], block)
         matrix = take_dy(job, output_cells(dy, block), buffers, block)
         with stage("gemm", Im2col.name, chunk):
             job.leaves.gemm(weights, matrix, columns.matrix, fast=job.problem.fast)
-        inside = target[slice(*(i - region.images[0] for i in block.images))]
         with stage("scatter", Im2col.name, chunk):
-            job.leaves.scatter_add(
+            job.leaves.scatter(
                 columns.cells,
-                inside,
+                target,
                 geometry,
                 block,
                 region.cells,
+                add=chunk > 0,
                 deterministic=job.problem.deterministic,
             )
     if target is not cells:

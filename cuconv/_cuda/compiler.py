@@ -1,0 +1,63 @@
+"""Kernels, compiled when first needed and kept for each device."""
+
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
+
+import cupy
+import numpy as np
+
+from cuconv._cuda.source import kernel_source
+from cuconv._cuda.variants import (
+    Variant,
+    copy_variant,
+    has_atomics,
+    product_variant,
+    sum_variant,
+)
+from cuconv.arrays import check_type
+
+
+def kernel(variant: Variant) -> Any:
+    """The kernel of a variant on the current device."""
+    return _loaded(variant, int(cupy.cuda.runtime.getDevice()))
+
+
+@cache
+def _loaded(variant: Variant, device: int) -> Any:
+    del device  # a module belongs to the device that was current when it was loaded
+    options = tuple(f"-D{macro}" for macro in variant.macros)
+    module = cupy.RawModule(code=kernel_source(variant.kernel), options=options)
+    return module.get_function(variant.kernel)
+
+
+def precompile(
+    dtypes: Sequence[Any] = ("float32",), ranks: Sequence[int] = (1, 2, 3)
+) -> int:
+    """Compile and load kernels on the current device, so that no first call pauses.
+
+    Parameters
+    ----------
+    dtypes
+        Array types that will be convolved.
+    ranks
+        Numbers of spatial axes.
+
+    Returns
+    -------
+    int
+        How many kernels are ready.
+    """
+    variants = set()
+    for dtype in map(np.dtype, dtypes):
+        check_type("dtype", dtype)
+        if dtype.kind in "biu":
+            variants.add(product_variant(dtype))
+        for rank in ranks:
+            variants.add(copy_variant(dtype.itemsize, rank, wide=False))
+            variants.add(sum_variant("col2im_gather", dtype, rank, wide=False))
+            if has_atomics(dtype):
+                variants.add(sum_variant("col2im_scatter", dtype, rank, wide=False))
+    for variant in variants:
+        kernel(variant)
+    return len(variants)

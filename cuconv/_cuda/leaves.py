@@ -1,0 +1,148 @@
+"""The leaves over CuPy: kernels of ours for columns, cuBLAS for products."""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+
+import cupy
+import numpy as np
+
+from cuconv._cuda.compiler import kernel
+from cuconv._cuda.gemm import gemm
+from cuconv._cuda.structs import MOST_THREADS, Launch, pack
+from cuconv._cuda.variants import Variant, copy_variant, has_atomics, sum_variant
+from cuconv.arrays import Array, DType, Types, is_half
+from cuconv.geometry import Block, Range, Ranges, Tile, WindowGeometry
+from cuconv.memory import Buffer
+
+_THREADS = 256
+
+
+class CudaLeaves:
+    """See `cuconv.leaves.Leaves`."""
+
+    xp = cupy
+    # Large enough to fill a GPU, small beside its memory; not yet measured on one.
+    block_bytes = 64 * 2**20
+    default_memory_limit = 256 * 2**20
+    overhead_bytes = 0
+    # cuBLAS takes its leading dimensions as 32-bit integers.
+    largest_step = 2**31 - 1
+    needs_partial = False
+
+    def device_of(self, array: Array) -> AbstractContextManager[object]:
+        device: AbstractContextManager[object] = array.device
+        return device
+
+    def workers(self) -> int:
+        return 1
+
+    def operand_type(self, types: Types) -> DType:
+        return types.operand if is_half(types.operand) else types.accumulate
+
+    def can_store(self, types: Types, dtype: DType) -> bool:
+        return dtype in (types.accumulate, self.operand_type(types))
+
+    def gather_buffers(
+        self, geometry: WindowGeometry, tile: Tile, source: DType, operand: DType
+    ) -> tuple[Buffer, ...]:
+        if source == operand:
+            return ()
+        cells = tile.positions * geometry.channels * geometry.taps
+        return (Buffer("uncast", cells, source),)
+
+    def gather(
+        self,
+        x: Array,
+        columns: Array,
+        geometry: WindowGeometry,
+        block: Block,
+        buffers: dict[str, Array],
+    ) -> None:
+        uncast = _like(buffers["uncast"], columns) if "uncast" in buffers else columns
+        firsts = tuple(
+            axis.first(start)
+            for axis, (start, _) in zip(geometry.axes, block.output, strict=True)
+        )
+        packed = pack(x, uncast, geometry.axes, firsts, over_output=True)
+        variant = copy_variant(x.dtype.itemsize, geometry.rank, wide=packed.wide)
+        _launch(variant, packed, x, uncast)
+        if uncast is not columns:
+            cupy.copyto(columns, uncast)
+
+    def scatter(
+        self,
+        columns: Array,
+        target: Array,
+        geometry: WindowGeometry,
+        block: Block,
+        cells: Ranges,
+        *,
+        add: bool,
+        deterministic: bool,
+    ) -> None:
+        atomic = not deterministic and has_atomics(columns.dtype)
+        if atomic and not add:
+            target[...] = 0
+        if add and not atomic:
+            # Only cells under these windows change; the others keep their sums.
+            under = tuple(map(_common, cells, block.window))
+            target = target[(..., *map(_within, under, cells))]
+            cells = under
+        if target.size == 0:
+            return
+        firsts = tuple(
+            axis.first(output[0]) - span[0]
+            for axis, output, span in zip(geometry.axes, block.output, cells, strict=True)
+        )
+        packed = pack(target, columns, geometry.axes, firsts, over_output=atomic)
+        name = "col2im_scatter" if atomic else "col2im_gather"
+        variant = sum_variant(name, columns.dtype, geometry.rank, wide=packed.wide)
+        arguments = () if atomic else (np.int32(add),)
+        _launch(variant, packed, columns, target, *arguments)
+
+    def gemm(
+        self,
+        a: Array,
+        b: Array,
+        out: Array,
+        *,
+        bias: Array | None = None,
+        add: bool = False,
+        partial: Array | None = None,
+        fast: bool = False,
+    ) -> None:
+        del partial
+        if bias is not None:
+            # The bias goes first and the product is added: one rounding, not two.
+            out[...] = bias
+        gemm(a, b, out, add=add or bias is not None, fast=fast)
+
+    def copy(self, source: Array, target: Array) -> None:
+        cupy.copyto(target, source, casting="unsafe")
+
+    def parallel(self, body: Callable[[int], None], workers: int) -> None:
+        del workers
+        body(0)
+
+
+def _launch(variant: Variant, packed: Launch, source: Array, target: Array, *more: Any) -> None:
+    blocks = -(-min(packed.items, MOST_THREADS) // _THREADS)
+    arguments = (source, target, packed.geometry, *more)
+    kernel(variant)((blocks,), (_THREADS,), arguments)
+
+
+def _like(flat: Array, columns: Array) -> Array:
+    """The flat buffer, stored in the same order as the columns."""
+    ratio = flat.dtype.itemsize, columns.dtype.itemsize
+    strides = tuple(s // ratio[1] * ratio[0] for s in columns.strides)
+    return cupy.lib.stride_tricks.as_strided(flat, columns.shape, strides)
+
+
+def _common(a: Range, b: Range) -> Range:
+    start = max(a[0], b[0])
+    return start, max(start, min(a[1], b[1]))
+
+
+def _within(part: Range, whole: Range) -> slice:
+    return slice(part[0] - whole[0], part[1] - whole[0])

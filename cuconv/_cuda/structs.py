@@ -1,0 +1,127 @@
+"""The structs of ``index.cuh`` and ``matmul.cu``, packed on the host.
+
+A kernel takes its geometry as one value: a NumPy array of one structured item, which
+CuPy passes by value.  ``GEOMETRY_BYTES`` lets the compiler check that both sides agree.
+"""
+
+import math
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from cuconv.arrays import Array, DType
+from cuconv.geometry import Axis
+
+# Threads of a launch at most: the grid stride must not carry an index past 2^31.
+MOST_THREADS = 2**24
+
+_MATRIX = np.dtype([(name, "i8") for name in ("image", "group", "row", "column")])
+PRODUCT = np.dtype(
+    [(name, "i8") for name in ("groups", "rows", "columns", "inner", "tiles", "add")]
+    + [(name, _MATRIX) for name in ("a", "b", "out")]
+)
+
+
+@lru_cache(maxsize=64)
+def GEOMETRY(rank: int, *, wide: bool) -> DType:  # noqa: N802 - names the C struct
+    """The type of ``struct Geometry``."""
+    index = "i8" if wide else "i4"
+    divisor = np.dtype(
+        [("value", index), ("multiplier", "u4"), ("shift", "u4")], align=True
+    )
+    lengths = ("size", "out", "kernel", "stride", "dilation", "first")
+    steps = ("x_step", "tap_step", "out_step")
+    axis = np.dtype(
+        [(name, index) for name in (*lengths, *steps)]
+        + [(name, divisor) for name in ("by_size", "by_out", "by_stride")],
+        align=True,
+    )
+    heads = ("images", "groups", "channels")
+    x_steps = ("x_image", "x_group", "x_channel")
+    c_steps = ("c_image", "c_group", "c_channel")
+    return np.dtype(
+        [(name, index) for name in (*heads, *x_steps, *c_steps, "items", "fastest")]
+        + [("by_groups", divisor), ("by_channels", divisor), ("axis", axis, (rank,))],
+        align=True,
+    )
+
+
+class Launch(NamedTuple):
+    """What a kernel between x and its columns is launched with."""
+
+    geometry: Array
+    items: int
+    wide: bool
+
+
+def divisor(value: int) -> tuple[int, int, int]:
+    """A divisor with its multiplier and shift; see ``struct Divisor``."""
+    shift = max((value - 1).bit_length() - 1, 0)
+    if not 1 < value < 2**31:
+        return value, 0, 0
+    return value, -(-(2 ** (32 + shift)) // value), shift
+
+
+def steps_of(array: Array) -> tuple[int, ...]:
+    """Strides in elements."""
+    size = array.dtype.itemsize
+    if any(stride % size for stride in array.strides):
+        raise ValueError(
+            f"strides {array.strides} are not multiples of the item size {size}"
+        )
+    return tuple(stride // size for stride in array.strides)
+
+
+def pack(
+    x: Array,
+    columns: Array,
+    axes: tuple[Axis, ...],
+    firsts: tuple[int, ...],
+    *,
+    over_output: bool,
+) -> Launch:
+    """Pack the geometry of x (N, G, C, *cells) and columns (N, G, C, *kernel, *out).
+
+    ``firsts`` is, along each axis, the cell of ``x`` under tap 0 of the first output
+    of ``columns``.  One item per channel and output position, or per cell of x.
+    """
+    rank = len(axes)
+    cells, out = x.shape[3:], columns.shape[3 + rank :]
+    x_steps, c_steps = steps_of(x), steps_of(columns)
+    items = math.prod((*x.shape[:3], *(out if over_output else cells)))
+    wide = items + MOST_THREADS >= 2**31 or _reach(x, columns, axes, firsts) >= 2**31
+    fastest = abs(c_steps[2]) < abs(c_steps[-1]) if over_output else (
+        abs(x_steps[2]) < abs(x_steps[-1])
+    )
+    packed_axes = [
+        (
+            *(cells[i], out[i], axis.kernel, axis.stride, axis.dilation, firsts[i]),
+            *(x_steps[3 + i], c_steps[3 + i], c_steps[3 + rank + i]),
+            *(divisor(cells[i]), divisor(out[i]), divisor(axis.stride)),
+        )
+        for i, axis in enumerate(axes)
+    ]
+    head = (*x.shape[:3], *x_steps[:3], *c_steps[:3], items, int(fastest))
+    by = divisor(x.shape[1]), divisor(x.shape[2])
+    value: Any = (*head, *by, packed_axes)
+    return Launch(np.array([value], dtype=GEOMETRY(rank, wide=wide)), items, wide)
+
+
+def _reach(
+    x: Array, columns: Array, axes: tuple[Axis, ...], firsts: tuple[int, ...]
+) -> int:
+    """The largest number that a kernel computes on the way to an address."""
+    rank = len(axes)
+    x_steps, c_steps = steps_of(x), steps_of(columns)
+    out = columns.shape[3 + rank :]
+    spans = [
+        # Coordinates run through the padding, on either side of the cells.
+        max(abs(first), abs(first) + outs * axis.stride + axis.extent, size)
+        for axis, first, outs, size in zip(axes, firsts, out, x.shape[3:], strict=True)
+    ]
+    x_sizes = (*x.shape[:3], *spans)
+    return max(
+        sum(n * max(abs(s), 1) for n, s in zip(x_sizes, x_steps, strict=True)),
+        sum(n * max(abs(s), 1) for n, s in zip(columns.shape, c_steps, strict=True)),
+    )

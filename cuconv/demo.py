@@ -1,0 +1,488 @@
+"""The main job on a real photograph: filters, a small network, and what they cost.
+
+The photograph goes through a bank of filters and a stack of convolutions, forward and
+backward, every call under one memory limit.  Each call is timed, its memory measured,
+and its result compared with loops in float64.  Needs the extra ``demo``.
+"""
+
+import tracemalloc
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from time import perf_counter
+from typing import Any, NamedTuple
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from PIL import Image, ImageOps, UnidentifiedImageError
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+from sklearn.datasets import load_sample_image  # type: ignore[import-untyped]
+
+from cuconv.arrays import Array
+from cuconv.conv import _Options, _prepare, conv, conv_input_grad, conv_weight_grad
+from cuconv.geometry import Block, ConvGeometry
+from cuconv.layers import Conv2d
+from cuconv.leaves import default_array_module
+from cuconv.memory import parse_memory_limit
+from cuconv.plan import Plan
+from cuconv.testing import conv_reference, relative_error
+
+# Photographs are scaled down to this many cells on the longer side.
+LARGEST_SIDE = 1280
+# Rounding alone: sums of at most a thousand float32 products, relative to their norm.
+TOLERANCE = 1e-5
+REPEATS = 3
+CALLS = {"forward": "y", "input_grad": "dx", "weight_grad": "dw"}
+
+
+class DemoError(Exception):
+    """Something the user can mend: the message says what."""
+
+
+class Check(NamedTuple):
+    """A number that must not pass a bound."""
+
+    name: str
+    value: float
+    bound: float
+
+    @property
+    def passed(self) -> bool:
+        # NaN compares false, and so fails.
+        return self.value <= self.bound
+
+
+@dataclass(frozen=True)
+class StageResult:
+    """What one convolution of the demo did and took."""
+
+    name: str
+    shape: tuple[int, ...]
+    plan: Plan
+    milliseconds: float
+    peak_bytes: int
+
+    @property
+    def blocks(self) -> int:
+        """How many blocks the work was cut into."""
+        return self.plan.problem.geometry.count_blocks(self.plan.cut.tile)
+
+    @property
+    def whole_bytes(self) -> int:
+        """What the column matrix would have taken in one piece."""
+        problem = self.plan.problem
+        return problem.geometry.column_bytes(problem.operand.itemsize)
+
+
+@dataclass
+class Recorder:
+    """Runs convolutions under the limit, and writes down and checks each of them."""
+
+    xp: Any
+    limit: int
+    advance: Callable[[str], None]
+    results: list[StageResult] = field(default_factory=list)
+    checks: list[Check] = field(default_factory=list)
+
+    def forward(
+        self, name: str, x: Array, w: Array, bias: Array | None = None, **options: Any
+    ) -> Array:
+        arrays = {"x": x, "w": w} | ({} if bias is None else {"bias": bias})
+        geometry = ConvGeometry.of_weights(x.shape, w.shape, **options)
+        limited = {**options, "memory_limit": self.limit}
+        plan = _plan("forward", geometry, arrays, limited)
+        y = self._run(name, plan, lambda: conv(x, w, bias, **limited))
+        for place, block in _crops(geometry):
+            error = _crop_error(block, arrays, y, options)
+            self.checks.append(Check(f"{name}: {place} crop", error, TOLERANCE))
+        return y
+
+    def backward(
+        self, name: str, dy: Array, x: Array, w: Array, **options: Any
+    ) -> tuple[Array, Array]:
+        """The gradients for x and w."""
+        geometry = ConvGeometry.of_weights(x.shape, w.shape, **options)
+        limited = {**options, "memory_limit": self.limit}
+        plan = _plan("input_grad", geometry, {"dy": dy, "w": w}, limited)
+        dx = self._run(
+            name,
+            plan,
+            lambda: conv_input_grad(dy, w, x.shape, **limited),
+        )
+        plan = _plan("weight_grad", geometry, {"dy": dy, "x": x}, limited)
+        dw = self._run(
+            name,
+            plan,
+            lambda: conv_weight_grad(dy, x, w.shape, **limited),
+        )
+        error = _adjoint_error(dx, x, dw, w)
+        self.checks.append(Check(f"{name}: ⟨x, dx⟩ = ⟨w, dw⟩", error, TOLERANCE))
+        return dx, dw
+
+    def _run(self, name: str, plan: Plan, call: Callable[[], Array]) -> Array:
+        self.advance(f"{name} {CALLS[plan.problem.op]}")
+        result, peak = measured_peak(self.xp, call)
+        milliseconds = min(_milliseconds(self.xp, call) for _ in range(REPEATS))
+        self.results.append(StageResult(name, result.shape, plan, milliseconds, peak))
+        self.checks.append(Check(f"{name}: extra memory", peak, self.limit))
+        return result
+
+
+def _plan(
+    op: str, geometry: ConvGeometry, arrays: dict[str, Array], options: dict[str, Any]
+) -> Plan:
+    return _prepare(op, geometry, arrays, None, _Options(**options)).plan
+
+
+def _milliseconds(xp: Any, call: Callable[[], Array]) -> float:
+    start = perf_counter()
+    call()
+    if xp is not np:
+        xp.cuda.get_current_stream().synchronize()
+    return (perf_counter() - start) * 1e3
+
+
+def measured_peak(xp: Any, call: Callable[[], Array]) -> tuple[Array, int]:
+    """Run a call; measure the most memory that it held beyond its result.
+
+    Returns
+    -------
+    tuple
+        The result, and bytes: as `tracemalloc` counts them on the host, as CuPy's
+        memory pool hands them out on a device.
+    """
+    call()  # what only a first call takes, compiled kernels say, is no workspace
+    if xp is np:
+        tracemalloc.start()
+        try:
+            before, _ = tracemalloc.get_traced_memory()
+            result = call()
+            _, highest = tracemalloc.get_traced_memory()
+        finally:
+            tracemalloc.stop()
+        return result, highest - before - result.nbytes
+    with _pool_hook(xp) as pool:
+        result = call()
+    return result, pool.highest - result.data.mem.size
+
+
+def _pool_hook(xp: Any) -> Any:
+    """Count the bytes that CuPy's memory pool hands out and takes back."""
+
+    class PeakHook(xp.cuda.MemoryHook):  # type: ignore[misc]
+        name = "cuconv demo"
+        held = 0
+        highest = 0
+
+        def malloc_postprocess(self, **block: Any) -> None:
+            self.held += block["mem_size"]
+            self.highest = max(self.highest, self.held)
+
+        def free_postprocess(self, **block: Any) -> None:
+            self.held -= block["mem_size"]
+
+    return PeakHook()
+
+
+def _crops(geometry: ConvGeometry, side: int = 8) -> list[tuple[str, Block]]:
+    """Two small blocks of the output: in the corner, where padding is, and amid it."""
+    corner = tuple((0, min(side, n)) for n in geometry.out)
+    centre = tuple((n // 2, min(n // 2 + side, n)) for n in geometry.out)
+    return [
+        (name, geometry.block((0, 1), cells))
+        for name, cells in (("corner", corner), ("centre", centre))
+    ]
+
+
+def _crop_error(
+    block: Block, arrays: dict[str, Array], y: Array, options: dict[str, Any]
+) -> float:
+    """How far a block of y is from the float64 loops over the input it needs."""
+    x = arrays["x"][
+        (slice(*block.images), ..., *(slice(*span) for span in block.window))
+    ]
+    expected = conv_reference(
+        x,
+        arrays["w"],
+        arrays.get("bias"),
+        **{**options, "padding": block.padding},
+    )
+    found = y[(slice(*block.images), ..., *(slice(*span) for span in block.output))]
+    return relative_error(found, expected)
+
+
+def _adjoint_error(dx: Array, x: Array, dw: Array, w: Array) -> float:
+    """Both gradients, summed against what they belong to, give ⟨dy, conv(x, w)⟩."""
+    left, right = _inner(dx, x), _inner(dw, w)
+    scale = _inner(dx, dx) * _inner(x, x)
+    return abs(left - right) / np.sqrt(scale) if scale else abs(left - right)
+
+
+def _inner(a: Array, b: Array) -> float:
+    return float((a.astype(np.float64) * b.astype(np.float64)).sum())
+
+
+def filter_bank() -> dict[str, Array]:
+    """The filters for brightness, by name, each 7×7."""
+    y, x = np.mgrid[-3:4, -3:4].astype(np.float64)
+    blob = _gaussian(1.0)
+    laplacian = blob * (x**2 + y**2 - 2)
+    angles = {"Gabor 0°": 0, "Gabor 45°": 45, "Gabor 90°": 90, "Gabor 135°": 135}
+    return {
+        "Sobel x": _centred([[-1, 0, 1], [-2, 0, 2], [-1, 0, 1]]),
+        "Sobel y": _centred([[-1, -2, -1], [0, 0, 0], [1, 2, 1]]),
+        "Laplacian": laplacian - laplacian.mean(),
+        "Emboss": _centred([[-2, -1, 0], [-1, 1, 1], [0, 1, 2]]),
+        **{name: _gabor(np.deg2rad(angle)) for name, angle in angles.items()},
+    }
+
+
+def _centred(kernel: list[list[int]]) -> Array:
+    return np.pad(np.array(kernel, dtype=np.float64), 2)
+
+
+def _gaussian(deviation: float) -> Array:
+    y, x = np.mgrid[-3:4, -3:4]
+    blob = np.exp(-(x**2 + y**2) / (2 * deviation**2))
+    return blob / blob.sum()
+
+
+def _gabor(angle: float, wavelength: float = 4.0) -> Array:
+    """A wave under a blob, after D. Gabor, "Theory of communication", 1946."""
+    y, x = np.mgrid[-3:4, -3:4]
+    across = x * np.cos(angle) + y * np.sin(angle)
+    wave = _gaussian(1.8) * np.cos(2 * np.pi * across / wavelength)
+    return wave - _gaussian(1.8) * wave.sum()
+
+
+def filter_photo(recorder: Recorder, photo: Array) -> dict[str, Array]:
+    """The photograph, (1, 3, H, W), through every filter: responses by name."""
+    xp = recorder.xp
+
+    def weights(kernels: list[Array]) -> Array:
+        return xp.asarray(np.stack(kernels)[:, None].astype(np.float32))
+
+    shares = xp.asarray([0.2126, 0.7152, 0.0722], dtype=np.float32)
+    bright = recorder.forward("brightness", photo, shares.reshape(1, 3, 1, 1))
+    sharp = 2.5 * _centred([[0, 0, 0], [0, 1, 0], [0, 0, 0]]) - 1.5 * _gaussian(1.2)
+    # Each colour has both filters: the result is red blurred, red sharpened, green …
+    pairs = weights([_gaussian(2.0), sharp] * 3)
+    both = recorder.forward("blur, sharpen", photo, pairs, padding="same", groups=3)
+    bank = filter_bank()
+    each = recorder.forward("filter bank", bright, weights([*bank.values()]), padding=3)
+    edges = xp.hypot(each[0, 0], each[0, 1])
+    return {
+        "Blurred": both[0, 0::2],
+        "Sharpened": both[0, 1::2],
+        "Edges": edges,
+        **dict(zip(bank, each[0], strict=True)),
+    }
+
+
+class StackLayer(NamedTuple):
+    """One convolution of the small network: channels, taps, options, then ReLU."""
+
+    name: str
+    channels: tuple[int, int]
+    taps: int
+    options: dict[str, Any]
+
+
+STACK = (
+    StackLayer("3×3, stride 2", (3, 16), 3, {"stride": 2, "padding": 1}),
+    StackLayer(
+        "depthwise 5×5",
+        (16, 16),
+        5,
+        {"groups": 16, "padding": "same", "dilation": 2},
+    ),
+    StackLayer("pointwise", (16, 32), 1, {}),
+    StackLayer("grouped 3×3", (32, 32), 3, {"stride": 2, "padding": 1, "groups": 4}),
+)
+
+
+def run_stack(recorder: Recorder, photo: Array) -> tuple[Array, Array]:
+    """Forward, and backward from ½ Σ y²: the responses, and the photo's gradient."""
+    rng, x = np.random.default_rng(0), photo - photo.mean()
+    tape = []
+    for layer in STACK:
+        held = Conv2d(
+            *layer.channels, layer.taps, xp=recorder.xp, rng=rng, **layer.options
+        )
+        weight, bias = held.parameters.values()
+        y = recorder.forward(layer.name, x, weight, bias, **layer.options)
+        tape.append((layer, x, weight, y > 0))
+        x = recorder.xp.maximum(y, 0)
+    dy = x
+    for layer, before, weight, active in reversed(tape):
+        dy, _ = recorder.backward(
+            layer.name, dy * active, before, weight, **layer.options
+        )
+    return x, dy
+
+
+def load_photo(path: Path | None) -> Array:
+    """A photograph as (1, 3, H, W), float32 from 0 to 1.
+
+    Raises
+    ------
+    DemoError
+        If there is no picture in the file.
+    """
+    if path is None:
+        pixels = load_sample_image("china.jpg")
+    else:
+        try:
+            with Image.open(path) as image:
+                upright = ImageOps.exif_transpose(image).convert("RGB")
+        except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
+            raise DemoError(f"{path} cannot be read as a picture: {error}") from error
+        upright.thumbnail((LARGEST_SIDE, LARGEST_SIDE))
+        pixels = np.asarray(upright)
+    planes = np.moveaxis(pixels, -1, 0)[None]
+    return np.ascontiguousarray(planes, dtype=np.float32) / np.float32(255)
+
+
+def choose_module(device: str) -> Any:
+    """The array module for ``"auto"``, ``"cpu"`` or ``"cuda"``."""
+    if device == "cpu":
+        return np
+    xp = default_array_module()
+    if device == "cuda" and xp is np:
+        raise DemoError("no CUDA device works; `python -m cuconv info` says why")
+    return xp
+
+
+def results_table(recorder: Recorder) -> Table:
+    """A row for every convolution."""
+    title = f"every call under {recorder.limit / 2**10:.0f} KiB"
+    table = Table(title=title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for heading in ("stage", "call", "result", "strategy"):
+        table.add_column(heading, no_wrap=True)
+    for heading in ("blocks", "ms", "extra KiB", "whole KiB"):
+        table.add_column(heading, justify="right")
+    for result in recorder.results:
+        table.add_row(
+            result.name,
+            CALLS[result.plan.problem.op],
+            "×".join(map(str, result.shape)),
+            result.plan.strategy,
+            str(result.blocks),
+            f"{result.milliseconds:.1f}",
+            f"{result.peak_bytes / 2**10:.0f}",
+            f"{result.whole_bytes / 2**10:.0f}",
+        )
+    table.caption = "whole: the column matrix in one piece, which was never built"
+    return table
+
+
+def print_checks(console: Console, checks: list[Check]) -> None:
+    """Every check that failed, and how many there were."""
+    failed = [check for check in checks if not check.passed]
+    for check in failed:
+        console.print(f"[red]failed[/] {check.name}: {check.value:g} > {check.bound:g}")
+    worst = max(c.value for c in checks if c.bound == TOLERANCE)
+    colour = "red" if failed else "green"
+    console.print(
+        f"[{colour}]{len(checks) - len(failed)} of {len(checks)} checks passed[/]; "
+        f"largest error against float64: {worst:.1e} (allowed {TOLERANCE:.0e})"
+    )
+
+
+def draw_panel(
+    photo: Array, responses: dict[str, Array], deep: Array, gradient: Array
+) -> Figure:
+    """All responses in one picture; arrays on the host."""
+    strongest = np.argsort(deep[0].std(axis=(1, 2)))[::-1][:3]
+    pictures = {"Photograph": photo[0], **responses}
+    pictures |= {f"Network, channel {i}": deep[0, i] for i in sorted(strongest)}
+    pictures["Gradient for the photograph"] = np.abs(gradient[0]).max(axis=0)
+    figure = Figure(figsize=(16, 11.4), layout="constrained", facecolor="white")
+    for axes, (name, picture) in zip(
+        figure.subplots(4, 4).flat, pictures.items(), strict=True
+    ):
+        axes.set_title(name, fontsize=12)
+        axes.set_axis_off()
+        if picture.ndim == 3:
+            axes.imshow(np.moveaxis(picture, 0, -1).clip(0, 1))
+        elif name == "Emboss":
+            axes.imshow(_within(picture), cmap="gray", vmin=0, vmax=1)
+        else:
+            _draw_response(axes, _within(picture))
+    return figure
+
+
+def _within(picture: Array) -> Array:
+    # Zeros were read beyond the edge: what they make there would outshine the rest.
+    return picture[3:-3, 3:-3] if min(picture.shape) > 12 else picture
+
+
+def _draw_response(axes: Axes, picture: Array) -> None:
+    """Signed numbers around white, or magnitudes on black."""
+    top = float(np.percentile(np.abs(picture), 99)) or 1.0
+    if picture.min() < 0:
+        axes.imshow(picture, cmap="RdBu_r", vmin=-top, vmax=top)
+    else:
+        axes.imshow(picture, cmap="magma", vmin=0, vmax=top)
+
+
+def run_demo(
+    photo: Path | None, *, memory_limit: int | str, device: str, output: Path
+) -> bool:
+    """Run everything, print the table, save the panel.
+
+    Parameters
+    ----------
+    photo
+        A picture file; by default one that scikit-learn ships.
+    memory_limit
+        For each convolution, as for `cuconv.conv`.
+    device
+        ``"auto"``, ``"cpu"`` or ``"cuda"``.
+    output
+        Where the panel goes, a PNG file.
+
+    Returns
+    -------
+    bool
+        Whether every check passed.
+
+    Raises
+    ------
+    DemoError
+        If there is no such picture, device or folder.
+    MemoryLimitError
+        If a convolution does not fit under the limit.
+    """
+    if not output.parent.is_dir():
+        raise DemoError(f"there is no folder {output.parent} to write {output.name} to")
+    xp, limit = choose_module(device), parse_memory_limit(memory_limit)
+    picture = load_photo(photo)
+    console = Console()
+    console.print(f"{photo or 'china.jpg of scikit-learn'}, {xp.__name__}")
+    # Nothing but the convolutions may allocate while they are measured: no refreshing
+    # from another thread.
+    with Progress(console=console, auto_refresh=False, transient=True) as progress:
+        task = progress.add_task("", total=3 + 3 * len(STACK))
+
+        def advance(name: str) -> None:
+            progress.update(task, description=name, advance=1, refresh=True)
+
+        recorder = Recorder(xp, limit, advance)
+        responses = filter_photo(recorder, xp.asarray(picture))
+        deep, gradient = run_stack(recorder, xp.asarray(picture))
+    console.print(results_table(recorder))
+    print_checks(console, recorder.checks)
+    hosted = {name: _on_host(xp, response) for name, response in responses.items()}
+    panel = draw_panel(picture, hosted, _on_host(xp, deep), _on_host(xp, gradient))
+    panel.savefig(output, dpi=100)
+    console.print(f"responses drawn in {output}")
+    return all(check.passed for check in recorder.checks)
+
+
+def _on_host(xp: Any, array: Array) -> Array:
+    return array if xp is np else xp.asnumpy(array)

@@ -1,0 +1,605 @@
+"""Slow, independent answers to check convolutions against, and the checks.
+
+The references are scalar loops over Python numbers and share no line with the library:
+they count windows where the library computes with a formula.  They take NumPy and CuPy
+arrays and answer in NumPy: complex128 where anything is complex, int64 where everything
+is an integer (exact, wrapped modulo 2^64 as NumPy's are), else float64.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import count
+from typing import Any, NamedTuple, TypeAlias
+
+import numpy as np
+
+from cuconv.arrays import Array, DType, array_module
+
+Host: TypeAlias = "np.ndarray[Any, np.dtype[Any]]"
+Index: TypeAlias = tuple[int, ...]
+Sizes: TypeAlias = int | Sequence[int]
+Padding: TypeAlias = int | str | Sequence[int | Sequence[int]]
+
+
+def conv_reference(
+    x: Array,
+    w: Array,
+    bias: Array | None = None,
+    *,
+    stride: Sizes = 1,
+    padding: Padding = 0,
+    dilation: Sizes = 1,
+    groups: int = 1,
+    layout: str = "channels_first",
+) -> Host:
+    """Convolve as `cuconv.conv` does, by seven loops over scalars.
+
+    Parameters
+    ----------
+    x
+        Input, (N, C, *spatial), or (C, *spatial).
+    w
+        Filters, (K, C / groups, *kernel).
+    bias
+        (K,).
+    stride, padding, dilation, groups, layout
+        As for `cuconv.conv`.
+
+    Returns
+    -------
+    numpy.ndarray
+        (N, K, *out), in complex128, int64 or float64.
+
+    Raises
+    ------
+    ValueError
+        If the channels do not match.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from cuconv.testing import conv_reference
+    >>> conv_reference(np.arange(6).reshape(1, 1, 6), np.array([[[-1, 0, 1]]]))
+    array([[[2, 2, 2, 2]]])
+    """
+    dtype, (inputs, weights, *offset) = _as_numbers(x, w, bias)
+    view = _View(layout, batched=x.ndim == w.ndim)
+    images, filters = view.of_images(inputs), view.of_filters(weights)
+    loops = _Loops.of(images.shape, filters.shape, stride, padding, dilation, groups)
+    y = np.zeros(loops.y_shape, dtype=object)
+    for each in offset:
+        y += each.reshape(-1, *(1,) * len(loops.out))
+    for at_y, at_w, at_x in loops:
+        y[at_y] += images[at_x] * filters[at_w]
+    return _settled(view.back(y), dtype)
+
+
+def conv_input_grad_reference(
+    dy: Array,
+    w: Array,
+    x_shape: Sequence[int],
+    *,
+    stride: Sizes = 1,
+    padding: Padding = 0,
+    dilation: Sizes = 1,
+    groups: int = 1,
+    layout: str = "channels_first",
+) -> Host:
+    """The gradient of a convolution for its input, by loops over scalars.
+
+    Parameters
+    ----------
+    dy
+        Gradient for the output, (N, K, *out).
+    w
+        Filters, (K, C / groups, *kernel); conjugated where complex, as in PyTorch.
+    x_shape
+        Shape of the input.
+    stride, padding, dilation, groups, layout
+        As for `cuconv.conv`.
+
+    Returns
+    -------
+    numpy.ndarray
+        Of shape ``x_shape``, in complex128, int64 or float64.
+
+    Raises
+    ------
+    ValueError
+        If the channels do not match, or ``dy`` has not the shape of the output.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from cuconv.testing import conv_input_grad_reference
+    >>> dy, w = np.ones((1, 1, 3)), np.ones((1, 1, 2))
+    >>> conv_input_grad_reference(dy, w, (1, 1, 4))
+    array([[[1., 2., 2., 1.]]])
+    """
+    dtype, (gradient, weights) = _as_numbers(dy, w)
+    view = _View(layout, batched=len(x_shape) == w.ndim)
+    dx = np.zeros(x_shape, dtype=object)
+    cells, filters = view.of_images(dx), view.of_filters(weights)
+    loops = _Loops.of(cells.shape, filters.shape, stride, padding, dilation, groups)
+    outputs = loops.checked(view.of_images(gradient))
+    for at_y, at_w, at_x in loops:
+        cells[at_x] += outputs[at_y] * filters[at_w].conjugate()
+    return _settled(dx, dtype)
+
+
+def conv_weight_grad_reference(
+    dy: Array,
+    x: Array,
+    w_shape: Sequence[int],
+    *,
+    stride: Sizes = 1,
+    padding: Padding = 0,
+    dilation: Sizes = 1,
+    groups: int = 1,
+    layout: str = "channels_first",
+) -> Host:
+    """The gradient of a convolution for its weights, by loops over scalars.
+
+    Parameters
+    ----------
+    dy
+        Gradient for the output, (N, K, *out).
+    x
+        Input, (N, C, *spatial); conjugated where complex, as in PyTorch.
+    w_shape
+        Shape of the weights, (K, C / groups, *kernel).
+    stride, padding, dilation, groups, layout
+        As for `cuconv.conv`.
+
+    Returns
+    -------
+    numpy.ndarray
+        Of shape ``w_shape``, in complex128, int64 or float64.
+
+    Raises
+    ------
+    ValueError
+        If the channels do not match, or ``dy`` has not the shape of the output.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from cuconv.testing import conv_weight_grad_reference
+    >>> dy, x = np.ones((1, 1, 3)), np.arange(4.0).reshape(1, 1, 4)
+    >>> conv_weight_grad_reference(dy, x, (1, 1, 2))
+    array([[[3., 6.]]])
+    """
+    dtype, (gradient, inputs) = _as_numbers(dy, x)
+    view = _View(layout, batched=x.ndim == len(w_shape))
+    dw = np.zeros(tuple(w_shape), dtype=object)
+    images, weights = view.of_images(inputs), view.of_filters(dw)
+    loops = _Loops.of(images.shape, weights.shape, stride, padding, dilation, groups)
+    outputs = loops.checked(view.of_images(gradient))
+    for at_y, at_w, at_x in loops:
+        weights[at_w] += outputs[at_y] * images[at_x].conjugate()
+    return _settled(dw, dtype)
+
+
+class _View(NamedTuple):
+    """Any layout seen as (N, channels, *spatial) and (K, C / groups, *kernel)."""
+
+    layout: str
+    batched: bool
+
+    @property
+    def _channels_last(self) -> bool:
+        return self.layout == "channels_last" or self.layout.endswith("C")
+
+    def of_images(self, array: Host) -> Host:
+        array = array if self.batched else array[np.newaxis]
+        return np.moveaxis(array, -1, 1) if self._channels_last else array
+
+    def of_filters(self, array: Host) -> Host:
+        return np.moveaxis(array, (-1, -2), (0, 1)) if self._channels_last else array
+
+    def back(self, array: Host) -> Host:
+        array = np.moveaxis(array, 1, -1) if self._channels_last else array
+        return array if self.batched else array[0]
+
+
+@dataclass(frozen=True)
+class _Loops:
+    """Who meets whom: iterating gives the indices of y, w and x of every product."""
+
+    x_shape: Index
+    w_shape: Index
+    out: Index
+    stride: Index
+    before: Index
+    dilation: Index
+    groups: int
+
+    @classmethod
+    def of(
+        cls,
+        x_shape: Index,
+        w_shape: Index,
+        stride: Sizes,
+        padding: Padding,
+        dilation: Sizes,
+        groups: int,
+    ) -> "_Loops":
+        if x_shape[1] != w_shape[1] * groups or w_shape[0] % groups:
+            raise ValueError(
+                f"x {x_shape}, w {w_shape} and groups {groups} do not match"
+            )
+        rank = len(w_shape) - 2
+        strides, dilations = _each(stride, rank), _each(dilation, rank)
+        spans = [d * (k - 1) + 1 for d, k in zip(dilations, w_shape[2:], strict=True)]
+        axes = list(zip(x_shape[2:], spans, strides, strict=True))
+        if isinstance(padding, str):
+            pads = [_word_pads(padding, *axis) for axis in axes]
+        else:
+            pads = [
+                (p, p) if isinstance(p, int) else tuple(p) for p in _each(padding, rank)
+            ]
+        out = tuple(
+            len(_starts(size + sum(pad), span, step))
+            for (size, span, step), pad in zip(axes, pads, strict=True)
+        )
+        before = tuple(pad[0] for pad in pads)
+        return cls(x_shape, w_shape, out, strides, before, dilations, groups)
+
+    @property
+    def y_shape(self) -> Index:
+        return (self.x_shape[0], self.w_shape[0], *self.out)
+
+    def checked(self, y: Host) -> Host:
+        if y.shape != self.y_shape:
+            raise ValueError(f"dy is {y.shape} and the output {self.y_shape}")
+        return y
+
+    def __iter__(self) -> Iterator[tuple[Index, Index, Index]]:
+        filters, channels = self.w_shape[:2]
+        meetings = list(self._meetings())
+        for n in range(self.x_shape[0]):
+            for k in range(filters):
+                first = k // (filters // self.groups) * channels
+                for c in range(channels):
+                    for o, t, i in meetings:
+                        yield (n, k, *o), (k, c, *t), (n, first + c, *i)
+
+    def _meetings(self) -> Iterator[tuple[Index, Index, Index]]:
+        """Output cell, tap and the input cell under it, where there is one."""
+        for o in np.ndindex(*self.out):
+            for t in np.ndindex(*self.w_shape[2:]):
+                each = zip(o, self.stride, t, self.dilation, self.before, strict=True)
+                i = tuple(a * s + b * d - before for a, s, b, d, before in each)
+                if all(0 <= j < n for j, n in zip(i, self.x_shape[2:], strict=True)):
+                    yield o, t, i
+
+
+def _each(value: Any, rank: int) -> tuple[Any, ...]:
+    values = (value,) * rank if isinstance(value, int) else tuple(value)
+    if len(values) != rank:
+        raise ValueError(f"{value} are not {rank} values")
+    return values
+
+
+def _starts(size: int, span: int, step: int) -> range:
+    """Where windows of ``span`` cells fit into ``size`` cells."""
+    return range(0, size - span + 1, step)
+
+
+def _word_pads(word: str, size: int, span: int, step: int) -> tuple[int, int]:
+    """The least padding with which as many windows fit as the word asks for."""
+    if word == "valid":
+        return 0, 0
+    wanted = len(range(0, size, step))
+    total = next(p for p in count() if len(_starts(size + p, span, step)) >= wanted)
+    more, less = total - total // 2, total // 2
+    return {"same": (less, more), "same_lower": (more, less)}[word]
+
+
+def _as_numbers(*arrays: Array | None) -> tuple[DType, list[Host]]:
+    """Arrays of Python's numbers, and the type that a sum of their products gets."""
+    hosts = [_on_host(array) for array in arrays if array is not None]
+    kinds = {host.dtype.kind for host in hosts}
+    if "c" in kinds:
+        wide, final = "complex128", "complex128"
+    elif kinds <= set("biu"):
+        # Python's integers have no bound; the result is cut to 64 bits at the end.
+        wide, final = "object", "int64"
+    else:
+        wide, final = "float64", "float64"
+    return np.dtype(final), [host.astype(wide).astype(object) for host in hosts]
+
+
+def _settled(result: Host, dtype: DType) -> Host:
+    """Python's numbers back in one type, integers modulo 2^64."""
+    if dtype.kind == "i":
+        return np.mod(result, 2**64).astype(np.uint64).view(np.int64)
+    return result.astype(dtype, order="C")
+
+
+def _on_host(array: Array) -> Host:
+    if isinstance(array, np.generic):
+        return np.asarray(array)
+    host: Host = array if array_module(array) is np else array.get()
+    return host
+
+
+def numerical_gradient(
+    function: Callable[[Array], Any], array: Array, *, step: float = 2.0**-17
+) -> Array:
+    """The gradient of a scalar function by central differences.
+
+    Parameters
+    ----------
+    function
+        Takes a float64 or complex128 array like ``array``, returns a real number.
+    array
+        Where to differentiate, of any shape; it is not changed.
+    step
+        How far to step to each side.  The default is near the cube root of float64's
+        spacing at 1, where truncation and rounding balance.
+
+    Returns
+    -------
+    array
+        Of the shape and module of ``array``, in float64; for complex arrays in
+        complex128, the derivative along the real axis plus i times the one along the
+        imaginary axis, which is PyTorch's convention.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from cuconv.testing import numerical_gradient
+    >>> numerical_gradient(lambda a: (a**2).sum(), np.array([1.0, -3.0])).round(6)
+    array([ 2., -6.])
+    """
+    xp = array_module(array)
+    is_complex = array.dtype.kind == "c"
+    point = array.astype(np.complex128 if is_complex else np.float64)
+    gradient = xp.zeros(point.shape, dtype=point.dtype)
+    directions = (1.0, 1.0j) if is_complex else (1.0,)
+    for index in np.ndindex(point.shape):
+        here = point[index].item()
+        for direction in directions:
+            point[index] = here + step * direction
+            above = float(function(point))
+            point[index] = here - step * direction
+            below = float(function(point))
+            gradient[index] += direction * (above - below) / (2 * step)
+        point[index] = here
+    return gradient
+
+
+def check_adjoint(
+    forward: Callable[[Array], Array],
+    adjoint: Callable[[Array], Array],
+    x_shape: Sequence[int],
+    y_shape: Sequence[int],
+    *,
+    dtype: Any = np.float64,
+    xp: Any = np,
+    rtol: float = 0.0,
+    seed: int = 0,
+) -> None:
+    """Check that ⟨forward(x), y⟩ = ⟨x, adjoint(y)⟩ for random x and y.
+
+    The arrays hold small integers, so a convolution meets the identity exactly.  Where
+    numbers are complex, ⟨a, b⟩ = Σ a · b̄.
+
+    Parameters
+    ----------
+    forward, adjoint
+        Linear functions from arrays of ``x_shape`` to arrays of ``y_shape``, and back.
+    x_shape, y_shape
+        The two shapes.
+    dtype
+        Type of the arrays that they are given.
+    xp
+        Module of the arrays.
+    rtol
+        Allowed difference, relative to ‖forward(x)‖ · ‖y‖.
+    seed
+        For the random numbers; five pairs (x, y) are tried.
+
+    Raises
+    ------
+    AssertionError
+        If the two sides differ, or a result has the wrong shape; the message has both
+        numbers.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import cuconv
+    >>> from cuconv.testing import check_adjoint
+    >>> w, x_shape = np.ones((2, 3, 2)), (1, 3, 8)
+    >>> check_adjoint(
+    ...     lambda x: cuconv.conv(x, w, stride=3),
+    ...     lambda dy: cuconv.conv_input_grad(dy, w, x_shape, stride=3),
+    ...     x_shape,
+    ...     (1, 2, 3),
+    ... )
+    """
+    rng = np.random.default_rng(seed)
+    for _ in range(5):
+        x = _small_integers(rng, x_shape, dtype)
+        y = _small_integers(rng, y_shape, dtype)
+        ahead = _checked(forward(xp.asarray(x)), y.shape)
+        back = _checked(adjoint(xp.asarray(y)), x.shape)
+        left = complex(np.vdot(_wide(y), ahead))
+        right = complex(np.vdot(back, _wide(x)))
+        size = float(np.linalg.norm(ahead) * np.linalg.norm(_wide(y).ravel()))
+        # Written so that NaN fails.
+        if not abs(left - right) <= rtol * size:
+            raise AssertionError(
+                f"⟨forward(x), y⟩ is {left} and ⟨x, adjoint(y)⟩ is {right}"
+            )
+
+
+def _checked(array: Array, shape: Index) -> Host:
+    """The array, flat, on the host and in a wide type."""
+    host = _on_host(array)
+    _check_shape(host, shape)
+    return _wide(host).ravel()
+
+
+def _small_integers(rng: np.random.Generator, shape: Sequence[int], dtype: Any) -> Host:
+    kind = np.dtype(dtype).kind
+    values = rng.integers(
+        0 if kind in "bu" else -3, 2 if kind == "b" else 4, tuple(shape)
+    )
+    if kind == "c":
+        return (values + 1j * rng.integers(-3, 4, values.shape)).astype(dtype)
+    return values.astype(dtype)
+
+
+def _wide(array: Host) -> Host:
+    return array.astype(np.complex128 if array.dtype.kind == "c" else np.float64)
+
+
+def assert_close(
+    actual: Array,
+    expected: Array,
+    *,
+    rtol: float = 1e-7,
+    atol: float = 0.0,
+    equal_nan: bool = False,
+    dtype: Any = None,
+) -> None:
+    """Check that |actual - expected| <= atol + rtol · |expected| in every element.
+
+    Shapes must be equal: nothing is broadcast.  A NaN is close to nothing, and an
+    infinity to itself alone.
+
+    Parameters
+    ----------
+    actual, expected
+        NumPy or CuPy arrays, also one of each.
+    rtol, atol
+        Relative and absolute tolerance.
+    equal_nan
+        Whether a NaN is close to a NaN.
+    dtype
+        The type that ``actual`` must have, if it matters.
+
+    Raises
+    ------
+    AssertionError
+        Naming the worst index, both numbers, and ‖actual - expected‖ / ‖expected‖.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from cuconv.testing import assert_close
+    >>> assert_close(np.float32([1, 2]), np.array([1.0, 2.0 + 1e-9]))
+    >>> assert_close(np.array([1.0, 2.0]), np.array([1.0, 4.0]))
+    Traceback (most recent call last):
+    AssertionError: 1 of 2 elements differ, most at (1,): actual 2.0, expected 4.0; \
+relative error 0.485
+    """
+    a, b = _comparable(actual, expected, dtype)
+    error = _distance(a, b)
+    with np.errstate(all="ignore"):
+        close = np.isfinite(b) & (error <= atol + rtol * np.abs(_wide(b)))
+    close |= a == b
+    if equal_nan:
+        close |= np.isnan(a) & np.isnan(b)
+    _demand(close, error, a, b)
+
+
+def assert_equal(actual: Array, expected: Array, *, dtype: Any = None) -> None:
+    """Check that two arrays have the same shape and equal elements.
+
+    Parameters
+    ----------
+    actual, expected
+        NumPy or CuPy arrays, also one of each, of any types: numbers are compared.
+    dtype
+        The type that ``actual`` must have, if it matters.
+
+    Raises
+    ------
+    AssertionError
+        As `assert_close` does.  NaN equals nothing.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from cuconv.testing import assert_equal
+    >>> assert_equal(np.float32([1, 2]), np.array([1, 2]))
+    """
+    a, b = _comparable(actual, expected, dtype)
+    _demand(np.equal(a, b), _distance(a, b), a, b)
+
+
+def relative_error(actual: Array, expected: Array) -> float:
+    """‖actual - expected‖ / ‖expected‖ over all elements, NaN if either has one.
+
+    Parameters
+    ----------
+    actual, expected
+        NumPy or CuPy arrays of one shape, also one of each.
+
+    Returns
+    -------
+    float
+        0 where both norms are, infinite where only the expected one is.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from cuconv.testing import relative_error
+    >>> relative_error(np.array([3.0, 4.5]), np.array([3.0, 4.0]))
+    0.1
+    """
+    a, b = _comparable(actual, expected, None)
+    with np.errstate(all="ignore"):
+        error = float(np.linalg.norm((_wide(a) - _wide(b)).ravel()))
+        size = float(np.linalg.norm(_wide(b).ravel()))
+        return error / size if size else error and error * np.inf
+
+
+def _comparable(actual: Array, expected: Array, dtype: Any) -> tuple[Host, Host]:
+    a, b = _on_host(actual), _on_host(expected)
+    _check_shape(a, b.shape)
+    if dtype is not None and a.dtype != np.dtype(dtype):
+        raise AssertionError(f"actual has type {a.dtype}, not {np.dtype(dtype)}")
+    # bfloat16 is no kind that NumPy knows.
+    a, b = (c.astype(np.float64) if c.dtype.kind == "V" else c for c in (a, b))
+    return a, b
+
+
+def _check_shape(actual: Host, shape: Index) -> None:
+    if actual.shape != shape:
+        raise AssertionError(f"actual has shape {actual.shape}, not {shape}")
+
+
+def _distance(a: Host, b: Host) -> Host:
+    """|a - b|, infinite where it has no value."""
+    with np.errstate(all="ignore"):
+        distance: Host = np.abs(_wide(a) - _wide(b))
+    return np.where(np.isnan(distance), np.inf, distance)
+
+
+def _demand(fine: Host, error: Host, a: Host, b: Host) -> None:
+    if fine.all():
+        return
+    worst = np.unravel_index(np.argmax(np.where(fine, -1.0, error)), fine.shape)
+    where = tuple(int(i) for i in worst)
+    raise AssertionError(
+        f"{fine.size - int(fine.sum())} of {fine.size} elements differ, "
+        f"most at {where}: actual {a[where]}, expected {b[where]}; "
+        f"relative error {relative_error(a, b):.3g}"
+    )
+
+
+__all__ = [
+    "assert_close",
+    "assert_equal",
+    "check_adjoint",
+    "conv_input_grad_reference",
+    "conv_reference",
+    "conv_weight_grad_reference",
+    "numerical_gradient",
+    "relative_error",
+]

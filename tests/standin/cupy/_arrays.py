@@ -1,0 +1,222 @@
+"""Device arrays: host memory that refuses to become a host array."""
+
+import operator
+
+import numpy as np
+
+from .cuda import memory
+from .cuda.device import Device, current
+
+
+class ndarray:
+    """A view of a `memory.Block`."""
+
+    __array_ufunc__ = None
+    __hash__ = None
+
+    def __init__(self, host, block, device):
+        self._host = host
+        self._block = block
+        self.device = device
+
+    def __array__(self, *_, **__):
+        raise TypeError(
+            "Implicit conversion to a NumPy array is not allowed. "
+            "Please use `.get()` to construct a NumPy array explicitly."
+        )
+
+    shape = property(lambda self: self._host.shape)
+    dtype = property(lambda self: self._host.dtype)
+    strides = property(lambda self: self._host.strides)
+    ndim = property(lambda self: self._host.ndim)
+    size = property(lambda self: self._host.size)
+    nbytes = property(lambda self: self._host.nbytes)
+    itemsize = property(lambda self: self._host.itemsize)
+    T = property(lambda self: self.transpose())
+    real = property(lambda self: self._view(self._host.real))
+    imag = property(lambda self: self._view(self._host.imag))
+
+    @property
+    def data(self):
+        return Pointer(self._host.__array_interface__["data"][0])
+
+    @property
+    def flags(self):
+        return Flags(self._host.flags)
+
+    def get(self):
+        return self._host.copy(order="K")
+
+    def item(self, *args):
+        return self._host.item(*args)
+
+    def _view(self, host):
+        return ndarray(host, self._block, self.device)
+
+    def __getitem__(self, key):
+        return result(self._host[device_free(key)], self)
+
+    def __setitem__(self, key, value):
+        self._host[device_free(key)] = unwrap(value)
+
+    def __len__(self):
+        return len(self._host)
+
+    def __bool__(self):
+        return bool(self._host)
+
+    def __int__(self):
+        return int(self._host)
+
+    def __float__(self):
+        return float(self._host)
+
+    def __iter__(self):
+        return (self[i] for i in range(len(self)))
+
+    def __repr__(self):
+        return repr(self._host)
+
+
+class Pointer:
+    def __init__(self, ptr):
+        self.ptr = ptr
+
+
+class Flags:
+    """CuPy's flags: it has no read-only arrays."""
+
+    def __init__(self, flags):
+        self.c_contiguous = flags.c_contiguous
+        self.f_contiguous = flags.f_contiguous
+        self.owndata = flags.owndata
+
+
+def device_free(key):
+    keys = key if isinstance(key, tuple) else (key,)
+    keys = tuple(unwrap(k) for k in keys)
+    return keys if isinstance(key, tuple) else keys[0]
+
+
+def unwrap(value):
+    """The host array behind a device array; host arrays are refused."""
+    if isinstance(value, ndarray):
+        if value.device != current():
+            raise ValueError(f"array of {value.device} used on {current()}")
+        return value._host
+    if isinstance(value, np.ndarray):
+        raise TypeError(f"Unsupported type {type(value)}")
+    if isinstance(value, (list, tuple)):
+        return type(value)(map(unwrap, value))
+    return value
+
+
+def result(host, *parents):
+    """Wrap what NumPy answered: a view of a parent, or fresh device memory."""
+    if not isinstance(host, (np.ndarray, np.generic)):
+        return host
+    host = np.asanyarray(host)
+    for parent in parents:
+        if host.size and np.may_share_memory(host, parent._host):
+            return ndarray(host, parent._block, parent.device)
+    return ndarray(host, memory.Block(host), current())
+
+
+def wrapped(function):
+    """A NumPy function over device arrays."""
+
+    def on_device(*args, **kwargs):
+        arrays = [a for a in (*args, *kwargs.values()) if isinstance(a, ndarray)]
+        named = {name: unwrap(value) for name, value in kwargs.items()}
+        host = function(*map(unwrap, args), **named)
+        if isinstance(kwargs.get("out"), ndarray):
+            return kwargs["out"]
+        return host if isinstance(host, bool) else result(host, *arrays)
+
+    on_device.__name__ = function.__name__
+    return on_device
+
+
+for _name in ("reshape", "transpose", "swapaxes", "view", "astype", "sum", "copy", "ravel",
+              "fill", "conj", "max", "min", "mean", "argmax", "all", "any"):
+    setattr(ndarray, _name, wrapped(getattr(np.ndarray, _name)))
+for _name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul", "and_",
+              "or_", "eq", "ne", "lt", "le", "gt", "ge"):
+    _slot = _name.rstrip("_")
+    _operator = getattr(operator, _name)
+    setattr(ndarray, f"__{_slot}__", wrapped(_operator))
+    if _slot not in ("eq", "ne", "lt", "le", "gt", "ge"):
+        _reversed = wrapped(lambda a, b, f=_operator: f(b, a))
+        setattr(ndarray, f"__r{_slot}__", _reversed)
+
+
+def _in_place(name):
+    function = getattr(np, name)
+
+    def method(self, other):
+        function(self._host, unwrap(other), out=self._host, casting="same_kind")
+        return self
+
+    return method
+
+
+for _slot, _name in (("iadd", "add"), ("isub", "subtract"), ("imul", "multiply"), ("itruediv", "divide")):
+    setattr(ndarray, f"__{_slot}__", _in_place(_name))
+ndarray.__neg__ = wrapped(operator.neg)
+
+
+def empty(shape, dtype=float, order="C"):
+    """Fresh device memory, poisoned: reading it before writing shows."""
+    host = np.empty(shape, dtype=dtype, order=order)
+    made = ndarray(host, memory.Block(host), current())
+    host.reshape(-1, order="A").view(np.uint8)[...] = 0xCD
+    return made
+
+
+def zeros(shape, dtype=float, order="C"):
+    return full(shape, 0, dtype, order)
+
+
+def ones(shape, dtype=float, order="C"):
+    return full(shape, 1, dtype, order)
+
+
+def full(shape, value, dtype=None, order="C"):
+    made = empty(shape, np.asarray(value).dtype if dtype is None else dtype, order)
+    made._host[...] = value
+    return made
+
+
+def arange(*args, **kwargs):
+    return asarray(np.arange(*args, **kwargs))
+
+
+def array(value, dtype=None, copy=True):
+    """Copy a host array to the device, strides kept as CuPy keeps them."""
+    if isinstance(value, ndarray):
+        host = value._host
+        if not copy and (dtype is None or host.dtype == dtype):
+            return value
+    else:
+        host = np.asarray(value)
+    dtype = host.dtype if dtype is None else np.dtype(dtype)
+    if dtype.kind not in "biufcV" or not dtype.isnative:
+        raise ValueError(f"Unsupported dtype {dtype}")
+    made = np.empty_like(host, dtype=dtype, order="K", subok=False)
+    made[...] = host
+    return ndarray(made, memory.Block(made), current())
+
+
+def asarray(value, dtype=None):
+    return array(value, dtype, copy=False)
+
+
+def asnumpy(value):
+    return value.get() if isinstance(value, ndarray) else np.asarray(value)
+
+
+def copyto(dst, src, casting="same_kind"):
+    np.copyto(unwrap(dst), unwrap(src), casting=casting)
+
+
+__all__ = ["Device", "array", "asarray", "ndarray"]

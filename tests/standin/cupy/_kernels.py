@@ -1,0 +1,124 @@
+"""RawKernel and RawModule: the kernel's text, compiled by the host's C++ compiler."""
+
+import ctypes
+import hashlib
+import os
+import subprocess
+import tempfile
+import threading
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+
+from ._arrays import ndarray
+from .cuda.device import current
+from .cuda.stream import get_current_stream
+
+SHIM = Path(__file__).parent.parent / "cuda_shim.h"
+MOST_BLOCKS = 2**31 - 1
+MOST_THREADS = 1024
+
+# One entry per launch: (name, grid, block, device, stream), for tests to look at.
+launches = []
+
+_lock = threading.Lock()
+
+
+def _flags():
+    extra = os.environ.get("CUCONV_SHIM_FLAGS", "").split()
+    return ["-std=c++17", "-O1", "-fPIC", "-shared", "-w", *extra]
+
+
+def _folder():
+    folder = os.environ.get("CUCONV_SHIM_CACHE") or (
+        Path(tempfile.gettempdir()) / f"cuconv-shim-{os.getuid()}"
+    )
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+@cache
+def compiled(code, name, options):
+    """The launcher of a kernel, from the cache on disk or from the compiler."""
+    text = code + (
+        f'\nextern "C" void shim_launch(unsigned grid, unsigned block, void **arguments)'
+        f"\n{{ shim::launch(&{name}, grid, block, arguments); }}\n"
+    )
+    barriers = ["-DSHIM_BARRIERS"] if "__syncthreads" in code else []
+    command = [
+        os.environ.get("CXX", "g++"),
+        *_flags(),
+        *barriers,
+        *options,
+        *("-include", str(SHIM)),
+    ]
+    key = "\0".join([text, SHIM.read_text(), *command]).encode()
+    library = _folder() / f"{name}-{hashlib.sha256(key).hexdigest()[:24]}.so"
+    if not library.exists():
+        made = library.with_suffix(f".{os.getpid()}-{threading.get_ident()}")
+        built = subprocess.run(
+            [*command, "-x", "c++", "-", "-o", str(made)],
+            input=text,
+            text=True,
+            capture_output=True,
+            check=False,
+        )
+        if built.returncode:
+            raise CompileException(built.stderr)
+        made.replace(library)
+    return ctypes.CDLL(str(library)).shim_launch
+
+
+class CompileException(Exception):
+    """What CuPy raises for source that does not compile."""
+
+
+class RawKernel:
+    def __init__(self, code, name, options=()):
+        self.name = name
+        self._code = code
+        self._options = tuple(options)
+
+    def __call__(self, grid, block, args, *, shared_mem=0):
+        blocks, threads = _single(grid), _single(block)
+        if not 1 <= blocks <= MOST_BLOCKS or not 1 <= threads <= MOST_THREADS:
+            raise ValueError(f"cannot launch {blocks} blocks of {threads} threads")
+        with _lock:
+            kept = [_argument(a) for a in args]
+            pointers = (ctypes.c_void_p * len(kept))(*(ctypes.addressof(k) for k in kept))
+            run = compiled(self._code, self.name, self._options)
+            stream = get_current_stream().ptr
+            launches.append((self.name, blocks, threads, current().id, stream))
+            run(ctypes.c_uint(blocks), ctypes.c_uint(threads), pointers)
+
+
+class RawModule:
+    def __init__(self, *, code, options=(), name_expressions=None):
+        self._code = code
+        self._options = tuple(options)
+
+    def get_function(self, name):
+        return RawKernel(self._code, name, self._options)
+
+
+def _single(extent):
+    first, *rest = extent
+    assert all(n == 1 for n in rest), "only x is used"
+    return int(first)
+
+
+def _argument(value):
+    """A kernel argument as CuPy passes it: arrays by pointer, structs by value."""
+    if isinstance(value, ndarray):
+        if value.device != current():
+            raise RuntimeError(f"{value.device} array in a kernel on {current()}")
+        return ctypes.c_void_p(value.data.ptr)
+    if isinstance(value, np.ndarray):
+        if value.size != 1:
+            raise TypeError("only a NumPy array of one item is passed by value")
+        return ctypes.create_string_buffer(value.tobytes(), value.nbytes)
+    if isinstance(value, np.generic):
+        return ctypes.create_string_buffer(value.tobytes(), value.nbytes)
+    raise TypeError(f"Unsupported type {type(value)}")
