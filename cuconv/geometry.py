@@ -13,7 +13,6 @@ import operator
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from itertools import product
 from typing import NamedTuple, TypeAlias
 
 LARGEST_PARAMETER = 2**31 - 1
@@ -131,8 +130,18 @@ def tile_of(images: int, sizes: tuple[int, ...], cells: int) -> Tile:
     return Tile(steps[-1], tuple(reversed(steps[:-1])))
 
 
-def _pieces(start: int, stop: int, step: int) -> list[Range]:
-    return [(i, min(i + step, stop)) for i in range(start, stop, step)]
+def _spans(ranges: Sequence[Range], steps: Sequence[int]) -> Iterator[Ranges]:
+    """Cut ranges into steps, every combination, the last axis fastest.
+
+    One at a time: an image may have more blocks than there is memory for their list.
+    """
+    if not ranges:
+        yield ()
+        return
+    start, stop = ranges[0]
+    for low in range(start, stop, steps[0]):
+        for rest in _spans(ranges[1:], steps[1:]):
+            yield ((low, min(low + steps[0], stop)), *rest)
 
 
 def _clip(start: int, stop: int, size: int) -> tuple[Range, Range]:
@@ -306,20 +315,13 @@ class WindowGeometry:
         """
         whole = ((0, out) for out in self.out)
         ranges = (images or (0, self.images), *(output or whole))
-        steps = (tile.images, *tile.cells)
-        pieces = [_pieces(*r, step) for r, step in zip(ranges, steps, strict=True)]
-        for picked, *spans in product(*pieces):
+        for picked, *spans in _spans(ranges, (tile.images, *tile.cells)):
             yield self.block(picked, tuple(spans))
 
     def regions(self, tile: Tile) -> Iterator[Region]:
         """Cut the input into regions, each with the output cells that reach it."""
-        images, *spatial = (
-            _pieces(0, size, step)
-            for size, step in zip(
-                (self.images, *self.size), (tile.images, *tile.cells), strict=True
-            )
-        )
-        for picked, *cells in product(images, *spatial):
+        whole = [(0, size) for size in (self.images, *self.size)]
+        for picked, *cells in _spans(whole, (tile.images, *tile.cells)):
             reached = tuple(
                 axis.reached_from(*span)
                 for axis, span in zip(self.axes, cells, strict=True)

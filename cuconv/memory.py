@@ -19,10 +19,10 @@ INTERPRETER_BYTES = 16 * 1024
 
 _ALIGNMENT = 256
 _UNITS = {
-    **{"b": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40},
+    **{"": 1, "b": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40},
     **{"kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12},
 }
-_QUANTITY = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?i?b)\s*", re.IGNORECASE)
+_QUANTITY = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?i?b|)\s*", re.IGNORECASE)
 
 
 class MemoryLimitError(MemoryError):

@@ -1,14 +1,16 @@
-"""Everything that touches CuPy; imported when the first CuPy array comes in."""
+"""Everything that touches CuPy; this module alone may be imported without it."""
 
 from functools import cache
+from typing import TYPE_CHECKING
 
-from cuconv._cuda.compiler import precompile
-from cuconv._cuda.device import working_cupy, why_not
-from cuconv._cuda.leaves import CudaLeaves
+from cuconv._cuda.device import why_not, working_cupy
+
+if TYPE_CHECKING:
+    from cuconv._cuda.leaves import CudaLeaves
 
 
 @cache
-def cuda_leaves() -> CudaLeaves:
+def cuda_leaves() -> "CudaLeaves":
     """The leaves over CuPy.
 
     Raises
@@ -18,7 +20,9 @@ def cuda_leaves() -> CudaLeaves:
     """
     if working_cupy() is None:
         raise RuntimeError(f"a CuPy array came in, but no GPU works: {why_not()}")
+    from cuconv._cuda.leaves import CudaLeaves
+
     return CudaLeaves()
 
 
-__all__ = ["CudaLeaves", "cuda_leaves", "precompile", "why_not", "working_cupy"]
+__all__ = ["cuda_leaves", "why_not", "working_cupy"]

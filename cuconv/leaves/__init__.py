@@ -119,7 +119,7 @@ def default_array_module() -> Any:
     >>> cuconv.conv1d(xp.ones((1, 1, 5)), xp.ones((1, 1, 3))).shape
     (1, 1, 3)
     """
-    from cuconv._cuda.device import working_cupy
+    from cuconv._cuda import working_cupy
 
     return working_cupy() or np
 
@@ -141,13 +141,13 @@ def precompile(
     int
         How many kernels are ready; 0 where no GPU works, which needs none.
     """
-    from cuconv._cuda.device import working_cupy
+    from cuconv._cuda import working_cupy
 
     if working_cupy() is None:
         return 0
-    from cuconv import _cuda
+    from cuconv._cuda import compiler
 
-    return _cuda.precompile(dtypes, ranks)
+    return compiler.precompile(dtypes, ranks)
 
 
 _HOST = HostLeaves()

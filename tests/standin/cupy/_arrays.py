@@ -54,7 +54,7 @@ class ndarray:
         return ndarray(host, self._block, self.device)
 
     def __getitem__(self, key):
-        return result(self._host[device_free(key)], self)
+        return self._view(self._host[key]) if is_plain(key) else result(self._host[device_free(key)], self)
 
     def __setitem__(self, key, value):
         self._host[device_free(key)] = unwrap(value)
@@ -92,16 +92,25 @@ class Flags:
         self.owndata = flags.owndata
 
 
+def is_plain(key):
+    """Whether an index makes a view: slices and integers."""
+    keys = key if isinstance(key, tuple) else (key,)
+    return all(k is None or k is Ellipsis or isinstance(k, (int, slice)) for k in keys)
+
+
 def device_free(key):
     keys = key if isinstance(key, tuple) else (key,)
-    keys = tuple(unwrap(k) for k in keys)
+    keys = tuple(map(unwrap, keys))
     return keys if isinstance(key, tuple) else keys[0]
 
 
-def unwrap(value):
-    """The host array behind a device array; host arrays are refused."""
+def unwrap(value, *, anywhere=False):
+    """The host array behind a device array; host arrays are refused.
+
+    To compute, the array's device must be the current one; to view, it need not.
+    """
     if isinstance(value, ndarray):
-        if value.device != current():
+        if value.device != current() and not anywhere:
             raise ValueError(f"array of {value.device} used on {current()}")
         return value._host
     if isinstance(value, np.ndarray):
@@ -137,8 +146,22 @@ def wrapped(function):
     return on_device
 
 
-for _name in ("reshape", "transpose", "swapaxes", "view", "astype", "sum", "copy", "ravel",
-              "fill", "conj", "max", "min", "mean", "argmax", "all", "any"):
+def viewing(function):
+    """A method that only views, on whichever device."""
+
+    def method(self, *args, **kwargs):
+        host = function(self._host, *args, **kwargs)
+        if host.size and not np.may_share_memory(host, self._host):
+            return wrapped(lambda _: host)(self)
+        return self._view(host)
+
+    return method
+
+
+for _name in ("reshape", "transpose", "swapaxes", "view"):
+    setattr(ndarray, _name, viewing(getattr(np.ndarray, _name)))
+for _name in ("astype", "sum", "copy", "ravel", "fill", "conj", "max", "min", "mean",
+              "argmax", "all", "any"):
     setattr(ndarray, _name, wrapped(getattr(np.ndarray, _name)))
 for _name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul", "and_",
               "or_", "eq", "ne", "lt", "le", "gt", "ge"):
@@ -174,7 +197,9 @@ def empty(shape, dtype=float, order="C"):
 
 
 def zeros(shape, dtype=float, order="C"):
-    return full(shape, 0, dtype, order)
+    # Pages that nobody touches cost nothing: tests make arrays of gigabytes.
+    host = np.zeros(shape, dtype=dtype, order=order)
+    return ndarray(host, memory.Block(host), current())
 
 
 def ones(shape, dtype=float, order="C"):

@@ -1,0 +1,163 @@
+"""Hypothesis strategies that construct convolutions, valid ones and invalid ones.
+
+A valid geometry is built backwards: from the output that is wanted to the input that
+gives it, so that nothing is drawn in vain.  Along the axes, kernels, strides, dilations
+and pads all differ where their range allows.
+"""
+
+from typing import Any, NamedTuple
+
+import hypothesis.strategies as st
+from support import LAYOUTS, Case
+
+
+def _distinct(draw: st.DrawFn, least: int, most: int, rank: int) -> list[int]:
+    values = st.integers(least, most)
+    return draw(st.lists(values, min_size=rank, max_size=rank, unique=True))
+
+
+def _window(draw: st.DrawFn, rank: int) -> tuple[list[Any], ...]:
+    kernel = _distinct(draw, 1, 4 if rank == 1 else 3, rank)
+    stride = _distinct(draw, 1, 4, rank)
+    dilation = _distinct(draw, 1, 3, rank)
+    pads = [draw(st.tuples(st.integers(-2, 4), st.integers(-2, 4))) for _ in kernel]
+    return kernel, stride, dilation, pads
+
+
+def _size(out: int, span: int, stride: int, pads: tuple[int, int], tail: int) -> int:
+    """An input size of at least one with ``out`` or a few more outputs."""
+    size = (out - 1) * stride + span + tail - sum(pads)
+    return size if size >= 1 else size + -(-(1 - size) // stride) * stride
+
+
+@st.composite
+def cases(draw: st.DrawFn, ranks: tuple[int, ...] = (1, 2, 3)) -> Case:
+    """A valid convolution, small enough for seven loops in Python."""
+    rank = draw(st.sampled_from(ranks))
+    kernel, stride, dilation, pads = _window(draw, rank)
+    out = _distinct(draw, 1, 6 if rank == 1 else 4 if rank == 2 else 3, rank)
+    spans = [d * (k - 1) + 1 for d, k in zip(dilation, kernel, strict=True)]
+    tails = [draw(st.integers(0, s - 1)) for s in stride]
+    size = map(_size, out, spans, stride, pads, tails)
+    groups = draw(st.integers(1, 3))
+    channels, filters = draw(st.integers(1, 3)), draw(st.integers(1, 3))
+    images = draw(st.sampled_from([(), (1,), (2,), (3,)]))
+    case = Case(
+        (*images, channels * groups, *size),
+        (filters * groups, channels, *kernel),
+        {
+            "stride": tuple(stride),
+            "padding": tuple(pads),
+            "dilation": tuple(dilation),
+            "groups": groups,
+        },
+    )
+    return case.in_layout(draw(st.sampled_from(LAYOUTS)))
+
+
+class Invalid(NamedTuple):
+    """A convolution that must be refused, and what the message must say."""
+
+    case: Case
+    error: type[Exception]
+    words: tuple[str, ...]
+
+
+def _changed(case: Case, **options: Any) -> Case:
+    return case._replace(options={**case.options, **options})
+
+
+@st.composite
+def invalid_cases(draw: st.DrawFn) -> Invalid:
+    """A valid convolution with exactly one thing wrong."""
+    case = draw(cases().filter(lambda c: c.layout == "channels_first"))
+    return draw(st.sampled_from(_FAULTS))(draw, case)
+
+
+def _bad_positive(draw: st.DrawFn, case: Case) -> Invalid:
+    """A stride or dilation below 1, or past 2^31, on one axis."""
+    name = draw(st.sampled_from(["stride", "dilation"]))
+    values = list(case.options[name])
+    axis = draw(st.integers(0, len(values) - 1))
+    values[axis] = draw(st.one_of(st.integers(-(2**70), 0), st.integers(2**31, 2**70)))
+    words = (name, f"axis {axis}", str(values[axis]))
+    return Invalid(_changed(case, **{name: tuple(values)}), ValueError, words)
+
+
+def _bad_count(draw: st.DrawFn, case: Case) -> Invalid:
+    """One value too many for the axes."""
+    name = draw(st.sampled_from(["stride", "dilation", "padding"]))
+    values = (*case.options[name], case.options[name][0])
+    words = (name, f"{len(values)} values", f"{len(values) - 1} spatial axes")
+    return Invalid(_changed(case, **{name: values}), ValueError, words)
+
+
+def _bad_padding(draw: st.DrawFn, case: Case) -> Invalid:
+    """So much cropping that a kernel no longer fits."""
+    pads = list(case.options["padding"])
+    axis = draw(st.integers(0, len(pads) - 1))
+    size, kernel = case.x_shape[-len(pads) :][axis], case.w_shape[2:][axis]
+    span = case.options["dilation"][axis] * (kernel - 1) + 1
+    before = pads[axis][0]
+    less = draw(st.integers(1, 20))
+    pads[axis] = (before, span - less - size - before)
+    words = ("kernel is larger", f"axis {axis}", f"{span} cells", f"has {span - less} ")
+    return Invalid(_changed(case, padding=tuple(pads)), ValueError, words)
+
+
+def _bad_channels(draw: st.DrawFn, case: Case) -> Invalid:
+    filters, channels, *kernel = case.w_shape
+    wrong = draw(st.integers(0, 9).filter(lambda c: c != channels))
+    groups = case.options["groups"]
+    have = channels * groups
+    words = (
+        "channels",
+        f"x has {have}",
+        f"{wrong} × groups {groups} = {wrong * groups}",
+    )
+    changed = case._replace(w_shape=(filters, wrong, *kernel))
+    return Invalid(changed, ValueError, words)
+
+
+def _bad_filters(draw: st.DrawFn, case: Case) -> Invalid:
+    """More groups than divide the filters."""
+    channels = case.w_shape[1]
+    filters, groups = draw(
+        st.tuples(st.integers(1, 9), st.integers(2, 9)).filter(lambda p: p[0] % p[1])
+    )
+    batched = len(case.x_shape) == len(case.w_shape)
+    x_shape = list(case.x_shape)
+    x_shape[batched] = channels * groups
+    changed = Case(tuple(x_shape), (filters, *case.w_shape[1:]), case.options)
+    words = (f"groups {groups}", f"{filters} filters")
+    return Invalid(_changed(changed, groups=groups), ValueError, words)
+
+
+def _bad_groups(draw: st.DrawFn, case: Case) -> Invalid:
+    groups = draw(st.integers(-9, 0))
+    return Invalid(_changed(case, groups=groups), ValueError, ("groups", str(groups)))
+
+
+def _bad_rank(draw: st.DrawFn, case: Case) -> Invalid:
+    """x has an axis too many or two too few."""
+    axes = len(case.w_shape)
+    more = draw(st.booleans())
+    batched = len(case.x_shape) == axes
+    shape = (
+        (1,) * (1 + (not batched)) + case.x_shape
+        if more
+        else case.x_shape[batched + 1 :]
+    )
+    words = (f"x has {len(shape)} axes", str(axes))
+    return Invalid(case._replace(x_shape=shape), ValueError, words)
+
+
+_FAULTS = (
+    _bad_positive,
+    _bad_count,
+    _bad_padding,
+    _bad_channels,
+    _bad_filters,
+    _bad_groups,
+    _bad_rank,
+)

@@ -1,0 +1,222 @@
+"""What several test files need: arrays, calls, limits and measured memory."""
+
+import contextlib
+import gc
+import sys
+import tracemalloc
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import ml_dtypes  # noqa: F401 - gives NumPy the name bfloat16
+import numpy as np
+
+import cuconv
+from cuconv import testing
+from cuconv.arrays import SUPPORTED_TYPES
+from cuconv.memory import MemoryLimitError
+
+OPERATIONS = ("forward", "input_grad", "weight_grad")
+LAYOUTS = ("channels_first", "channels_last")
+INTEGERS = tuple(t for t in SUPPORTED_TYPES if np.dtype(t).kind in "iu")
+COMPLEX = ("complex64", "complex128")
+HALVES = ("float16", "bfloat16")
+
+
+def to_host(array: Any) -> np.ndarray:
+    """An array of either module on the host; nothing else moves one there."""
+    return array if isinstance(array, np.ndarray) else array.get()
+
+
+def to_device(xp: Any, array: np.ndarray) -> Any:
+    return xp.asarray(array)
+
+
+def integers(
+    shape: Sequence[int], dtype: Any = "float64", seed: int = 0, largest: int = 3
+) -> np.ndarray:
+    """Random small integers held in any type; complex ones have both parts."""
+    rng = np.random.default_rng((seed, *shape))
+    kind = np.dtype(dtype).kind
+    if kind == "b":
+        return rng.integers(0, 2, tuple(shape)).astype(bool)
+    least = 0 if kind == "u" else -largest
+    values = rng.integers(least, largest + 1, tuple(shape))
+    if kind == "c":
+        values = values + 1j * rng.integers(least, largest + 1, tuple(shape))
+    return values.astype(dtype)
+
+
+class Case(NamedTuple):
+    """One convolution by its shapes and options; ``options`` are `cuconv.conv`'s."""
+
+    x_shape: tuple[int, ...]
+    w_shape: tuple[int, ...]
+    options: dict[str, Any]
+
+    @property
+    def layout(self) -> str:
+        return self.options.get("layout", "channels_first")
+
+    def filters(self) -> int:
+        return self.w_shape[0 if self.layout == "channels_first" else -1]
+
+    def y_shape(self) -> tuple[int, ...]:
+        """By asking the reference, not the library."""
+        x, w = np.zeros(self.x_shape), np.zeros(self.w_shape)
+        return testing.conv_reference(x, w, **self.options).shape
+
+    def in_layout(self, layout: str) -> "Case":
+        """The same convolution with its arrays in another layout."""
+        assert self.layout == "channels_first", "cases are written channels first"
+        if layout == "channels_first":
+            return self
+        batched = len(self.x_shape) == len(self.w_shape)
+        n, (c, *size) = self.x_shape[:batched], self.x_shape[batched:]
+        k, c_group, *kernel = self.w_shape
+        options = {**self.options, "layout": layout}
+        return Case((*n, *size, c), (*kernel, c_group, k), options)
+
+
+class Operands(NamedTuple):
+    """The three arrays of one convolution, of one module."""
+
+    x: Any
+    w: Any
+    dy: Any
+
+    def on(self, xp: Any) -> "Operands":
+        return Operands(*(to_device(xp, array) for array in self))
+
+
+def operands(case: Case, dtype: Any = "float64", seed: int = 0) -> Operands:
+    shapes = (case.x_shape, case.w_shape, case.y_shape())
+    return Operands(*(integers(s, dtype, seed + i) for i, s in enumerate(shapes)))
+
+
+def reference(op: str, arrays: Operands, case: Case) -> np.ndarray:
+    """What the independent loops say."""
+    x, w, dy = arrays
+    if op == "forward":
+        return testing.conv_reference(x, w, **case.options)
+    if op == "input_grad":
+        return testing.conv_input_grad_reference(dy, w, case.x_shape, **case.options)
+    return testing.conv_weight_grad_reference(dy, x, case.w_shape, **case.options)
+
+
+def run(op: str, arrays: Operands, case: Case, **options: Any) -> Any:
+    """What the library says."""
+    x, w, dy = arrays
+    options = {**case.options, **options}
+    if op == "forward":
+        return cuconv.conv(x, w, **options)
+    if op == "input_grad":
+        return cuconv.conv_input_grad(dy, w, case.x_shape, **options)
+    return cuconv.conv_weight_grad(dy, x, case.w_shape, **options)
+
+
+def smallest_limit(call: Callable[..., Any]) -> int:
+    """The least memory limit of a call, by its own word."""
+    try:
+        call(memory_limit=0)
+    except MemoryLimitError as error:
+        return error.smallest
+    return 0
+
+
+def host_peak(call: Callable[[], Any]) -> int:
+    """Bytes that a call holds at its peak beyond what it returns."""
+    call()
+    gc.collect()
+    gc.disable()
+    _fill_shelves()
+    tracemalloc.start()
+    try:
+        before = tracemalloc.get_traced_memory()[0]
+        result = call()
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+        gc.enable()
+    return peak - before - sum(array.nbytes for array in arrays_of(result))
+
+
+def _fill_shelves() -> None:
+    """Let CPython keep all the freed objects that it will: 2000 tuples of each length.
+
+    Otherwise every chunk of a call leaves a few there, which are no memory of the call
+    but would be counted to it.
+    """
+    shelves: list[Any] = [
+        [tuple([None] * length) for _ in range(2000)] for length in range(1, 20)
+    ]
+    shelves += [[None] for _ in range(200)], [dict.fromkeys("ab") for _ in range(200)]
+    del shelves
+
+
+# NumPy's strided views make and drop these words, and CPython's table of words grows by
+# hundreds of kilobytes when enough of them have come and gone.
+_WORDS = [
+    sys.intern(word)
+    for word in ("data", "strides", "descr", "typestr", "shape", "version")
+]
+
+
+def arrays_of(result: Any) -> list[Any]:
+    results = result if isinstance(result, tuple) else (result,)
+    return [array for array in results if array is not None]
+
+
+class Allocations:
+    """What a device's memory pool handed out, by a hook of its own."""
+
+    def __init__(self) -> None:
+        self.sizes: dict[int, int] = {}
+        self.live = 0
+        self.peak = 0
+        self.count = 0
+
+    def took(self, pointer: int, size: int) -> None:
+        self.sizes[pointer] = size
+        self.count += 1
+        self.live += size
+        self.peak = max(self.peak, self.live)
+
+    def gave_back(self, size: int) -> None:
+        self.live -= size
+
+    def beyond(self, result: Any) -> int:
+        """The peak without the arrays that were returned."""
+        mine = (self.sizes.get(a.data.ptr, 0) for a in arrays_of(result))
+        return self.peak - sum(mine)
+
+
+@contextlib.contextmanager
+def device_allocations(xp: Any) -> Iterator[Allocations]:
+    """Watch the memory pool of CuPy or its stand-in."""
+    seen = Allocations()
+
+    class Hook(xp.cuda.MemoryHook):  # type: ignore[misc, name-defined]
+        name = "cuconv tests"
+
+        def malloc_postprocess(self, **event: Any) -> None:
+            seen.took(event["mem_ptr"], event["mem_size"])
+
+        def free_postprocess(self, **event: Any) -> None:
+            seen.gave_back(event["mem_size"])
+
+    with Hook():
+        yield seen
+
+
+def device_peak(xp: Any, call: Callable[[], Any]) -> int:
+    """`host_peak` for device memory."""
+    call()
+    with device_allocations(xp) as seen:
+        result = call()
+    assert seen.count > 0, "the hook saw no allocation, not even the result's"
+    return seen.beyond(result)
+
+
+def peak(xp: Any, call: Callable[[], Any]) -> int:
+    """Bytes beyond inputs and results at the peak of a call, measured."""
+    return host_peak(call) if xp is np else device_peak(xp, call)

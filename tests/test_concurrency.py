@@ -1,0 +1,173 @@
+"""Several threads and processes at once: right answers, and BLAS as it was."""
+
+import os
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pytest
+from support import OPERATIONS, Case, operands, reference, run, to_device, to_host
+from test_conv import CASES
+from threadpoolctl import threadpool_info, threadpool_limits
+
+import cuconv
+from cuconv import plan as planning
+from cuconv import testing
+from cuconv.leaves import host
+
+# More than two million multiply-adds: worth several workers.
+LARGE = Case((4, 16, 30, 28), (32, 16, 3, 3), {"padding": 1})
+
+
+def blas_threads() -> list[int]:
+    return [
+        lib["num_threads"] for lib in threadpool_info() if lib["user_api"] == "blas"
+    ]
+
+
+def large_arrays() -> tuple[np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(0)
+    x = rng.integers(-3, 4, LARGE.x_shape).astype(np.float32)
+    return x, rng.integers(-3, 4, LARGE.w_shape).astype(np.float32)
+
+
+def test_many_threads_give_right_answers(xp) -> None:
+    jobs = []
+    for case in CASES.values():
+        arrays = operands(case, "float32")
+        for op in OPERATIONS:
+            wanted = reference(op, arrays, case)
+            jobs.append((partial(run, op, arrays.on(xp), case), wanted))
+    with ThreadPoolExecutor(8) as pool:
+        answers = list(pool.map(lambda job: job[0](), jobs * 5))
+    assert len(answers) == 5 * 3 * len(CASES)
+    for answer, (_, wanted) in zip(answers, jobs * 5, strict=True):
+        testing.assert_equal(answer, wanted)
+
+
+def test_threads_that_each_have_workers(xp, monkeypatch) -> None:
+    """More calls than cores, all handing work to one pool: none waits forever."""
+    monkeypatch.setattr(host.HostLeaves, "workers", lambda leaves: 4)
+    planning._plan.cache_clear()
+    x, w = large_arrays()
+    with threadpool_limits(1, "blas"):
+        wanted = cuconv.conv(x, w, padding=1, memory_limit="1 MiB")
+    mine = to_device(xp, x), to_device(xp, w)
+    before = blas_threads()
+    with ThreadPoolExecutor(8) as pool:
+        calls = [pool.submit(cuconv.conv, *mine, padding=1) for _ in range(24)]
+        answers = [call.result(timeout=120) for call in calls]
+    planning._plan.cache_clear()
+    for answer in answers:
+        testing.assert_equal(answer, wanted)
+    assert blas_threads() == before
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_blas_has_its_threads_again(threads) -> None:
+    x, w = large_arrays()
+    with threadpool_limits(threads, "blas"):
+        before = blas_threads()
+        cuconv.conv(x, w, padding=1)
+        assert blas_threads() == before
+
+
+def test_blas_has_its_threads_again_after_an_error(monkeypatch) -> None:
+    """An error in one worker reaches the caller when all have stopped."""
+    monkeypatch.setattr(host.HostLeaves, "workers", lambda leaves: 3)
+    planning._plan.cache_clear()
+    x, w = large_arrays()
+    before, running = blas_threads(), []
+    original = host.HostLeaves.gather
+
+    def gather(leaves: Any, *arguments: Any) -> None:
+        name = threading.current_thread().name
+        running.append(name)
+        original(leaves, *arguments)
+        if name.startswith("cuconv"):
+            raise MemoryError("in a worker")
+        running.remove(name)
+
+    monkeypatch.setattr(host.HostLeaves, "gather", gather)
+    with pytest.raises(MemoryError, match="in a worker"):
+        cuconv.conv(x, w, padding=1)
+    planning._plan.cache_clear()
+    assert any(name.startswith("cuconv") for name in running)
+    assert blas_threads() == before
+
+
+@pytest.mark.parametrize("name", ["_blas", "_pool"])
+def test_first_calls_at_once_share_one_state(name) -> None:
+    """Two keepers of the BLAS threads would each restore what the other had set."""
+    getter = getattr(host, name)
+    gate, got = threading.Barrier(8), []
+
+    def ask() -> None:
+        gate.wait()
+        got.append(getter())
+
+    for _ in range(20):
+        getter.cache_clear()
+        with ThreadPoolExecutor(8) as pool:
+            for call in [pool.submit(ask) for _ in range(8)]:
+                call.result()
+        assert len({id(one) for one in got}) == 1
+        got.clear()
+
+
+def test_one_thread_holds_while_any_call_runs() -> None:
+    """Overlapping calls: the first lowers the number, the last one restores it."""
+    blas = host._Blas()
+    with threadpool_limits(2, "blas"):
+        before = blas_threads()
+        first, second = blas.one_thread(), blas.one_thread()
+        first.__enter__()
+        second.__enter__()
+        assert set(blas_threads()) <= {1}
+        # What is asked meanwhile is the number from before.
+        assert blas.threads() == max(1, min([*before, len(os.sched_getaffinity(0))]))
+        first.__exit__(None, None, None)
+        assert set(blas_threads()) <= {1}
+        second.__exit__(None, None, None)
+        assert blas_threads() == before
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+@pytest.mark.filterwarnings("ignore:This process.*is multi-threaded:DeprecationWarning")
+def test_a_forked_child_computes_too(monkeypatch) -> None:
+    """It has none of its parent's threads; waiting for them would be forever."""
+    monkeypatch.setattr(host.HostLeaves, "workers", lambda leaves: 3)
+    planning._plan.cache_clear()
+    x, w = large_arrays()
+    wanted = cuconv.conv(x, w, padding=1)
+    assert any(t.name.startswith("cuconv") for t in threading.enumerate())
+    read, write = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            same = (cuconv.conv(x, w, padding=1) == wanted).all()
+            os.write(write, b"same" if same else b"other")
+        finally:
+            os._exit(0)
+    os.close(write)
+    watch = threading.Timer(60, os.kill, (child, 9))
+    watch.start()
+    answer = os.read(read, 16)
+    watch.cancel()
+    os.waitpid(child, 0)
+    planning._plan.cache_clear()
+    assert answer == b"same"
+
+
+def test_a_result_is_the_callers_alone(xp) -> None:
+    """No buffer of a call lives on in its result or in the next one's."""
+    case = CASES["two axes, all different"]
+    arrays = operands(case, "float32").on(xp)
+    first = run("forward", arrays, case)
+    kept = to_host(first).copy()
+    second = run("forward", arrays, case)
+    second[...] = 99
+    run("input_grad", arrays, case)[...] = 98
+    testing.assert_equal(first, kept)

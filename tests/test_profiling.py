@@ -1,0 +1,173 @@
+"""NVTX ranges: which, in which order, with what said, and always closed again."""
+
+import threading
+from collections.abc import Iterator
+from functools import partial
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+from support import OPERATIONS, Case, operands, run, smallest_limit
+
+import cuconv
+from cuconv import plan as planning
+from cuconv import profiling
+from cuconv.leaves.host import HostLeaves
+
+
+class Range(NamedTuple):
+    message: str
+    payload: int
+    inside: tuple[str, ...]
+
+
+class Recorder:
+    """An NVTX domain that remembers, with a stack for each thread as NVTX has."""
+
+    def __init__(self) -> None:
+        self.ranges: list[Range] = []
+        self.pops = 0
+        self.stacks: dict[int, list[str]] = {}
+
+    def push_range(self, message: str, payload: int) -> None:
+        stack = self.stacks.setdefault(threading.get_ident(), [])
+        self.ranges.append(Range(message, payload, tuple(stack)))
+        stack.append(message)
+
+    def pop_range(self) -> None:
+        self.stacks[threading.get_ident()].pop()
+        self.pops += 1
+
+    def payloads(self, message: str) -> list[int]:
+        return [r.payload for r in self.ranges if r.message == message]
+
+    def messages(self) -> set[str]:
+        return {r.message for r in self.ranges}
+
+    def assert_balanced(self) -> None:
+        assert self.pops == len(self.ranges) > 0
+        assert not any(self.stacks.values())
+
+
+@pytest.fixture
+def domain(monkeypatch: pytest.MonkeyPatch) -> Iterator[Recorder]:
+    recorder = Recorder()
+    monkeypatch.setattr(profiling, "_domain", recorder)
+    return recorder
+
+
+PADDED = Case((3, 2, 9, 8), (4, 2, 3, 2), {"padding": 1})
+POINTWISE = Case((3, 2, 9, 8), (4, 2, 1, 1), {})
+
+STAGES = {
+    "forward": {"plan", "gather im2col", "gemm im2col"},
+    "input_grad": {"plan", "gemm im2col", "scatter im2col"},
+    "weight_grad": {"plan", "gather im2col", "gemm im2col"},
+}
+
+
+@pytest.mark.parametrize("op", OPERATIONS)
+def test_the_stages_of_an_operation(xp, domain, op) -> None:
+    run(op, operands(PADDED, "float32").on(xp), PADDED)
+    domain.assert_balanced()
+    assert domain.messages() - {"pad"} == STAGES[op]
+    assert domain.ranges[0].message == "plan"
+
+
+def test_padding_is_a_stage_of_gathering() -> None:
+    """With NumPy alone: the kernel of CUDA fills in the zeros itself."""
+    recorder = Recorder()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(profiling, "_domain", recorder)
+        run("forward", operands(PADDED, "float32"), PADDED)
+        plain = Recorder()
+        patch.setattr(profiling, "_domain", plain)
+        case = PADDED._replace(options={})
+        run("forward", operands(case, "float32"), case)
+    inside = {r.inside for r in recorder.ranges if r.message == "pad"}
+    assert inside == {("gather im2col",)}
+    assert "pad" not in plain.messages()
+
+
+@pytest.mark.parametrize("op", OPERATIONS)
+def test_pointwise_convolutions_gather_and_scatter_nothing(xp, domain, op) -> None:
+    run(op, operands(POINTWISE, "float32").on(xp), POINTWISE)
+    domain.assert_balanced()
+    assert domain.messages() == {"plan", "gemm pointwise"}
+
+
+@pytest.mark.parametrize("op", OPERATIONS)
+def test_the_payload_counts_the_chunks(xp, domain, op) -> None:
+    arrays = operands(PADDED, "float32").on(xp)
+    limit = smallest_limit(partial(run, op, arrays, PADDED))
+    domain.ranges.clear()
+    domain.pops = 0
+    run(op, arrays, PADDED, memory_limit=limit)
+    domain.assert_balanced()
+    chunks = domain.payloads("gemm im2col")
+    assert len(chunks) > 4
+    if op != "input_grad":
+        assert chunks == list(range(len(chunks)))
+        assert domain.payloads("gather im2col") == chunks
+    else:
+        assert domain.payloads("scatter im2col") == chunks
+    assert domain.payloads("plan") == [0]
+
+
+def test_backward_shows_both_gradients(xp, domain) -> None:
+    x, w, dy = operands(PADDED, "float32").on(xp)
+    cuconv.conv_backward(dy, x, w, padding=1)
+    domain.assert_balanced()
+    wanted = STAGES["input_grad"] | STAGES["weight_grad"]
+    assert domain.messages() - {"pad"} == wanted
+    # Everything is planned before anything is computed.
+    assert [r.message for r in domain.ranges[:2]] == ["plan", "plan"]
+
+
+def test_every_worker_closes_its_ranges(domain, monkeypatch) -> None:
+    monkeypatch.setattr(planning, "_WORTH_THREADS", 0)
+    monkeypatch.setattr(planning._Fit, "_is_roomy", lambda fit, cut: True)
+    monkeypatch.setattr(HostLeaves, "workers", lambda leaves: 3)
+    planning._plan.cache_clear()
+    case = Case((3, 4, 40, 41), (8, 4, 3, 3), {})
+    arrays = operands(case, "float32")
+    cuconv.conv(arrays.x, arrays.w, memory_limit=2**17)
+    planning._plan.cache_clear()
+    domain.assert_balanced()
+    assert len(domain.stacks) >= 2
+    assert sorted(domain.payloads("gemm im2col")) == sorted(
+        domain.payloads("gather im2col")
+    )
+
+
+def test_ranges_close_when_something_fails(xp, domain, monkeypatch) -> None:
+    x, w, _ = operands(PADDED, "float32").on(xp)
+    with pytest.raises(MemoryError):
+        cuconv.conv(x, w, padding=1, memory_limit=1)
+    leaves = type(planning.leaves_of(xp))
+
+    def gather(*arguments: Any, **options: Any) -> None:
+        raise RuntimeError("in the gather")
+
+    monkeypatch.setattr(leaves, "gather", gather)
+    with pytest.raises(RuntimeError, match="in the gather"):
+        cuconv.conv(x, w, padding=1)
+    domain.assert_balanced()
+
+
+def test_without_nvtx_there_are_no_ranges(monkeypatch) -> None:
+    monkeypatch.setattr(profiling, "_domain", None)
+    with profiling.stage("plan", "im2col", 3):
+        pass
+    arrays = operands(PADDED)
+    assert np.isfinite(cuconv.conv(arrays.x, arrays.w, padding=1)).all()
+
+
+def test_the_domain_of_nvtx_takes_our_words() -> None:
+    """The real one, as it is installed: no profiler listens, and nothing is raised."""
+    nvtx = pytest.importorskip("nvtx")
+    assert profiling._domain is not None
+    assert profiling.DOMAIN == "cuconv"
+    domain = nvtx.get_domain("cuconv")
+    domain.push_range(message="gather im2col", payload=7)
+    domain.pop_range()

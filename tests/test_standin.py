@@ -1,0 +1,216 @@
+"""The stand-in forbids what CuPy forbids, and the shim runs CUDA as CUDA means it."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from support import device_allocations, integers, to_host
+
+import cuconv
+
+pytestmark = pytest.mark.parametrize("xp", ["cupy"], indirect=True)
+
+REVERSE = """
+extern "C" __global__ void reverse(float *x)
+{
+    __shared__ float tile[64];
+    tile[threadIdx.x] = x[blockIdx.x * 64 + threadIdx.x];
+    __syncthreads();
+    x[blockIdx.x * 64 + threadIdx.x] = tile[63 - threadIdx.x];
+}
+"""
+COUNT = """
+extern "C" __global__ void count(unsigned *n) { atomicAdd(n, 1u + threadIdx.x % 2); }
+"""
+DIVERGENT = """
+extern "C" __global__ void divergent(float *x) { if (threadIdx.x < 3) __syncthreads(); }
+"""
+
+
+@pytest.fixture
+def standin(xp):
+    if not getattr(xp, "IS_STAND_IN", False):
+        pytest.skip("about the stand-in, and this is the real CuPy")
+    return xp
+
+
+def test_shared_memory_and_barriers(xp):
+    host = integers((3 * 64,), "float32", largest=1000)
+    x = xp.asarray(host)
+    xp.RawKernel(REVERSE, "reverse")((3,), (64,), (x,))
+    expected = host.reshape(3, 64)[:, ::-1].ravel()
+    np.testing.assert_array_equal(to_host(x), expected)
+
+
+def test_atomics_and_every_thread_of_every_block(xp):
+    n = xp.zeros(1, dtype="uint32")
+    xp.RawKernel(COUNT, "count")((5,), (32,), (n,))
+    assert int(n[0]) == 5 * 32 + 5 * 16
+
+
+def test_a_barrier_that_some_threads_miss_is_an_error(standin):
+    program = (
+        f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
+        "import standin; standin.install()\n"
+        "import cupy\n"
+        "x = cupy.zeros(1, dtype='float32')\n"
+        f"cupy.RawKernel({DIVERGENT!r}, 'divergent')((1,), (4,), (x,))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=False
+    )
+    assert done.returncode != 0
+    assert "reached by some threads only" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "convert", [np.asarray, np.array, np.sort, lambda a: np.ones(2) + a]
+)
+def test_no_implicit_conversion(xp, convert):
+    with pytest.raises(TypeError):
+        convert(xp.ones(2))
+
+
+def test_no_mixing(xp):
+    with pytest.raises(TypeError):
+        xp.add(xp.ones(2), np.ones(2))
+    with pytest.raises(TypeError):
+        xp.ones(2)[...] = np.ones(2)[None]
+
+
+def test_fresh_memory_is_poisoned(standin):
+    assert not np.any(to_host(standin.empty(100, dtype="float32")) == 0)
+
+
+def test_source_that_does_not_compile(standin):
+    broken = standin.RawKernel('extern "C" __global__ void f() { mistake; }', "f")
+    with pytest.raises(Exception, match="mistake"):
+        broken((1,), (1,), ())
+
+
+def test_launches_past_the_limits_are_refused(standin):
+    kernel = standin.RawKernel(COUNT, "count")
+    n = standin.zeros(1, dtype="uint32")
+    with pytest.raises(ValueError, match="cannot launch"):
+        kernel((2**31,), (1,), (n,))
+    with pytest.raises(ValueError, match="cannot launch"):
+        kernel((1,), (1025,), (n,))
+
+
+def test_memory_is_given_back(standin):
+    with device_allocations(standin) as seen:
+        x = standin.zeros(1000, dtype="float32")
+        view = x[10:]
+        del x
+        assert seen.live == 4096
+        del view
+        assert seen.live == 0
+
+
+def test_cublas_reads_inside_arrays_only(standin):
+    blas = standin.cuda.cublas
+    a = standin.zeros(16, dtype="float32")
+    one = np.ones(1, dtype="float32")
+    r = standin.cuda.runtime.CUDA_R_32F
+    with pytest.raises(RuntimeError, match="outside any array"):
+        blas.gemmStridedBatchedEx(
+            0, 0, 0, 4, 4, 5, one.ctypes.data, a.data.ptr, r, 4, 0, a.data.ptr, r, 5, 0,
+            one.ctypes.data, a.data.ptr, r, 4, 0, 1, blas.CUBLAS_COMPUTE_32F, -1,
+        )  # fmt: skip
+
+
+def test_the_arrays_device_becomes_current(standin):
+    from cupy._kernels import launches
+
+    with standin.cuda.Device(1):
+        x = standin.asarray(integers((2, 3, 6, 7), "float32"))
+        w = standin.asarray(integers((4, 3, 3, 2), "float32"))
+    before = len(launches)
+    y = cuconv.conv(x, w, padding=1)
+    assert y.device.id == 1
+    assert {device for *_, device, _ in launches[before:]} == {1}
+    assert standin.cuda.runtime.getDevice() == 0
+    gradients = cuconv.conv_backward(y, x, w, padding=1)
+    assert {g.device.id for g in gradients} == {1}
+    columns = cuconv.im2col(x, 3)
+    assert cuconv.col2im(columns, x.shape, 3).device.id == 1
+    for _, piece in cuconv.iter_im2col(x, 3):
+        assert piece.device.id == 1
+
+
+def test_arrays_of_two_devices_are_refused(standin):
+    x = standin.zeros((1, 1, 4))
+    with standin.cuda.Device(1):
+        w = standin.zeros((1, 1, 3))
+    with pytest.raises(ValueError, match="x on device 0, w on device 1"):
+        cuconv.conv(x, w)
+
+
+def test_kernels_run_on_the_current_stream(standin):
+    from cupy._kernels import launches
+
+    x = standin.asarray(integers((2, 3, 6, 7), "float32"))
+    w = standin.asarray(integers((4, 3, 3, 2), "float32"))
+    before = len(launches)
+    stream = standin.cuda.Stream(non_blocking=True)
+    with stream:
+        y = cuconv.conv(x, w)
+        cuconv.conv_input_grad(y, w, x.shape)
+    assert len(launches) > before + 1
+    assert {ptr for *_, ptr in launches[before:]} == {stream.ptr}
+
+
+def test_kernels_are_loaded_once_per_device(standin):
+    from cuconv._cuda.compiler import _loaded
+
+    x = standin.asarray(integers((1, 1, 9, 9), "float64"))
+    cuconv.im2col(x, 3)
+    before = _loaded.cache_info()
+    cuconv.im2col(x, 3)
+    after = _loaded.cache_info()
+    assert after.misses == before.misses
+    assert after.hits == before.hits + 1
+    with standin.cuda.Device(1):
+        cuconv.im2col(standin.asarray(integers((1, 1, 9, 9), "float64")), 3)
+    assert _loaded.cache_info().misses == after.misses + 1
+
+
+def test_precompile(xp):
+    # For each rank: the copy, two sums; and a product for integers.
+    assert cuconv.precompile(("float32",), (2,)) == 3
+    assert cuconv.precompile(("int8",), (1, 2)) == 5
+    with pytest.raises(TypeError, match="object"):
+        cuconv.precompile((object,))
+
+
+def test_default_array_module_is_cupy_where_a_kernel_runs(xp):
+    assert cuconv.default_array_module() is xp
+
+
+def test_precision_governs_tf32(standin):
+    blas = standin.cuda.cublas
+    x = standin.asarray(integers((1, 2, 5, 5), "float32"))
+    w = standin.asarray(integers((3, 2, 3, 3), "float32"))
+    seen = {}
+    for precision in ("strict", "standard", "fast"):
+        before = len(blas.calls)
+        cuconv.conv(x, w, precision=precision)
+        seen[precision] = {compute for *_, compute, _ in blas.calls[before:]}
+    plain, tf32 = {blas.CUBLAS_COMPUTE_32F}, {blas.CUBLAS_COMPUTE_32F_FAST_TF32}
+    assert seen == {"strict": plain, "standard": plain, "fast": tf32}
+
+
+def test_deterministic_never_scatters(standin):
+    from cupy._kernels import launches
+
+    x_shape, w = (1, 2, 6, 6), standin.asarray(integers((3, 2, 3, 3), "float32"))
+    dy = standin.asarray(integers((1, 3, 4, 4), "float32"))
+    names = {}
+    for choice in (None, True, False):
+        before = len(launches)
+        cuconv.conv_input_grad(dy, w, x_shape, deterministic=choice)
+        names[choice] = {name for name, *_ in launches[before:]}
+    gather, scatter = {"col2im_gather"}, {"col2im_scatter"}
+    assert names == {None: gather, True: gather, False: scatter}
