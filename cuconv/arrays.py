@@ -7,6 +7,7 @@ because a CuPy array can only exist where CuPy was imported first.
 import math
 import sys
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
@@ -107,7 +108,9 @@ def plain(array: Array) -> Array:
 
 def check_type(name: str, dtype: DType) -> None:
     if dtype.name not in SUPPORTED_TYPES:
-        raise TypeError(f"{name} has type {dtype}; supported: {', '.join(SUPPORTED_TYPES)}")
+        raise TypeError(
+            f"{name} has type {dtype}; supported: {', '.join(SUPPORTED_TYPES)}"
+        )
 
 
 def resolve_types(arrays: dict[str, Array], dtype: Any) -> Types:
@@ -133,7 +136,9 @@ def _common(what: str, *dtypes: DType) -> DType:
         return np.result_type(*(d.newbyteorder("=") for d in dtypes))
     except TypeError:
         names = ", ".join(dict.fromkeys(d.name for d in dtypes))
-        raise TypeError(f"the types of the {what} have no common type: {names}") from None
+        raise TypeError(
+            f"the types of the {what} have no common type: {names}"
+        ) from None
 
 
 def check_out(out: Array, shape: tuple[int, ...], dtype: DType) -> None:
@@ -145,7 +150,9 @@ def check_out(out: Array, shape: tuple[int, ...], dtype: DType) -> None:
     if not getattr(out.flags, "writeable", True):
         raise ValueError("out is read-only")
     if any(n > 1 and s == 0 for n, s in zip(shape, out.strides, strict=True)):
-        raise ValueError(f"out has overlapping cells: shape {shape}, strides {out.strides}")
+        raise ValueError(
+            f"out has overlapping cells: shape {shape}, strides {out.strides}"
+        )
 
 
 def check_overlap(xp: Any, out: Array, inputs: dict[str, Array]) -> None:
@@ -160,7 +167,7 @@ def _overlap(xp: Any, a: Array, b: Array) -> bool:
     if xp is not np:
         return True
     try:
-        return np.shares_memory(a, b, max_work=10_000)
+        return np.shares_memory(a, b, max_work=10_000)  # type: ignore[arg-type]
     except np.exceptions.TooHardError:
         return True
 
@@ -170,15 +177,10 @@ def merged_stride(shape: Sequence[int], strides: Sequence[int]) -> int | None:
     kept = [(n, s) for n, s in zip(shape, strides, strict=True) if n != 1]
     if not kept:
         return 0
-    for (_, outer), (size, inner) in zip(kept, kept[1:], strict=False):
+    for (_, outer), (size, inner) in pairwise(kept):
         if outer != size * inner:
             return None
     return kept[-1][1]
-
-
-def channel_axis(rank: int, channels_first: bool) -> int:
-    """Where an array in this layout keeps its channels, counted from the end."""
-    return -rank - 1 if channels_first else -1
 
 
 def grouped(
@@ -186,8 +188,10 @@ def grouped(
 ) -> Array:
     """View an array of any layout as (N, G, C/G, *spatial)."""
     whole = array if batched else array[None]
-    first = whole if channels_first else whole.transpose(0, rank + 1, *range(1, rank + 1))
-    channels = whole.shape[channel_axis(rank, channels_first)]
+    first = (
+        whole if channels_first else whole.transpose(0, rank + 1, *range(1, rank + 1))
+    )
+    channels = first.shape[1]
     # Splitting one axis in two never copies, whatever the strides.
     shape = (first.shape[0], groups, channels // groups, *first.shape[2:])
     return first.reshape(shape)
@@ -195,7 +199,9 @@ def grouped(
 
 def flattened(array: Array, rank: int) -> Array:
     """Merge the last ``rank`` axes; the caller knows that they merge."""
-    return array.reshape(*array.shape[: array.ndim - rank], math.prod(array.shape[-rank:]))
+    return array.reshape(
+        *array.shape[: array.ndim - rank], math.prod(array.shape[-rank:])
+    )
 
 
 class Stored(NamedTuple):

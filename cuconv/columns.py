@@ -304,7 +304,9 @@ def _column_cells(
     channels, kernel, rank = (geometry.channels,), geometry.kernel, geometry.rank
     first = geometry.channels_first
     patch = {"c": channels, "k": kernel} if first else {"k": kernel, "c": channels}
-    images = (columns.size // max(geometry.channels * geometry.taps * math.prod(out), 1),)
+    images = (
+        columns.size // max(geometry.channels * geometry.taps * math.prod(out), 1),
+    )
     position = {"o": out}
     axes = {
         "rows": {"n": images, **position, **patch},

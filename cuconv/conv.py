@@ -17,7 +17,7 @@ from cuconv.arrays import (
 )
 from cuconv.geometry import ConvGeometry, Padding, Sizes
 from cuconv.leaves import Leaves, leaves_of
-from cuconv.memory import MemoryLimit, MemoryLimitError
+from cuconv.memory import MemoryLimit, MemoryLimitError, parse_memory_limit
 from cuconv.plan import Plan, make_plan
 from cuconv.strategies import Problem
 from cuconv.strategies.base import in_groups
@@ -52,7 +52,7 @@ class ConvGradients(NamedTuple):
     bias: Array | None = None
 
 
-class _Options(NamedTuple):
+class Options(NamedTuple):
     """`ConvOptions` with their defaults, the one place where these are written."""
 
     stride: Sizes = 1
@@ -84,7 +84,7 @@ def _shows_options(function: Callable[P, R]) -> Callable[P, R]:
     own = [p for p in signature.parameters.values() if p.kind != p.VAR_KEYWORD]
     spelled = [
         inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default)
-        for name, default in _Options._field_defaults.items()
+        for name, default in Options._field_defaults.items()
     ]
     function.__signature__ = signature.replace(  # type: ignore[attr-defined]
         parameters=[*own, *spelled]
@@ -132,12 +132,12 @@ def _inputs(bias: Array | None = None, **arrays: Array) -> dict[str, Array]:
     return {name: plain(array) for name, array in arrays.items()}
 
 
-def _prepare(
+def prepare(
     op: str,
     geometry: ConvGeometry,
     arrays: dict[str, Array],
     out: Array | None,
-    options: _Options,
+    options: Options,
 ) -> _Call:
     """Check, plan, and say what would be run."""
     xp = module_of(arrays if out is None else {**arrays, "out": out})
@@ -300,12 +300,12 @@ def conv(
     array([[[[10., 18.],
              [42., 50.]]]])
     """
-    chosen = _Options(**options)
+    chosen = Options(**options)
     arrays = _inputs(x=x, w=w, bias=bias)
     geometry = chosen.geometry(x.shape, w.shape)
     if bias is not None:
         _check_shape("bias", bias, (geometry.filters,))
-    return _prepare("forward", geometry, arrays, out, chosen).run()
+    return prepare("forward", geometry, arrays, out, chosen).run()
 
 
 def _conv_of_rank(rank: int, x: Array, w: Array, *rest: Any, **options: Any) -> Array:
@@ -428,11 +428,11 @@ def conv_input_grad(
              [2., 4., 2.],
              [1., 2., 1.]]]])
     """
-    chosen = _Options(**options)
+    chosen = Options(**options)
     arrays = _inputs(dy=dy, w=w)
     geometry = chosen.geometry(x_shape, w.shape)
     _check_shape("dy", dy, geometry.y_shape)
-    return _prepare("input_grad", geometry, arrays, out, chosen).run()
+    return prepare("input_grad", geometry, arrays, out, chosen).run()
 
 
 @_shows_options
@@ -479,11 +479,11 @@ def conv_weight_grad(
     array([[[[ 8., 12.],
              [20., 24.]]]])
     """
-    chosen = _Options(**options)
+    chosen = Options(**options)
     arrays = _inputs(dy=dy, x=x)
     geometry = chosen.geometry(x.shape, w_shape)
     _check_shape("dy", dy, geometry.y_shape)
-    return _prepare("weight_grad", geometry, arrays, out, chosen).run()
+    return prepare("weight_grad", geometry, arrays, out, chosen).run()
 
 
 @_shows_options
@@ -524,12 +524,13 @@ def conv_backward(
     >>> import numpy as np
     >>> import cuconv
     >>> x, w = np.ones((1, 1, 3, 3)), np.ones((1, 1, 2, 2))
-    >>> gradients = cuconv.conv_backward(np.ones((1, 1, 2, 2)), x, w, needs=("w", "bias"))
+    >>> dy = np.ones((1, 1, 2, 2))
+    >>> gradients = cuconv.conv_backward(dy, x, w, needs=("w", "bias"))
     >>> gradients.w, gradients.bias, gradients.x
     (array([[[[4., 4.],
              [4., 4.]]]]), array([4.]), None)
     """
-    chosen = _Options(**options)
+    chosen = Options(**options)
     arrays = _inputs(dy=dy, x=x, w=w)
     unknown = set(needs) - set(GRADIENTS)
     if unknown or isinstance(needs, str):
@@ -539,9 +540,9 @@ def conv_backward(
     dy, x, w = arrays.values()
     # Every call is planned before the first one runs: errors come first.
     calls = {
-        "x": lambda: _prepare("input_grad", geometry, {"dy": dy, "w": w}, None, chosen),
-        "w": lambda: _prepare("weight_grad", geometry, {"dy": dy, "x": x}, None, chosen),
-        "bias": lambda: _BiasGrad(geometry, dy, chosen.dtype),
+        "x": lambda: prepare("input_grad", geometry, {"dy": dy, "w": w}, None, chosen),
+        "w": lambda: prepare("weight_grad", geometry, {"dy": dy, "x": x}, None, chosen),
+        "bias": lambda: _bias_grad(geometry, dy, chosen),
     }
     planned = _prepare_all({name: calls[name] for name in GRADIENTS if name in needs})
     return ConvGradients(**{name: call.run() for name, call in planned.items()})
@@ -560,17 +561,34 @@ def _prepare_all(calls: dict[str, Callable[[], Any]]) -> dict[str, Any]:
     return planned
 
 
-class _BiasGrad:
+class _BiasGrad(NamedTuple):
     """The gradient for the bias: the sum of dy over images and positions."""
 
-    def __init__(self, geometry: ConvGeometry, dy: Array, dtype: Any) -> None:
-        self._geometry = geometry
-        self._dy = dy
-        self._types = resolve_types({"dy": dy}, dtype)
+    geometry: ConvGeometry
+    dy: Array
+    types: Types
+    leaves: Leaves
 
     def run(self) -> Array:
-        cells = in_groups(self._dy, self._geometry)
+        cells = in_groups(self.dy, self.geometry)
         axes = (0, *range(3, cells.ndim))
-        with leaves_of(module_of({"dy": self._dy})).device_of(self._dy):
-            total = cells.sum(axis=axes, dtype=self._types.accumulate)
-            return total.reshape(-1).astype(self._types.result, copy=False)
+        with self.leaves.device_of(self.dy):
+            total = cells.sum(axis=axes, dtype=self.types.accumulate)
+            return total.reshape(-1).astype(self.types.result, copy=False)
+
+
+# What NumPy allocates to cast an array piece by piece while it sums it.
+_CAST_BYTES = 2 * 8192 * 16
+
+
+def _bias_grad(geometry: ConvGeometry, dy: Array, options: Options) -> _BiasGrad:
+    types = resolve_types({"dy": dy}, options.dtype)
+    leaves = leaves_of(module_of({"dy": dy}))
+    needed = leaves.overhead_bytes + geometry.filters * types.accumulate.itemsize
+    if dy.dtype != types.accumulate:
+        needed += _CAST_BYTES
+    if options.memory_limit is not None:
+        limit = parse_memory_limit(options.memory_limit)
+        if limit < needed:
+            raise MemoryLimitError(limit, needed, "the gradient of the bias")
+    return _BiasGrad(geometry, dy, types, leaves)

@@ -23,7 +23,7 @@ from rich.table import Table
 from sklearn.datasets import load_sample_image
 
 from cuconv.arrays import Array
-from cuconv.conv import _Options, _prepare, conv, conv_input_grad, conv_weight_grad
+from cuconv.conv import Options, conv, conv_input_grad, conv_weight_grad, prepare
 from cuconv.geometry import Block, ConvGeometry
 from cuconv.layers import Conv2d
 from cuconv.leaves import default_array_module
@@ -131,7 +131,7 @@ class Recorder:
 def _plan(
     op: str, geometry: ConvGeometry, arrays: dict[str, Array], options: dict[str, Any]
 ) -> Plan:
-    return _prepare(op, geometry, arrays, None, _Options(**options)).plan
+    return prepare(op, geometry, arrays, None, Options(**options)).plan
 
 
 def _milliseconds(xp: Any, call: Callable[[], Array]) -> float:

@@ -249,7 +249,9 @@ class WindowGeometry:
         if order not in shapes:
             words = ", ".join(map(repr, shapes))
             raise ValueError(f"order must be one of {words}; got {order!r}")
-        return shapes[order] if self.batched or order != "batched" else shapes[order][1:]
+        return (
+            shapes[order] if self.batched or order != "batched" else shapes[order][1:]
+        )
 
     def column_bytes(self, itemsize: int) -> int:
         """How many bytes the whole column matrix would take.
@@ -437,15 +439,19 @@ def _index(name: str, value: object) -> int:
         return operator.index(value)  # type: ignore[arg-type]
     except TypeError:
         kind = type(value).__name__
-        raise TypeError(f"{name} must be made of integers; got {value!r} ({kind})") from None
+        raise TypeError(
+            f"{name} must be made of integers; got {value!r} ({kind})"
+        ) from None
 
 
 def _frozen(name: str, value: object) -> object:
     """An option as a hashable value of plain integers: the key of the caches."""
     if type(value) is int or isinstance(value, str):
         return value
-    if isinstance(value, Sequence) or (hasattr(value, "__iter__") and not _is_0d(value)):
-        return tuple(_frozen(name, item) for item in value)  # type: ignore[attr-defined]
+    if isinstance(value, Sequence) or (
+        hasattr(value, "__iter__") and not _is_0d(value)
+    ):
+        return tuple(_frozen(name, item) for item in value)
     return _index(name, value)
 
 
@@ -523,8 +529,12 @@ def _pads(
             raise ValueError(f"padding has {len(pairs)} values for {rank} spatial axes")
         if any(len(pair) != 2 for pair in pairs):
             raise ValueError(f"padding must be (before, after) pairs; got {padding!r}")
-        befores = _per_axis("padding", tuple(p[0] for p in pairs), rank, -LARGEST_PARAMETER)
-        afters = _per_axis("padding", tuple(p[1] for p in pairs), rank, -LARGEST_PARAMETER)
+        befores = _per_axis(
+            "padding", tuple(p[0] for p in pairs), rank, -LARGEST_PARAMETER
+        )
+        afters = _per_axis(
+            "padding", tuple(p[1] for p in pairs), rank, -LARGEST_PARAMETER
+        )
         return tuple(zip(befores, afters, strict=True))
     each_side = _per_axis("padding", padding, rank, -LARGEST_PARAMETER)
     return tuple((p, p) for p in each_side)
@@ -537,7 +547,7 @@ def _check_fits(index: int, axis: Axis, padding: object) -> None:
     raise ValueError(
         f"the kernel is larger than the padded input on spatial axis {index}: it spans "
         f"{axis.extent} cells (kernel {axis.kernel}, dilation {axis.dilation}) and the "
-        f"input has {axis.padded} ({axis.size} + {axis.before} + {axis.after} of padding)"
+        f"input has {axis.padded} ({axis.size} + padding {axis.before} + {axis.after})"
     )
 
 

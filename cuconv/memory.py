@@ -19,8 +19,10 @@ INTERPRETER_BYTES = 16 * 1024
 
 _ALIGNMENT = 256
 _UNITS = {
-    **{"": 1, "b": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40},
-    **{"kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12},
+    "": 1,
+    "b": 1,
+    **{f"{letter}ib": 2 ** (10 * i) for i, letter in enumerate("kmgt", 1)},
+    **{f"{letter}b": 10 ** (3 * i) for i, letter in enumerate("kmgt", 1)},
 }
 _QUANTITY = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?i?b|)\s*", re.IGNORECASE)
 
@@ -80,6 +82,7 @@ class Buffer(NamedTuple):
 
 
 def workspace_bytes(buffers: Iterable[Buffer]) -> int:
+    """What `carve` allocates for these buffers."""
     total = sum(buffer.nbytes for buffer in buffers)
     return total + _ALIGNMENT if total else 0
 

@@ -21,6 +21,12 @@ from cuconv.strategies import Cut, Job, Problem, Strategy, strategies
 # over takes about 40 µs, in which one core of an AMD EPYC does 2 million of them.
 _WORTH_THREADS = 2_000_000
 
+_NAMES = {
+    "forward": "the forward pass",
+    "input_grad": "the gradient of the input",
+    "weight_grad": "the gradient of the weights",
+}
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -88,9 +94,11 @@ def _choose(
             raise ValueError(f"strategy must be one of {words}; got {name!r}")
         able, reason = known[name].supports(problem)
         if not able:
-            raise ValueError(f"strategy {name!r} cannot run this {problem.op}: {reason}")
+            raise ValueError(
+                f"strategy {name!r} cannot run {_NAMES[problem.op]} here: {reason}"
+            )
         return known[name], ()
-    passed_over = []
+    passed_over: list[tuple[str, str]] = []
     for strategy in known.values():
         able, reason = strategy.supports(problem)
         if able:
@@ -123,7 +131,7 @@ class _Fit:
         """The cut with the most workers and the largest blocks up to the preferred."""
         smallest = min(map(self.bytes, self._extremes()))
         if smallest > limit:
-            raise MemoryLimitError(limit, smallest, self._problem.op)
+            raise MemoryLimitError(limit, smallest, _NAMES[self._problem.op])
         for workers in range(self._most_workers, 1, -1):
             cut = self._largest(workers, limit)
             if cut and self._is_busy(cut) and self._is_roomy(cut):
@@ -159,7 +167,9 @@ class _Fit:
         def fits(positions: int, cells: int) -> bool:
             return self.bytes(self._cut(positions, cells, workers)) <= limit
 
-        whole = self._problem.geometry.cells
+        geometry = self._problem.geometry
+        share = -(-workers // max(geometry.images, 1))
+        whole = -(-geometry.cells // share)
         positions = most(lambda p: fits(p, whole), self._preferred)
         if positions:
             return self._cut(positions, whole, workers)

@@ -40,7 +40,9 @@ class _Matrix(NamedTuple):
     step: int
 
 
-def gemm(a: Array, b: Array, out: Array, *, add: bool = False, fast: bool = False) -> None:
+def gemm(
+    a: Array, b: Array, out: Array, *, add: bool = False, fast: bool = False
+) -> None:
     """``out = a @ b``, or ``out += a @ b``, over (N, G, rows, columns).
 
     ``a`` or ``b`` may have one image, which then serves all.  Nothing is copied: each
@@ -80,11 +82,7 @@ def _at(matrix: Array, axis: int, index: int) -> Array:
 
 
 def _is_row_major(matrix: Array) -> bool:
-    rows, columns = matrix.shape[-2:]
-    item = matrix.dtype.itemsize
-    if columns == 1:
-        return rows == 1 or matrix.strides[-2] != item
-    return bool(matrix.strides[-1] == item)
+    return bool(matrix.shape[-1] == 1 or matrix.strides[-1] == matrix.dtype.itemsize)
 
 
 def _is_aligned(matrix: Array, axis: int) -> bool:
@@ -92,7 +90,7 @@ def _is_aligned(matrix: Array, axis: int) -> bool:
 
     cuBLAS chooses a kernel by the alignment of the first pointer.
     """
-    return matrix.shape[axis] == 1 or matrix.strides[axis] % 16 == 0
+    return bool(matrix.shape[axis] == 1 or matrix.strides[axis] % 16 == 0)
 
 
 def _as_cublas(matrix: Array) -> _Matrix:

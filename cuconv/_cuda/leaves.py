@@ -21,7 +21,7 @@ _THREADS = 256
 class CudaLeaves:
     """See `cuconv.leaves.Leaves`."""
 
-    xp = cupy
+    xp: Any = cupy
     # Large enough to fill a GPU, small beside its memory; not yet measured on one.
     block_bytes = 64 * 2**20
     default_memory_limit = 256 * 2**20
@@ -93,7 +93,9 @@ class CudaLeaves:
             return
         firsts = tuple(
             axis.first(output[0]) - span[0]
-            for axis, output, span in zip(geometry.axes, block.output, cells, strict=True)
+            for axis, output, span in zip(
+                geometry.axes, block.output, cells, strict=True
+            )
         )
         packed = pack(target, columns, geometry.axes, firsts, over_output=atomic)
         name = "col2im_scatter" if atomic else "col2im_gather"
@@ -126,7 +128,9 @@ class CudaLeaves:
         body(0)
 
 
-def _launch(variant: Variant, packed: Launch, source: Array, target: Array, *more: Any) -> None:
+def _launch(
+    variant: Variant, packed: Launch, source: Array, target: Array, *more: Any
+) -> None:
     blocks = -(-min(packed.items, MOST_THREADS) // _THREADS)
     arguments = (source, target, packed.geometry, *more)
     kernel(variant)((blocks,), (_THREADS,), arguments)

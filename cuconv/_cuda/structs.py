@@ -91,8 +91,10 @@ def pack(
     x_steps, c_steps = steps_of(x), steps_of(columns)
     items = math.prod((*x.shape[:3], *(out if over_output else cells)))
     wide = items + MOST_THREADS >= 2**31 or _reach(x, columns, axes, firsts) >= 2**31
-    fastest = abs(c_steps[2]) < abs(c_steps[-1]) if over_output else (
-        abs(x_steps[2]) < abs(x_steps[-1])
+    fastest = (
+        abs(c_steps[2]) < abs(c_steps[-1])
+        if over_output
+        else (abs(x_steps[2]) < abs(x_steps[-1]))
     )
     packed_axes = [
         (
@@ -121,7 +123,8 @@ def _reach(
         for axis, first, outs, size in zip(axes, firsts, out, x.shape[3:], strict=True)
     ]
     x_sizes = (*x.shape[:3], *spans)
-    return max(
+    reach: int = max(
         sum(n * max(abs(s), 1) for n, s in zip(x_sizes, x_steps, strict=True)),
         sum(n * max(abs(s), 1) for n, s in zip(columns.shape, c_steps, strict=True)),
     )
+    return reach

@@ -11,7 +11,11 @@ from cuconv.arrays import SUPPORTED_TYPES, DType
 # Signed and unsigned integers of one width add and multiply alike.
 _ELEMENTS = {
     "bool": "boolean_t",
-    **{name: f"word{np.dtype(name).itemsize}_t" for name in SUPPORTED_TYPES if "int" in name},
+    **{
+        name: f"word{np.dtype(name).itemsize}_t"
+        for name in SUPPORTED_TYPES
+        if "int" in name
+    },
     **{
         name: f"{name}_t"
         for name in SUPPORTED_TYPES
@@ -38,7 +42,9 @@ def has_atomics(dtype: DType) -> bool:
 
 def copy_variant(itemsize: int, rank: int, *, wide: bool) -> Variant:
     """`im2col` for items of this many bytes."""
-    return Variant("im2col", (f"ELEMENT=word{itemsize}_t", *_index_macros(rank, wide=wide)))
+    return Variant(
+        "im2col", (f"ELEMENT=word{itemsize}_t", *_index_macros(rank, wide=wide))
+    )
 
 
 def sum_variant(kernel: str, dtype: DType, rank: int, *, wide: bool) -> Variant:

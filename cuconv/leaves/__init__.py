@@ -1,7 +1,8 @@
 """What differs between NumPy and CuPy, and nothing else.
 
-Algorithms are written once against `Leaves`.  Arrays come grouped: input (N, G, C,
-*spatial), columns (N, G, C, *kernel, *out), matrices (N, G, rows, columns); any strides.
+Algorithms are written once against `Leaves`.  Arrays come grouped, with any strides:
+input (N, G, C, *spatial), columns (N, G, C, *kernel, *out), matrices (N, G, rows,
+columns).
 """
 
 from collections.abc import Callable, Sequence
@@ -29,6 +30,8 @@ class Leaves(Protocol):
     largest_step: int
     # Whether `gemm(add=True)` needs a buffer for the product before it is added.
     needs_partial: bool
+
+    def __hash__(self) -> int: ...
 
     def device_of(self, array: Array) -> AbstractContextManager[object]:
         """Make the device that holds the array the current one."""

@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
 from itertools import product
+from typing import Any
 
 import numpy as np
 from numpy.lib.stride_tricks import as_strided
@@ -22,7 +23,7 @@ from cuconv.profiling import stage
 class HostLeaves:
     """See `cuconv.leaves.Leaves`."""
 
-    xp = np
+    xp: Any = np
     # Columns that stay in the second-level cache of one core: 1 MiB was the best of
     # 256 KiB to 4 MiB for ResNet-50 layers on two AMD EPYC cores with 1 MiB each.
     block_bytes = 2**20
@@ -32,6 +33,7 @@ class HostLeaves:
     needs_partial = True
 
     def device_of(self, array: Array) -> AbstractContextManager[object]:
+        del array
         return nullcontext()
 
     def workers(self) -> int:
@@ -86,7 +88,9 @@ class HostLeaves:
             target[...] = 0
         hits = [
             [_hits(axis, tap, output, span) for tap in range(axis.kernel)]
-            for axis, output, span in zip(geometry.axes, block.output, cells, strict=True)
+            for axis, output, span in zip(
+                geometry.axes, block.output, cells, strict=True
+            )
         ]
         for tap in product(*(range(axis.kernel) for axis in geometry.axes)):
             met = [axis[t] for axis, t in zip(hits, tap, strict=True)]

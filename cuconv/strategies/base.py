@@ -78,7 +78,9 @@ class Strategy(Protocol):
     def pieces(self, problem: Problem, cut: Cut) -> int:
         """How many parts of the job can run at the same time."""
 
-    def forward(self, job: Job, x: Array, w: Array, bias: Array | None, out: Array) -> None:
+    def forward(
+        self, job: Job, x: Array, w: Array, bias: Array | None, out: Array
+    ) -> None:
         """Write ``conv(x, w) + bias`` to ``out``."""
 
     def input_grad(self, job: Job, dy: Array, w: Array, out: Array) -> None:
@@ -170,7 +172,9 @@ def output_buffer(problem: Problem, name: str, tile: Tile) -> Buffer:
     return Buffer(name, tile.positions * problem.geometry.filters, dtype)
 
 
-def staged_output(flat: Array, geometry: ConvGeometry, block: Block, *, wide: bool = False) -> Stored:
+def staged_output(
+    flat: Array, geometry: ConvGeometry, block: Block, *, wide: bool = False
+) -> Stored:
     """A block of y or dy in a buffer."""
     first, last = block.images
     return stored(
@@ -183,7 +187,14 @@ def staged_output(flat: Array, geometry: ConvGeometry, block: Block, *, wide: bo
     )
 
 
-def take_dy(job: Job, cells: Array, buffers: dict[str, Array], block: Block, *, wide: bool = False) -> Array:
+def take_dy(
+    job: Job,
+    cells: Array,
+    buffers: dict[str, Array],
+    block: Block,
+    *,
+    wide: bool = False,
+) -> Array:
     """A block of dy as (N, G, K/G, positions): where it lies if it can, else copied."""
     geometry = job.problem.geometry
     if "dy" not in buffers:

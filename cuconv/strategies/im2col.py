@@ -58,14 +58,15 @@ class Im2col:
         tile = cut.tile
         if problem.op == "input_grad":
             columns = _column_buffer(problem, tile, problem.types.accumulate)
-            own = (columns, *_dy_buffer(problem, tile), *_dx_buffer(problem, cut.region))
-            return Needs(weight_buffer(problem), own)
-        columns = self.column_buffers(problem, tile, leaves)
+            own = (*_dy_buffer(problem, tile), *_dx_buffer(problem, cut.region))
+            return Needs(weight_buffer(problem), (columns, *own))
+        gathered = self.column_buffers(problem, tile, leaves)
         if problem.op == "weight_grad":
-            shared, own = _sum_buffers(problem, cut, leaves)
-            return Needs(shared, (*columns, *_dy_buffer(problem, tile), *own))
+            sums, own = _sum_buffers(problem, cut, leaves)
+            return Needs(sums, (*gathered, *_dy_buffer(problem, tile), *own))
+        shared = (*weight_buffer(problem), *bias_buffer(problem))
         staged = () if "out" in problem.direct else (output_buffer(problem, "y", tile),)
-        return Needs((*weight_buffer(problem), *bias_buffer(problem)), (*columns, *staged))
+        return Needs(shared, (*gathered, *staged))
 
     def pieces(self, problem: Problem, cut: Cut) -> int:
         if problem.op == "input_grad":

@@ -61,11 +61,13 @@ class Pointwise(Im2col):
     def column_buffers(
         self, problem: Problem, tile: Tile, leaves: Leaves
     ) -> tuple[Buffer, ...]:
+        del problem, tile, leaves
         return ()
 
     def columns(
         self, job: Job, x: Array, block: Block, buffers: dict[str, Array], chunk: int
     ) -> Array:
+        del buffers, chunk
         return flattened(output_cells(x, block), job.problem.geometry.rank)
 
     def input_grad(self, job: Job, dy: Array, w: Array, out: Array) -> None:

@@ -24,7 +24,17 @@ IS_STAND_IN = True
 __version__ = "14.2.0"
 
 for _name in (
-    *("bool_", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"),
+    *(
+        "bool_",
+        "int8",
+        "int16",
+        "int32",
+        "int64",
+        "uint8",
+        "uint16",
+        "uint32",
+        "uint64",
+    ),
     *("float16", "float32", "float64", "complex64", "complex128"),
 ):
     globals()[_name] = getattr(_np, _name)

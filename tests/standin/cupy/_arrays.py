@@ -54,7 +54,11 @@ class ndarray:
         return ndarray(host, self._block, self.device)
 
     def __getitem__(self, key):
-        return self._view(self._host[key]) if is_plain(key) else result(self._host[device_free(key)], self)
+        return (
+            self._view(self._host[key])
+            if is_plain(key)
+            else result(self._host[device_free(key)], self)
+        )
 
     def __setitem__(self, key, value):
         self._host[device_free(key)] = unwrap(value)
@@ -160,11 +164,39 @@ def viewing(function):
 
 for _name in ("reshape", "transpose", "swapaxes", "view"):
     setattr(ndarray, _name, viewing(getattr(np.ndarray, _name)))
-for _name in ("astype", "sum", "copy", "ravel", "fill", "conj", "max", "min", "mean",
-              "argmax", "all", "any"):
+for _name in (
+    "astype",
+    "sum",
+    "copy",
+    "ravel",
+    "fill",
+    "conj",
+    "max",
+    "min",
+    "mean",
+    "argmax",
+    "all",
+    "any",
+):
     setattr(ndarray, _name, wrapped(getattr(np.ndarray, _name)))
-for _name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul", "and_",
-              "or_", "eq", "ne", "lt", "le", "gt", "ge"):
+for _name in (
+    "add",
+    "sub",
+    "mul",
+    "truediv",
+    "floordiv",
+    "mod",
+    "pow",
+    "matmul",
+    "and_",
+    "or_",
+    "eq",
+    "ne",
+    "lt",
+    "le",
+    "gt",
+    "ge",
+):
     _slot = _name.rstrip("_")
     _operator = getattr(operator, _name)
     setattr(ndarray, f"__{_slot}__", wrapped(_operator))
@@ -183,7 +215,12 @@ def _in_place(name):
     return method
 
 
-for _slot, _name in (("iadd", "add"), ("isub", "subtract"), ("imul", "multiply"), ("itruediv", "divide")):
+for _slot, _name in (
+    ("iadd", "add"),
+    ("isub", "subtract"),
+    ("imul", "multiply"),
+    ("itruediv", "divide"),
+):
     setattr(ndarray, f"__{_slot}__", _in_place(_name))
 ndarray.__neg__ = wrapped(operator.neg)
 

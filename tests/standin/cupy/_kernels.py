@@ -43,8 +43,8 @@ def _folder():
 def compiled(code, name, options):
     """The launcher of a kernel, from the cache on disk or from the compiler."""
     text = code + (
-        f'\nextern "C" void shim_launch(unsigned grid, unsigned block, void **arguments)'
-        f"\n{{ shim::launch(&{name}, grid, block, arguments); }}\n"
+        '\nextern "C" void shim_launch(unsigned grid, unsigned block, void **args)'
+        f"\n{{ shim::launch(&{name}, grid, block, args); }}\n"
     )
     barriers = ["-DSHIM_BARRIERS"] if "__syncthreads" in code else []
     command = [
@@ -87,7 +87,9 @@ class RawKernel:
             raise ValueError(f"cannot launch {blocks} blocks of {threads} threads")
         with _lock:
             kept = [_argument(a) for a in args]
-            pointers = (ctypes.c_void_p * len(kept))(*(ctypes.addressof(k) for k in kept))
+            pointers = (ctypes.c_void_p * len(kept))(
+                *(ctypes.addressof(k) for k in kept)
+            )
             run = compiled(self._code, self.name, self._options)
             stream = get_current_stream().ptr
             launches.append((self.name, blocks, threads, current().id, stream))

@@ -80,4 +80,6 @@ def gemmStridedBatchedEx(
     a = (a.swapaxes(1, 2) if transa else a).astype(scalar)
     b = (b.swapaxes(1, 2) if transb else b).astype(scalar)
     product = scale * (a @ b)
-    c[...] = (product if keep == 0 else product + keep * c.astype(scalar)).astype(c.dtype)
+    c[...] = (product if keep == 0 else product + keep * c.astype(scalar)).astype(
+        c.dtype
+    )
