@@ -196,7 +196,7 @@ def measure_all() -> dict[str, Any]:
     check_norms(rounds)
     small = json.loads(run_python("-m", "benchmarks.core", "--subject", "call"))
     return {
-        "what": f"conv2d on ({N}, {C}, {H}, {H}), {K} filters of 3x3, padding 1, float32",
+        "what": f"conv2d on ({N}, {C}, {H}, {H}), {K} filters 3x3, padding 1, float32",
         "subjects": {name: medians(reports) for name, reports in rounds.items()},
         "small_call_1x3x8x8": small,
         **measure_import(),
@@ -251,13 +251,14 @@ def cpu_name() -> str:
 def table(found: dict[str, Any]) -> str:
     """The README's table, from a result file."""
     ours, rows, columns = (found["subjects"][name] for name in SUBJECTS)
+    versions, machine = found["versions"], found["machine"]
     lines = [
-        f"`{found['what']}`; {found['machine']['cpu']}, "
-        f"{found['machine']['cores']} cores, NumPy {found['versions']['numpy']} with "
-        f"{found['versions']['blas']}; medians, {found['date']}. The whole-buffer "
-        "im2col of the tutorials in its two forms: positions by rows, patches by rows.",
+        f"`{found['what']}`; {machine['cpu']}, {machine['cores']} cores,",
+        f"NumPy {versions['numpy']} with {versions['blas']}; medians, {found['date']}.",
+        "The whole-buffer im2col of the tutorials comes in two forms: a row for each",
+        "position, or a row for each cell of a patch.",
         "",
-        "| | cuconv | by positions | ratio | by patches | ratio |",
+        "| | cuconv | positions by rows | ratio | patches by rows | ratio |",
         "| --- | --- | --- | --- | --- | --- |",
     ]
     for operation in OPERATIONS:
@@ -273,13 +274,14 @@ def table(found: dict[str, Any]) -> str:
     ]
     lines.append(f"| most extra memory | {memory[0]} | {memory[1]} | | {memory[2]} | |")
     small = found["small_call_1x3x8x8"]
-    ranges = small["call_microseconds"] - small["without_ranges_microseconds"]
+    whole = small["call_microseconds"]
+    ranges = whole - small["without_ranges_microseconds"]
     lines += [
         "",
-        f"`import cuconv` takes {found['import_milliseconds']:.0f} ms beyond NumPy's "
-        f"own; a call on (1, 3, 8, 8) with 8 filters of 3×3 takes "
-        f"{small['call_microseconds']:.0f} µs, {ranges:.1f} µs of them NVTX ranges that "
-        "nobody listens to. Nothing here has been measured on a GPU yet.",
+        f"`import cuconv` takes {found['import_milliseconds']:.0f} ms beyond NumPy's.",
+        f"A call on (1, 3, 8, 8) with 8 filters of 3×3 takes {whole:.0f} µs,",
+        f"{ranges:.1f} µs of them NVTX ranges that nobody listens to.",
+        "Nothing here has been measured on a GPU yet.",
     ]
     return "\n".join(lines)
 

@@ -7,6 +7,7 @@ because a CuPy array can only exist where CuPy was imported first.
 import math
 import sys
 from collections.abc import Sequence
+from functools import lru_cache
 from itertools import pairwise
 from typing import Any, NamedTuple, TypeAlias
 
@@ -15,7 +16,7 @@ import numpy as np
 from cuconv.geometry import LAYOUTS
 
 Array: TypeAlias = Any
-DType: TypeAlias = "np.dtype[Any]"
+DType: TypeAlias = np.dtype[Any]
 
 SUPPORTED_TYPES = (
     *("bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"),
@@ -119,10 +120,16 @@ def resolve_types(arrays: dict[str, Array], dtype: Any) -> Types:
     Half types are summed in float32.  Everything else is summed in the type that
     NumPy gives the operands and the result together.
     """
-    for name, array in arrays.items():
-        check_type(name, array.dtype)
-    operand = _common("operands", *(a.dtype for a in arrays.values()))
-    result = operand if dtype is None else np.dtype(dtype)
+    dtypes = tuple((name, array.dtype) for name, array in arrays.items())
+    return _resolved(dtypes, None if dtype is None else np.dtype(dtype))
+
+
+@lru_cache(maxsize=1024)
+def _resolved(arrays: tuple[tuple[str, DType], ...], dtype: DType | None) -> Types:
+    for name, own in arrays:
+        check_type(name, own)
+    operand = _common("operands", *(own for _, own in arrays))
+    result = operand if dtype is None else dtype
     check_type("dtype", result)
     if not np.can_cast(operand, result, "same_kind"):
         raise TypeError(f"a result of type {operand} cannot be cast to dtype {result}")

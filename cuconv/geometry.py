@@ -456,8 +456,13 @@ def _frozen(name: str, value: object) -> object:
 
 
 def _shape(name: str, shape: Sequence[int]) -> tuple[int, ...]:
-    sizes = tuple(_index(f"the shape of {name}", size) for size in shape)
-    if any(size < 0 for size in sizes):
+    try:
+        sizes = tuple(map(operator.index, shape))
+    except TypeError:
+        raise TypeError(
+            f"the shape of {name} must be made of integers; got {shape!r}"
+        ) from None
+    if min(sizes, default=0) < 0:
         raise ValueError(f"the shape of {name} is {sizes}; sizes cannot be negative")
     return sizes
 
