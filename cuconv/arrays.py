@@ -37,6 +37,11 @@ def is_half(dtype: DType) -> bool:
     return dtype.name in _HALF_TYPES
 
 
+def accumulator(dtype: DType) -> DType:
+    """The type that cells of this type are summed in: float32 for halves."""
+    return np.dtype(np.float32) if is_half(dtype) else dtype
+
+
 def array_module(*arrays: Array) -> Any:
     """The module, NumPy or CuPy, that all these arrays belong to.
 
@@ -134,7 +139,7 @@ def _resolved(arrays: tuple[tuple[str, DType], ...], dtype: DType | None) -> Typ
     if not np.can_cast(operand, result, "same_kind"):
         raise TypeError(f"a result of type {operand} cannot be cast to dtype {result}")
     accumulate = _common("operands and dtype", operand, result)
-    wide = np.dtype(np.float32) if is_half(accumulate) else accumulate
+    wide = accumulator(accumulate)
     return Types(operand if is_half(operand) else wide, wide, result)
 
 
@@ -156,10 +161,25 @@ def check_out(out: Array, shape: tuple[int, ...], dtype: DType) -> None:
         raise TypeError(f"out has type {out.dtype} and the result has {dtype}")
     if not getattr(out.flags, "writeable", True):
         raise ValueError("out is read-only")
-    if any(n > 1 and s == 0 for n, s in zip(shape, out.strides, strict=True)):
+    if _overlaps_itself(shape, out.strides, out.dtype.itemsize):
         raise ValueError(
             f"out has overlapping cells: shape {shape}, strides {out.strides}"
         )
+
+
+def _overlaps_itself(
+    shape: tuple[int, ...], strides: tuple[int, ...], itemsize: int
+) -> bool:
+    """Whether two cells may share memory; never false where they do."""
+    if 0 in shape:
+        return False
+    reach = itemsize
+    steps = ((abs(s), n) for s, n in zip(strides, shape, strict=True) if n > 1)
+    for step, count in sorted(steps):
+        if step < reach:
+            return True
+        reach += step * (count - 1)
+    return False
 
 
 def check_overlap(xp: Any, out: Array, inputs: dict[str, Array]) -> None:

@@ -4,21 +4,19 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import numpy as np
-
 from cuconv.arrays import (
     Array,
     DType,
+    accumulator,
     check_out,
     check_overlap,
     check_type,
     grouped,
-    is_half,
     module_of,
     plain,
     stored,
 )
-from cuconv.geometry import Block, Padding, Sizes, Tile, WindowGeometry
+from cuconv.geometry import Block, Padding, Region, Sizes, Tile, WindowGeometry
 from cuconv.leaves import Leaves, leaves_of
 from cuconv.memory import (
     Buffer,
@@ -360,11 +358,11 @@ def _sum(
     """Sum the columns into every region of the target."""
     if target.size == 0:
         return
-    channel = geometry.channels * 4
-    tile = geometry.region_tile(max(leaves.block_bytes // channel, 1))
-    staged = is_half(cells.dtype)
-    size = tile.positions * geometry.channels
-    buffers = (Buffer("sum", size, np.dtype(np.float32)),) if staged else ()
+    sums = accumulator(cells.dtype)
+    cell = geometry.channels * sums.itemsize
+    tile = geometry.region_tile(max(leaves.block_bytes // cell, 1))
+    staged = sums != target.dtype
+    buffers = (Buffer("sum", tile.positions * geometry.channels, sums),) * staged
     busy = cells.size * cells.dtype.itemsize > _WORTH_THREADS
     workers = leaves.workers() if busy else 1
     scratch = [carve(leaves.xp, buffers) for _ in range(workers)]
@@ -375,30 +373,49 @@ def _sum(
             spans = (slice(*span) for span in region.cells)
             into = target[slice(*region.images)][(..., *spans)]
             with stage("scatter", "col2im", chunk):
-                if not region.is_reached:
-                    into[...] = 0
-                    continue
-                sums = into
-                if staged:
-                    head, inner = into.shape[:3], into.shape[3:]
-                    first = geometry.channels_first
-                    sums = stored(
-                        scratch[worker]["sum"], head, (), inner, channels_first=first
-                    ).cells
-                block = geometry.block(region.images, region.output)
-                leaves.scatter(
-                    cells[_output_slices(block, geometry)],
-                    sums,
+                _sum_region(
+                    leaves,
+                    cells,
+                    into,
                     geometry,
-                    block,
-                    region.cells,
-                    add=False,
+                    region,
+                    scratch[worker],
                     deterministic=deterministic,
                 )
-                if staged:
-                    leaves.copy(sums, into)
 
     leaves.parallel(body, workers)
+
+
+def _sum_region(
+    leaves: Leaves,
+    cells: Array,
+    into: Array,
+    geometry: WindowGeometry,
+    region: Region,
+    scratch: dict[str, Array],
+    *,
+    deterministic: bool,
+) -> None:
+    """Sum the columns into one region, by way of the scratch buffer if there is one."""
+    if not region.is_reached:
+        into[...] = 0
+        return
+    sums = into
+    if "sum" in scratch:
+        head, inner, first = into.shape[:3], into.shape[3:], geometry.channels_first
+        sums = stored(scratch["sum"], head, (), inner, channels_first=first).cells
+    block = geometry.block(region.images, region.output)
+    leaves.scatter(
+        cells[_output_slices(block, geometry)],
+        sums,
+        geometry,
+        block,
+        region.cells,
+        add=False,
+        deterministic=deterministic,
+    )
+    if sums is not into:
+        leaves.copy(sums, into)
 
 
 def _lazy_bytes(
@@ -407,7 +424,8 @@ def _lazy_bytes(
     cells = tile.positions * geometry.channels * geometry.taps
     columns = Buffer("columns", cells, dtype).nbytes
     buffers = leaves.gather_buffers(geometry, tile, dtype, dtype)
-    return leaves.overhead_bytes + columns + workspace_bytes(buffers)
+    overhead = leaves.overhead(1, dtype.itemsize)
+    return overhead + columns + workspace_bytes(buffers)
 
 
 def _lazy_tile(

@@ -572,21 +572,22 @@ class _BiasGrad(NamedTuple):
     def run(self) -> Array:
         cells = in_groups(self.dy, self.geometry)
         axes = (0, *range(3, cells.ndim))
+        sums = []
+
+        def body(worker: int) -> None:
+            del worker
+            sums.append(cells.sum(axis=axes, dtype=self.types.accumulate))
+
         with self.leaves.device_of(self.dy):
-            total = cells.sum(axis=axes, dtype=self.types.accumulate)
-            return total.reshape(-1).astype(self.types.result, copy=False)
-
-
-# What NumPy allocates to cast an array piece by piece while it sums it.
-_CAST_BYTES = 2 * 8192 * 16
+            self.leaves.parallel(body, 1)
+            return sums[0].reshape(-1).astype(self.types.result, copy=False)
 
 
 def _bias_grad(geometry: ConvGeometry, dy: Array, options: Options) -> _BiasGrad:
     types = resolve_types({"dy": dy}, options.dtype)
     leaves = leaves_of(module_of({"dy": dy}))
-    needed = leaves.overhead_bytes + geometry.filters * types.accumulate.itemsize
-    if dy.dtype != types.accumulate:
-        needed += _CAST_BYTES
+    itemsize = types.accumulate.itemsize
+    needed = leaves.overhead(1, itemsize) + geometry.filters * itemsize
     if options.memory_limit is not None:
         limit = parse_memory_limit(options.memory_limit)
         if limit < needed:

@@ -551,8 +551,9 @@ def _check_fits(index: int, axis: Axis, padding: object) -> None:
         return
     raise ValueError(
         f"the kernel is larger than the padded input on spatial axis {index}: it spans "
-        f"{axis.extent} cells (kernel {axis.kernel}, dilation {axis.dilation}) and the "
-        f"input has {axis.padded} ({axis.size} + padding {axis.before} + {axis.after})"
+        f"{axis.extent} cells (kernel {axis.kernel}, dilation {axis.dilation}) and "
+        f"the input has {axis.padded} "
+        f"({axis.size} + {axis.before} + {axis.after} of padding)"
     )
 
 

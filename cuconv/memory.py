@@ -13,11 +13,8 @@ from cuconv.arrays import Array, DType
 
 MemoryLimit: TypeAlias = int | str | None
 
-# Views, slices and closures of one call, measured with tracemalloc on CPython 3.11 to
-# 3.13: at most 11 KiB for one worker and 2 KiB for each more.
-INTERPRETER_BYTES = 16 * 1024
-
-_ALIGNMENT = 256
+# CuPy's pool hands out memory in these units too.
+_ALIGNMENT = 512
 _UNITS = {
     "": 1,
     "b": 1,

@@ -118,14 +118,16 @@ class _Fit:
         self._leaves = leaves
         geometry = problem.geometry
         column = geometry.groups * geometry.patch * problem.operand.itemsize
-        self._preferred = max(1, leaves.block_bytes // column)
+        self._preferred = max(1, leaves.block_bytes // max(column, 1))
         busy = geometry.multiplications >= _WORTH_THREADS
         self._most_workers = workers if busy else 1
 
     def bytes(self, cut: Cut) -> int:
         needs = self._strategy.needs(self._problem, cut, self._leaves)
         own = cut.workers * workspace_bytes(needs.worker)
-        return self._leaves.overhead_bytes + workspace_bytes(needs.shared) + own
+        itemsize = self._problem.types.accumulate.itemsize
+        overhead = self._leaves.overhead(cut.workers, itemsize)
+        return overhead + workspace_bytes(needs.shared) + own
 
     def within(self, limit: int) -> Cut:
         """The cut with the most workers and the largest blocks up to the preferred."""

@@ -356,7 +356,7 @@ def numerical_gradient(
     xp = array_module(array)
     is_complex = array.dtype.kind == "c"
     point = array.astype(np.complex128 if is_complex else np.float64)
-    gradient = xp.zeros(point.shape, dtype=point.dtype)
+    gradient = np.zeros(point.shape, dtype=point.dtype)
     directions = (1.0, 1.0j) if is_complex else (1.0,)
     for index in np.ndindex(point.shape):
         here = point[index].item()
@@ -367,7 +367,7 @@ def numerical_gradient(
             below = float(function(point))
             gradient[index] += direction * (above - below) / (2 * step)
         point[index] = here
-    return gradient
+    return xp.asarray(gradient)
 
 
 def check_adjoint(

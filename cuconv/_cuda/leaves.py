@@ -25,7 +25,6 @@ class CudaLeaves:
     # Large enough to fill a GPU, small beside its memory; not yet measured on one.
     block_bytes = 64 * 2**20
     default_memory_limit = 256 * 2**20
-    overhead_bytes = 0
     # cuBLAS takes its leading dimensions as 32-bit integers.
     largest_step = 2**31 - 1
     needs_partial = False
@@ -33,6 +32,10 @@ class CudaLeaves:
     def device_of(self, array: Array) -> AbstractContextManager[object]:
         device: AbstractContextManager[object] = array.device
         return device
+
+    def overhead(self, workers: int, itemsize: int) -> int:
+        del workers, itemsize
+        return 0
 
     def workers(self) -> int:
         return 1

@@ -25,8 +25,7 @@ class Leaves(Protocol):
     # Bytes of columns per block, and the limit when the user names none.
     block_bytes: int
     default_memory_limit: int
-    # What a call takes beyond its buffers, and the longest row step BLAS can take.
-    overhead_bytes: int
+    # The longest row step that BLAS can take, in items.
     largest_step: int
     # Whether `gemm(add=True)` needs a buffer for the product before it is added.
     needs_partial: bool
@@ -35,6 +34,9 @@ class Leaves(Protocol):
 
     def device_of(self, array: Array) -> AbstractContextManager[object]:
         """Make the device that holds the array the current one."""
+
+    def overhead(self, workers: int, itemsize: int) -> int:
+        """Bytes that a call takes beyond its buffers, sums having this item size."""
 
     def workers(self) -> int:
         """How many blocks may run at the same time."""

@@ -79,7 +79,7 @@ def gemmStridedBatchedEx(
     )
     a = (a.swapaxes(1, 2) if transa else a).astype(scalar)
     b = (b.swapaxes(1, 2) if transb else b).astype(scalar)
-    product = scale * (a @ b)
-    c[...] = (product if keep == 0 else product + keep * c.astype(scalar)).astype(
-        c.dtype
-    )
+    with np.errstate(all="ignore"):
+        product = scale * (a @ b)
+        product = product if keep == 0 else product + keep * c.astype(scalar)
+        c[...] = product.astype(c.dtype)
