@@ -201,6 +201,8 @@ def _overlap(xp: Any, a: Array, b: Array) -> bool:
 
 def merged_stride(shape: Sequence[int], strides: Sequence[int]) -> int | None:
     """The stride at which these axes run as one, or None if they do not."""
+    if 0 in shape:
+        return 0
     kept = [(n, s) for n, s in zip(shape, strides, strict=True) if n != 1]
     if not kept:
         return 0
@@ -225,7 +227,9 @@ def grouped(
 
 
 def flattened(array: Array, rank: int) -> Array:
-    """Merge the last ``rank`` axes; the caller knows that they merge."""
+    """View the last ``rank`` axes as one; the caller has seen to it that they merge."""
+    if merged_stride(array.shape[-rank:], array.strides[-rank:]) is None:
+        raise RuntimeError(f"axes do not merge: {array.shape}, strides {array.strides}")
     return array.reshape(
         *array.shape[: array.ndim - rank], math.prod(array.shape[-rank:])
     )

@@ -445,14 +445,27 @@ def _steps(
     leaves: Leaves, x: Array, geometry: WindowGeometry, tile: Tile, order: str
 ) -> Iterator[tuple[Block, Array]]:
     cells = _single_group(x, geometry)
-    xp = leaves.xp
+    buffers = leaves.gather_buffers(geometry, tile, x.dtype, x.dtype)
     for chunk, block in enumerate(geometry.blocks(tile)):
-        first, last = block.images
         with leaves.device_of(x), stage("gather", "im2col", chunk):
-            shape = geometry.column_shape(order, last - first, block.shape)
-            columns = xp.empty(shape, dtype=x.dtype)
-            into = _column_cells(columns, geometry, block.shape, order)
-            buffers = leaves.gather_buffers(geometry, tile, x.dtype, x.dtype)
-            scratch = carve(xp, buffers)
-            leaves.gather(cells[first:last], into, geometry, block, scratch)
-        yield block, columns
+            step = block, _step(leaves, cells, geometry, block, order, buffers)
+        yield step
+        del step  # or these columns would live on while the next ones are made
+
+
+def _step(
+    leaves: Leaves,
+    x: Array,
+    geometry: WindowGeometry,
+    block: Block,
+    order: str,
+    buffers: tuple[Buffer, ...],
+) -> Array:
+    """The columns of one block, in an array of their own."""
+    first, last = block.images
+    shape = geometry.column_shape(order, last - first, block.shape)
+    columns = leaves.xp.empty(shape, dtype=x.dtype)
+    if columns.size:
+        into = _column_cells(columns, geometry, block.shape, order)
+        leaves.gather(x[first:last], into, geometry, block, carve(leaves.xp, buffers))
+    return columns

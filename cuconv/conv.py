@@ -17,7 +17,7 @@ from cuconv.arrays import (
 )
 from cuconv.geometry import ConvGeometry, Padding, Sizes
 from cuconv.leaves import Leaves, leaves_of
-from cuconv.memory import MemoryLimit, MemoryLimitError, parse_memory_limit
+from cuconv.memory import Buffer, MemoryLimit, MemoryLimitError, parse_memory_limit
 from cuconv.plan import Plan, make_plan
 from cuconv.strategies import Problem
 from cuconv.strategies.base import in_groups
@@ -587,7 +587,8 @@ def _bias_grad(geometry: ConvGeometry, dy: Array, options: Options) -> _BiasGrad
     types = resolve_types({"dy": dy}, options.dtype)
     leaves = leaves_of(module_of({"dy": dy}))
     itemsize = types.accumulate.itemsize
-    needed = leaves.overhead(1, itemsize) + geometry.filters * itemsize
+    sums = Buffer("sums", geometry.filters, types.accumulate)
+    needed = leaves.overhead(1, itemsize) + sums.nbytes
     if options.memory_limit is not None:
         limit = parse_memory_limit(options.memory_limit)
         if limit < needed:

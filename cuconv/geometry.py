@@ -311,14 +311,31 @@ class WindowGeometry:
         Parameters
         ----------
         tile
-            The largest block wanted; see `tile`.
+            The largest block wanted; see `tile`.  In memory, the positions of a block
+            are one run in each channel.
         images, output
             The part to cut; all of it by default.
         """
-        whole = ((0, out) for out in self.out)
-        ranges = (images or (0, self.images), *(output or whole))
-        for picked, *spans in _spans(ranges, (tile.images, *tile.cells)):
+        whole = tuple((0, out) for out in self.out)
+        ranges = ((0, self.images) if images is None else images, *(output or whole))
+        steps = self._run_steps(tile, ranges[1:])
+        for picked, *spans in _spans(ranges, steps):
             yield self.block(picked, tuple(spans))
+
+    def _run_steps(self, tile: Tile, ranges: Ranges) -> tuple[int, ...]:
+        """Steps that make every block one run of positions in memory.
+
+        Outside an axis that is not taken whole, blocks have a single cell.
+        """
+        steps: list[int] = []
+        is_whole = True
+        for step, span, out in zip(
+            reversed(tile.cells), reversed(ranges), reversed(self.out), strict=True
+        ):
+            steps.append(max(step, 1) if is_whole else 1)
+            is_whole = is_whole and span == (0, out) and step >= out
+        steps.append(max(tile.images, 1) if is_whole else 1)
+        return tuple(reversed(steps))
 
     def regions(self, tile: Tile) -> Iterator[Region]:
         """Cut the input into regions, each with the output cells that reach it."""
@@ -553,7 +570,7 @@ def _check_fits(index: int, axis: Axis, padding: object) -> None:
         f"the kernel is larger than the padded input on spatial axis {index}: it spans "
         f"{axis.extent} cells (kernel {axis.kernel}, dilation {axis.dilation}) and "
         f"the input has {axis.padded} "
-        f"({axis.size} + {axis.before} + {axis.after} of padding)"
+        f"({axis.size} + padding {axis.before} + {axis.after})"
     )
 
 

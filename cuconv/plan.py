@@ -150,7 +150,7 @@ class _Fit:
     def _cut(self, positions: int, cells: int, workers: int) -> Cut:
         geometry = self._problem.geometry
         tile = self._strategy.tile(self._problem, positions)
-        whole = Tile(tile.images, geometry.size)
+        whole = Tile(tile.images, tuple(max(n, 1) for n in geometry.size))
         region = whole if cells >= geometry.cells else geometry.region_tile(cells)
         return Cut(tile, region, workers)
 
@@ -172,10 +172,12 @@ class _Fit:
         geometry = self._problem.geometry
         share = -(-workers // max(geometry.images, 1))
         whole = -(-geometry.cells // share)
-        positions = most(lambda p: fits(p, whole), self._preferred)
+        each = -(-geometry.images * geometry.positions // workers)
+        preferred = max(min(self._preferred, each), 1)
+        positions = most(lambda p: fits(p, whole), preferred)
         if positions:
             return self._cut(positions, whole, workers)
-        halves = (self._preferred >> i for i in range(self._preferred.bit_length()))
+        halves = (preferred >> i for i in range(preferred.bit_length()))
         pairs = ((p, most(partial(fits, p), whole)) for p in halves)
         cuts = [self._cut(p, cells, workers) for p, cells in pairs if cells]
         return min(cuts, key=self._cost, default=None)

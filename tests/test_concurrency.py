@@ -98,25 +98,6 @@ def test_blas_has_its_threads_again_after_an_error(monkeypatch) -> None:
     assert blas_threads() == before
 
 
-@pytest.mark.parametrize("name", ["_blas", "_pool"])
-def test_first_calls_at_once_share_one_state(name) -> None:
-    """Two keepers of the BLAS threads would each restore what the other had set."""
-    getter = getattr(host, name)
-    gate, got = threading.Barrier(8), []
-
-    def ask() -> None:
-        gate.wait()
-        got.append(getter())
-
-    for _ in range(20):
-        getter.cache_clear()
-        with ThreadPoolExecutor(8) as pool:
-            for call in [pool.submit(ask) for _ in range(8)]:
-                call.result()
-        assert len({id(one) for one in got}) == 1
-        got.clear()
-
-
 def test_one_thread_holds_while_any_call_runs() -> None:
     """Overlapping calls: the first lowers the number, the last one restores it."""
     blas = host._Blas()

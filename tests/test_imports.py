@@ -95,8 +95,8 @@ def test_it_works_when_no_blas_is_found() -> None:
     """
     check = """
     from cuconv.leaves import host
-    assert host._blas()._libraries == []
-    assert host._blas().threads() == 1
+    assert host._BLAS._libraries == []
+    assert host._BLAS.threads() == 1
     """
     run_python(textwrap.dedent(code) + CONV + textwrap.dedent(check))
 

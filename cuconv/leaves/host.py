@@ -18,7 +18,6 @@ from cuconv.geometry import Axis, Block, Range, Ranges, Tile, WindowGeometry
 from cuconv.memory import Buffer
 from cuconv.profiling import stage
 
-
 # NumPy adds strided arrays by way of three buffers of this many items; a thousand are
 # as fast as its default of 8192.
 _BUFFER_ITEMS = 1024
@@ -245,6 +244,11 @@ class _Blas:
     def _set(self, threads: list[int]) -> None:
         for library, count in zip(self._libraries, threads, strict=True):
             library.set_num_threads(count)
+            # threadpoolctl lets one thread alone set OpenBLAS's number until that
+            # thread gives way; the last of several calls to leave may be another.
+            give_way = getattr(library, "clear_controlling_thread", None)
+            if give_way:
+                give_way()
 
 
 def _begin() -> None:

@@ -239,10 +239,7 @@ def _write_region(
     region: Region,
     buffers: dict[str, Array],
 ) -> None:
-    """Compute one region of dx from every block of dy whose windows meet it.
-
-    A region has no more images than a tile, so each block covers all of them.
-    """
+    """Compute one region of dx from every block of dy whose windows meet it."""
     geometry = job.problem.geometry
     cells = dx[slice(*region.images)][(..., *(slice(*span) for span in region.cells))]
     target = cells
@@ -253,6 +250,7 @@ def _write_region(
     if not region.is_reached:
         target[...] = 0
     blocks = geometry.blocks(job.cut.tile, region.images, region.output)
+    images = None
     for chunk, block in enumerate(blocks):
         columns = _stored_columns(job, buffers["columns"], block)
         matrix = take_dy(job, output_cells(dy, block), buffers, block)
@@ -261,13 +259,14 @@ def _write_region(
         with stage("scatter", Im2col.name, chunk):
             job.leaves.scatter(
                 columns.cells,
-                target,
+                target[slice(*(i - region.images[0] for i in block.images))],
                 geometry,
                 block,
                 region.cells,
-                add=chunk > 0,
+                add=block.images == images,
                 deterministic=job.problem.deterministic,
             )
+        images = block.images
     if target is not cells:
         job.leaves.copy(target, cells)
 
