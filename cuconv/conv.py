@@ -105,16 +105,17 @@ class _Call(NamedTuple):
         problem, leaves = self.plan.problem, leaves_of(self.xp)
         first, second, *bias = self.arrays.values()
         with leaves.device_of(first):
-            out = self.out
-            if out is None:
-                out = self.xp.empty(self.shape, dtype=problem.types.result)
+            result = self.out
+            if result is None:
+                result = self.xp.empty(self.shape, dtype=problem.types.result)
+            out = plain(result)
             if problem.geometry.multiplications == 0:
                 _fill(out, *bias, geometry=problem.geometry)
             elif problem.op == "forward":
                 self.plan.run(self.xp, first, second, bias[0] if bias else None, out)
             else:
                 self.plan.run(self.xp, first, second, out)
-        return out
+        return result
 
 
 def _fill(out: Array, bias: Array | None = None, *, geometry: ConvGeometry) -> None:
@@ -149,7 +150,6 @@ def prepare(
         "weight_grad": geometry.w_shape,
     }[op]
     if out is not None:
-        out = plain(out)
         check_out(out, shape, types.result)
         check_overlap(xp, out, arrays)
     if options.precision not in PRECISIONS:
@@ -207,7 +207,8 @@ def _is_direct_out(
         return geometry.positions <= leaves.largest_step
     if op == "weight_grad":
         return bool(out.flags.c_contiguous)
-    return is_matrix_ready(in_groups(out, geometry), geometry.rank, leaves.largest_step)
+    cells = in_groups(plain(out), geometry)
+    return is_matrix_ready(cells, geometry.rank, leaves.largest_step)
 
 
 def _check_shape(name: str, array: Array, shape: tuple[int, ...]) -> None:
