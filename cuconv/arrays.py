@@ -140,7 +140,9 @@ def _resolved(arrays: tuple[tuple[str, DType], ...], dtype: DType | None) -> Typ
         raise TypeError(f"a result of type {operand} cannot be cast to dtype {result}")
     accumulate = _common("operands and dtype", operand, result)
     wide = accumulator(accumulate)
-    return Types(operand if is_half(operand) else wide, wide, result)
+    # Halves are multiplied as they are where their products are summed in float32.
+    as_half = is_half(operand) and wide == np.float32
+    return Types(operand if as_half else wide, wide, result)
 
 
 def _common(what: str, *dtypes: DType) -> DType:
@@ -185,7 +187,9 @@ def _overlaps_itself(
 def check_overlap(xp: Any, out: Array, inputs: dict[str, Array]) -> None:
     for name, array in inputs.items():
         if _overlap(xp, out, array):
-            raise ValueError(f"out overlaps {name} in memory")
+            raise ValueError(
+                f"out overlaps {name} in memory, or lies between its cells"
+            )
 
 
 def _overlap(xp: Any, a: Array, b: Array) -> bool:
@@ -281,6 +285,11 @@ def stored(
     return Stored(cells, flat.reshape(*batch, taps * c).swapaxes(-1, -2))
 
 
+def is_aligned(array: Array) -> bool:
+    """Whether items lie at multiples of their size: NumPy copies them whole if not."""
+    return bool(getattr(array.flags, "aligned", True))
+
+
 def is_matrix_ready(array: Array, rank: int, largest_step: int) -> bool:
     """Whether the last ``rank`` axes merge into the columns or rows of a BLAS matrix.
 
@@ -290,6 +299,8 @@ def is_matrix_ready(array: Array, rank: int, largest_step: int) -> bool:
     """
     if 0 in array.shape:
         return True
+    if not is_aligned(array):
+        return False
     item = array.dtype.itemsize
     spatial = math.prod(array.shape[-rank:])
     run = merged_stride(array.shape[-rank:], array.strides[-rank:])

@@ -4,6 +4,8 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import numpy as np
+
 from cuconv.arrays import (
     Array,
     DType,
@@ -194,8 +196,9 @@ def iter_im2col(
     x, kernel_size, stride, padding, dilation, layout, order
         As for `im2col`.
     memory_limit
-        Upper bound on what one step allocates, its columns included: bytes, or a word
-        such as ``"64 MiB"``; by default 64 MiB with NumPy and 256 MiB with CuPy.
+        Upper bound on what one step allocates, its columns included (columns that you
+        still hold from the step before come on top): bytes, or a word such as
+        ``"64 MiB"``; by default 64 MiB with NumPy and 256 MiB with CuPy.
 
     Yields
     ------
@@ -260,12 +263,14 @@ def patches(
     """
     geometry, xp = _checked(x, kernel_size, stride, 0, dilation, layout)
     cells = _single_group(plain(x), geometry)[:, 0]
-    inner = tuple(range(2, 2 + geometry.rank))
-    extents = tuple(axis.extent for axis in geometry.axes)
-    windows = xp.lib.stride_tricks.sliding_window_view(cells, extents, inner)
-    steps = tuple(slice(None, None, axis.stride) for axis in geometry.axes)
-    taps = tuple(slice(None, None, axis.dilation) for axis in geometry.axes)
-    view = windows[(slice(None), slice(None), *steps, *taps)]
+    head, spatial = cells.strides[:2], cells.strides[2:]
+    steps = (s * axis.stride for s, axis in zip(spatial, geometry.axes, strict=True))
+    taps = (s * axis.dilation for s, axis in zip(spatial, geometry.axes, strict=True))
+    shape = (*cells.shape[:2], *geometry.out, *geometry.kernel)
+    strides = (*head, *steps, *taps)
+    view = xp.lib.stride_tricks.as_strided(cells, shape, strides)
+    if xp is np:
+        view.flags.writeable = False
     return view if geometry.batched else view[0]
 
 

@@ -10,6 +10,7 @@ from cuconv.arrays import (
     Types,
     check_out,
     check_overlap,
+    is_aligned,
     is_matrix_ready,
     module_of,
     plain,
@@ -76,6 +77,23 @@ class Options(NamedTuple):
             groups=self.groups,
             layout=self.layout,
         )
+
+
+def _chosen(options: ConvOptions) -> Options:
+    """The options with their defaults; an unknown one is refused by its name."""
+    unknown = sorted(set(options) - set(Options._fields))
+    if unknown:
+        known = ", ".join(Options._fields)
+        raise TypeError(f"there is no option {unknown[0]!r}; the options are {known}")
+    chosen = Options(**options)
+    if chosen.deterministic not in (None, True, False):
+        raise TypeError(
+            f"deterministic must be True, False or None; got {chosen.deterministic!r}"
+        )
+    for name in ("strategy", "precision"):
+        if not isinstance(options.get(name, ""), str):
+            raise TypeError(f"{name} must be a word; got {options.get(name)!r}")
+    return chosen
 
 
 def _shows_options(function: Callable[P, R]) -> Callable[P, R]:
@@ -188,7 +206,7 @@ def _direct_inputs(
             continue
         if name == "w":
             conjugated = op == "input_grad" and operand.kind == "c"
-            fits = array.flags.c_contiguous and not conjugated
+            fits = array.flags.c_contiguous and is_aligned(array) and not conjugated
         else:
             cells = in_groups(array, geometry)
             fits = is_matrix_ready(cells, geometry.rank, leaves.largest_step)
@@ -206,7 +224,7 @@ def _is_direct_out(
     if out is None:
         return geometry.positions <= leaves.largest_step
     if op == "weight_grad":
-        return bool(out.flags.c_contiguous)
+        return bool(out.flags.c_contiguous) and is_aligned(out)
     cells = in_groups(plain(out), geometry)
     return is_matrix_ready(cells, geometry.rank, leaves.largest_step)
 
@@ -301,7 +319,7 @@ def conv(
     array([[[[10., 18.],
              [42., 50.]]]])
     """
-    chosen = Options(**options)
+    chosen = _chosen(options)
     arrays = _inputs(x=x, w=w, bias=bias)
     geometry = chosen.geometry(x.shape, w.shape)
     if bias is not None:
@@ -429,7 +447,7 @@ def conv_input_grad(
              [2., 4., 2.],
              [1., 2., 1.]]]])
     """
-    chosen = Options(**options)
+    chosen = _chosen(options)
     arrays = _inputs(dy=dy, w=w)
     geometry = chosen.geometry(x_shape, w.shape)
     _check_shape("dy", dy, geometry.y_shape)
@@ -480,7 +498,7 @@ def conv_weight_grad(
     array([[[[ 8., 12.],
              [20., 24.]]]])
     """
-    chosen = Options(**options)
+    chosen = _chosen(options)
     arrays = _inputs(dy=dy, x=x)
     geometry = chosen.geometry(x.shape, w_shape)
     _check_shape("dy", dy, geometry.y_shape)
@@ -531,11 +549,11 @@ def conv_backward(
     (array([[[[4., 4.],
              [4., 4.]]]]), array([4.]), None)
     """
-    chosen = Options(**options)
+    chosen = _chosen(options)
     arrays = _inputs(dy=dy, x=x, w=w)
-    unknown = set(needs) - set(GRADIENTS)
-    if unknown or isinstance(needs, str):
-        raise ValueError(f"needs must be a sequence from {GRADIENTS}; got {needs!r}")
+    several = isinstance(needs, (tuple, list, set, frozenset))
+    if not several or any(name not in GRADIENTS for name in needs):
+        raise ValueError(f"needs must be several of {GRADIENTS}; got {needs!r}")
     geometry = chosen.geometry(x.shape, w.shape)
     _check_shape("dy", dy, geometry.y_shape)
     dy, x, w = arrays.values()

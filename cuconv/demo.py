@@ -18,6 +18,7 @@ from matplotlib.figure import Figure
 from PIL import Image, ImageOps, UnidentifiedImageError
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import Progress
 from rich.table import Table
 from sklearn.datasets import load_sample_image
@@ -38,6 +39,11 @@ TOLERANCE = 1e-5
 REPEATS = 3
 # CuPy's pool hands memory out in these many bytes.
 _POOL_UNIT = 512
+# What Pillow raises for files that are no pictures, or broken ones.
+_UNREADABLE = (
+    *(OSError, ValueError, SyntaxError),
+    *(UnidentifiedImageError, Image.DecompressionBombError),
+)
 CALLS = {"forward": "y", "input_grad": "dx", "weight_grad": "dw"}
 
 
@@ -335,13 +341,32 @@ def load_photo(path: Path | None) -> Array:
     else:
         try:
             with Image.open(path) as image:
+                if image.mode.startswith(("I", "F")):
+                    raise DemoError(
+                        f"{path} has pixels of mode {image.mode}, not 8 bits"
+                    )
                 upright = ImageOps.exif_transpose(image).convert("RGB")
-        except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
+        except _UNREADABLE as error:
             raise DemoError(f"{path} cannot be read as a picture: {error}") from error
         upright.thumbnail((LARGEST_SIDE, LARGEST_SIDE))
         pixels = np.asarray(upright)
     planes = np.moveaxis(pixels, -1, 0)[None]
     return np.ascontiguousarray(planes, dtype=np.float32) / np.float32(255)
+
+
+def check_output(output: Path, photo: Path | None) -> None:
+    """Refuse a place that the panel cannot or must not be written to."""
+    if output.suffix.lower() != ".png":
+        raise DemoError(f"{output} must end in .png, as what is drawn is a PNG file")
+    if output.is_dir() or not output.parent.is_dir():
+        raise DemoError(f"there is no folder {output.parent} to write {output.name} to")
+    if (
+        photo is not None
+        and photo.exists()
+        and output.exists()
+        and (output.samefile(photo))
+    ):
+        raise DemoError(f"{output} is the photograph itself")
 
 
 def choose_module(device: str) -> Any:
@@ -455,12 +480,12 @@ def run_demo(
     MemoryLimitError
         If a convolution does not fit under the limit.
     """
-    if not output.parent.is_dir():
-        raise DemoError(f"there is no folder {output.parent} to write {output.name} to")
+    check_output(output, photo)
     xp, limit = choose_module(device), parse_memory_limit(memory_limit)
     picture = load_photo(photo)
     console = Console()
-    console.print(f"{photo or 'china.jpg of scikit-learn'}, {xp.__name__}")
+    name = escape(str(photo or "china.jpg of scikit-learn"))
+    console.print(f"{name}, {xp.__name__}")
     # Nothing but the convolutions may allocate while they are measured: no refreshing
     # from another thread.
     with Progress(console=console, auto_refresh=False, transient=True) as progress:
@@ -476,8 +501,11 @@ def run_demo(
     print_checks(console, recorder.checks)
     hosted = {name: _on_host(xp, response) for name, response in responses.items()}
     panel = draw_panel(picture, hosted, _on_host(xp, deep), _on_host(xp, gradient))
-    panel.savefig(output, dpi=100)
-    console.print(f"responses drawn in {output}")
+    try:
+        panel.savefig(output, dpi=100)
+    except OSError as error:
+        raise DemoError(f"{output} cannot be written: {error}") from error
+    console.print(f"responses drawn in {escape(str(output))}")
     return all(check.passed for check in recorder.checks)
 
 

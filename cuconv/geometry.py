@@ -246,7 +246,7 @@ class WindowGeometry:
             "columns": (patch, images * positions),
             "batched": (images, patch, positions),
         }
-        if order not in shapes:
+        if not isinstance(order, str) or order not in shapes:
             words = ", ".join(map(repr, shapes))
             raise ValueError(f"order must be one of {words}; got {order!r}")
         return (
@@ -368,6 +368,7 @@ class WindowGeometry:
         ValueError, TypeError
             For every option that does not fit; the message names both numbers.
         """
+        channels_are_first(layout)
         return _window_geometry(
             _shape("x", x_shape),
             _frozen("kernel_size", kernel_size),
@@ -438,6 +439,7 @@ class ConvGeometry(WindowGeometry):
         >>> g.y_shape
         (8, 64, 109, 109)
         """
+        channels_are_first(layout)
         return _conv_geometry(
             _shape("x", x_shape),
             _shape("w", w_shape),
@@ -465,10 +467,8 @@ def _frozen(name: str, value: object) -> object:
     """An option as a hashable value of plain integers: the key of the caches."""
     if type(value) is int or isinstance(value, str):
         return value
-    if isinstance(value, Sequence) or (
-        hasattr(value, "__iter__") and not _is_0d(value)
-    ):
-        return tuple(_frozen(name, item) for item in value)
+    if isinstance(value, (tuple, list)) or getattr(value, "ndim", 0) > 0:
+        return tuple(_frozen(name, item) for item in value)  # type: ignore[attr-defined]
     return _index(name, value)
 
 
@@ -482,10 +482,6 @@ def _shape(name: str, shape: Sequence[int]) -> tuple[int, ...]:
     if min(sizes, default=0) < 0:
         raise ValueError(f"the shape of {name} is {sizes}; sizes cannot be negative")
     return sizes
-
-
-def _is_0d(value: object) -> bool:
-    return getattr(value, "ndim", None) == 0
 
 
 def _per_axis(name: str, value: object, rank: int, least: int) -> tuple[int, ...]:

@@ -5,8 +5,10 @@ and the same list is what `carve` cuts out of a single allocation.  So the memor
 plan promises and the memory that it takes cannot differ.
 """
 
+import operator
 import re
 from collections.abc import Iterable
+from decimal import Decimal
 from typing import Any, NamedTuple, TypeAlias
 
 from cuconv.arrays import Array, DType
@@ -57,12 +59,16 @@ def parse_memory_limit(limit: int | str) -> int:
             raise ValueError(
                 f'memory_limit must be bytes or a word such as "64 MiB"; got {limit!r}'
             )
-        return int(float(match[1]) * _UNITS[match[2].lower()])
-    if isinstance(limit, bool) or not hasattr(limit, "__index__"):
+        return int(Decimal(match[1]) * _UNITS[match[2].lower()])
+    try:
+        number = operator.index(limit)
+    except TypeError:
+        number = None
+    if number is None or isinstance(limit, bool):
         raise TypeError(f"memory_limit must be bytes or a word; got {limit!r}")
-    if limit < 0:
-        raise ValueError(f"memory_limit must not be negative; got {limit}")
-    return int(limit)
+    if number < 0:
+        raise ValueError(f"memory_limit must not be negative; got {number}")
+    return number
 
 
 class Buffer(NamedTuple):

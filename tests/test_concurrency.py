@@ -1,6 +1,9 @@
 """Several threads and processes at once: right answers, and BLAS as it was."""
 
 import os
+import subprocess
+import sys
+import textwrap
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -152,3 +155,111 @@ def test_a_result_is_the_callers_alone(xp) -> None:
     second[...] = 99
     run("input_grad", arrays, case)[...] = 98
     testing.assert_equal(first, kept)
+
+
+def test_the_same_bits_while_other_threads_convolve() -> None:
+    """Their calls set BLAS's threads, and OpenBLAS rounds by how many there are."""
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((4, 16, 13, 13), dtype=np.float32)
+    dy = rng.standard_normal((4, 16, 11, 11), dtype=np.float32)
+    large, stop = large_arrays(), threading.Event()
+    wanted = cuconv.conv_weight_grad(dy, x, (16, 16, 3, 3))
+
+    def disturb() -> None:
+        while not stop.is_set():
+            cuconv.conv(*large, padding=1)
+
+    other = threading.Thread(target=disturb)
+    other.start()
+    try:
+        for _ in range(500):
+            got = cuconv.conv_weight_grad(dy, x, (16, 16, 3, 3))
+            assert got.tobytes() == wanted.tobytes()
+    finally:
+        stop.set()
+        other.join()
+
+
+def run_script(code: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+def test_threads_that_outlive_the_main_one() -> None:
+    """The pool takes no work then; the call does it all by itself."""
+    done = run_script("""
+        import threading, time
+        import numpy as np, cuconv
+        from cuconv.leaves.host import HostLeaves
+        HostLeaves.workers = lambda leaves: 3
+        x, w = np.ones((8, 16, 56, 56), "f4"), np.ones((16, 16, 3, 3), "f4")
+        def late():
+            threading.main_thread().join()
+            time.sleep(0.1)
+            y = cuconv.conv(x, w)
+            dw = cuconv.conv_weight_grad(y, x, w.shape)
+            print(y.sum() == y.size * 144, dw.shape)
+        threading.Thread(target=late).start()
+    """)
+    assert done.stderr == ""
+    assert done.stdout.split() == ["True", "(16,", "16,", "3,", "3)"]
+
+
+def test_nothing_is_written_after_an_interruption() -> None:
+    done = run_script("""
+        import os, signal, threading, time
+        import numpy as np, cuconv
+        x, w = np.ones((64, 64, 56, 56), "f4"), np.ones((64, 64, 3, 3), "f4")
+        out = np.zeros((64, 64, 54, 54), "f4")
+        cuconv.conv(x[:2], w)
+        def interrupt():
+            for pause in (0.03, 0.02, 0.02):
+                time.sleep(pause)
+                os.kill(os.getpid(), signal.SIGINT)
+        thread = threading.Thread(target=interrupt)
+        try:
+            thread.start()
+            cuconv.conv(x, w, out=out)
+            print("too fast")
+        except KeyboardInterrupt:
+            pass
+        left = 3
+        while thread.is_alive() and left:
+            try:
+                thread.join()
+            except KeyboardInterrupt:
+                left -= 1
+        try:
+            before = out.copy()
+            time.sleep(0.3)
+        except KeyboardInterrupt:
+            before = out.copy()
+            time.sleep(0.3)
+        assert (out == 0).any(), "not interrupted at all"
+        print(np.array_equal(before, out))
+    """)
+    assert done.stdout.split() == ["True"], done.stderr
+
+
+def test_a_child_forked_during_a_call_has_all_blas_threads() -> None:
+    with threadpool_limits(2, "blas"), host._BLAS.one_thread():
+        pid = os.fork()
+        if pid == 0:
+            os._exit(blas_threads() != [2])
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+
+
+def test_workers_heed_the_callers_errstate(monkeypatch) -> None:
+    monkeypatch.setattr(host.HostLeaves, "workers", lambda leaves: 3)
+    planning._plan.cache_clear()
+    x, w = large_arrays()
+    x[...] = 3e38
+    with np.errstate(all="ignore"):
+        y = cuconv.conv(x, np.abs(w) + 1, padding=1)
+    planning._plan.cache_clear()
+    assert np.isinf(y).all()

@@ -18,6 +18,7 @@ from support import (
     OPERATIONS,
     Case,
     Operands,
+    host_peak,
     integers,
     operands,
     peak,
@@ -302,3 +303,33 @@ def test_any_larger_limit_works(xp, case, op) -> None:
     smallest = smallest_limit(call)
     for extra in range(0, 4096, 171):
         call(memory_limit=smallest + extra)
+
+
+def _unaligned(array: np.ndarray) -> np.ndarray:
+    raw = np.zeros(array.nbytes + 1, np.uint8)[1:].view(array.dtype)
+    raw = raw.reshape(array.shape)
+    raw[...] = array
+    return raw
+
+
+@pytest.mark.parametrize("op", OPERATIONS)
+@pytest.mark.parametrize("name", ["two axes", "pointwise"])
+def test_unaligned_arrays_are_not_copied_whole(op, name) -> None:
+    """NumPy's matmul would; with ``out`` unaligned too."""
+    case = BIG[name]
+    aligned = big_arrays(np, case, "float32")
+    wanted = run(op, aligned, case)
+    arrays = Operands(*map(_unaligned, aligned))
+    assert not arrays.x.flags.aligned
+    out = _unaligned(wanted)
+    call = partial(run, op, arrays, case, out=out)
+    limit = smallest_limit(call) + 2**14
+    assert host_peak(partial(call, memory_limit=limit)) + out.nbytes <= limit
+    assert np.array_equal(out, wanted)
+
+
+def test_a_kernel_of_many_taps_is_not_listed() -> None:
+    x, w = np.ones((1, 1, 8000), np.float32), np.ones((1, 1, 5000), np.float32)
+    dy = np.ones((1, 1, 3001), np.float32)
+    call = partial(cuconv.conv_input_grad, dy, w, x.shape)
+    assert_within(np, call, smallest_limit(call) + 2**17)

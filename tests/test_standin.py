@@ -215,3 +215,57 @@ def test_deterministic_never_scatters(standin):
         names[choice] = {name for name, *_ in launches[before:]}
     gather, scatter = {"col2im_gather"}, {"col2im_scatter"}
     assert names == {None: gather, True: gather, False: scatter}
+
+
+@pytest.mark.parametrize("half", ["float16", "bfloat16"])
+@pytest.mark.parametrize("wide", ["float32", "float64", "complex64", "complex128"])
+def test_halves_with_wide_results_reach_cublas_in_types_it_knows(xp, half, wide):
+    x, w = integers((2, 4, 5, 6), half), integers((3, 4, 2, 3), half, seed=1)
+    on_xp = xp.asarray(x), xp.asarray(w)
+    y = cuconv.conv(x, w, dtype=wide)
+    found = cuconv.conv(*on_xp, dtype=wide)
+    np.testing.assert_array_equal(to_host(found), y)
+    dy = integers(y.shape, half, seed=2)
+    wanted = cuconv.conv_backward(dy, x, w, dtype=wide)
+    gradients = cuconv.conv_backward(xp.asarray(dy), *on_xp, dtype=wide)
+    for got, want in zip(gradients, wanted, strict=True):
+        np.testing.assert_array_equal(to_host(got), want)
+
+
+def test_a_gpu_that_failed_once_is_asked_again(standin, monkeypatch):
+    from cuconv._cuda import cuda_leaves, device
+
+    monkeypatch.setattr(device, "_working", [])
+    cuda_leaves.cache_clear()
+
+    def fail(*arguments, **options):
+        raise MemoryError("full")
+
+    x, w = standin.ones((1, 1, 4)), standin.ones((1, 1, 2))
+    with monkeypatch.context() as broken:
+        broken.setattr(standin, "zeros", fail)
+        with pytest.raises(RuntimeError, match="no GPU works: MemoryError: full"):
+            cuconv.conv(x, w)
+        assert cuconv.default_array_module() is np
+    assert cuconv.default_array_module() is standin
+    assert cuconv.conv(x, w).shape == (1, 1, 3)
+
+
+def test_precompiled_kernels_are_those_that_run(standin):
+    from cuconv._cuda.compiler import _loaded
+
+    _loaded.cache_clear()
+    cuconv.precompile(("float16",), (2,))
+    before = _loaded.cache_info().misses
+    x, w = standin.ones((1, 2, 5, 5), "float16"), standin.ones((3, 2, 3, 3), "float16")
+    y = cuconv.conv(x, w)
+    cuconv.conv_backward(y, x, w)
+    assert _loaded.cache_info().misses == before
+
+
+def test_patches_allocate_nothing(standin):
+    x = standin.ones((2, 3, 8, 9))
+    with device_allocations(standin) as seen:
+        view = cuconv.patches(x, 3, stride=2, dilation=2)
+    assert seen.count == 0
+    assert view.shape == (2, 3, 2, 3, 3, 3)

@@ -15,7 +15,7 @@ from cuconv._cuda.variants import (
     product_variant,
     sum_variant,
 )
-from cuconv.arrays import check_type
+from cuconv.arrays import accumulator, check_type
 
 
 def kernel(variant: Variant) -> Any:
@@ -51,13 +51,15 @@ def precompile(
     variants = set()
     for dtype in map(np.dtype, dtypes):
         check_type("dtype", dtype)
+        sums = accumulator(dtype)
         if dtype.kind in "biu":
             variants.add(product_variant(dtype))
         for rank in ranks:
             variants.add(copy_variant(dtype.itemsize, rank, wide=False))
-            variants.add(sum_variant("col2im_gather", dtype, rank, wide=False))
-            if has_atomics(dtype):
-                variants.add(sum_variant("col2im_scatter", dtype, rank, wide=False))
+            for own in {dtype, sums}:
+                variants.add(sum_variant("col2im_gather", own, rank, wide=False))
+                if has_atomics(own):
+                    variants.add(sum_variant("col2im_scatter", own, rank, wide=False))
     for variant in variants:
         kernel(variant)
     return len(variants)

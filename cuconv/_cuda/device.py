@@ -1,14 +1,18 @@
 """Whether a GPU works: that CuPy imports proves nothing."""
 
-from functools import cache
 from typing import Any
 
 _KERNEL = 'extern "C" __global__ void answer(int *out) { *out = 42; }'
 
 
-@cache
+# What a probe found: the module that works.  A failure may pass, and is not kept.
+_working: list[Any] = []
+
+
 def _probe() -> tuple[Any, str]:
     """CuPy, if it runs a kernel on a device, and the reason if it does not."""
+    if _working:
+        return _working[0], ""
     try:
         import cupy
 
@@ -20,6 +24,7 @@ def _probe() -> tuple[Any, str]:
             return None, "a kernel ran and wrote nothing"
     except Exception as error:  # noqa: BLE001 - drivers fail in every way there is
         return None, f"{type(error).__name__}: {error}"
+    _working.append(cupy)
     return cupy, ""
 
 

@@ -141,11 +141,10 @@ def _compute_type(matrix: Array, *, fast: bool) -> int:
 
 @contextmanager
 def _full_precision(handle: int, *, half: bool) -> Iterator[None]:
-    if not half:
-        yield
-        return
+    """Whatever mode the handle is in, neither TF32 nor sums in half precision."""
     before = cublas.getMathMode(handle)
-    cublas.setMathMode(handle, _DISALLOW_REDUCED_PRECISION_REDUCTION)
+    mode = _DISALLOW_REDUCED_PRECISION_REDUCTION if half else cublas.CUBLAS_DEFAULT_MATH
+    cublas.setMathMode(handle, mode)
     try:
         yield
     finally:

@@ -4,9 +4,10 @@ import math
 import os
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from itertools import product
+from contextvars import copy_context
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -30,9 +31,9 @@ class HostLeaves:
 
     xp: Any = np
     # Columns of one block.  Of 1, 2, 4 and 8 MiB, 4 was the best over six 3×3 and 7×7
-    # layers of ResNet-50 and VGG-16, N = 8, on two AMD EPYC cores (1 MiB of second-level
-    # cache each, 32 MiB of third-level): 1 MiB took 1.04 (forward), 1.12 (input
-    # gradient) and 1.09 (weight gradient) times as long, 8 MiB 1.03, 1.01 and 1.01.
+    # layers of ResNet-50 and VGG-16, N = 8, on two AMD EPYC cores (1 MiB of L2 cache
+    # each, 32 MiB of L3): 1 MiB took 1.04 (forward), 1.12 (input gradient) and 1.09
+    # (weight gradient) times as long, 8 MiB 1.03, 1.01 and 1.01.
     block_bytes = 4 * 2**20
     default_memory_limit = 64 * 2**20
     largest_step = 2**62
@@ -77,6 +78,7 @@ class HostLeaves:
         block: Block,
         buffers: dict[str, Array],
     ) -> None:
+        _STOPPING.check()
         cells = tuple(slice(*span) for span in block.window)
         source = x[(..., *cells)]
         if any(map(any, block.padding)):
@@ -97,14 +99,9 @@ class HostLeaves:
         del deterministic  # NumPy adds in the order of the taps, always.
         if not add:
             target[...] = 0
-        hits = [
-            [_hits(axis, tap, output, span) for tap in range(axis.kernel)]
-            for axis, output, span in zip(
-                geometry.axes, block.output, cells, strict=True
-            )
-        ]
-        for tap in product(*(range(axis.kernel) for axis in geometry.axes)):
-            met = [axis[t] for axis, t in zip(hits, tap, strict=True)]
+        _STOPPING.check()
+        for tap in _taps(geometry.kernel):
+            met = list(map(_hits, geometry.axes, tap, block.output, cells))
             into = target[(..., *(inside for inside, _ in met))]
             part = columns[(slice(None),) * 3 + (*tap, *(which for _, which in met))]
             np.add(into, part, out=into)
@@ -121,6 +118,7 @@ class HostLeaves:
         fast: bool = False,
     ) -> None:
         del fast  # a CPU has no TF32
+        _STOPPING.check()
         product = out if not add else _like(partial, out)
         if product.strides[-1] == product.itemsize:
             np.matmul(a, b, out=product)
@@ -136,29 +134,80 @@ class HostLeaves:
         np.copyto(target, source, casting="unsafe")
 
     def parallel(self, body: Callable[[int], None], workers: int) -> None:
-        if workers == 1:
-            _with_small_buffers(body, 0)
-            return
+        stop = threading.Event()
+        run = partial(_work, body, stop)
+        others: list[Future[None]] = []
+        # Threaded BLAS rounds by its number of threads, and other calls change that.
         with _BLAS.one_thread():
-            others = [
-                _POOL.submit(_with_small_buffers, body, i) for i in range(1, workers)
-            ]
             try:
-                _with_small_buffers(body, 0)
+                others += (_submit(run, worker) for worker in range(1, workers))
+                run(0)
+            except BaseException:
+                stop.set()
+                raise
             finally:
-                # Every worker must be done with the arrays, whatever failed.
-                errors = [future.exception() for future in others]
-            for error in filter(None, errors):
+                _wait(others)
+        for error in (future.exception() for future in others):
+            if error is not None:
                 raise error
 
 
-def _with_small_buffers(body: Callable[[int], None], worker: int) -> None:
-    """Run a body with NumPy's buffers for strided operands at a known size."""
+class _Stopping(threading.local):
+    """In each thread, the event that tells its worker to stop."""
+
+    event: threading.Event | None = None
+
+    def check(self) -> None:
+        if self.event is not None and self.event.is_set():
+            raise _StoppedError
+
+
+class _StoppedError(Exception):
+    """Another worker of the same call has failed, and its error is the one to raise."""
+
+
+_STOPPING = _Stopping()
+
+
+def _work(body: Callable[[int], None], stop: threading.Event, worker: int) -> None:
+    """Run a body, with NumPy's buffers for strided operands at a known size."""
+    outer, _STOPPING.event = _STOPPING.event, stop
     before = np.setbufsize(_BUFFER_ITEMS)
     try:
         body(worker)
+    except _StoppedError:
+        pass
+    except BaseException:
+        stop.set()
+        raise
     finally:
         np.setbufsize(before)
+        _STOPPING.event = outer
+
+
+def _submit(run: Callable[[int], None], worker: int) -> "Future[None]":
+    """Hand a worker to the pool, in the caller's context: `numpy.errstate` is there."""
+    try:
+        return _POOL.submit(copy_context().run, run, worker)
+    except RuntimeError:
+        # The interpreter is ending and takes no more threads: do the work here.
+        done: Future[None] = Future()
+        run(worker)
+        done.set_result(None)
+        return done
+
+
+def _wait(futures: "list[Future[None]]") -> None:
+    """Wait until no worker touches the arrays any more, interrupted or not."""
+    interruption: BaseException | None = None
+    while True:
+        try:
+            wait(futures)
+            break
+        except KeyboardInterrupt as error:
+            interruption = error
+    if interruption is not None:
+        raise interruption
 
 
 def _like(flat: Array, out: Array) -> Array:
@@ -194,6 +243,16 @@ def _windows(source: Array, axes: tuple[Axis, ...], shape: tuple[int, ...]) -> A
     taps = (s * axis.dilation for s, axis in zip(spatial, axes, strict=True))
     steps = (s * axis.stride for s, axis in zip(spatial, axes, strict=True))
     return as_strided(source, shape, (*head, *taps, *steps), writeable=False)
+
+
+def _taps(kernel: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
+    """Every tap of a kernel, the last axis fastest; none of them listed beforehand."""
+    if not kernel:
+        yield ()
+        return
+    for tap in range(kernel[0]):
+        for rest in _taps(kernel[1:]):
+            yield (tap, *rest)
 
 
 def _hits(axis: Axis, tap: int, output: Range, cells: Range) -> tuple[slice, slice]:
@@ -243,6 +302,11 @@ class _Blas:
                     self._set(self._before)
                     self._before = []
 
+    def take_over(self, other: "_Blas") -> None:
+        """Restore what another keeper, whose calls never end here, would restore."""
+        if other._before:  # noqa: SLF001 - one of us
+            self._set(other._before)  # noqa: SLF001
+
     def _set(self, threads: list[int]) -> None:
         for library, count in zip(self._libraries, threads, strict=True):
             library.set_num_threads(count)
@@ -259,7 +323,10 @@ def _begin() -> None:
     A child has none of its parent's threads, and a lock of theirs may be held forever.
     """
     global _BLAS, _POOL  # noqa: PLW0603 - one state for the process is the point
+    parent = globals().get("_BLAS")
     _BLAS = _Blas()
+    if parent is not None:
+        _BLAS.take_over(parent)
     _POOL = ThreadPoolExecutor(thread_name_prefix="cuconv")
 
 

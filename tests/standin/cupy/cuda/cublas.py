@@ -61,12 +61,25 @@ def _matrices(pointer, code, rows, columns, ld, step, batch):
     return np.lib.stride_tricks.as_strided(first, (batch, rows, columns), strides)
 
 
+def _check_types(a, b, c, compute):
+    """The combinations in NVIDIA's table of gemmEx that the library uses."""
+    halves = runtime.CUDA_R_16F, runtime.CUDA_R_16BF
+    double = runtime.CUDA_R_64F, runtime.CUDA_C_64F
+    fits = a == b and (c == a or (a in halves and c == runtime.CUDA_R_32F))
+    fits = fits and (compute == CUBLAS_COMPUTE_64F) == (a in double)
+    if compute == CUBLAS_COMPUTE_32F_FAST_TF32:
+        fits = fits and a in (runtime.CUDA_R_32F, runtime.CUDA_C_32F)
+    if not fits:
+        raise RuntimeError(f"CUBLAS_STATUS_NOT_SUPPORTED: {a}, {b}, {c}, {compute}")
+
+
 def gemmStridedBatchedEx(
     handle, transa, transb, m, n, k,
     alpha, A, Atype, lda, strideA, B, Btype, ldb, strideB,
     beta, C, Ctype, ldc, strideC, batchCount, computeType, algo,
 ):  # fmt: skip
     calls.append((m, n, k, batchCount, computeType, getMathMode(handle)))
+    _check_types(Atype, Btype, Ctype, computeType)
     shape_a, shape_b = (m, k), (k, n)
     a = _matrices(A, Atype, *shape_a[:: -1 if transa else 1], lda, strideA, batchCount)
     b = _matrices(B, Btype, *shape_b[:: -1 if transb else 1], ldb, strideB, batchCount)
