@@ -87,6 +87,7 @@ class Conv:
         _check_known(options)
         self._options: ConvOptions = {"dtype": np.float32, **options}
         dtype = _parameter_type(self._options["dtype"])
+        self._options["dtype"] = dtype
         groups = _positive("groups", options.get("groups", 1))
         channels = _group_channels(in_channels, out_channels, groups)
         kernel = _kernel(kernel_size, self.rank)
