@@ -247,11 +247,14 @@ def test_nothing_is_written_after_an_interruption() -> None:
 
 
 def test_a_child_forked_during_a_call_has_all_blas_threads() -> None:
-    with threadpool_limits(2, "blas"), host._BLAS.one_thread():
-        pid = os.fork()
-        if pid == 0:
-            os._exit(blas_threads() != [2])
-        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    with threadpool_limits(2, "blas"):
+        wanted = blas_threads()
+        with host._BLAS.one_thread():
+            assert blas_threads() != wanted
+            pid = os.fork()
+            if pid == 0:
+                os._exit(blas_threads() != wanted)
+            assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
 
 
 def test_workers_heed_the_callers_errstate(monkeypatch) -> None:
