@@ -13,8 +13,6 @@ from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 
-from cuconv.geometry import LAYOUTS
-
 Array: TypeAlias = Any
 DType: TypeAlias = np.dtype[Any]
 
@@ -34,6 +32,7 @@ class Types(NamedTuple):
 
 
 def is_half(dtype: DType) -> bool:
+    """Whether this is float16 or bfloat16."""
     return dtype.name in _HALF_TYPES
 
 
@@ -113,6 +112,7 @@ def plain(array: Array) -> Array:
 
 
 def check_type(name: str, dtype: DType) -> None:
+    """Refuse a type that the two modules do not share."""
     if dtype.name not in SUPPORTED_TYPES:
         raise TypeError(
             f"{name} has type {dtype}; supported: {', '.join(SUPPORTED_TYPES)}"
@@ -185,6 +185,7 @@ def _overlaps_itself(
 
 
 def check_overlap(xp: Any, out: Array, inputs: dict[str, Array]) -> None:
+    """Refuse an ``out`` that shares memory with an input."""
     for name, array in inputs.items():
         if _overlap(xp, out, array):
             raise ValueError(
@@ -315,6 +316,3 @@ def _is_blas_row(inner: int, run: int, outer: int, step: int, item: int) -> bool
     contiguous = inner == 1 or run == item
     spaced = outer == 1 or (step >= inner * item and step % item == 0)
     return contiguous and spaced
-
-
-__all__ = ["LAYOUTS", "SUPPORTED_TYPES", "Array", "DType", "Types", "array_module"]

@@ -246,7 +246,16 @@ def test_nothing_is_written_after_an_interruption() -> None:
     assert done.stdout.split() == ["True"], done.stderr
 
 
-def test_a_child_forked_during_a_call_has_all_blas_threads() -> None:
+def test_a_child_forked_during_a_call_has_all_blas_threads(monkeypatch) -> None:
+    class Later(host.ThreadpoolController):
+        """A second BLAS, loaded since: the child finds more than its parent did."""
+
+        def select(self, **words: Any) -> Any:
+            found = super().select(**words)
+            found.lib_controllers *= 2
+            return found
+
+    monkeypatch.setattr(host, "ThreadpoolController", Later)
     with threadpool_limits(2, "blas"):
         wanted = blas_threads()
         with host._BLAS.one_thread():

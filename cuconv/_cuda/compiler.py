@@ -34,20 +34,7 @@ def _loaded(variant: Variant, device: int) -> Any:
 def precompile(
     dtypes: Sequence[Any] = ("float32",), ranks: Sequence[int] = (1, 2, 3)
 ) -> int:
-    """Compile and load kernels on the current device, so that no first call pauses.
-
-    Parameters
-    ----------
-    dtypes
-        Array types that will be convolved.
-    ranks
-        Numbers of spatial axes.
-
-    Returns
-    -------
-    int
-        How many kernels are ready.
-    """
+    """See `cuconv.precompile`."""
     variants = set()
     for dtype in map(np.dtype, dtypes):
         check_type("dtype", dtype)

@@ -145,6 +145,17 @@ def precompile(
     -------
     int
         How many kernels are ready; 0 where no GPU works, which needs none.
+
+    Raises
+    ------
+    TypeError
+        If a type is not supported.
+
+    Examples
+    --------
+    >>> import cuconv
+    >>> cuconv.precompile(("float32",), ranks=(2,)) in (0, 3)
+    True
     """
     from cuconv._cuda import working_cupy
 

@@ -189,7 +189,9 @@ def _submit(run: Callable[[int], None], worker: int) -> "Future[None]":
     """Hand a worker to the pool, in the caller's context: `numpy.errstate` is there."""
     try:
         return _POOL.submit(copy_context().run, run, worker)
-    except RuntimeError:
+    except RuntimeError as error:
+        if "shutdown" not in str(error):
+            raise
         # The interpreter is ending and takes no more threads: do the work here.
         done: Future[None] = Future()
         run(worker)
@@ -302,10 +304,10 @@ class _Blas:
                     self._set(self._before)
                     self._before = []
 
-    def take_over(self, other: "_Blas") -> None:
-        """Restore what another keeper, whose calls never end here, would restore."""
-        if other._before:  # noqa: SLF001 - one of us
-            self._set(other._before)  # noqa: SLF001
+    def restore(self) -> None:
+        """Set back what a call has set that will never end: its thread is no more."""
+        if self._before:
+            self._set(self._before)
 
     def _set(self, threads: list[int]) -> None:
         for library, count in zip(self._libraries, threads, strict=True):
@@ -323,10 +325,9 @@ def _begin() -> None:
     A child has none of its parent's threads, and a lock of theirs may be held forever.
     """
     global _BLAS, _POOL  # noqa: PLW0603 - one state for the process is the point
-    parent = globals().get("_BLAS")
+    if "_BLAS" in globals():
+        _BLAS.restore()
     _BLAS = _Blas()
-    if parent is not None:
-        _BLAS.take_over(parent)
     _POOL = ThreadPoolExecutor(thread_name_prefix="cuconv")
 
 
