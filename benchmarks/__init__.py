@@ -1,0 +1,1 @@
+"""Times, memory and errors of cuconv and its peers: ``python -m benchmarks``."""

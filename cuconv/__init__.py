@@ -2,6 +2,7 @@
 
 from cuconv.arrays import array_module
 from cuconv.columns import col2im, im2col, iter_im2col, patches
+from cuconv.config import config
 from cuconv.conv import (
     ConvGradients,
     conv,
@@ -11,15 +12,19 @@ from cuconv.conv import (
     conv_backward,
     conv_input_grad,
     conv_weight_grad,
+    plan_conv,
 )
 from cuconv.leaves import default_array_module, precompile
 from cuconv.memory import MemoryLimitError
+from cuconv.plan import Plan
 
 __all__ = [
     "ConvGradients",
     "MemoryLimitError",
+    "Plan",
     "array_module",
     "col2im",
+    "config",
     "conv",
     "conv1d",
     "conv2d",
@@ -31,6 +36,7 @@ __all__ = [
     "im2col",
     "iter_im2col",
     "patches",
+    "plan_conv",
     "precompile",
 ]
 __version__ = "0.1.0"

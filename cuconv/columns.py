@@ -24,11 +24,11 @@ from cuconv.memory import (
     Buffer,
     MemoryLimit,
     MemoryLimitError,
-    carve,
+    allocated,
     parse_memory_limit,
     workspace_bytes,
 )
-from cuconv.plan import most
+from cuconv.planner import most
 from cuconv.profiling import stage
 from cuconv.strategies.base import Shared
 
@@ -340,7 +340,7 @@ def _fill(leaves: Leaves, x: Array, cells: Array, geometry: WindowGeometry) -> N
     tile = geometry.tile(max(leaves.block_bytes // column, 1))
     workers = leaves.workers() if cells.size * itemsize > _WORTH_THREADS else 1
     buffers = leaves.gather_buffers(geometry, tile, x.dtype, x.dtype)
-    scratch = [carve(leaves.xp, buffers) for _ in range(workers)]
+    scratch = [allocated(leaves.xp, buffers) for _ in range(workers)]
     blocks = Shared(enumerate(geometry.blocks(tile)))
 
     def body(worker: int) -> None:
@@ -376,7 +376,7 @@ def _sum(
     buffers = (Buffer("sum", tile.positions * geometry.channels, sums),) * staged
     busy = cells.size * cells.dtype.itemsize > _WORTH_THREADS
     workers = leaves.workers() if busy else 1
-    scratch = [carve(leaves.xp, buffers) for _ in range(workers)]
+    scratch = [allocated(leaves.xp, buffers) for _ in range(workers)]
     regions = Shared(enumerate(geometry.regions(tile)))
 
     def body(worker: int) -> None:
@@ -478,5 +478,5 @@ def _step(
     columns = leaves.xp.empty(shape, dtype=x.dtype)
     if columns.size:
         into = _column_cells(columns, geometry, block.shape, order)
-        leaves.gather(x[first:last], into, geometry, block, carve(leaves.xp, buffers))
+        leaves.gather(x[first:last], into, geometry, block, allocated(leaves.xp, buffers))
     return columns

@@ -4,26 +4,32 @@ import inspect
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, ParamSpec, TypedDict, TypeVar, Unpack
 
+import numpy as np
+
 from cuconv.arrays import (
     Array,
-    DType,
     Types,
     check_out,
     check_overlap,
-    is_aligned,
-    is_matrix_ready,
     module_of,
     plain,
     resolve_types,
 )
+from cuconv.config import settings
 from cuconv.geometry import ConvGeometry, Padding, Sizes
 from cuconv.leaves import Leaves, leaves_of
-from cuconv.memory import Buffer, MemoryLimit, MemoryLimitError, parse_memory_limit
-from cuconv.plan import Plan, make_plan
-from cuconv.strategies import Problem
+from cuconv.memory import Buffer, MemoryLimit, MemoryLimitError
+from cuconv.plan import (
+    OPERANDS,
+    Call,
+    Options,
+    Plan,
+    bind,
+    check_shape,
+    plan_of_shapes,
+)
 from cuconv.strategies.base import in_groups
 
-PRECISIONS = ("strict", "standard", "fast")
 GRADIENTS = ("x", "w", "bias")
 
 P = ParamSpec("P")
@@ -40,7 +46,7 @@ class ConvOptions(TypedDict, total=False):
     layout: str
     dtype: Any
     strategy: str
-    precision: str
+    precision: str | None
     deterministic: bool | None
     memory_limit: MemoryLimit
 
@@ -53,47 +59,13 @@ class ConvGradients(NamedTuple):
     bias: Array | None = None
 
 
-class Options(NamedTuple):
-    """`ConvOptions` with their defaults, the one place where these are written."""
-
-    stride: Sizes = 1
-    padding: Padding = 0
-    dilation: Sizes = 1
-    groups: int = 1
-    layout: str = "channels_first"
-    dtype: Any = None
-    strategy: str = "auto"
-    precision: str = "standard"
-    deterministic: bool | None = None
-    memory_limit: MemoryLimit = None
-
-    def geometry(self, x_shape: Sequence[int], w_shape: Sequence[int]) -> ConvGeometry:
-        return ConvGeometry.of_weights(
-            x_shape,
-            w_shape,
-            stride=self.stride,
-            padding=self.padding,
-            dilation=self.dilation,
-            groups=self.groups,
-            layout=self.layout,
-        )
-
-
 def _chosen(options: ConvOptions) -> Options:
     """The options with their defaults; an unknown one is refused by its name."""
     unknown = sorted(set(options) - set(Options._fields))
     if unknown:
         known = ", ".join(Options._fields)
         raise TypeError(f"there is no option {unknown[0]!r}; the options are {known}")
-    chosen = Options(**options)
-    if chosen.deterministic not in (None, True, False):
-        raise TypeError(
-            f"deterministic must be True, False or None; got {chosen.deterministic!r}"
-        )
-    for name in ("strategy", "precision"):
-        if not isinstance(options.get(name, ""), str):
-            raise TypeError(f"{name} must be a word; got {options.get(name)!r}")
-    return chosen
+    return Options(**options)
 
 
 def _shows_options(function: Callable[P, R]) -> Callable[P, R]:
@@ -103,6 +75,7 @@ def _shows_options(function: Callable[P, R]) -> Callable[P, R]:
     spelled = [
         inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default)
         for name, default in Options._field_defaults.items()
+        if name not in signature.parameters
     ]
     function.__signature__ = signature.replace(  # type: ignore[attr-defined]
         parameters=[*own, *spelled]
@@ -110,38 +83,61 @@ def _shows_options(function: Callable[P, R]) -> Callable[P, R]:
     return function
 
 
-class _Call(NamedTuple):
-    """One validated and planned call; nothing is allocated before `run`."""
-
-    plan: Plan
-    xp: Any
-    arrays: dict[str, Array]
-    out: Array | None
-    shape: tuple[int, ...]
-
-    def run(self) -> Array:
-        problem, leaves = self.plan.problem, leaves_of(self.xp)
-        first, second, *bias = self.arrays.values()
-        with leaves.device_of(first):
-            result = self.out
-            if result is None:
-                result = self.xp.empty(self.shape, dtype=problem.types.result)
-            out = plain(result)
-            if problem.geometry.multiplications == 0:
-                _fill(out, *bias, geometry=problem.geometry)
-            elif problem.op == "forward":
-                self.plan.run(self.xp, first, second, bias[0] if bias else None, out)
-            else:
-                self.plan.run(self.xp, first, second, out)
-        return result
+# Calls that have been checked and planned before, by everything that they depend on.
+_SEEN: dict[tuple[object, ...], Plan] = {}
+_MOST_SEEN = 1024
 
 
-def _fill(out: Array, bias: Array | None = None, *, geometry: ConvGeometry) -> None:
-    """The sum over nothing: zero, or the bias."""
-    out[...] = 0
-    if bias is not None and out.size:
-        ones = (1,) * geometry.rank
-        in_groups(out, geometry)[...] = bias.reshape(1, geometry.groups, -1, *ones)
+def _call(
+    op: str,
+    arrays: tuple[Array | None, ...],
+    out: Array | None,
+    options: ConvOptions,
+    bound: Callable[[], Call],
+    shape: object = None,
+) -> Array:
+    """Run a call: at once if one like it has been seen, else as ``bound`` finds it."""
+    key = _key(op, arrays, out, options, shape)
+    plan = None if key is None else _SEEN.get(key)
+    if plan is None:
+        call = bound()
+        if key is not None and call.plan.options.strategy != "benchmark":
+            if len(_SEEN) >= _MOST_SEEN:
+                _SEEN.clear()
+            _SEEN[key] = call.plan
+        return call.run()
+    if out is not None:
+        named = zip(OPERANDS[op], arrays, strict=False)
+        check_overlap(np, out, {name: a for name, a in named if a is not None})
+    return plan.run(arrays, out)
+
+
+def _key(
+    op: str,
+    arrays: tuple[Array | None, ...],
+    out: Array | None,
+    options: ConvOptions,
+    shape: object,
+) -> tuple[object, ...] | None:
+    """What a plan depends on; None where arrays are not plain NumPy's."""
+    words: list[object] = [op, shape, settings(), leaves_of(np).workers()]
+    for array in (*arrays, out):
+        if array is None:
+            words.append(None)
+        elif type(array) is not np.ndarray:
+            return None
+        else:
+            flags = array.flags
+            words += (array.shape, array.strides, array.dtype, flags.aligned)
+            words.append(flags.writeable)
+    for name, value in options.items():
+        words += (name, type(value), value)
+    key = tuple(words)
+    try:
+        hash(key)
+    except TypeError:  # a list, say
+        return None
+    return key
 
 
 def _inputs(bias: Array | None = None, **arrays: Array) -> dict[str, Array]:
@@ -149,89 +145,6 @@ def _inputs(bias: Array | None = None, **arrays: Array) -> dict[str, Array]:
         arrays["bias"] = bias
     module_of(arrays)
     return {name: plain(array) for name, array in arrays.items()}
-
-
-def prepare(
-    op: str,
-    geometry: ConvGeometry,
-    arrays: dict[str, Array],
-    out: Array | None,
-    options: Options,
-) -> _Call:
-    """Check, plan, and say what would be run."""
-    xp = module_of(arrays if out is None else {**arrays, "out": out})
-    leaves = leaves_of(xp)
-    types = resolve_types(arrays, options.dtype)
-    shape = {
-        "forward": geometry.y_shape,
-        "input_grad": geometry.x_shape,
-        "weight_grad": geometry.w_shape,
-    }[op]
-    if out is not None:
-        check_out(out, shape, types.result)
-        check_overlap(xp, out, arrays)
-    if options.precision not in PRECISIONS:
-        words = ", ".join(map(repr, PRECISIONS))
-        raise ValueError(f"precision must be one of {words}; got {options.precision!r}")
-    operand = leaves.operand_type(types)
-    direct = _direct_inputs(op, geometry, arrays, operand, leaves)
-    if _is_direct_out(op, geometry, out, types, leaves):
-        direct |= {"out"}
-    problem = Problem(
-        op=op,
-        geometry=geometry,
-        types=types,
-        operand=operand,
-        source=arrays["dy" if op == "input_grad" else "x"].dtype,
-        direct=direct,
-        has_bias="bias" in arrays,
-        deterministic=options.deterministic is not False,
-        fast=options.precision == "fast",
-    )
-    plan = make_plan(problem, xp, options.strategy, options.memory_limit)
-    return _Call(plan, xp, arrays, out, shape)
-
-
-def _direct_inputs(
-    op: str,
-    geometry: ConvGeometry,
-    arrays: dict[str, Array],
-    operand: DType,
-    leaves: Leaves,
-) -> frozenset[str]:
-    """The inputs that can be multiplied where they lie."""
-    ready = set()
-    for name, array in arrays.items():
-        if array.dtype != operand or name == "bias":
-            continue
-        if name == "w":
-            conjugated = op == "input_grad" and operand.kind == "c"
-            fits = array.flags.c_contiguous and is_aligned(array) and not conjugated
-        else:
-            cells = in_groups(array, geometry)
-            fits = is_matrix_ready(cells, geometry.rank, leaves.largest_step)
-        if fits:
-            ready.add(name)
-    return frozenset(ready)
-
-
-def _is_direct_out(
-    op: str, geometry: ConvGeometry, out: Array | None, types: Types, leaves: Leaves
-) -> bool:
-    """Whether products can be written to the result where it lies."""
-    if not leaves.can_store(types, types.result):
-        return False
-    if out is None:
-        return geometry.positions <= leaves.largest_step
-    if op == "weight_grad":
-        return bool(out.flags.c_contiguous) and is_aligned(out)
-    cells = in_groups(plain(out), geometry)
-    return is_matrix_ready(cells, geometry.rank, leaves.largest_step)
-
-
-def _check_shape(name: str, array: Array, shape: tuple[int, ...]) -> None:
-    if array.shape != shape:
-        raise ValueError(f"{name} has shape {array.shape} and must have {shape}")
 
 
 @_shows_options
@@ -281,10 +194,13 @@ def conv(
         bfloat16 are summed in float32, everything else in the common type of arrays
         and result.
     strategy
-        ``"auto"``, or the name of one: ``"im2col"``, ``"pointwise"``.
+        ``"auto"``, ``"benchmark"`` to time the candidates on these arrays and remember
+        the fastest, or the name of one: ``"im2col"``, ``"pointwise"``,
+        ``"tap_matmul"``, ``"winograd"``, ``"depthwise"``, ``"fft"``.
     precision
-        ``"strict"``, ``"standard"`` or ``"fast"``; with fast, CUDA may multiply float32
-        as TF32.
+        ``"strict"``: every result is a plain sum of products.  ``"standard"``: Winograd
+        too, in tiles of up to 6 cells.  ``"fast"``: Winograd in tiles of 8, the Fourier
+        transform, and TF32 on CUDA.  None: as `cuconv.config` says, else standard.
     deterministic
         True: the same bits on every run.  False: CUDA may add in any order where that
         avoids work (`col2im` by atomic additions).  None: decided by the library, today
@@ -319,12 +235,16 @@ def conv(
     array([[[[10., 18.],
              [42., 50.]]]])
     """
-    chosen = _chosen(options)
-    arrays = _inputs(x=x, w=w, bias=bias)
-    geometry = chosen.geometry(x.shape, w.shape)
-    if bias is not None:
-        _check_shape("bias", bias, (geometry.filters,))
-    return prepare("forward", geometry, arrays, out, chosen).run()
+
+    def bound() -> Call:
+        chosen = _chosen(options)
+        arrays = _inputs(x=x, w=w, bias=bias)
+        geometry = chosen.geometry(x.shape, w.shape)
+        if bias is not None:
+            check_shape("bias", bias, (geometry.filters,))
+        return bind("forward", geometry, arrays, out, chosen)
+
+    return _call("forward", (x, w, bias), out, options, bound)
 
 
 def _conv_of_rank(rank: int, x: Array, w: Array, *rest: Any, **options: Any) -> Array:
@@ -447,11 +367,15 @@ def conv_input_grad(
              [2., 4., 2.],
              [1., 2., 1.]]]])
     """
-    chosen = _chosen(options)
-    arrays = _inputs(dy=dy, w=w)
-    geometry = chosen.geometry(x_shape, w.shape)
-    _check_shape("dy", dy, geometry.y_shape)
-    return prepare("input_grad", geometry, arrays, out, chosen).run()
+
+    def bound() -> Call:
+        chosen = _chosen(options)
+        arrays = _inputs(dy=dy, w=w)
+        geometry = chosen.geometry(x_shape, w.shape)
+        check_shape("dy", dy, geometry.y_shape)
+        return bind("input_grad", geometry, arrays, out, chosen)
+
+    return _call("input_grad", (dy, w), out, options, bound, x_shape)
 
 
 @_shows_options
@@ -498,11 +422,15 @@ def conv_weight_grad(
     array([[[[ 8., 12.],
              [20., 24.]]]])
     """
-    chosen = _chosen(options)
-    arrays = _inputs(dy=dy, x=x)
-    geometry = chosen.geometry(x.shape, w_shape)
-    _check_shape("dy", dy, geometry.y_shape)
-    return prepare("weight_grad", geometry, arrays, out, chosen).run()
+
+    def bound() -> Call:
+        chosen = _chosen(options)
+        arrays = _inputs(dy=dy, x=x)
+        geometry = chosen.geometry(x.shape, w_shape)
+        check_shape("dy", dy, geometry.y_shape)
+        return bind("weight_grad", geometry, arrays, out, chosen)
+
+    return _call("weight_grad", (dy, x), out, options, bound, w_shape)
 
 
 @_shows_options
@@ -555,12 +483,12 @@ def conv_backward(
     if not several or any(name not in GRADIENTS for name in needs):
         raise ValueError(f"needs must be several of {GRADIENTS}; got {needs!r}")
     geometry = chosen.geometry(x.shape, w.shape)
-    _check_shape("dy", dy, geometry.y_shape)
+    check_shape("dy", dy, geometry.y_shape)
     dy, x, w = arrays.values()
     # Every call is planned before the first one runs: errors come first.
     calls = {
-        "x": lambda: prepare("input_grad", geometry, {"dy": dy, "w": w}, None, chosen),
-        "w": lambda: prepare("weight_grad", geometry, {"dy": dy, "x": x}, None, chosen),
+        "x": lambda: bind("input_grad", geometry, {"dy": dy, "w": w}, None, chosen),
+        "w": lambda: bind("weight_grad", geometry, {"dy": dy, "x": x}, None, chosen),
         "bias": lambda: _bias_grad(geometry, dy, chosen),
     }
     planned = _prepare_all({name: calls[name] for name in GRADIENTS if name in needs})
@@ -570,9 +498,9 @@ def conv_backward(
 def _prepare_all(calls: dict[str, Callable[[], Any]]) -> dict[str, Any]:
     """Prepare every call, or name the memory limit that would do for all."""
     planned, errors = {}, []
-    for name, prepare in calls.items():
+    for name, planning in calls.items():
         try:
-            planned[name] = prepare()
+            planned[name] = planning()
         except MemoryLimitError as error:
             errors.append(error)
     if errors:
@@ -603,13 +531,89 @@ class _BiasGrad(NamedTuple):
 
 
 def _bias_grad(geometry: ConvGeometry, dy: Array, options: Options) -> _BiasGrad:
+    options = options.settled()
     types = resolve_types({"dy": dy}, options.dtype)
     leaves = leaves_of(module_of({"dy": dy}))
     itemsize = types.accumulate.itemsize
     sums = Buffer("sums", geometry.filters, types.accumulate)
     needed = leaves.overhead(1, itemsize) + sums.nbytes
-    if options.memory_limit is not None:
-        limit = parse_memory_limit(options.memory_limit)
-        if limit < needed:
-            raise MemoryLimitError(limit, needed, "the gradient of the bias")
+    limit = options.memory_limit
+    if isinstance(limit, int) and limit < needed:
+        raise MemoryLimitError(limit, needed, "the gradient of the bias")
     return _BiasGrad(geometry, dy, types, leaves)
+
+
+@_shows_options
+def plan_conv(
+    x_shape: Sequence[int],
+    w_shape: Sequence[int],
+    *,
+    dtype: Any = "float32",
+    op: str = "forward",
+    bias: bool = False,
+    device: str = "cpu",
+    **options: Unpack[ConvOptions],
+) -> Plan:
+    """Plan a convolution without running it: which strategy, why, and what it costs.
+
+    Parameters
+    ----------
+    x_shape, w_shape
+        Shapes of input and weights, as for `conv`.
+    dtype
+        Type of all arrays, and of the result.
+    op
+        ``"forward"``, ``"input_grad"`` or ``"weight_grad"``.
+    bias
+        Whether there is one.
+    device
+        ``"cpu"`` for NumPy, ``"cuda"`` for CuPy.
+    **options
+        As for `conv`.
+
+    Returns
+    -------
+    Plan
+        Print it to read it; call it with arrays to run it; ``plan.prepare(w)`` gives
+        the same plan with the weights transformed once.
+
+    Raises
+    ------
+    ValueError, TypeError, MemoryLimitError
+        As `conv` does.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import cuconv
+    >>> plan = cuconv.plan_conv((8, 64, 56, 56), (64, 64, 3, 3), padding=1)
+    >>> plan.strategy
+    'winograd'
+    >>> x = np.ones((8, 64, 56, 56), dtype=np.float32)
+    >>> w = np.ones((64, 64, 3, 3), dtype=np.float32)
+    >>> plan(x, w).shape
+    (8, 64, 56, 56)
+    >>> prepared = plan.prepare(w)
+    >>> prepared(x).shape
+    (8, 64, 56, 56)
+    """
+    chosen = _chosen(options)._replace(dtype=dtype)
+    if op not in OPERANDS:
+        words = ", ".join(map(repr, OPERANDS))
+        raise ValueError(f"op must be one of {words}; got {op!r}")
+    geometry = chosen.geometry(x_shape, w_shape)
+    shapes = {"x": geometry.x_shape, "w": geometry.w_shape, "dy": geometry.y_shape}
+    shapes = {name: shapes[name] for name in OPERANDS[op] if name != "bias"}
+    if bias and op == "forward":
+        shapes["bias"] = (geometry.filters,)
+    return plan_of_shapes(op, shapes, dtype, _module(device), geometry, chosen)
+
+
+def _module(device: str) -> Any:
+    if device == "cpu":
+        return np
+    if device != "cuda":
+        raise ValueError(f"device must be 'cpu' or 'cuda'; got {device!r}")
+    from cuconv._cuda import cuda_leaves  # noqa: PLC0415 - CuPy, when asked for
+
+    return cuda_leaves().xp

@@ -24,12 +24,12 @@ from rich.table import Table
 from sklearn.datasets import load_sample_image
 
 from cuconv.arrays import Array
-from cuconv.conv import Options, conv, conv_input_grad, conv_weight_grad, prepare
+from cuconv.conv import conv, conv_input_grad, conv_weight_grad
 from cuconv.geometry import Block, ConvGeometry
 from cuconv.layers import Conv2d
 from cuconv.leaves import default_array_module
 from cuconv.memory import parse_memory_limit
-from cuconv.plan import Plan
+from cuconv.plan import Options, Plan, bind
 from cuconv.testing import conv_reference, relative_error
 
 # Photographs are scaled down to this many cells on the longer side.
@@ -77,7 +77,7 @@ class StageResult:
     @property
     def blocks(self) -> int:
         """How many blocks the work was cut into."""
-        return self.plan.problem.geometry.count_blocks(self.plan.cut.tile)
+        return self.plan.chunks
 
     @property
     def whole_bytes(self) -> int:
@@ -137,7 +137,7 @@ class Recorder:
 def _plan(
     op: str, geometry: ConvGeometry, arrays: dict[str, Array], options: dict[str, Any]
 ) -> Plan:
-    return prepare(op, geometry, arrays, None, Options(**options)).plan
+    return bind(op, geometry, arrays, None, Options(**options)).plan
 
 
 def _milliseconds(xp: Any, call: Callable[[], Array]) -> float:

@@ -11,7 +11,7 @@ cells outside ``0 <= i < size`` read as zero.  Everything below follows from thi
 import math
 import operator
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from typing import NamedTuple, TypeAlias
 
@@ -322,6 +322,12 @@ class WindowGeometry:
         for picked, *spans in _spans(ranges, steps):
             yield self.block(picked, tuple(spans))
 
+    def pieces(self, tile: Tile) -> Iterator[Block]:
+        """Cut the output into blocks that need not be one run of memory."""
+        whole = [(0, size) for size in (self.images, *self.out)]
+        for picked, *spans in _spans(whole, (tile.images, *tile.cells)):
+            yield self.block(picked, tuple(spans))
+
     def _run_steps(self, tile: Tile, ranges: Ranges) -> tuple[int, ...]:
         """Steps that make every block one run of positions in memory.
 
@@ -417,6 +423,27 @@ class ConvGeometry(WindowGeometry):
         if self.channels_first:
             return (self.filters, self.group_channels, *self.kernel)
         return (*self.kernel, self.group_channels, self.filters)
+
+    @cached_property
+    def is_unit_stride(self) -> bool:
+        return all(axis.stride == 1 for axis in self.axes)
+
+    @cached_property
+    def adjoint(self) -> "ConvGeometry":
+        """The convolution of dy, with flipped weights, that gives dx.
+
+        With stride 1, ``i = o + t · dilation - before`` turned round is ``o = i +
+        (kernel - 1 - t) · dilation - (extent - 1 - before)``: a convolution again.
+        """
+        axes = tuple(
+            axis._replace(
+                size=axis.out,
+                before=axis.extent - 1 - axis.before,
+                after=axis.extent - 1 - axis.after,
+            )
+            for axis in self.axes
+        )
+        return replace(self, axes=axes, channels=self.filters, filters=self.channels)
 
     @classmethod
     def of_weights(

@@ -90,17 +90,26 @@ def workspace_bytes(buffers: Iterable[Buffer]) -> int:
     return total + _ALIGNMENT if total else 0
 
 
-def carve(xp: Any, buffers: tuple[Buffer, ...]) -> dict[str, Array]:
-    """Allocate the buffers at once; each is one-dimensional and uninitialised."""
-    total = workspace_bytes(buffers)
-    if not total:
-        return {}
-    raw = xp.empty(total, dtype=xp.uint8)
-    address = raw.ctypes.data if hasattr(raw, "ctypes") else raw.data.ptr
-    start = -address % _ALIGNMENT
+def carve(raw: Array, start: int, buffers: Iterable[Buffer]) -> dict[str, Array]:
+    """Cut the buffers out of bytes, from ``start`` on; each is one-dimensional."""
     views = {}
     for buffer in buffers:
         cells = raw[start : start + buffer.cells * buffer.dtype.itemsize]
         views[buffer.name] = cells.view(buffer.dtype)
         start += buffer.nbytes
     return views
+
+
+def aligned_start(raw: Array) -> int:
+    """Where the first buffer may begin."""
+    address = raw.ctypes.data if hasattr(raw, "ctypes") else raw.data.ptr
+    return int(-address % _ALIGNMENT)
+
+
+def allocated(xp: Any, buffers: tuple[Buffer, ...]) -> dict[str, Array]:
+    """Fresh buffers, in one allocation."""
+    total = workspace_bytes(buffers)
+    if not total:
+        return {}
+    raw = xp.empty(total, dtype=xp.uint8)
+    return carve(raw, aligned_start(raw), buffers)

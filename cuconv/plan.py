@@ -1,194 +1,503 @@
-"""Which strategy runs, and how its work is cut to fit the memory limit."""
+"""From arrays and options to a `Plan`: what will run, why, and running it."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from functools import lru_cache, partial
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
 
-from cuconv.arrays import Array
-from cuconv.geometry import Tile
+import numpy as np
+
+from cuconv.arrays import (
+    Array,
+    DType,
+    Types,
+    check_out,
+    check_overlap,
+    is_aligned,
+    is_matrix_ready,
+    module_of,
+    plain,
+    resolve_types,
+)
+from cuconv.config import check_deterministic, check_precision, settings
+from cuconv.geometry import ConvGeometry, Padding, Sizes
 from cuconv.leaves import Leaves, leaves_of
 from cuconv.memory import (
     MemoryLimit,
-    MemoryLimitError,
+    aligned_start,
+    allocated,
+    carve,
     parse_memory_limit,
     workspace_bytes,
 )
+from cuconv.planner import NAMES, Choice, Decision, decide
 from cuconv.profiling import stage
-from cuconv.strategies import Cut, Job, Problem, Strategy, strategies
+from cuconv.strategies import Job, Problem
+from cuconv.strategies.base import in_groups
+from cuconv.tuning import Winner, fastest, recall, remember
 
-# Below this many multiply-adds a second thread costs more than it saves: 3×3 layers of
-# 16 channels took 0.94 times as long on one core of two AMD EPYC as on both at 10.6
-# million, and 1.15 times at 14.5 million.
-_WORTH_THREADS = 12_000_000
-
-_NAMES = {
-    "forward": "the forward pass",
-    "input_grad": "the gradient of the input",
-    "weight_grad": "the gradient of the weights",
+# The arrays of each operation, in the order in which they are given.
+OPERANDS = {
+    "forward": ("x", "w", "bias"),
+    "input_grad": ("dy", "w"),
+    "weight_grad": ("dy", "x"),
 }
 
 
-@dataclass(frozen=True)
+class Options(NamedTuple):
+    """The options of every convolution with their defaults, written here alone."""
+
+    stride: Sizes = 1
+    padding: Padding = 0
+    dilation: Sizes = 1
+    groups: int = 1
+    layout: str = "channels_first"
+    dtype: Any = None
+    strategy: str = "auto"
+    precision: str | None = None
+    deterministic: bool | None = None
+    memory_limit: MemoryLimit = None
+
+    def geometry(self, x_shape: Sequence[int], w_shape: Sequence[int]) -> ConvGeometry:
+        return ConvGeometry.of_weights(
+            x_shape,
+            w_shape,
+            stride=self.stride,
+            padding=self.padding,
+            dilation=self.dilation,
+            groups=self.groups,
+            layout=self.layout,
+        )
+
+    def settled(self) -> "Options":
+        """With the settings that hold here in place of None; words are checked."""
+        now = settings()
+        if not isinstance(self.strategy, str):
+            raise TypeError(f"strategy must be a word; got {self.strategy!r}")
+        limit, precision, same = self.memory_limit, self.precision, self.deterministic
+        return self._replace(
+            memory_limit=(
+                now.memory_limit if limit is None else parse_memory_limit(limit)
+            ),
+            precision=now.precision if precision is None else check_precision(precision),
+            deterministic=(
+                now.deterministic if same is None else check_deterministic(same)
+            ),
+        )
+
+
 class Plan:
-    """A strategy, and a cut of its work that fits the limit.
+    """What one convolution, or a gradient of one, will do; print it to read it.
 
-    ``workspace_bytes`` is everything that a run allocates beyond inputs and result.
+    Made by `cuconv.plan_conv`.  A plan is fixed: shapes, types, strategy, blocks and
+    memory.  Calling it with arrays runs it.
     """
-
-    problem: Problem
-    strategy: str
-    cut: Cut
-    workspace_bytes: int
-
-    def run(self, xp: Any, *arrays: Array | None) -> None:
-        """Carry it out: ``(x, w, bias, out)`` or two operands and ``out``."""
-        strategy = strategies()[self.strategy]
-        operation = getattr(strategy, self.problem.op)
-        operation(Job(self.problem, self.cut, leaves_of(xp)), *arrays)
-
-
-def make_plan(
-    problem: Problem, xp: Any, strategy: str = "auto", limit: MemoryLimit = None
-) -> Plan:
-    """The plan for a problem.
-
-    Without a limit of the user's, the default of the array module holds, and is lifted
-    to the smallest that will do where even that is larger.
-
-    Raises
-    ------
-    MemoryLimitError
-        If nothing fits under the user's limit.
-    ValueError
-        If the strategy does not exist or cannot solve this problem.
-    """
-    leaves = leaves_of(xp)
-    given = None if limit is None else parse_memory_limit(limit)
-    with stage("plan"):
-        return _plan(problem, leaves, strategy, given, leaves.workers())
-
-
-@lru_cache(maxsize=1024)
-def _plan(
-    problem: Problem, leaves: Leaves, name: str, limit: int | None, workers: int
-) -> Plan:
-    strategy = _choose(problem, name)
-    fit = _Fit(strategy, problem, leaves, workers)
-    try:
-        cut = fit.within(leaves.default_memory_limit if limit is None else limit)
-    except MemoryLimitError as error:
-        if limit is not None:
-            raise
-        cut = fit.within(error.smallest)
-    return Plan(problem, strategy.name, cut, fit.bytes(cut))
-
-
-def _choose(problem: Problem, name: str) -> Strategy:
-    known = strategies()
-    if name != "auto":
-        if name not in known:
-            words = ", ".join(map(repr, ("auto", *known)))
-            raise ValueError(f"strategy must be one of {words}; got {name!r}")
-        able, reason = known[name].supports(problem)
-        if not able:
-            raise ValueError(
-                f"strategy {name!r} cannot run {_NAMES[problem.op]} here: {reason}"
-            )
-        return known[name]
-    # The last one, im2col, runs everything.
-    return next(s for s in known.values() if s.supports(problem)[0])
-
-
-class _Fit:
-    """The search for a cut that fits."""
 
     def __init__(
-        self, strategy: Strategy, problem: Problem, leaves: Leaves, workers: int
+        self, problem: Problem, decision: Decision, xp: Any, options: Options
     ) -> None:
-        self._strategy = strategy
-        self._problem = problem
-        self._leaves = leaves
-        geometry = problem.geometry
-        column = geometry.groups * geometry.patch * problem.operand.itemsize
-        self._preferred = max(1, leaves.block_bytes // max(column, 1))
-        busy = geometry.multiplications >= _WORTH_THREADS
-        self._most_workers = workers if busy else 1
+        self.problem = problem
+        self.options = options
+        self._decision = decision
+        self._choice = decision.best
+        self._xp = xp
+        self._leaves = leaves_of(xp)
+        self._weights: Array | None = None
 
-    def bytes(self, cut: Cut) -> int:
-        needs = self._strategy.needs(self._problem, cut, self._leaves)
-        own = cut.workers * workspace_bytes(needs.worker)
-        itemsize = self._problem.types.accumulate.itemsize
-        overhead = self._leaves.overhead(cut.workers, itemsize)
-        return overhead + workspace_bytes(needs.shared) + own
+    @property
+    def strategy(self) -> str:
+        """The name of the strategy that runs."""
+        return self._choice.strategy.name
 
-    def within(self, limit: int) -> Cut:
-        """The cut with the most workers and the largest blocks up to the preferred."""
-        smallest = min(map(self.bytes, self._extremes()))
-        if smallest > limit:
-            raise MemoryLimitError(limit, smallest, _NAMES[self._problem.op])
-        for workers in range(self._most_workers, 1, -1):
-            cut = self._largest(workers, limit)
-            if cut and self._is_busy(cut) and self._is_roomy(cut):
-                return cut
-        fitting = (cut for cut in self._extremes() if self.bytes(cut) <= limit)
-        return self._largest(1, limit) or next(fitting)
+    @property
+    def workers(self) -> int:
+        """How many threads work on it."""
+        return self._choice.cut.workers
 
-    def _extremes(self) -> tuple[Cut, Cut]:
-        """One position at a time; and everything at once, which saves partial sums."""
-        geometry = self._problem.geometry
-        everything = geometry.images * geometry.positions
-        return self._cut(1, 1, 1), self._cut(everything, geometry.cells, 1)
+    @property
+    def chunks(self) -> int:
+        """How many blocks the work is cut into."""
+        return self._choice.problem.geometry.count_blocks(self._choice.cut.tile)
 
-    def _cut(self, positions: int, cells: int, workers: int) -> Cut:
-        geometry = self._problem.geometry
-        tile = self._strategy.tile(self._problem, positions)
-        whole = Tile(tile.images, tuple(max(n, 1) for n in geometry.size))
-        region = whole if cells >= geometry.cells else geometry.region_tile(cells)
-        return Cut(tile, region, workers)
+    @property
+    def workspace_bytes(self) -> int:
+        """Everything that a run allocates beyond inputs and result."""
+        return self._choice.workspace_bytes
 
-    def _is_busy(self, cut: Cut) -> bool:
-        """Whether there is something to do for every worker."""
-        return self._strategy.pieces(self._problem, cut) >= cut.workers
+    @property
+    def passed_over(self) -> dict[str, str]:
+        """Every other strategy, and why it does not run."""
+        return dict(self._decision.passed_over)
 
-    def _is_roomy(self, cut: Cut) -> bool:
-        """Whether the blocks are still large enough for a good matrix product."""
-        whole = self._problem.geometry.images * self._problem.geometry.positions
-        return 8 * cut.tile.positions >= min(self._preferred, whole)
+    @property
+    def flops(self) -> int:
+        """Operations of the plain sum of products; a multiply-add counts as two."""
+        return 2 * self.problem.geometry.multiplications
 
-    def _largest(self, workers: int, limit: int) -> Cut | None:
-        """The best cut for this many workers, or None."""
+    @property
+    def bytes_moved(self) -> int:
+        """The least that must be read and written: both operands and the result."""
+        g = self.problem.geometry
+        sizes = {"x": g.images * g.channels * g.cells, "w": g.filters * g.patch}
+        sizes["y"] = g.images * g.filters * g.positions
+        result = {"forward": "y", "input_grad": "x", "weight_grad": "w"}[self.problem.op]
+        own = sizes.pop(result) * self.problem.types.result.itemsize
+        return own + sum(sizes.values()) * self.problem.source.itemsize
 
-        def fits(positions: int, cells: int) -> bool:
-            return self.bytes(self._cut(positions, cells, workers)) <= limit
+    @property
+    def arithmetic_intensity(self) -> float:
+        """Operations for each byte that must be moved."""
+        return self.flops / max(self.bytes_moved, 1)
 
-        geometry = self._problem.geometry
-        share = -(-workers // max(geometry.images, 1))
-        whole = -(-geometry.cells // share)
-        each = -(-geometry.images * geometry.positions // workers)
-        preferred = max(min(self._preferred, each), 1)
-        positions = most(lambda p: fits(p, whole), preferred)
-        if positions:
-            return self._cut(positions, whole, workers)
-        halves = (preferred >> i for i in range(preferred.bit_length()))
-        pairs = ((p, most(partial(fits, p), whole)) for p in halves)
-        cuts = [self._cut(p, cells, workers) for p, cells in pairs if cells]
-        return min(cuts, key=self._cost, default=None)
+    @property
+    def result_shape(self) -> tuple[int, ...]:
+        g = self.problem.geometry
+        return {
+            "forward": g.y_shape,
+            "input_grad": g.x_shape,
+            "weight_grad": g.w_shape,
+        }[self.problem.op]
 
-    def _cost(self, cut: Cut) -> float:
-        # Fewer positions leave room for a larger region, and so for fewer windows that
-        # two regions both compute; but short matrices multiply slowly.
-        geometry = self._problem.geometry
-        region = max(cut.region.positions, 1)
-        return geometry.reach(cut.region) / region * (1 + 64 / cut.tile.positions)
+    def __call__(self, *arrays: Array | None, out: Array | None = None) -> Array:
+        """Run it on ``(x, w, bias)``, ``(dy, w)`` or ``(dy, x)``.
+
+        After `prepare`, the weights are left out.  Arrays that lie in memory otherwise
+        than the plan assumed get a plan of their own, with the same options.
+
+        Raises
+        ------
+        ValueError, TypeError
+            If shapes or types are not those of the plan.
+        """
+        names = list(OPERANDS[self.problem.op])
+        if self._weights is not None:
+            names.remove("w")
+        given = {
+            name: array
+            for name, array in zip(names, arrays, strict=False)
+            if array is not None
+        }
+        self._check(names, arrays, given)
+        if self._weights is None:
+            call = bind(self.problem.op, self.problem.geometry, given, out, self.options)
+            return call.run()
+        _check_result(self._xp, out, self.result_shape, self.problem.types, given)
+        if not self._lies_as_planned(given, out):
+            raise ValueError(
+                "a prepared plan takes arrays of its own type that are C-contiguous"
+            )
+        first = next(iter(given.values()))
+        return self.run((first, self._weights, given.get("bias")), out)
+
+    def prepare(self, w: Array) -> "Plan":
+        """The same plan with these weights built in, transformed or packed once.
+
+        The weights are copied: what happens to ``w`` later does not matter.  Calls of
+        the plan that this returns leave ``w`` out.
+        """
+        if "w" not in OPERANDS[self.problem.op]:
+            raise ValueError("the gradient of the weights has no weights to prepare")
+        module_of({"w": w})
+        self._check(["w"], (w,), {"w": w})
+        # Weights that lie ready would be read where they lie: a copy lies ready too.
+        own = self._xp.array(plain(w), dtype=self.problem.operand, order="C", copy=True)
+        prepared = Plan(self.problem, self._decision, self._xp, self.options)
+        prepared._weights = prepared._prepared(own)  # noqa: SLF001 - its own kind
+        return prepared
+
+    def run(self, arrays: tuple[Array | None, ...], out: Array | None) -> Array:
+        """Carry it out on arrays that have been checked."""
+        first, second, *bias = arrays
+        types, leaves = self.problem.types, self._leaves
+        with leaves.device_of(first):
+            result = out
+            if result is None:
+                result = self._xp.empty(self.result_shape, dtype=types.result)
+            if self.problem.geometry.multiplications == 0:
+                _fill(plain(result), *bias, geometry=self.problem.geometry)
+            else:
+                offset = bias[0] if bias else None
+                self._execute(self._choice, first, second, offset, plain(result))
+        return result
+
+    def tune(self, arrays: tuple[Array | None, ...], out: Array | None) -> None:
+        """Time every candidate on these arrays, or recall which was the fastest."""
+        key = (self.problem, self._decision.limit, settings().num_threads)
+        candidates = self._decision.candidates
+        winner = recall(key, [_winner(choice) for choice in candidates])
+        if winner is None:
+            target = self._xp.empty(self.result_shape, dtype=self.problem.types.result)
+            calls = [
+                lambda choice=choice: self._on(choice).run(arrays, target)
+                for choice in candidates
+            ]
+            winner = _winner(candidates[fastest(self._xp, calls)])
+            remember(key, winner)
+        self._choice = next(c for c in candidates if _winner(c) == winner)
+
+    def _on(self, choice: Choice) -> "Plan":
+        """This plan with another choice."""
+        other = Plan(self.problem, self._decision, self._xp, self.options)
+        other._choice = choice  # noqa: SLF001 - its own kind
+        return other
+
+    def _execute(
+        self,
+        choice: Choice,
+        first: Array,
+        second: Array,
+        bias: Array | None,
+        out: Array,
+    ) -> None:
+        strategy, needs, workers = choice.strategy, choice.needs, choice.cut.workers
+        kept = needs.weights if self._weights is None else ()
+        with self._leaves.memory(
+            workspace_bytes((*kept, *needs.shared, *(needs.own * workers)))
+        ) as raw:
+            job, space = _job(choice, self._leaves, raw, kept)
+            if self.problem.op == "weight_grad":
+                strategy.weight_grad(job, first, second, out)
+                return
+            weights = second
+            if self._weights is None:
+                weights = strategy.weights(job, second, space)
+            if choice.problem.op == "forward":
+                strategy.forward(job, first, weights, bias, out)
+            else:
+                strategy.input_grad(job, first, weights, out)
+
+    def _prepared(self, w: Array) -> Array:
+        choice = self._choice
+        with self._leaves.device_of(w):
+            kept = allocated(self._xp, choice.needs.weights)
+            total = (*choice.needs.shared, *(choice.needs.own * choice.cut.workers))
+            with self._leaves.memory(workspace_bytes(total)) as raw:
+                job, _ = _job(choice, self._leaves, raw, ())
+                return choice.strategy.weights(job, w, kept)
+
+    def _check(
+        self,
+        names: list[str],
+        arrays: tuple[Array | None, ...],
+        given: dict[str, Array],
+    ) -> None:
+        """Refuse arrays that this plan was not made for."""
+        g = self.problem.geometry
+        needed = [name for name in names if name != "bias"]
+        if self.problem.has_bias and "bias" in names:
+            needed.append("bias")
+        if len(arrays) > len(names) or any(name not in given for name in needed):
+            words = ", ".join(needed)
+            raise TypeError(f"the plan takes {words}; got {len(arrays)} arrays")
+        if "bias" in given and not self.problem.has_bias:
+            raise ValueError("the plan was made without a bias; plan_conv(bias=True)")
+        shapes = {
+            "x": g.x_shape,
+            "w": g.w_shape,
+            "dy": g.y_shape,
+            "bias": (g.filters,),
+        }
+        for name, array in given.items():
+            check_shape(name, array, shapes[name])
+        if module_of(given) is not self._xp:
+            raise TypeError(f"the plan is for {self._xp.__name__} arrays")
+
+    def _lies_as_planned(self, given: dict[str, Array], out: Array | None) -> bool:
+        p = self.problem
+        direct = _direct(p.op, p.geometry, given, out, p.types, self._leaves)
+        return direct >= p.direct - {"w"} and next(iter(given.values())).dtype == p.source
+
+    def __str__(self) -> str:
+        return "\n".join(f"{name:<14}{text}" for name, text in self.rows())
+
+    def rows(self) -> Iterable[tuple[str, str]]:
+        """What `print` shows, line by line: a word and its text."""
+        p, g, choice = self.problem, self.problem.geometry, self._choice
+        tile = choice.cut.tile
+        cells = "×".join(map(str, (tile.images, *tile.cells)))
+        last = "" if self.chunks == 1 else ", the last may be smaller"
+        yield "plan", f"{NAMES[p.op]}, {p.types.result.name}, {p.module}"
+        yield "x", f"{g.x_shape}, w {g.w_shape}, y {g.y_shape}"
+        for index, axis in enumerate(g.axes):
+            yield f"axis {index}", _axis_text(axis)
+        yield "groups", f"{g.groups}"
+        yield "strategy", f"{choice.label}, precision {p.precision}"
+        yield "chunks", f"{self.chunks} of {cells} positions{last}"
+        yield "workers", f"{self.workers}"
+        yield "workspace", f"{self.workspace_bytes:,} bytes, limit {self._decision.limit:,}"
+        yield "work", f"{self.flops / 1e9:.4g} GFLOP, {self.bytes_moved / 1e6:.4g} MB"
+        yield "intensity", f"{self.arithmetic_intensity:.4g} FLOP per byte"
+        yield "estimate", f"{choice.nanoseconds / 1e6:.3g} ms"
+        for name, reason in self._decision.passed_over:
+            yield "passed over", f"{name}: {reason}"
 
 
-def most(fits: Callable[[int], bool], limit: int) -> int:
-    """The largest number up to ``limit`` that fits, 0 if none does."""
-    if fits(limit):
-        return limit
-    low, high = 0, limit
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle)
-    return low
+class Call(NamedTuple):
+    """One validated and planned call; nothing is allocated before `run`."""
+
+    plan: Plan
+    arrays: tuple[Array | None, ...]
+    out: Array | None
+
+    def run(self) -> Array:
+        return self.plan.run(self.arrays, self.out)
+
+
+def bind(
+    op: str,
+    geometry: ConvGeometry,
+    arrays: dict[str, Array],
+    out: Array | None,
+    options: Options,
+) -> Call:
+    """Check arrays and options, and plan."""
+    xp = module_of(arrays if out is None else {**arrays, "out": out})
+    options = options.settled()
+    arrays = {name: plain(array) for name, array in arrays.items()}
+    with stage("plan"):
+        plan = _planned(op, geometry, arrays, out, options, xp)
+    _check_result(xp, out, plan.result_shape, plan.problem.types, arrays)
+    call = Call(plan, tuple(arrays.values()), out)
+    if options.strategy == "benchmark" and geometry.multiplications:
+        plan.tune(call.arrays, out)
+    return call
+
+
+def _check_result(
+    xp: Any,
+    out: Array | None,
+    shape: tuple[int, ...],
+    types: Types,
+    arrays: dict[str, Array],
+) -> None:
+    if out is not None:
+        check_out(out, shape, types.result)
+        check_overlap(xp, out, arrays)
+
+
+def _planned(
+    op: str,
+    geometry: ConvGeometry,
+    arrays: dict[str, Array],
+    out: Array | None,
+    options: Options,
+    xp: Any,
+) -> Plan:
+    leaves = leaves_of(xp)
+    types = resolve_types(arrays, options.dtype)
+    source = arrays["dy" if op == "input_grad" else "x"].dtype
+    problem = Problem(
+        op=op,
+        geometry=geometry,
+        types=types,
+        operand=leaves.operand_type(types),
+        source=source,
+        direct=_direct(op, geometry, arrays, out, types, leaves),
+        has_bias="bias" in arrays,
+        deterministic=options.deterministic is not False,
+        precision=options.precision or "standard",
+        module=xp.__name__,
+    )
+    name = "auto" if options.strategy == "benchmark" else options.strategy
+    decision = decide(problem, leaves, name, options.memory_limit, leaves.workers())
+    return Plan(problem, decision, xp, options)
+
+
+def plan_of_shapes(
+    op: str,
+    shapes: dict[str, tuple[int, ...]],
+    dtype: Any,
+    xp: Any,
+    geometry: ConvGeometry,
+    options: Options,
+) -> Plan:
+    """The plan for C-contiguous arrays of these shapes and one type."""
+    own = np.dtype(dtype)
+    arrays = {name: _untouched(shape, own) for name, shape in shapes.items()}
+    return _planned(op, geometry, arrays, None, options.settled(), xp)
+
+
+def _untouched(shape: tuple[int, ...], dtype: DType) -> Array:
+    """An array that is only asked for its shape, strides and type."""
+    steps = [dtype.itemsize]
+    for size in reversed(shape[1:]):
+        steps.append(steps[-1] * max(size, 1))
+    strides = tuple(reversed(steps[: len(shape)]))
+    cell = np.empty(1, dtype)
+    return np.lib.stride_tricks.as_strided(cell, shape, strides, writeable=False)
+
+
+def _direct(
+    op: str,
+    geometry: ConvGeometry,
+    arrays: dict[str, Array],
+    out: Array | None,
+    types: Types,
+    leaves: Leaves,
+) -> frozenset[str]:
+    """The arrays that can be multiplied, or written, where they lie."""
+    operand = leaves.operand_type(types)
+    ready = set()
+    for name, array in arrays.items():
+        if array.dtype != operand or name == "bias":
+            continue
+        if name == "w":
+            conjugated = op == "input_grad" and operand.kind == "c"
+            fits = array.flags.c_contiguous and is_aligned(array) and not conjugated
+        else:
+            cells = in_groups(array, geometry)
+            fits = is_matrix_ready(cells, geometry.rank, leaves.largest_step)
+        if fits:
+            ready.add(name)
+    if _is_direct_out(op, geometry, out, types, leaves):
+        ready.add("out")
+    return frozenset(ready)
+
+
+def _is_direct_out(
+    op: str, geometry: ConvGeometry, out: Array | None, types: Types, leaves: Leaves
+) -> bool:
+    """Whether products can be written to the result where it lies."""
+    if not leaves.can_store(types, types.result):
+        return False
+    if out is None:
+        return geometry.positions <= leaves.largest_step
+    if op == "weight_grad":
+        return bool(out.flags.c_contiguous) and is_aligned(out)
+    cells = in_groups(plain(out), geometry)
+    return is_matrix_ready(cells, geometry.rank, leaves.largest_step)
+
+
+def check_shape(name: str, array: Array, shape: tuple[int, ...]) -> None:
+    if array.shape != shape:
+        raise ValueError(f"{name} has shape {array.shape} and must have {shape}")
+
+
+def _job(
+    choice: Choice, leaves: Leaves, raw: Array, kept: tuple[Any, ...]
+) -> tuple[Job, dict[str, Array]]:
+    """Cut one allocation into the buffers of a job."""
+    needs, workers = choice.needs, choice.cut.workers
+    parts, start = [], aligned_start(raw) if raw.size else 0
+    for buffers in (kept, needs.shared, *(needs.own,) * workers):
+        parts.append(carve(raw, start, buffers))
+        start += sum(buffer.nbytes for buffer in buffers)
+    space, shared, *own = parts
+    own = tuple(own)
+    return Job(choice.problem, choice.cut, leaves, shared, own, choice.blocks), space
+
+
+def _fill(out: Array, bias: Array | None = None, *, geometry: ConvGeometry) -> None:
+    """The sum over nothing: zero, or the bias."""
+    out[...] = 0
+    if bias is not None and out.size:
+        ones = (1,) * geometry.rank
+        in_groups(out, geometry)[...] = bias.reshape(1, geometry.groups, -1, *ones)
+
+
+def _winner(choice: Choice) -> Winner:
+    return Winner(choice.strategy.name, choice.cut.variant, choice.problem.flipped)
+
+
+def _axis_text(axis: Any) -> str:
+    pads = f"padding {axis.before} and {axis.after}"
+    steps = f"stride {axis.stride}, dilation {axis.dilation}"
+    return f"{axis.size} cells, {axis.kernel} taps, {steps}, {pads}, {axis.out} out"

@@ -1,7 +1,7 @@
 """The leaves over CuPy: kernels of ours for columns, cuBLAS for products."""
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import cupy
@@ -13,6 +13,7 @@ from cuconv._cuda.structs import MOST_THREADS, Launch, pack
 from cuconv._cuda.variants import Variant, copy_variant, has_atomics, sum_variant
 from cuconv.arrays import Array, DType, Types, is_half
 from cuconv.geometry import Block, Range, Ranges, Tile, WindowGeometry
+from cuconv.rates import CUDA_RATES
 from cuconv.memory import Buffer
 
 _THREADS = 256
@@ -25,6 +26,7 @@ class CudaLeaves:
     # Large enough to fill a GPU, small beside its memory; not yet measured on one.
     block_bytes = 64 * 2**20
     default_memory_limit = 256 * 2**20
+    rates = CUDA_RATES
     # cuBLAS takes its leading dimensions as 32-bit integers.
     largest_step = 2**31 - 1
     needs_partial = False
@@ -39,6 +41,10 @@ class CudaLeaves:
 
     def workers(self) -> int:
         return 1
+
+    def memory(self, nbytes: int) -> AbstractContextManager[Array]:
+        # CuPy's pool keeps memory for reuse already, stream by stream.
+        return nullcontext(cupy.empty(nbytes, dtype=cupy.uint8))
 
     def operand_type(self, types: Types) -> DType:
         return types.operand if is_half(types.operand) else types.accumulate
@@ -126,8 +132,10 @@ class CudaLeaves:
     def copy(self, source: Array, target: Array) -> None:
         cupy.copyto(target, source, casting="unsafe")
 
-    def parallel(self, body: Callable[[int], None], workers: int) -> None:
-        del workers
+    def parallel(
+        self, body: Callable[[int], None], workers: int, *, light: bool = False
+    ) -> None:
+        del workers, light
         body(0)
 
 

@@ -7,6 +7,8 @@ columns).
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from functools import cache
+from importlib.util import find_spec
 from typing import Any, Protocol
 
 import numpy as np
@@ -14,6 +16,7 @@ import numpy as np
 from cuconv.arrays import Array, DType, Types
 from cuconv.geometry import Block, Ranges, Tile, WindowGeometry
 from cuconv.leaves.host import HostLeaves
+from cuconv.rates import Rates
 from cuconv.memory import Buffer
 
 
@@ -24,6 +27,7 @@ class Leaves(Protocol):
 
     # Bytes of columns per block, and the limit when the user names none.
     block_bytes: int
+    rates: Rates
     default_memory_limit: int
     # The longest row step that BLAS can take, in items.
     largest_step: int
@@ -37,6 +41,9 @@ class Leaves(Protocol):
 
     def overhead(self, workers: int, itemsize: int) -> int:
         """Bytes that a call takes beyond its buffers, sums having this item size."""
+
+    def memory(self, nbytes: int) -> AbstractContextManager[Array]:
+        """Bytes for the buffers of one call, uninitialised."""
 
     def workers(self) -> int:
         """How many blocks may run at the same time."""
@@ -94,8 +101,13 @@ class Leaves(Protocol):
     def copy(self, source: Array, target: Array) -> None:
         """Copy with a cast."""
 
-    def parallel(self, body: Callable[[int], None], workers: int) -> None:
-        """Run ``body(0) … body(workers - 1)``, and return when all are done."""
+    def parallel(
+        self, body: Callable[[int], None], workers: int, *, light: bool = False
+    ) -> None:
+        """Run ``body(0) … body(workers - 1)``, and return when all are done.
+
+        ``light``: one worker, and no product so large that BLAS would use threads.
+        """
 
 
 def leaves_of(xp: Any) -> Leaves:
@@ -105,6 +117,12 @@ def leaves_of(xp: Any) -> Leaves:
     from cuconv._cuda import cuda_leaves
 
     return cuda_leaves()
+
+
+@cache
+def jit_is_installed() -> bool:
+    """Whether Numba is there; it is imported when one of its loops first runs."""
+    return find_spec("numba") is not None
 
 
 def default_array_module() -> Any:

@@ -1,8 +1,19 @@
 """The ways to compute a convolution, one a file, under one normalised name each."""
 
-from cuconv.strategies.base import OPERATIONS, Cut, Job, Problem, Strategy
+from cuconv.strategies.base import (
+    OPERATIONS,
+    Blocks,
+    Cut,
+    Job,
+    Needs,
+    Problem,
+    Strategy,
+    Work,
+)
+from cuconv.strategies.depthwise import Depthwise
 from cuconv.strategies.im2col import Im2col
 from cuconv.strategies.pointwise import Pointwise
+from cuconv.strategies.winograd import Winograd
 
 _REGISTRY: dict[str, Strategy] = {}
 
@@ -15,11 +26,24 @@ def register(strategy: Strategy) -> None:
 
 
 def strategies() -> dict[str, Strategy]:
-    """Every strategy by name, the preferred one first."""
+    """Every strategy by name."""
     return dict(_REGISTRY)
 
 
 register(Pointwise())
+register(Depthwise())
+register(Winograd())
 register(Im2col())
 
-__all__ = ["OPERATIONS", "Cut", "Job", "Problem", "Strategy", "register", "strategies"]
+__all__ = [
+    "OPERATIONS",
+    "Blocks",
+    "Cut",
+    "Job",
+    "Needs",
+    "Problem",
+    "Strategy",
+    "Work",
+    "register",
+    "strategies",
+]

@@ -1,16 +1,26 @@
 """What a strategy is asked, and the views that all of them share."""
 
 import threading
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import NamedTuple, Protocol, TypeVar
 
 from cuconv.arrays import Array, DType, Stored, Types, flattened, grouped, stored
-from cuconv.geometry import Block, ConvGeometry, Tile
+from cuconv.geometry import Axis, Block, ConvGeometry, Tile
 from cuconv.leaves import Leaves
-from cuconv.memory import Buffer, carve
+from cuconv.memory import Buffer
 
 OPERATIONS = ("forward", "input_grad", "weight_grad")
+
+# OpenBLAS gives products up to this size to one thread, whatever it was told.
+_LIGHT_PRODUCT = 2**18
+# Weights are turned this many filters at a time: 512×512×9 take 2.4 ms so, 4.7 at once.
+_STRIP = 16
+# Below this many cells a second worker costs more than it saves in sums and copies.
+_WORTH_SHARING = 2**17
+# Blocks worth keeping with a plan: each is a kibibyte of Python's objects.
+_FEW = 16
 
 Item = TypeVar("Item")
 
@@ -21,7 +31,9 @@ class Problem:
 
     ``direct`` names the arrays (``x``, ``w``, ``dy``, ``out``) that BLAS can read or
     write where they lie: the right type, and strides that make a matrix.  ``source`` is
-    the type of the array that is gathered.
+    the type of the array that is gathered.  ``flipped`` marks the forward pass over dy
+    that an input gradient is: its weights are those of the caller, filters and channels
+    exchanged, taps in reverse, conjugated.
     """
 
     op: str
@@ -32,33 +44,113 @@ class Problem:
     direct: frozenset[str]
     has_bias: bool = False
     deterministic: bool = True
-    fast: bool = False
+    precision: str = "standard"
+    module: str = "numpy"
+    flipped: bool = False
+
+    @property
+    def fast(self) -> bool:
+        return self.precision == "fast"
+
+    @property
+    def light(self) -> bool:
+        """Whether every product is so small that BLAS uses no second thread."""
+        return self.geometry.multiplications <= _LIGHT_PRODUCT
+
+    @cached_property
+    def as_forward(self) -> "Problem | None":
+        """An input gradient as the forward pass over dy; None where strides forbid."""
+        if self.op != "input_grad" or not self.geometry.is_unit_stride:
+            return None
+        direct = {"x"} if "dy" in self.direct else set()
+        return replace(
+            self,
+            op="forward",
+            geometry=self.geometry.adjoint,
+            direct=frozenset(direct | (self.direct & {"out"})),
+            flipped=True,
+        )
 
 
 class Cut(NamedTuple):
-    """How a job is divided: blocks of output, regions of input, workers.
+    """How a job is divided: blocks of output, regions of input, lanes, workers.
 
-    Regions only matter to the input gradient, which writes one region at a time.
+    Regions only matter to `input_grad`, which writes one region at a time, and lanes to
+    `weight_grad`, where each lane sums blocks of its own.  ``variant`` is the strategy's
+    word for how it does it.  None of them depends on the number of workers, so that
+    results do not either.
     """
 
     tile: Tile
     region: Tile
-    workers: int
+    lanes: int = 1
+    variant: tuple[int, ...] = ()
+    workers: int = 1
 
 
 class Job(NamedTuple):
-    """One call: the problem, how it is cut, and who carries it out."""
+    """One call: the problem, how it is cut, who carries it out, and where."""
 
     problem: Problem
     cut: Cut
     leaves: Leaves
+    shared: dict[str, Array]
+    own: tuple[dict[str, Array], ...]
+    blocks: "Blocks"
+
+    def each(
+        self,
+        items: Iterable[Item],
+        body: Callable[[int, Item, dict[str, Array]], None],
+    ) -> None:
+        """Share items out to the workers: ``body(number, item, worker's buffers)``."""
+        queue = Shared(enumerate(items))
+
+        def work(worker: int) -> None:
+            for number, item in queue:
+                body(number, item, self.own[worker])
+
+        self.leaves.parallel(work, self.cut.workers, light=self.problem.light)
+
+
+class Blocks:
+    """The blocks of a cut, again and again: a few are kept, many are made anew."""
+
+    def __init__(self, make: Callable[[], Iterator[Block]], count: int) -> None:
+        self._make = make
+        self._few = tuple(make()) if count <= _FEW else None
+
+    def __iter__(self) -> Iterator[Block]:
+        return self._make() if self._few is None else iter(self._few)
 
 
 class Needs(NamedTuple):
-    """The buffers of a job: those shared by all workers, and those of each."""
+    """The buffers of a job.
 
-    shared: tuple[Buffer, ...]
-    worker: tuple[Buffer, ...]
+    ``weights`` hold the weights as the strategy wants them, for as long as they are
+    prepared; ``shared`` serve one call, and ``own`` one worker of it.
+    """
+
+    weights: tuple[Buffer, ...] = ()
+    shared: tuple[Buffer, ...] = ()
+    own: tuple[Buffer, ...] = ()
+
+
+class Work(NamedTuple):
+    """What a job does, counted in the units of `cuconv.rates.Rates`."""
+
+    multiply: float = 0
+    short_side: float = float("inf")
+    gather: float = 0
+    scatter: float = 0
+    copy: float = 0
+    transform: float = 0
+    last_transform: float = 0
+    transpose: float = 0
+    reread: float = 0
+    fourier: float = 0
+    direct: float = 0
+    blocks: float = 1
 
 
 class Strategy(Protocol):
@@ -69,8 +161,23 @@ class Strategy(Protocol):
     def supports(self, problem: Problem) -> tuple[bool, str]:
         """Whether it can, and the reason if it cannot."""
 
-    def tile(self, problem: Problem, positions: int) -> Tile:
+    def variants(self, problem: Problem) -> tuple[tuple[int, ...], ...]:
+        """The ways in which it can do it."""
+
+    def describe(self, variant: tuple[int, ...]) -> str:
+        """A variant in words; empty for the plain one."""
+
+    def preferred(self, problem: Problem, leaves: Leaves) -> int:
+        """The most output positions worth taking in one block."""
+
+    def tile(self, problem: Problem, positions: int, variant: tuple[int, ...]) -> Tile:
         """The largest block of at most this many output positions."""
+
+    def lanes(self, problem: Problem) -> int:
+        """How many sums of weight gradients are worth keeping side by side."""
+
+    def blocks(self, problem: Problem, cut: Cut) -> Iterator[Block]:
+        """The blocks of a job that is cut like this, in order."""
 
     def needs(self, problem: Problem, cut: Cut, leaves: Leaves) -> Needs:
         """The buffers of a job that is cut like this."""
@@ -78,12 +185,18 @@ class Strategy(Protocol):
     def pieces(self, problem: Problem, cut: Cut) -> int:
         """How many parts of the job can run at the same time."""
 
+    def work(self, problem: Problem, cut: Cut) -> Work:
+        """What there is to do, all workers together."""
+
+    def weights(self, job: Job, w: Array, kept: dict[str, Array]) -> Array:
+        """The weights as `forward` or `input_grad` wants them, in ``kept`` if copied."""
+
     def forward(
-        self, job: Job, x: Array, w: Array, bias: Array | None, out: Array
+        self, job: Job, x: Array, weights: Array, bias: Array | None, out: Array
     ) -> None:
         """Write ``conv(x, w) + bias`` to ``out``."""
 
-    def input_grad(self, job: Job, dy: Array, w: Array, out: Array) -> None:
+    def input_grad(self, job: Job, dy: Array, weights: Array, out: Array) -> None:
         """Write the gradient for ``x`` to ``out``."""
 
     def weight_grad(self, job: Job, dy: Array, x: Array, out: Array) -> None:
@@ -113,6 +226,18 @@ def in_groups(array: Array, geometry: ConvGeometry) -> Array:
     )
 
 
+def filters_of(w: Array, problem: Problem) -> Array:
+    """View weights as the problem sees them: (G, K/G, C/G, *kernel)."""
+    g = problem.geometry
+    filters = g.channels if problem.flipped else g.filters
+    if not g.channels_first:
+        w = w.transpose(g.rank + 1, g.rank, *range(g.rank))
+    view = w.reshape(g.groups, filters // g.groups, *w.shape[1:])
+    if not problem.flipped:
+        return view
+    return view.swapaxes(1, 2)[(..., *(slice(None, None, -1),) * g.rank)]
+
+
 def weight_matrix(w: Array, geometry: ConvGeometry) -> Array:
     """View C-contiguous weights as (1, G, K/G, patch)."""
     g = geometry
@@ -121,18 +246,35 @@ def weight_matrix(w: Array, geometry: ConvGeometry) -> Array:
     return w.reshape(1, g.patch, g.groups, g.group_filters).transpose(0, 2, 3, 1)
 
 
-def take_weights(
-    job: Job, w: Array, shared: dict[str, Array], *, conjugate: bool = False
-) -> Array:
+def take_weights(job: Job, w: Array, kept: dict[str, Array]) -> Array:
     """The weights as `weight_matrix`: where they lie if they can, else copied."""
-    geometry = job.problem.geometry
-    if "w" in job.problem.direct:
+    problem, geometry = job.problem, job.problem.geometry
+    if "w" in problem.direct:
         return weight_matrix(w, geometry)
-    copy = shared["w"].reshape(w.shape)
-    job.leaves.copy(w, copy)
-    if conjugate and copy.dtype.kind == "c":
+    copy = kept["w"].reshape(geometry.w_shape)
+    into = filters_of(copy, replace(problem, flipped=False))
+    source = filters_of(w, problem)
+    turn(job, source, into)
+    if copy.dtype.kind == "c" and (problem.flipped or problem.op == "input_grad"):
         job.leaves.xp.conjugate(copy, out=copy)
     return weight_matrix(copy, geometry)
+
+
+def turn(job: Job, source: Array, target: Array) -> None:
+    """Copy (G, K, C, …) in strips of filters, which stay in cache when transposed."""
+    filters = max(source.shape[1], source.shape[2])
+    axis = 1 if source.shape[1] == filters else 2
+    strips = (slice(i, i + _STRIP) for i in range(0, filters, _STRIP))
+
+    def body(number: int, strip: slice, own: dict[str, Array]) -> None:
+        del number, own
+        place = (slice(None),) * axis + (strip,)
+        job.leaves.copy(source[place], target[place])
+
+    if source.size < _WORTH_SHARING:
+        job.leaves.copy(source, target)
+    else:
+        job.each(strips, body)
 
 
 def weight_buffer(problem: Problem) -> tuple[Buffer, ...]:
@@ -143,12 +285,12 @@ def weight_buffer(problem: Problem) -> tuple[Buffer, ...]:
     return (Buffer("w", geometry.filters * geometry.patch, problem.operand),)
 
 
-def take_bias(job: Job, bias: Array | None, shared: dict[str, Array]) -> Array | None:
+def take_bias(job: Job, bias: Array | None) -> Array | None:
     """The bias as (1, G, K/G, 1), in the type of the running sum."""
     if bias is None:
         return None
     geometry = job.problem.geometry
-    copy = shared["bias"]
+    copy = job.shared["bias"]
     job.leaves.copy(bias, copy)
     return copy.reshape(1, geometry.groups, geometry.group_filters, 1)
 
@@ -209,11 +351,43 @@ def sums_in_place(problem: Problem) -> bool:
     return "out" in problem.direct and problem.types.result == problem.types.accumulate
 
 
-def workspaces(
-    strategy: Strategy, job: Job
-) -> tuple[dict[str, Array], list[dict[str, Array]]]:
-    """Allocate what the strategy needs: shared buffers, and those of each worker."""
-    needs = strategy.needs(job.problem, job.cut, job.leaves)
-    xp = job.leaves.xp
-    each = [carve(xp, needs.worker) for _ in range(job.cut.workers)]
-    return carve(xp, needs.shared), each
+def add_lanes(job: Job, sums: list[Array]) -> None:
+    """Add what every lane has summed to the first one's sum, in the lanes' order."""
+    first, *others = sums
+    step = -(-first.shape[0] // 8)
+    if not others:
+        return
+
+    def body(number: int, rows: slice, own: dict[str, Array]) -> None:
+        del number, own
+        for other in others:
+            job.leaves.xp.add(first[rows], other[rows], out=first[rows])
+
+    if first.size < _WORTH_SHARING:
+        body(0, slice(None), {})
+    else:
+        job.each((slice(i, i + step) for i in range(0, first.shape[0], step)), body)
+
+
+def outer_view(array: Array, tiled: int) -> Array:
+    """View the spatial axes, after three others, as (outer, rows, last).
+
+    The last ``tiled`` of them (at most three) are the last of the view; axes that the
+    array lacks have one cell.
+    """
+    spatial = array.ndim - 3
+    if tiled == 1 and spatial == 2:
+        return array[:, :, :, :, None]
+    return array[(..., *(None,) * (3 - spatial), *(slice(None),) * spatial)]
+
+
+_NO_AXIS = Axis(size=1, kernel=1, stride=1, dilation=1, before=0, after=0)
+
+
+def three_axes(geometry: ConvGeometry, tiled: int = 3) -> tuple[Axis, Axis, Axis]:
+    """The axes as `outer_view` has them."""
+    axes = geometry.axes
+    if tiled == 1 and len(axes) == 2:
+        return axes[0], _NO_AXIS, axes[1]
+    outer, rows, last = (*(_NO_AXIS,) * (3 - len(axes)), *axes)
+    return outer, rows, last

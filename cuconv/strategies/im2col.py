@@ -14,6 +14,7 @@ Source: K. Chellapilla, S. Puri, P. Simard, "High performance convolutional neur
 networks for document processing", 2006, section 3.
 """
 
+from collections.abc import Iterator
 from itertools import islice
 
 from cuconv.arrays import Array, DType, Stored, flattened, stored
@@ -26,8 +27,10 @@ from cuconv.strategies.base import (
     Job,
     Needs,
     Problem,
-    Shared,
+    Work,
+    add_lanes,
     bias_buffer,
+    filters_of,
     in_groups,
     output_buffer,
     output_cells,
@@ -36,10 +39,22 @@ from cuconv.strategies.base import (
     take_bias,
     take_dy,
     take_weights,
+    turn,
     weight_buffer,
     weight_matrix,
-    workspaces,
 )
+
+# Sums of weight gradients kept as (patch × filters): BLAS is a fifth faster where the
+# patch is the longer side, and the turning at the end is paid back by this many
+# positions.
+_WORTH_TURNING = 1024
+# Bytes of sums in all lanes, beyond the two that two workers need.
+_LANE_BYTES = 4 * 2**20
+
+
+# A product for each image, or one for several side by side, which must be copied out.
+EACH, WIDE = (), (1,)
+LONG_ROW = 512
 
 
 class Im2col:
@@ -51,32 +66,84 @@ class Im2col:
         del problem
         return True, ""
 
-    def tile(self, problem: Problem, positions: int) -> Tile:
+    def variants(self, problem: Problem) -> tuple[tuple[int, ...], ...]:
+        g = problem.geometry
+        short = problem.op == "forward" and g.images > 1 and g.positions < LONG_ROW
+        return (EACH, WIDE) if short and problem.module == "numpy" else (EACH,)
+
+    def describe(self, variant: tuple[int, ...]) -> str:
+        return "images side by side" if variant == WIDE else ""
+
+    def preferred(self, problem: Problem, leaves: Leaves) -> int:
+        geometry = problem.geometry
+        column = geometry.groups * geometry.patch * problem.operand.itemsize
+        return max(1, leaves.block_bytes // max(column, 1))
+
+    def tile(self, problem: Problem, positions: int, variant: tuple[int, ...]) -> Tile:
+        del variant
         return problem.geometry.tile(positions)
+
+    def lanes(self, problem: Problem) -> int:
+        if problem.op != "weight_grad":
+            return 1
+        cells = problem.geometry.filters * problem.geometry.patch
+        room = _LANE_BYTES // max(cells * problem.types.accumulate.itemsize, 1)
+        return int(2 ** min(max(room, 2).bit_length() - 1, 3))
+
+    def blocks(self, problem: Problem, cut: Cut) -> Iterator[Block]:
+        return problem.geometry.blocks(cut.tile)
 
     def needs(self, problem: Problem, cut: Cut, leaves: Leaves) -> Needs:
         tile = cut.tile
         if problem.op == "input_grad":
             columns = _column_buffer(problem, tile, problem.types.accumulate)
             own = (*_dy_buffer(problem, tile), *_dx_buffer(problem, cut.region))
-            return Needs(weight_buffer(problem), (columns, *own))
-        gathered = self.column_buffers(problem, tile, leaves)
+            return Needs(weight_buffer(problem), (), (columns, *own))
+        gathered = self.column_buffers(problem, cut, leaves)
         if problem.op == "weight_grad":
             sums, own = _sum_buffers(problem, cut, leaves)
-            return Needs(sums, (*gathered, *_dy_buffer(problem, tile), *own))
-        shared = (*weight_buffer(problem), *bias_buffer(problem))
-        staged = () if "out" in problem.direct else (output_buffer(problem, "y", tile),)
-        return Needs(shared, (*gathered, *staged))
+            return Needs((), sums, (*gathered, *_dy_buffer(problem, tile), *own))
+        direct = "out" in problem.direct and cut.variant == EACH
+        staged = () if direct else (output_buffer(problem, "y", tile),)
+        return Needs(weight_buffer(problem), bias_buffer(problem), (*gathered, *staged))
 
     def pieces(self, problem: Problem, cut: Cut) -> int:
         if problem.op == "input_grad":
             return problem.geometry.count_regions(cut.region)
+        if problem.op == "weight_grad":
+            return cut.lanes
         return problem.geometry.count_blocks(cut.tile)
 
+    def work(self, problem: Problem, cut: Cut) -> Work:
+        g = problem.geometry
+        columns = g.images * g.positions * g.groups * g.patch
+        turned = 0 if "w" in problem.direct else g.filters * g.patch
+        work = Work(
+            multiply=g.multiplications,
+            short_side=min(cut.tile.positions, g.group_filters, g.patch),
+            gather=columns,
+            transpose=turned,
+            blocks=g.count_blocks(cut.tile),
+        )
+        if problem.op == "input_grad":
+            whole = max(g.images * g.positions, 1)
+            again = g.reach(cut.region) * g.count_regions(cut.region) / whole
+            return work._replace(
+                multiply=work.multiply * max(again, 1), gather=0, scatter=columns
+            )
+        if problem.op == "weight_grad":
+            return work._replace(copy=cut.lanes * g.filters * g.patch, transpose=0)
+        direct = "out" in problem.direct and cut.variant == EACH
+        return work._replace(
+            short_side=min(_row_length(problem, cut), g.group_filters, g.patch),
+            copy=0 if direct else g.images * g.positions * g.filters,
+        )
+
     def column_buffers(
-        self, problem: Problem, tile: Tile, leaves: Leaves
+        self, problem: Problem, cut: Cut, leaves: Leaves
     ) -> tuple[Buffer, ...]:
         """What `columns` needs."""
+        tile = cut.tile
         types = problem.source, problem.operand
         gather = leaves.gather_buffers(problem.geometry, tile, *types)
         return (_column_buffer(problem, tile, problem.operand), *gather)
@@ -85,73 +152,72 @@ class Im2col:
         self, job: Job, x: Array, block: Block, buffers: dict[str, Array], chunk: int
     ) -> Array:
         """The column matrix of one block of a grouped ``x``."""
-        wide = job.problem.op == "weight_grad"
+        wide = job.problem.op == "weight_grad" or job.cut.variant == WIDE
         columns = _stored_columns(job, buffers["columns"], block, wide=wide)
         with stage("gather", self.name, chunk):
             images = x[slice(*block.images)]
             geometry = job.problem.geometry
             job.leaves.gather(images, columns.cells, geometry, block, buffers)
-        if wide and columns.matrix.dtype.kind == "c":
+        if job.problem.op == "weight_grad" and columns.matrix.dtype.kind == "c":
             job.leaves.xp.conjugate(columns.matrix, out=columns.matrix)
         return columns.matrix
 
+    def weights(self, job: Job, w: Array, kept: dict[str, Array]) -> Array:
+        return take_weights(job, w, kept)
+
     def forward(
-        self, job: Job, x: Array, w: Array, bias: Array | None, out: Array
+        self, job: Job, x: Array, weights: Array, bias: Array | None, out: Array
     ) -> None:
         geometry = job.problem.geometry
-        shared, workers = workspaces(self, job)
-        weights = take_weights(job, w, shared)
-        offset = take_bias(job, bias, shared)
+        offset = take_bias(job, bias)
         x, y = in_groups(x, geometry), in_groups(out, geometry)
-        blocks = Shared(enumerate(geometry.blocks(job.cut.tile)))
 
-        def body(worker: int) -> None:
-            buffers = workers[worker]
-            for chunk, block in blocks:
-                columns = self.columns(job, x, block, buffers, chunk)
-                with stage("gemm", self.name, chunk):
-                    _write_block(job, weights, columns, offset, y, block, buffers)
+        def body(chunk: int, block: Block, buffers: dict[str, Array]) -> None:
+            columns = self.columns(job, x, block, buffers, chunk)
+            with stage("gemm", self.name, chunk):
+                _write_block(job, weights, columns, offset, y, block, buffers)
 
-        job.leaves.parallel(body, job.cut.workers)
+        job.each(job.blocks, body)
 
-    def input_grad(self, job: Job, dy: Array, w: Array, out: Array) -> None:
+    def input_grad(self, job: Job, dy: Array, weights: Array, out: Array) -> None:
         geometry = job.problem.geometry
-        shared, workers = workspaces(self, job)
-        weights = take_weights(job, w, shared, conjugate=True).swapaxes(-1, -2)
         dy, dx = in_groups(dy, geometry), in_groups(out, geometry)
-        regions = Shared(geometry.regions(job.cut.region))
 
-        def body(worker: int) -> None:
-            for region in regions:
-                _write_region(job, weights, dy, dx, region, workers[worker])
+        def body(number: int, region: Region, buffers: dict[str, Array]) -> None:
+            del number
+            _write_region(job, weights.swapaxes(-1, -2), dy, dx, region, buffers)
 
-        job.leaves.parallel(body, job.cut.workers)
+        job.each(geometry.regions(job.cut.region), body)
 
     def weight_grad(self, job: Job, dy: Array, x: Array, out: Array) -> None:
-        geometry, leaves = job.problem.geometry, job.leaves
-        shared, workers = workspaces(self, job)
+        geometry = job.problem.geometry
         x, dy = in_groups(x, geometry), in_groups(dy, geometry)
-        sums = _sums(job, shared, out)
+        sums, totals = _sums(job, out)
+        lanes = job.cut.lanes
 
-        def body(worker: int) -> None:
-            # Worker i sums blocks i, i + workers, …: the same sums on every run.
-            blocks = islice(
-                enumerate(geometry.blocks(job.cut.tile)), worker, None, job.cut.workers
-            )
-            total = weight_matrix(sums[worker], geometry)
-            buffers, add = workers[worker], False
-            for chunk, block in blocks:
+        def body(number: int, lane: int, buffers: dict[str, Array]) -> None:
+            del number
+            # Lane i sums blocks i, i + lanes, …: the same sums, whoever does it.
+            add = False
+            for chunk, block in islice(enumerate(job.blocks), lane, None, lanes):
                 columns = self.columns(job, x, block, buffers, chunk)
                 cells = output_cells(dy, block)
                 with stage("gemm", self.name, chunk):
-                    _add_block(job, columns, cells, total, block, buffers, add=add)
+                    _add_block(job, columns, cells, totals[lane], block, buffers, add=add)
                 add = True
 
-        leaves.parallel(body, job.cut.workers)
-        for other in sums[1:]:
-            leaves.xp.add(sums[0], other, out=sums[0])
-        if not sums_in_place(job.problem):
-            leaves.copy(sums[0], out)
+        job.each(range(lanes), body)
+        add_lanes(job, sums)
+        if sums[0] is not out:
+            _finish(job, sums[0], out)
+
+
+def _row_length(problem: Problem, cut: Cut) -> int:
+    """How many positions one matrix product takes."""
+    positions = cut.tile.positions
+    if cut.variant == WIDE or problem.op == "weight_grad":
+        return positions
+    return positions // max(cut.tile.images, 1)
 
 
 def _column_buffer(problem: Problem, tile: Tile, dtype: DType) -> Buffer:
@@ -190,24 +256,52 @@ def _dx_buffer(problem: Problem, region: Tile) -> tuple[Buffer, ...]:
     return (Buffer("dx", cells, problem.types.accumulate),)
 
 
+def _is_turned(problem: Problem) -> bool:
+    """Whether sums are kept as (patch × filters); `stored` has no such order."""
+    g = problem.geometry
+    long = g.images * g.positions >= _WORTH_TURNING
+    return g.channels_first and problem.module == "numpy" and long and (
+        g.patch > g.group_filters
+    )
+
+
 def _sum_buffers(
     problem: Problem, cut: Cut, leaves: Leaves
 ) -> tuple[tuple[Buffer, ...], tuple[Buffer, ...]]:
-    """One running sum for each worker, the first in the result where it can be."""
+    """One running sum for each lane, the first in the result where it can be."""
     geometry = problem.geometry
     cells = geometry.filters * geometry.patch
-    sums = cut.workers - sums_in_place(problem)
-    shared = Buffer("sums", sums * cells, problem.types.accumulate)
-    several = geometry.count_blocks(cut.tile) > cut.workers
+    in_place = sums_in_place(problem) and not _is_turned(problem)
+    shared = Buffer("sums", (cut.lanes - in_place) * cells, problem.types.accumulate)
+    several = geometry.count_blocks(cut.tile) > cut.lanes
     if not (leaves.needs_partial and several):
         return (shared,), ()
     return (shared,), (Buffer("partial", cells, problem.types.accumulate),)
 
 
-def _sums(job: Job, shared: dict[str, Array], out: Array) -> list[Array]:
-    own = [out] if sums_in_place(job.problem) else []
-    flat = shared["sums"].reshape(-1, *out.shape) if "sums" in shared else ()
-    return [*own, *flat]
+def _sums(job: Job, out: Array) -> tuple[list[Array], list[Array]]:
+    """Each lane's running sum: as an array, and as the (1, G, K/G, patch) it is."""
+    problem, geometry = job.problem, job.problem.geometry
+    flat = job.shared["sums"]
+    if _is_turned(problem):
+        shape = (geometry.groups, geometry.patch, geometry.group_filters)
+        sums = list(flat.reshape(-1, *shape))
+        return sums, [total[None].swapaxes(-1, -2) for total in sums]
+    own = [out] if sums_in_place(problem) else []
+    sums = [*own, *flat.reshape(-1, *out.shape)]
+    return sums, [weight_matrix(total, geometry) for total in sums]
+
+
+def _finish(job: Job, total: Array, out: Array) -> None:
+    """Copy the finished sum to the result."""
+    problem, geometry = job.problem, job.problem.geometry
+    if not _is_turned(problem):
+        job.leaves.copy(total, out)
+        return
+    channels, kernel = geometry.group_channels, geometry.kernel
+    source = total.reshape(geometry.groups, channels, *kernel, geometry.group_filters)
+    axes = (0, geometry.rank + 2, 1, *range(2, geometry.rank + 2))
+    turn(job, source.transpose(axes), filters_of(out, problem))
 
 
 def _write_block(
@@ -226,7 +320,8 @@ def _write_block(
         matrix = flattened(cells, geometry.rank)
         job.leaves.gemm(weights, columns, matrix, bias=bias, fast=fast)
         return
-    staged = staged_output(buffers["y"], geometry, block)
+    wide = job.cut.variant == WIDE
+    staged = staged_output(buffers["y"], geometry, block, wide=wide)
     job.leaves.gemm(weights, columns, staged.matrix, bias=bias, fast=fast)
     job.leaves.copy(staged.cells, cells)
 

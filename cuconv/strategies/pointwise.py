@@ -1,7 +1,8 @@
-"""1×1 convolutions with stride 1 and no padding: the input is its own column matrix.
+"""Kernels of one tap: the input, or every so many of its cells, is the column matrix.
 
-The sums of `cuconv.strategies.im2col`, with nothing gathered and nothing scattered; the
-input gradient is the forward pass with the weights transposed.
+The sums of `cuconv.strategies.im2col`, with nothing gathered where stride is 1 and
+there is no padding; the input gradient is then the forward pass with the weights
+transposed.
 """
 
 from cuconv.arrays import Array, flattened
@@ -14,14 +15,12 @@ from cuconv.strategies.base import (
     Job,
     Needs,
     Problem,
-    Shared,
+    Work,
     in_groups,
     output_cells,
-    take_weights,
     weight_buffer,
-    workspaces,
 )
-from cuconv.strategies.im2col import Im2col
+from cuconv.strategies.im2col import EACH, LONG_ROW, WIDE, Im2col
 
 _OPERANDS = {
     "forward": ("x", "out"),
@@ -30,59 +29,91 @@ _OPERANDS = {
 }
 
 
+def _lies_ready(problem: Problem, variant: tuple[int, ...] = EACH) -> bool:
+    """Whether nothing needs to be gathered or scattered."""
+    if variant == WIDE:
+        return False
+    if problem.op == "weight_grad" and problem.operand.kind == "c":
+        return False  # x would have to be conjugated where it lies
+    ready = all(name in problem.direct for name in _OPERANDS[problem.op])
+    return problem.geometry.is_pointwise and ready
+
+
 class Pointwise(Im2col):
     """See `cuconv.strategies.Strategy`."""
 
     name = "pointwise"
 
     def supports(self, problem: Problem) -> tuple[bool, str]:
-        if not problem.geometry.is_pointwise:
-            return False, "the kernel has more than one tap, a stride or padding"
-        for name in _OPERANDS[problem.op]:
-            if name not in problem.direct:
-                return False, f"{name} cannot be multiplied where it lies"
-        if problem.op == "weight_grad" and problem.operand.kind == "c":
-            return False, "complex x would have to be conjugated where it lies"
+        if problem.geometry.taps != 1:
+            return False, f"the kernel has {problem.geometry.taps} taps"
+        if problem.flipped:
+            return False, "its input gradient multiplies by the weights transposed"
         return True, ""
 
-    def tile(self, problem: Problem, positions: int) -> Tile:
-        tile = super().tile(problem, positions)
-        # Images are apart in memory, and the weight gradient sums over them.
-        return tile._replace(images=1) if problem.op == "weight_grad" else tile
+    def variants(self, problem: Problem) -> tuple[tuple[int, ...], ...]:
+        if not _lies_ready(problem) or problem.geometry.images == 1:
+            return super().variants(problem)
+        short = problem.op != "input_grad" and problem.geometry.positions < LONG_ROW
+        return (EACH, WIDE) if short and problem.module == "numpy" else (EACH,)
+
+    def preferred(self, problem: Problem, leaves: Leaves) -> int:
+        if not _lies_ready(problem):
+            return super().preferred(problem, leaves)
+        return problem.geometry.images * problem.geometry.positions
+
+    def tile(self, problem: Problem, positions: int, variant: tuple[int, ...]) -> Tile:
+        tile = super().tile(problem, positions, variant)
+        # Images are apart in memory, and the weight gradient sums over them: several
+        # make one wide matrix only if they are copied, which pays for small ones.
+        if problem.op == "weight_grad" and _lies_ready(problem, variant):
+            return tile._replace(images=1)
+        return tile
 
     def needs(self, problem: Problem, cut: Cut, leaves: Leaves) -> Needs:
-        if problem.op == "input_grad":
-            return Needs(weight_buffer(problem), ())
+        if problem.op == "input_grad" and _lies_ready(problem):
+            return Needs(weight_buffer(problem))
         return super().needs(problem, cut, leaves)
 
     def pieces(self, problem: Problem, cut: Cut) -> int:
-        return problem.geometry.count_blocks(cut.tile)
+        if problem.op == "input_grad" and _lies_ready(problem):
+            return problem.geometry.count_blocks(cut.tile)
+        return super().pieces(problem, cut)
+
+    def work(self, problem: Problem, cut: Cut) -> Work:
+        work = super().work(problem, cut)
+        if not _lies_ready(problem, cut.variant):
+            return work
+        return work._replace(
+            multiply=problem.geometry.multiplications, gather=0, scatter=0
+        )
 
     def column_buffers(
-        self, problem: Problem, tile: Tile, leaves: Leaves
+        self, problem: Problem, cut: Cut, leaves: Leaves
     ) -> tuple[Buffer, ...]:
-        del problem, tile, leaves
-        return ()
+        if _lies_ready(problem, cut.variant):
+            return ()
+        return super().column_buffers(problem, cut, leaves)
 
     def columns(
         self, job: Job, x: Array, block: Block, buffers: dict[str, Array], chunk: int
     ) -> Array:
-        del buffers, chunk
+        if not _lies_ready(job.problem, job.cut.variant):
+            return super().columns(job, x, block, buffers, chunk)
         return flattened(output_cells(x, block), job.problem.geometry.rank)
 
-    def input_grad(self, job: Job, dy: Array, w: Array, out: Array) -> None:
-        geometry = job.problem.geometry
-        shared, _ = workspaces(self, job)
-        weights = take_weights(job, w, shared, conjugate=True).swapaxes(-1, -2)
+    def input_grad(self, job: Job, dy: Array, weights: Array, out: Array) -> None:
+        if not _lies_ready(job.problem):
+            super().input_grad(job, dy, weights, out)
+            return
+        geometry, fast = job.problem.geometry, job.problem.fast
         dy, dx = in_groups(dy, geometry), in_groups(out, geometry)
-        blocks = Shared(enumerate(geometry.blocks(job.cut.tile)))
 
-        def body(worker: int) -> None:
-            del worker
-            for chunk, block in blocks:
-                cells = flattened(output_cells(dx, block), geometry.rank)
-                with stage("gemm", self.name, chunk):
-                    columns = self.columns(job, dy, block, {}, chunk)
-                    job.leaves.gemm(weights, columns, cells, fast=job.problem.fast)
+        def body(chunk: int, block: Block, buffers: dict[str, Array]) -> None:
+            del buffers
+            cells = flattened(output_cells(dx, block), geometry.rank)
+            columns = flattened(output_cells(dy, block), geometry.rank)
+            with stage("gemm", self.name, chunk):
+                job.leaves.gemm(weights.swapaxes(-1, -2), columns, cells, fast=fast)
 
-        job.leaves.parallel(body, job.cut.workers)
+        job.each(job.blocks, body)

@@ -1,0 +1,77 @@
+"""SciPy: a correlation for every pair of a channel and a filter."""
+
+import itertools
+from collections.abc import Iterator
+
+import numpy as np
+import scipy
+from scipy.signal import convolve, correlate
+
+from benchmarks.cases import Case, Host
+from benchmarks.peers.base import Peer, RefusedError, ResidentDevice
+from benchmarks.suites import Sizes
+
+MOST_PAIRS = 4096
+
+
+class Pairs(Peer):
+    """Strides skip cells of a result for stride 1; dilation is zeros in filters."""
+
+    device = ResidentDevice()
+
+    def versions(self) -> dict[str, str]:
+        return {"scipy": scipy.__version__}
+
+    def forward(self, case: Case, x: Host, w: Host) -> Host:
+        x, w = padded(case, x), spread(w, case.layer.dilation)
+        y = np.zeros(case.result_shape, np.float32)
+        every = tuple(slice(None, None, step) for step in case.layer.stride)
+        for n, k, c, channel in pairs(case):
+            y[n, k] += correlate(x[n, channel], w[k, c], "valid")[every]
+        return y
+
+    def input_grad(self, case: Case, dy: Host, w: Host) -> Host:
+        layer = case.layer
+        dy, w = spread(dy, layer.stride), spread(w, layer.dilation)
+        dx = padded(case, np.zeros(case.result_shape, np.float32))
+        reach = [a + b - 1 for a, b in zip(dy.shape[2:], w.shape[2:], strict=True)]
+        covered: tuple[slice, ...] = tuple(map(slice, reach))
+        for n, k, c, channel in pairs(case):
+            dx[n, channel][covered] += convolve(dy[n, k], w[k, c], "full")
+        inner = zip(layer.padding, layer.size, strict=True)
+        return dx[:, :, *(slice(p, p + n) for p, n in inner)]
+
+    def weight_grad(self, case: Case, dy: Host, x: Host) -> Host:
+        layer = case.layer
+        x, dy = padded(case, x), spread(dy, layer.stride)
+        dw = np.zeros(case.result_shape, np.float32)
+        axes = zip(layer.kernel, layer.dilation, strict=True)
+        taps = tuple(slice(0, (taps - 1) * step + 1, step) for taps, step in axes)
+        for n, k, c, channel in pairs(case):
+            dw[k, c] += correlate(x[n, channel], dy[n, k], "valid")[taps]
+        return dw
+
+
+def pairs(case: Case) -> Iterator[tuple[int, int, int, int]]:
+    """Image, filter, channel in its group, and channel."""
+    layer = case.layer
+    each, per_group = layer.channels // layer.groups, layer.filters // layer.groups
+    count = case.batch * layer.filters * each
+    if count > MOST_PAIRS:
+        raise RefusedError(f"{count} pairs of channels and filters take too long")
+    ranges = map(range, (case.batch, layer.filters, each))
+    for n, k, c in itertools.product(*ranges):
+        yield n, k, c, k // per_group * each + c
+
+
+def padded(case: Case, x: Host) -> Host:
+    return np.pad(x, ((0, 0), (0, 0), *((p, p) for p in case.layer.padding)))
+
+
+def spread(array: Host, steps: Sizes) -> Host:
+    """Zeros between the cells along the spatial axes."""
+    axes = zip(array.shape[2:], steps, strict=True)
+    sizes = [(n - 1) * step + 1 for n, step in axes]
+    wide = np.zeros((*array.shape[:2], *sizes), array.dtype)
+    wide[:, :, *(slice(None, None, step) for step in steps)] = array
+    return wide

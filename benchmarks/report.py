@@ -1,0 +1,226 @@
+"""Tables of a record: ratios, geometric means, and what went wrong."""
+
+import statistics
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+from benchmarks.records import CaseRecord, Finding, Record
+
+LEGEND = (
+    "Milliseconds; in brackets the time of {subject} ÷ that of the peer: below 1, "
+    "{subject} is faster."
+)
+
+
+@dataclass(frozen=True)
+class Table:
+    """Cells as text, the first column to the left; notes follow."""
+
+    title: str
+    header: list[str]
+    rows: list[list[str]]
+    summary: list[list[str]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def markdown(self) -> list[str]:
+        marks = ["---", *["---:"] * (len(self.header) - 1)]
+        lines = [self.header, marks, *self.rows, *self.summary]
+        return [f"| {' | '.join(line)} |" for line in lines]
+
+
+def digits(number: float) -> str:
+    """Three of them, without an exponent."""
+    return f"{number:.0f}" if number >= 100 else f"{number:.3g}"
+
+
+def quotient(number: float) -> str:
+    """Two decimals, or two digits where it is small."""
+    return f"{number:.2f}" if number >= 0.1 else f"{number:.2g}"
+
+
+def subject_of(record: Record) -> str:
+    """The peer that the others are compared with: the first that is cuconv."""
+    peers = list(record["peers"])
+    return next((name for name in peers if name.split("@")[0] == "cuconv"), peers[0])
+
+
+def others_of(record: Record) -> list[str]:
+    return [name for name in record["peers"] if name != subject_of(record)]
+
+
+def milliseconds(case: CaseRecord, peer: str) -> float | None:
+    return case["findings"].get(peer, {}).get("milliseconds")
+
+
+def ratio(case: CaseRecord, subject: str, peer: str) -> float | None:
+    """Time of the subject ÷ time of the peer, where both were timed."""
+    ours, theirs = milliseconds(case, subject), milliseconds(case, peer)
+    return None if ours is None or theirs is None else ours / theirs
+
+
+def ratios(cases: Iterable[CaseRecord], subject: str, peer: str) -> dict[str, float]:
+    """By layer; layers that were not timed on both are left out."""
+    found = {case["name"]: ratio(case, subject, peer) for case in cases}
+    return {name: each for name, each in found.items() if each is not None}
+
+
+def geometric_mean(values: Iterable[float]) -> float | None:
+    each = list(values)
+    return statistics.geometric_mean(each) if each else None
+
+
+def gflops(case: CaseRecord, peer: str) -> float | None:
+    """Two operations for each multiplication of the definition."""
+    time = milliseconds(case, peer)
+    return None if time is None else 2e-6 * case["multiplications"] / time
+
+
+def cases_of(
+    record: Record, operation: str, kind: str | None = None
+) -> list[CaseRecord]:
+    return [
+        case
+        for case in record["cases"]
+        if case["operation"] == operation and kind in (None, case["kind"])
+    ]
+
+
+def kinds_of(record: Record) -> list[str | None]:
+    """All layers; and each kind by itself where some are depthwise and some not."""
+    kinds = list(dict.fromkeys(case["kind"] for case in record["cases"]))
+    several = len(kinds) > 1 and "depthwise" in kinds
+    return [None, *kinds] if several else [None]
+
+
+def operations_of(record: Record) -> list[str]:
+    return list(dict.fromkeys(case["operation"] for case in record["cases"]))
+
+
+def layer_table(record: Record, operation: str) -> Table:
+    subject, others = subject_of(record), others_of(record)
+    cases = cases_of(record, operation)
+    means = [mean_row(record, operation, kind) for kind in kinds_of(record)]
+    peak = ["most memory, MiB", most_memory(cases, subject), ""]
+    peak += [most_memory(cases, peer) for peer in others]
+    return Table(
+        f"{record['suite']}, {operation}, batch {record['batch']}",
+        ["layer", subject, "GFLOP/s", *others],
+        [layer_row(case, subject, others) for case in cases],
+        [*(means if others else []), peak],
+        [*worst_notes(cases, subject, others), *trouble(cases, [subject, *others])],
+    )
+
+
+def layer_row(case: CaseRecord, subject: str, others: Sequence[str]) -> list[str]:
+    rate = gflops(case, subject)
+    cells = [case["name"], time_cell(case["findings"][subject])]
+    cells.append("" if rate is None else digits(rate))
+    for peer in others:
+        cell = time_cell(case["findings"][peer])
+        compared = ratio(case, subject, peer)
+        cells.append(cell if compared is None else f"{cell} ({quotient(compared)})")
+    return cells
+
+
+def time_cell(finding: Finding) -> str:
+    time = finding.get("milliseconds")
+    return finding["status"] if time is None else digits(time)
+
+
+def mean_row(record: Record, operation: str, kind: str | None) -> list[str]:
+    subject = subject_of(record)
+    cases = cases_of(record, operation, kind)
+    cells = [f"geometric mean{', ' + kind if kind else ''}", "", ""]
+    found = (ratios(cases, subject, peer) for peer in others_of(record))
+    means = (mean_cell(each, len(cases)) for each in found)
+    return cells + [f"({mean})" if mean else "" for mean in means]
+
+
+def mean_cell(found: dict[str, float], layers: int) -> str:
+    """The geometric mean, and of how many layers if not of all."""
+    mean = geometric_mean(found.values())
+    if mean is None:
+        return ""
+    some = "" if len(found) == layers else f" of {len(found)}"
+    return f"{quotient(mean)}{some}"
+
+
+def most_memory(cases: Sequence[CaseRecord], peer: str) -> str:
+    """The largest peak beyond inputs and result, over the layers."""
+    found = (case["findings"][peer].get("extra_bytes") for case in cases)
+    known = [nbytes for nbytes in found if nbytes is not None]
+    return digits(max(known) / 2**20) if known else ""
+
+
+def worst_notes(
+    cases: Sequence[CaseRecord], subject: str, others: Sequence[str]
+) -> list[str]:
+    notes = []
+    for peer in others:
+        found = ratios(cases, subject, peer)
+        if found:
+            layer = max(found, key=found.__getitem__)
+            notes.append(
+                f"{subject} ÷ {peer}: at most {quotient(found[layer])}, on {layer}"
+            )
+    return notes
+
+
+def trouble(cases: Sequence[CaseRecord], peers: Sequence[str]) -> list[str]:
+    """Every peer that was not timed, with the layers and the reason."""
+    layers: dict[tuple[str, str, str], list[str]] = {}
+    for peer in peers:
+        for case in cases:
+            finding = case["findings"][peer]
+            if finding["status"] != "ok":
+                key = peer, finding["status"], finding["reason"]
+                layers.setdefault(key, []).append(case["name"])
+    return [
+        f"{peer} {status}{where(names, cases)}: {reason}"
+        for (peer, status, reason), names in layers.items()
+    ]
+
+
+def where(names: Sequence[str], cases: Sequence[CaseRecord]) -> str:
+    return "" if len(names) == len(cases) else f" on {', '.join(names)}"
+
+
+def machine_line(record: Record) -> str:
+    """What a figure needs to mean anything."""
+    machine, versions = record["machine"], versions_of(record)
+    place = machine.get("gpu", f"{machine['cpu']}, {machine['cores']} cores")
+    commit = record["commit"] + (" with changes" if record["dirty"] else "")
+    return (
+        f"{place}; {', '.join(f'{k} {v}' for k, v in versions.items())}; "
+        f"float32; {record['date']}, commit {commit}"
+    )
+
+
+def ceiling_line(record: Record) -> str:
+    """The rates that were measured in the same run."""
+    machine = record["machine"]
+    return (
+        f"Large matrix products reach {digits(machine['gemm_gflops'])} GFLOP/s and "
+        f"copies {digits(machine['copy_gbytes'])} GB/s"
+    )
+
+
+def versions_of(record: Record) -> dict[str, str]:
+    """Of all peers; where two differ in one, that of the first."""
+    found: dict[str, str] = {}
+    for peer in reversed(list(record["peers"].values())):
+        found |= peer.get("versions", {})
+    order = ("cuconv", "python", "numpy", "blas", "torch", "cudnn", "cupy", "scipy")
+    return {name: found[name] for name in order if name in found}
+
+
+def small_call_text(found: dict[str, float]) -> str:
+    call, ranges = digits(found["call_microseconds"]), found["ranges_microseconds"]
+    prepared = found.get("prepared_microseconds")
+    plan = "" if prepared is None else f", with a prepared plan {digits(prepared)} µs"
+    return (
+        f"A call on (1, 3, 8, 8) with 8 filters of 3×3, padding 1, takes {call} µs"
+        f"{plan}; {ranges:.1f} µs of it are NVTX ranges that nobody listens to. "
+        f"`import cuconv` takes {digits(found['import_milliseconds'])} ms beyond "
+        "NumPy's."
+    )

@@ -1,0 +1,169 @@
+"""Peers in processes of their own, and rounds in which they take turns."""
+
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+from benchmarks.cases import Case
+from benchmarks.peers import kind_of
+from benchmarks.records import CaseRecord, Finding
+from benchmarks.worker import Reply
+
+ROOT = Path(__file__).parent.parent
+
+
+class WorkerDiedError(Exception):
+    """The process of a peer ended before it answered."""
+
+
+class Worker:
+    """The process of one peer; it is started when it is first asked."""
+
+    def __init__(self, peer: str, python: str, wishes: dict[str, Any]) -> None:
+        self._command = [python, "-m", "benchmarks.worker", peer]
+        self._wishes = wishes
+        self._process: subprocess.Popen[str] | None = None
+        self._errors = tempfile.TemporaryFile("w+", encoding="utf-8")  # noqa: SIM115
+        self.hello: Reply = {}
+
+    def open(self) -> Reply:
+        """Start it, or start it again; what it says of itself."""
+        if self._process is None and self.hello.get("status") != "missing":
+            try:
+                self._process = self._start()
+                self.hello = self.ask("open", wishes=self._wishes)
+            except (OSError, WorkerDiedError) as error:
+                self.hello = {"status": "missing", "reason": str(error)}
+        return self.hello
+
+    def _start(self) -> "subprocess.Popen[str]":
+        return subprocess.Popen(  # noqa: S603
+            self._command,
+            cwd=ROOT,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._errors,
+            text=True,
+            encoding="utf-8",
+        )
+
+    def ask(self, do: str, **words: Any) -> Reply:
+        process = cast("subprocess.Popen[str]", self._process)
+        requests, replies = cast("Any", process.stdin), cast("Any", process.stdout)
+        try:
+            print(json.dumps({"do": do, **words}), file=requests, flush=True)
+            line = replies.readline()
+        except BrokenPipeError:
+            line = ""
+        if not line:
+            raise WorkerDiedError(self._last_words())
+        return cast("Reply", json.loads(line))
+
+    def _last_words(self) -> str:
+        process = self._end()
+        self._errors.seek(0)
+        said = self._errors.read().strip().splitlines()
+        status = f"its process ended with status {process.returncode}"
+        return f"{status}: {said[-1]}" if said else status
+
+    def _end(self) -> "subprocess.Popen[str]":
+        """Let it read the end of its input, and wait for it."""
+        process = cast("subprocess.Popen[str]", self._process)
+        process.communicate()
+        self._process = None
+        return process
+
+    def close(self) -> None:
+        if self._process is not None:
+            self._end()
+        self._errors.close()
+
+
+@contextmanager
+def workers(
+    peers: Sequence[str], wishes: dict[str, Any], torch_python: str = sys.executable
+) -> Iterator[dict[str, Worker]]:
+    """A worker for each peer, opened; all end with the block."""
+    with ExitStack() as stack:
+        found = {}
+        for peer in peers:
+            python = torch_python if kind_of(peer).needs_torch else sys.executable
+            found[peer] = worker = Worker(peer, python, wishes)
+            stack.callback(worker.close)
+            worker.open()
+        yield found
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How long each peer is timed on each case."""
+
+    rounds: int = 4
+    seconds: float = 0.6
+
+
+def measure_case(
+    case: Case,
+    peers: dict[str, Worker],
+    effort: Effort,
+    step: Callable[[], None] = lambda: None,
+) -> CaseRecord:
+    """Check every peer, then time those that are right, in turns."""
+    findings: dict[str, Finding] = {}
+    for name, worker in peers.items():
+        findings[name] = asked(worker, "build", case=case.to_json())
+        step()
+    times: dict[str, list[float]] = {name: [] for name in peers}
+    for _ in range(effort.rounds):
+        for name in right(findings):
+            share = effort.seconds / effort.rounds
+            reply = asked(peers[name], "time", seconds=share)
+            if reply["status"] == "ok":
+                times[name] += cast("Any", reply).pop("times")
+            findings[name] |= reply
+        step()
+    for name in right(findings):
+        findings[name] |= asked(peers[name], "weigh")
+        findings[name] |= summary(times[name])
+    return {
+        "layer": case.layer.to_json(),
+        "operation": case.operation,
+        "batch": case.batch,
+        "name": case.layer.name,
+        "kind": case.layer.kind,
+        "multiplications": case.layer.multiplications(case.batch),
+        "findings": findings,
+    }
+
+
+def right(findings: dict[str, Finding]) -> list[str]:
+    return [name for name, found in findings.items() if found["status"] == "ok"]
+
+
+def asked(worker: Worker, do: str, **words: Any) -> Finding:
+    """The answer of a peer, or why there is none."""
+    hello = worker.open()
+    if hello["status"] != "ok":
+        return {"status": hello["status"], "reason": hello["reason"]}
+    try:
+        return cast("Finding", worker.ask(do, **words))
+    except WorkerDiedError as death:
+        return {"status": "failed", "reason": str(death)}
+
+
+def summary(seconds: list[float]) -> Finding:
+    """Median and quartiles, in milliseconds, of all calls of all rounds."""
+    each = sorted(1e3 * time for time in seconds)
+    low, _, high = statistics.quantiles(each, n=4) if len(each) > 1 else each * 3
+    return {
+        "calls": len(each),
+        "milliseconds": statistics.median(each),
+        "quartiles": [low, high],
+    }

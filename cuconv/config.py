@@ -1,0 +1,153 @@
+"""Settings that hold where a call does not say otherwise.
+
+A call's own option comes first, then the innermost `config` block, then the
+environment, then the library's default.
+"""
+
+import os
+from collections.abc import Callable
+from contextvars import ContextVar, Token
+from functools import cache
+from types import TracebackType
+from typing import Any, NamedTuple
+
+from cuconv.memory import MemoryLimit, parse_memory_limit
+
+PRECISIONS = ("strict", "standard", "fast")
+
+_SWITCHES = {"1": True, "true": True, "0": False, "false": False}
+
+
+class Settings(NamedTuple):
+    """What `config` can set; None leaves the choice to the library."""
+
+    num_threads: int | None = None
+    memory_limit: int | None = None
+    precision: str = "standard"
+    deterministic: bool | None = None
+
+
+class config:  # noqa: N801 - read as a statement: with config(...): ...
+    """Settings for the calls inside a ``with`` block.
+
+    They hold in this thread (or asynchronous task) alone, as `numpy.errstate` does.
+    Outside any block, the environment variables ``CUCONV_NUM_THREADS``,
+    ``CUCONV_MEMORY_LIMIT``, ``CUCONV_PRECISION`` and ``CUCONV_DETERMINISTIC`` hold.
+
+    Parameters
+    ----------
+    num_threads
+        The most threads that one call with NumPy arrays uses; by default as many as
+        NumPy's BLAS would, and no more than there are processors.
+    memory_limit, precision, deterministic
+        What `cuconv.conv` takes where its own option is None.
+
+    Raises
+    ------
+    ValueError, TypeError
+        If a setting has no meaning.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import cuconv
+    >>> with cuconv.config(num_threads=1, memory_limit="4 MiB", precision="strict"):
+    ...     cuconv.conv1d(np.ones((1, 1, 4)), np.ones((1, 1, 2)))
+    array([[[2., 2., 2.]]])
+    """
+
+    def __init__(
+        self,
+        *,
+        num_threads: int | None = None,
+        memory_limit: MemoryLimit = None,
+        precision: str | None = None,
+        deterministic: bool | None = None,
+    ) -> None:
+        given = {
+            "num_threads": num_threads,
+            "memory_limit": memory_limit,
+            "precision": precision,
+            "deterministic": deterministic,
+        }
+        self._own = {
+            name: _CHECKS[name](value)
+            for name, value in given.items()
+            if value is not None
+        }
+        self._tokens: list[Token[Settings | None]] = []
+
+    def __enter__(self) -> None:
+        self._tokens.append(_settings.set(settings()._replace(**self._own)))
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        _settings.reset(self._tokens.pop())
+
+
+def settings() -> Settings:
+    """The settings that hold here."""
+    return _settings.get() or _from_environment()
+
+
+def check_precision(value: object) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"precision must be a word; got {value!r}")
+    if value not in PRECISIONS:
+        words = ", ".join(map(repr, PRECISIONS))
+        raise ValueError(f"precision must be one of {words}; got {value!r}")
+    return value
+
+
+def check_deterministic(value: object) -> bool:
+    if value is not True and value is not False:
+        raise TypeError(f"deterministic must be True, False or None; got {value!r}")
+    return value
+
+
+def _check_threads(value: object) -> int:
+    if type(value) is not int:
+        raise TypeError(f"num_threads must be an integer; got {value!r}")
+    if value < 1:
+        raise ValueError(f"num_threads must be at least 1; got {value}")
+    return value
+
+
+_CHECKS: dict[str, Callable[[Any], Any]] = {
+    "num_threads": _check_threads,
+    "memory_limit": parse_memory_limit,
+    "precision": check_precision,
+    "deterministic": check_deterministic,
+}
+
+
+@cache
+def _from_environment() -> Settings:
+    """Settings from ``CUCONV_…`` variables, read once."""
+    found = {}
+    for name, check in _CHECKS.items():
+        variable = f"CUCONV_{name.upper()}"
+        word = os.environ.get(variable, "").strip()
+        if not word:
+            continue
+        try:
+            found[name] = check(_meant(name, word))
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{variable}={word!r}: {error}") from None
+    return Settings(**found)
+
+
+def _meant(name: str, word: str) -> object:
+    """A variable's text as the value that it spells."""
+    if name == "num_threads" and word.isdecimal():
+        return int(word)
+    if name == "deterministic":
+        return _SWITCHES.get(word.lower(), word)
+    return word
+
+
+_settings: ContextVar[Settings | None] = ContextVar("cuconv_settings", default=None)

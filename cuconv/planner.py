@@ -1,0 +1,327 @@
+"""Which strategy runs, and how its work is cut to fit the memory limit.
+
+Pure: a plan follows from shapes, types and settings alone, and is cached.  Every
+strategy that can run a problem is cut to fit and priced with the rates of the array
+module (`cuconv.rates`); the cheapest is chosen, and the others keep the reason
+why they were not.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property, lru_cache, partial
+
+from cuconv.geometry import Tile
+from cuconv.leaves import Leaves
+from cuconv.rates import Rates
+from cuconv.memory import MemoryLimitError, workspace_bytes
+from cuconv.strategies import Blocks, Cut, Needs, Problem, Strategy, Work, strategies
+
+# A job that is worth several workers is cut into one of these numbers of pieces, the
+# one that is cheapest for two workers: how many there really are must not matter, or the
+# bits of the result would depend on it.  Fewer pieces must save a twentieth.
+_PIECES = (8, 4, 2)
+_NOTIONAL_WORKERS = 2
+_WORTH_FEWER = 0.95
+
+NAMES = {
+    "forward": "the forward pass",
+    "input_grad": "the gradient of the input",
+    "weight_grad": "the gradient of the weights",
+}
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A strategy, the problem as it runs it, and a cut that fits the limit.
+
+    ``workspace_bytes`` is everything that a run allocates beyond inputs and result;
+    ``nanoseconds`` is what the rates say it takes.
+    """
+
+    strategy: Strategy
+    problem: Problem
+    cut: Cut
+    needs: Needs
+    workspace_bytes: int
+    nanoseconds: float
+
+    @cached_property
+    def blocks(self) -> Blocks:
+        """The blocks of the cut."""
+        make = partial(self.strategy.blocks, self.problem, self.cut)
+        return Blocks(make, self.problem.geometry.count_blocks(self.cut.tile))
+
+    @property
+    def label(self) -> str:
+        """The strategy's name, with what the name leaves open."""
+        words = self.strategy.describe(self.cut.variant)
+        name = self.strategy.name + (f" ({words})" if words else "")
+        return f"{name} over dy" if self.problem.flipped else name
+
+
+@dataclass(frozen=True)
+class Decision:
+    """The best choice, and why every other strategy was passed over."""
+
+    best: Choice
+    limit: int
+    passed_over: tuple[tuple[str, str], ...]
+    candidates: tuple[Choice, ...]
+
+
+@lru_cache(maxsize=1024)
+def decide(
+    problem: Problem, leaves: Leaves, name: str, limit: int | None, workers: int
+) -> Decision:
+    """The decision for a problem.
+
+    Without a limit of the user's, the default of the array module holds, and is lifted
+    to the smallest that will do where even that is larger.
+
+    Raises
+    ------
+    MemoryLimitError
+        If nothing fits under the user's limit.
+    ValueError
+        If the strategy does not exist or cannot solve this problem.
+    """
+    _check_strategy(problem, name)
+    allowed = leaves.default_memory_limit if limit is None else limit
+    try:
+        return _decision(problem, leaves, name, allowed, workers)
+    except MemoryLimitError as error:
+        if limit is not None:
+            raise
+        return _decision(problem, leaves, name, error.smallest, workers)
+
+
+def _check_strategy(problem: Problem, name: str) -> None:
+    known = strategies()
+    if name == "auto":
+        return
+    if name not in known:
+        words = ", ".join(map(repr, ("auto", "benchmark", *known)))
+        raise ValueError(f"strategy must be one of {words}; got {name!r}")
+    answers = [known[name].supports(form) for form in _forms(problem)]
+    if not any(able for able, _ in answers):
+        raise ValueError(
+            f"strategy {name!r} cannot run {NAMES[problem.op]} here: {answers[-1][1]}"
+        )
+
+
+def _forms(problem: Problem) -> list[Problem]:
+    """The problem as it was put, and as the convolution that it also is."""
+    other = problem.as_forward
+    return [problem] if other is None else [problem, other]
+
+
+def _decision(
+    problem: Problem, leaves: Leaves, name: str, limit: int, workers: int
+) -> Decision:
+    found: list[Choice] = []
+    reasons: dict[str, str] = {}
+    errors: list[MemoryLimitError] = []
+    wanted = strategies() if name == "auto" else {name: strategies()[name]}
+    for strategy in wanted.values():
+        for form in _forms(problem):
+            able, reason = strategy.supports(form)
+            if not able:
+                reasons.setdefault(strategy.name, reason)
+                continue
+            for variant in strategy.variants(form):
+                try:
+                    fit = _Fit(strategy, form, leaves, variant, limit)
+                    found.append(fit.choice(workers))
+                except MemoryLimitError as error:
+                    errors.append(error)
+                    reasons[strategy.name] = f"needs {error.smallest} bytes at least"
+    if not found:
+        raise min(errors, key=lambda error: error.smallest)
+    found.sort(key=lambda choice: choice.nanoseconds)
+    return Decision(found[0], limit, _passed_over(found, reasons), tuple(found))
+
+
+def _passed_over(
+    found: list[Choice], reasons: dict[str, str]
+) -> tuple[tuple[str, str], ...]:
+    best, *others = found
+    lost = {}
+    for choice in others:
+        slower = choice.nanoseconds / best.nanoseconds
+        word = f"estimated {slower:.2f} times as long"
+        lost.setdefault(choice.label, word)
+    seen = {choice.strategy.name for choice in found}
+    never = {name: why for name, why in reasons.items() if name not in seen}
+    return (*lost.items(), *never.items())
+
+
+class _Fit:
+    """The search for a cut that fits."""
+
+    def __init__(
+        self,
+        strategy: Strategy,
+        problem: Problem,
+        leaves: Leaves,
+        variant: tuple[int, ...],
+        limit: int,
+    ) -> None:
+        self._strategy = strategy
+        self._problem = problem
+        self._leaves = leaves
+        self._variant = variant
+        self._limit = limit
+        self._alone = self._largest(1, 1, 1)
+        self._is_busy = (
+            self._alone is not None
+            and self._price(self._alone, 1) >= leaves.rates.worth_workers
+        )
+
+    def choice(self, workers: int) -> Choice:
+        """The cut with the largest blocks up to the preferred, and what it costs."""
+        self._check()
+        cut = self._cheapest() or self._alone or self._fitting_extreme()
+        pieces = self._strategy.pieces(self._problem, cut)
+        available = max(1, min(workers if self._is_busy else 1, pieces))
+        count = most(lambda n: self._fits(cut._replace(workers=n)), available)
+        cut = cut._replace(workers=max(count, 1))
+        return Choice(
+            self._strategy,
+            self._problem,
+            cut,
+            self._strategy.needs(self._problem, cut, self._leaves),
+            self._bytes(cut),
+            self._price(cut, cut.workers),
+        )
+
+    def _price(self, cut: Cut, workers: int) -> float:
+        work = self._strategy.work(self._problem, cut)
+        return price(work, self._leaves.rates, workers)
+
+    def _cheapest(self) -> Cut | None:
+        """The best cut for several workers."""
+        best, least = None, float("inf")
+        for pieces in _PIECES if self._is_busy else ():
+            cut = self._shared(pieces)
+            if cut is None:
+                continue
+            workers = min(self._strategy.pieces(self._problem, cut), _NOTIONAL_WORKERS)
+            cost = self._price(cut, max(workers, 1))
+            if cost < least * _WORTH_FEWER:
+                best, least = cut, cost
+        return best
+
+    def _bytes(self, cut: Cut) -> int:
+        needs = self._strategy.needs(self._problem, cut, self._leaves)
+        itemsize = self._problem.types.accumulate.itemsize
+        overhead = self._leaves.overhead(cut.workers, itemsize)
+        own = needs.own * cut.workers
+        return overhead + workspace_bytes((*needs.weights, *needs.shared, *own))
+
+    def _fits(self, cut: Cut) -> bool:
+        return self._bytes(cut) <= self._limit
+
+    def _check(self) -> None:
+        smallest = min(map(self._bytes, self._extremes()))
+        if smallest > self._limit:
+            raise MemoryLimitError(self._limit, smallest, NAMES[self._problem.op])
+
+    def _shared(self, pieces: int) -> Cut | None:
+        """A cut that leaves room for a second worker, if its blocks are not tiny."""
+        lanes = min(self._strategy.lanes(self._problem), pieces)
+        while True:
+            cut = self._largest(2, lanes, pieces)
+            if cut and 4 * cut.tile.positions >= min(self._preferred(pieces), 512):
+                return cut
+            if lanes == 1:
+                return None
+            lanes //= 2
+
+    def _preferred(self, pieces: int) -> int:
+        geometry = self._problem.geometry
+        whole = max(geometry.images * geometry.positions, 1)
+        most = self._strategy.preferred(self._problem, self._leaves)
+        if pieces > 1 and pieces * most < whole:
+            # A multiple of the pieces, so that no worker waits for the last one.
+            pieces *= -(-whole // (most * pieces))
+        return max(1, min(most, -(-whole // pieces)))
+
+    def _extremes(self) -> tuple[Cut, Cut]:
+        """One position at a time; and everything at once, which saves partial sums."""
+        geometry = self._problem.geometry
+        everything = geometry.images * geometry.positions
+        return self._cut(1, 1, 1, 1), self._cut(everything, geometry.cells, 1, 1)
+
+    def _fitting_extreme(self) -> Cut:
+        return next(filter(self._fits, self._extremes()))
+
+    def _cut(self, positions: int, cells: int, lanes: int, workers: int) -> Cut:
+        geometry = self._problem.geometry
+        tile = self._strategy.tile(self._problem, positions, self._variant)
+        whole = Tile(geometry.images, tuple(max(n, 1) for n in geometry.size))
+        if self._problem.op != "input_grad":
+            region = whole
+        elif cells >= geometry.cells:
+            region = whole._replace(images=tile.images)
+        else:
+            region = geometry.region_tile(cells)
+        return Cut(tile, region, lanes, self._variant, workers)
+
+    def _largest(self, workers: int, lanes: int, pieces: int) -> Cut | None:
+        """The best cut that leaves room for this many workers, or None."""
+
+        def fits(positions: int, cells: int) -> bool:
+            return self._fits(self._cut(positions, cells, lanes, workers))
+
+        geometry = self._problem.geometry
+        share = -(-pieces // max(geometry.images, 1))
+        whole = max(1, -(-geometry.cells // share))
+        preferred = self._preferred(pieces)
+        positions = most(lambda p: fits(p, whole), preferred)
+        if positions:
+            return self._cut(positions, whole, lanes, 1)
+        if self._problem.op != "input_grad":
+            return None
+        halves = (preferred >> i for i in range(preferred.bit_length()))
+        pairs = ((p, most(partial(fits, p), whole)) for p in halves)
+        cuts = [self._cut(p, cells, lanes, 1) for p, cells in pairs if cells]
+        return min(cuts, key=self._overlap, default=None)
+
+    def _overlap(self, cut: Cut) -> float:
+        # Fewer positions leave room for a larger region, and so for fewer windows that
+        # two regions both compute; but short matrices multiply slowly.
+        geometry = self._problem.geometry
+        region = max(cut.region.positions, 1)
+        return geometry.reach(cut.region) / region * (1 + 64 / cut.tile.positions)
+
+
+def price(work: Work, rates: Rates, workers: int) -> float:
+    """Nanoseconds that the rates give for this work."""
+    product = work.multiply * rates.multiply * (1 + rates.short / max(work.short_side, 1))
+    steps: Iterator[float] = (
+        getattr(work, name) * getattr(rates, name)
+        for name in (
+            "gather",
+            "scatter",
+            "copy",
+            "transform",
+            "last_transform",
+            "transpose",
+            "reread",
+            "fourier",
+            "direct",
+        )
+    )
+    blocks = work.blocks * rates.block
+    return (product + sum(steps) + blocks) / workers + (workers - 1) * rates.worker
+
+
+def most(fits: Callable[[int], bool], limit: int) -> int:
+    """The largest number up to ``limit`` that fits, 0 if none does."""
+    if fits(limit):
+        return limit
+    low, high = 0, limit
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low

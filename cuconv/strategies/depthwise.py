@@ -1,0 +1,211 @@
+"""Few channels in a group: direct loops over one plane at a time, compiled.
+
+The sums of the definition, with nothing gathered and nothing multiplied by BLAS; see
+`cuconv.leaves.jit`.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+
+from cuconv.arrays import Array
+from cuconv.geometry import Axis, Block, ConvGeometry, Tile
+from cuconv.leaves import Leaves, jit_is_installed
+from cuconv.memory import Buffer
+from cuconv.profiling import stage
+from cuconv.strategies.base import (
+    Cut,
+    Job,
+    Needs,
+    Problem,
+    Work,
+    filters_of,
+    in_groups,
+    outer_view,
+    three_axes,
+)
+
+_OPERANDS = {
+    "forward": ("x", "out"),
+    "input_grad": ("dy", "out"),
+    "weight_grad": ("dy", "x"),
+}
+_MOST_CHANNELS = 4
+_TASKS = 8
+# Cells of the planes that are taken together: with their sums, half of an L1 cache.
+_RUN = 8192
+
+
+class Depthwise:
+    """See `cuconv.strategies.Strategy`."""
+
+    name = "depthwise"
+
+    def supports(self, problem: Problem) -> tuple[bool, str]:
+        g = problem.geometry
+        if max(g.group_channels, 1) > _MOST_CHANNELS:
+            return False, f"{g.group_channels} channels in a group, {_MOST_CHANNELS} do"
+        if g.groups == 1:
+            return False, "there is one group"
+        if problem.module != "numpy":
+            return False, "its loops are written for NumPy so far"
+        if not jit_is_installed():
+            return False, "Numba is not installed, which compiles its loops"
+        if problem.operand.char not in "fd":
+            return False, f"its loops would round {problem.operand}"
+        for name in _OPERANDS[problem.op]:
+            if name not in problem.direct:
+                return False, f"{name} has another type or no even strides"
+        if problem.flipped:
+            return False, "its input gradient spreads dy out for every stride"
+        return True, ""
+
+    def variants(self, problem: Problem) -> tuple[tuple[int, ...], ...]:
+        del problem
+        return ((),)
+
+    def describe(self, variant: tuple[int, ...]) -> str:
+        del variant
+        return ""
+
+    def preferred(self, problem: Problem, leaves: Leaves) -> int:
+        del leaves
+        return problem.geometry.images * problem.geometry.positions
+
+    def tile(self, problem: Problem, positions: int, variant: tuple[int, ...]) -> Tile:
+        del positions, variant
+        # Planes are never cut; the work is shared out by channels.
+        return Tile(1, tuple(max(n, 1) for n in problem.geometry.out))
+
+    def lanes(self, problem: Problem) -> int:
+        del problem
+        return 1
+
+    def blocks(self, problem: Problem, cut: Cut) -> Iterator[Block]:
+        return problem.geometry.pieces(cut.tile)
+
+    def needs(self, problem: Problem, cut: Cut, leaves: Leaves) -> Needs:
+        del cut, leaves
+        g, dtype = problem.geometry, problem.operand
+        cells = math.prod(_scratch_shape(problem))
+        own = (Buffer("scratch", cells, dtype), Buffer("sums", cells, dtype))
+        weights = Buffer("w", g.filters * g.patch, dtype)
+        if problem.op == "weight_grad":
+            return Needs((), (weights,), own)
+        return Needs((weights,), (Buffer("bias", max(g.filters, g.channels), dtype),), own)
+
+    def pieces(self, problem: Problem, cut: Cut) -> int:
+        del cut
+        return min(_channels(problem), _TASKS)
+
+    def work(self, problem: Problem, cut: Cut) -> Work:
+        del cut
+        g = problem.geometry
+        images, *plane = _scratch_shape(problem)
+        cells = g.images * math.prod(plane)
+        return Work(
+            direct=cells * g.filters * g.patch,
+            copy=2 * cells * max(g.filters, g.channels),
+        )
+
+    def weights(self, job: Job, w: Array, kept: dict[str, Array]) -> Array:
+        view = outer_view(filters_of(w, job.problem), job.problem.geometry.rank)
+        copy = kept["w"].reshape(view.shape)
+        job.leaves.copy(view, copy)
+        return copy
+
+    def forward(
+        self, job: Job, x: Array, weights: Array, bias: Array | None, out: Array
+    ) -> None:
+        g = job.problem.geometry
+        offset = job.shared["bias"][: g.filters]
+        if bias is None:
+            offset[...] = 0
+        else:
+            job.leaves.copy(bias, offset)
+        x, y = _planes_of(x, g), _planes_of(out, g)
+        offset = offset.reshape(g.groups, g.group_filters)
+        self._run(job, "convolve", (x, weights, offset, y, _input_axes(g)))
+
+    def input_grad(self, job: Job, dy: Array, weights: Array, out: Array) -> None:
+        g = job.problem.geometry
+        zero = job.shared["bias"][: g.channels]
+        zero[...] = 0
+        flipped = weights.swapaxes(1, 2)[..., ::-1, ::-1, ::-1]
+        dy, dx = _planes_of(dy, g), _planes_of(out, g)
+        zero = zero.reshape(g.groups, g.group_channels)
+        self._run(job, "convolve", (dy, flipped, zero, dx, _adjoint_axes(g)))
+
+    def weight_grad(self, job: Job, dy: Array, x: Array, out: Array) -> None:
+        g = job.problem.geometry
+        x, dy = _planes_of(x, g), _planes_of(dy, g)
+        view = outer_view(filters_of(out, job.problem), g.rank)
+        sums = job.shared["w"].reshape(view.shape)
+        axes = _input_axes(g), _spread_axes(g)
+        self._run(job, "correlate", (dy, x, sums, *axes))
+        job.leaves.copy(sums, view)
+
+    def _run(self, job: Job, name: str, arguments: tuple[Any, ...]) -> None:
+        """Share the channels out, a run of them at a time."""
+        from cuconv.leaves import jit  # noqa: PLC0415 - Numba, when first needed
+
+        loop = getattr(jit, name)
+        channels = _channels(job.problem)
+        step = -(-channels // min(channels, _TASKS))
+        tasks = [(i, min(i + step, channels)) for i in range(0, channels, step)]
+        shape = _scratch_shape(job.problem)
+
+        def body(number: int, task: tuple[int, int], own: dict[str, Array]) -> None:
+            scratch, sums = own["scratch"].reshape(shape), own["sums"].reshape(shape)
+            with stage("direct", self.name, number):
+                loop(*arguments, scratch, sums, *task)
+
+        job.each(tasks, body)
+
+
+def _channels(problem: Problem) -> int:
+    """How many independent pieces there are."""
+    g = problem.geometry
+    if problem.op == "weight_grad":
+        return g.filters * g.group_channels
+    return g.filters if problem.op == "forward" else g.channels
+
+
+def _planes_of(array: Array, geometry: ConvGeometry) -> Array:
+    """View x or y as (N, G, C/G, outer, rows, last)."""
+    return outer_view(in_groups(array, geometry), geometry.rank)
+
+
+def _scratch_shape(problem: Problem) -> tuple[int, int, int, int]:
+    """(planes taken together, outer, rows, last), padding included."""
+    axes: tuple[Axis, ...] = three_axes(problem.geometry)
+    if problem.op == "input_grad":
+        depth, height, width = (axis.size + axis.extent - 1 for axis in axes)
+    else:
+        depth, height, width = (axis.padded for axis in axes)
+    several = max(1, _RUN // (depth * height * width))
+    return min(several, problem.geometry.images), depth, height, width
+
+
+def _rows(geometry: ConvGeometry, row: Callable[[Axis], tuple[int, ...]]) -> Any:
+    return np.array([row(axis) for axis in three_axes(geometry)])
+
+
+def _input_axes(geometry: ConvGeometry) -> Any:
+    """x in the scratch, as windows see it."""
+    return _rows(geometry, lambda a: (a.kernel, a.dilation, a.before, 1, a.stride))
+
+
+def _adjoint_axes(geometry: ConvGeometry) -> Any:
+    """dy in the scratch, a stride apart, as the windows of the flipped kernel see it."""
+    return _rows(
+        geometry,
+        lambda a: (a.kernel, a.dilation, a.extent - 1 - a.before, a.stride, 1),
+    )
+
+
+def _spread_axes(geometry: ConvGeometry) -> Any:
+    """dy in the scratch, every cell where its window over x begins."""
+    return _rows(geometry, lambda a: (1, 1, 0, a.stride, 1))
