@@ -478,5 +478,7 @@ def _step(
     columns = leaves.xp.empty(shape, dtype=x.dtype)
     if columns.size:
         into = _column_cells(columns, geometry, block.shape, order)
-        leaves.gather(x[first:last], into, geometry, block, allocated(leaves.xp, buffers))
+        leaves.gather(
+            x[first:last], into, geometry, block, allocated(leaves.xp, buffers)
+        )
     return columns

@@ -27,6 +27,7 @@ from cuconv.plan import (
     bind,
     check_shape,
     plan_of_shapes,
+    signature,
 )
 from cuconv.strategies.base import in_groups
 
@@ -99,7 +100,7 @@ def _call(
     """Run a call: at once if one like it has been seen, else as ``bound`` finds it."""
     key = _key(op, arrays, out, options, shape)
     plan = None if key is None else _SEEN.get(key)
-    if plan is None:
+    if plan is None or not (plan.is_light or plan.threads == leaves_of(np).workers()):
         call = bound()
         if key is not None and call.plan.options.strategy != "benchmark":
             if len(_SEEN) >= _MOST_SEEN:
@@ -120,16 +121,10 @@ def _key(
     shape: object,
 ) -> tuple[object, ...] | None:
     """What a plan depends on; None where arrays are not plain NumPy's."""
-    words: list[object] = [op, shape, settings(), leaves_of(np).workers()]
-    for array in (*arrays, out):
-        if array is None:
-            words.append(None)
-        elif type(array) is not np.ndarray:
-            return None
-        else:
-            flags = array.flags
-            words += (array.shape, array.strides, array.dtype, flags.aligned)
-            words.append(flags.writeable)
+    lies = signature((*arrays, out))
+    if lies is None:
+        return None
+    words: list[object] = [op, shape, settings(), lies]
     for name, value in options.items():
         words += (name, type(value), value)
     key = tuple(words)

@@ -396,20 +396,20 @@ class ConvGeometry(WindowGeometry):
     filters: int = 1
     groups: int = 1
 
-    @property
+    @cached_property
     def group_channels(self) -> int:
         return self.channels // self.groups
 
-    @property
+    @cached_property
     def group_filters(self) -> int:
         return self.filters // self.groups
 
-    @property
+    @cached_property
     def patch(self) -> int:
         """Cells under one window in one group: the length of a dot product."""
         return self.group_channels * self.taps
 
-    @property
+    @cached_property
     def multiplications(self) -> int:
         """Multiply-adds of one pass, padding counted as if it were data."""
         return self.images * self.positions * self.filters * self.patch

@@ -297,7 +297,9 @@ class _Fit:
 
 def price(work: Work, rates: Rates, workers: int) -> float:
     """Nanoseconds that the rates give for this work."""
-    product = work.multiply * rates.multiply * (1 + rates.short / max(work.short_side, 1))
+    product = (
+        work.multiply * rates.multiply * (1 + rates.short / max(work.short_side, 1))
+    )
     steps: Iterator[float] = (
         getattr(work, name) * getattr(rates, name)
         for name in (

@@ -97,16 +97,28 @@ class HostLeaves:
         block: Block,
         buffers: dict[str, Array],
     ) -> None:
+        views = getattr(buffers, "views", None)
+        if views and "window" in views:
+            # The zeros around the window are there from the first call.
+            inside, windows, cells = views["window"]
+            np.copyto(inside, x[cells])
+            np.copyto(columns, windows)
+            return
         _STOPPING.check()
-        cells = tuple(slice(*span) for span in block.window)
-        source = x[(..., *cells)]
+        cells = (..., *(slice(*span) for span in block.window))
+        source = x[cells]
         step = _phases(geometry)
         if step > 1:
             _gather_phases(source, columns, geometry, block, buffers["window"], step)
             return
         if any(map(any, block.padding)):
-            source = _padded(source, block.padding, geometry, buffers["window"])
-        np.copyto(columns, _windows(source, geometry.axes, columns.shape))
+            padded, inside = _padded(source, block.padding, geometry, buffers["window"])
+            windows = _windows(padded, geometry.axes, columns.shape)
+            if views is not None:
+                views["window"] = inside, windows, cells
+        else:
+            windows = _windows(source, geometry.axes, columns.shape)
+        np.copyto(columns, windows)
 
     def scatter(
         self,
@@ -292,24 +304,37 @@ def _multiply(a: Array, b: Array, out: Array) -> None:
         for wide in (slice(0, whole[1]), slice(whole[1], out.shape[-1])):
             left, right, into = a[..., tall, :], b[..., wide], out[..., tall, wide]
             if into.size and tall.start == wide.start == 0:
-                left = _rows_apart(left, rows)[..., None, :, :, :]
-                right = _columns_apart(right, columns)[..., :, None, :, :]
-                into = _columns_apart(_rows_apart(into, rows), columns)
-                np.matmul(left, right, out=into.swapaxes(-3, -4))
+                _multiply_parts(left, right, into, rows, columns)
             elif into.size:
                 np.matmul(left, right, out=into)
+
+
+def _multiply_parts(a: Array, b: Array, out: Array, rows: int, columns: int) -> None:
+    """Multiply rows by columns; what is larger is read once, the other again."""
+    left, right = _rows_apart(a, rows), _columns_apart(b, columns)
+    into = _columns_apart(_rows_apart(out, rows), columns)
+    if a.shape[-2] > b.shape[-1]:
+        np.matmul(left[..., :, None, :, :], right[..., None, :, :, :], out=into)
+    else:
+        np.matmul(
+            left[..., None, :, :, :],
+            right[..., :, None, :, :],
+            out=into.swapaxes(-3, -4),
+        )
 
 
 def _part(a: Array, b: Array, out: Array) -> tuple[int, int]:
     """Rows and columns of one part of a product, or zeros to leave it whole."""
     inner, item = a.shape[-1], out.itemsize
+    if out.shape[-2] * inner * out.shape[-1] <= _SMALL_PRODUCT:
+        return 0, 0
     is_whole = (
         not _BLAS.has_small_products
         or out.dtype.char not in "fd"
         or not _LEAST_INNER <= inner <= _MOST_INNER
-        or out.shape[-2] * inner * out.shape[-1] <= _SMALL_PRODUCT
         or out.shape[-1] < _LEAST_INNER
         or inner * b.strides[-2] > _MOST_SPAN
+        or out.shape[-2] * inner * item > _MOST_SPAN // 2
         or not a.strides[-1] == b.strides[-1] == out.strides[-1] == item
     )
     if is_whole:
@@ -338,8 +363,11 @@ def _like(flat: Array, out: Array) -> Array:
 
 def _padded(
     window: Array, padding: Ranges, geometry: WindowGeometry, buffer: Array
-) -> Array:
-    """The window with its zeros, in the buffer, axes in the order of the input."""
+) -> tuple[Array, Array]:
+    """The window with its zeros, in the buffer, axes in the order of the input.
+
+    And its inside, where the window itself lies.
+    """
     with stage("pad"):
         inner = window.shape[3:]
         each = list(zip(inner, padding, strict=True))
@@ -351,9 +379,10 @@ def _padded(
             channels_first=geometry.channels_first,
         ).cells
         padded[...] = 0
-        inside = tuple(slice(before, before + size) for size, (before, _) in each)
-        np.copyto(padded[(..., *inside)], window)
-        return padded
+        cells = tuple(slice(before, before + size) for size, (before, _) in each)
+        inside = padded[(..., *cells)]
+        np.copyto(inside, window)
+        return padded, inside
 
 
 def _phases(geometry: WindowGeometry) -> int:
@@ -400,7 +429,10 @@ def _gather_phases(
         for phase in range(step):
             first = -(-(before - phase) // step) if before > phase else 0
             cells = window[..., first * step + phase - before :: step]
-            np.copyto(split[(..., *inside, phase, slice(first, first + cells.shape[-1]))], cells)
+            np.copyto(
+                split[(..., *inside, phase, slice(first, first + cells.shape[-1]))],
+                cells,
+            )
     plain = (*outer, last._replace(stride=1))
     rank = geometry.rank
     for phase in range(step):
@@ -452,7 +484,8 @@ class _Blas:
         self._before: list[int] = []
         # OpenBLAS for AVX-512 multiplies up to a million multiply-adds as they lie.
         self.has_small_products = bool(self._libraries) and all(
-            getattr(library, "architecture", "") in _AVX512 for library in self._libraries
+            getattr(library, "architecture", "") in _AVX512
+            for library in self._libraries
         )
 
     def threads(self) -> int:

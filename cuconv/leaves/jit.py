@@ -60,9 +60,7 @@ def place(x: Cells, axes: Cells, scratch: Cells) -> None:
 
 
 @compiled
-def add_taps(
-    flat: Cells, start: int, weights: Cells, step: int, sums: Cells
-) -> None:
+def add_taps(flat: Cells, start: int, weights: Cells, step: int, sums: Cells) -> None:
     """``sums[i] += Σ over taps of weights[tap] · flat[start + tap · step + i]``."""
     length, taps = sums.shape[0], weights.shape[0]
     done = 0
@@ -152,7 +150,10 @@ def convolve(
                     place(x[first + n, g, c], axes, scratch[n])
                 for i in range(axes[0, 0]):
                     if axes[1, 0] == 3 and axes[2, 0] == 3:
-                        start, line = i * axes[0, 1] * height * width, axes[1, 1] * width
+                        start, line = (
+                            i * axes[0, 1] * height * width,
+                            axes[1, 1] * width,
+                        )
                         add_nine(flat, start, w[g, k, c, i], line, axes[2, 1], run)
                         continue
                     for j in range(axes[1, 0]):
@@ -185,7 +186,11 @@ def correlate(
     scratch[...] = 0
     sums[...] = 0
     for index in range(begin, end):
-        g, k, c = index // (filters * channels), index // channels % filters, index % channels
+        g, k, c = (
+            index // (filters * channels),
+            index // channels % filters,
+            index % channels,
+        )
         into = out[g, k, c]
         into[...] = 0
         for first in range(0, x.shape[0], images):

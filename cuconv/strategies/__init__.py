@@ -11,8 +11,10 @@ from cuconv.strategies.base import (
     Work,
 )
 from cuconv.strategies.depthwise import Depthwise
+from cuconv.strategies.fft import Fft
 from cuconv.strategies.im2col import Im2col
 from cuconv.strategies.pointwise import Pointwise
+from cuconv.strategies.tap_matmul import TapMatmul
 from cuconv.strategies.winograd import Winograd
 
 _REGISTRY: dict[str, Strategy] = {}
@@ -33,6 +35,8 @@ def strategies() -> dict[str, Strategy]:
 register(Pointwise())
 register(Depthwise())
 register(Winograd())
+register(Fft())
+register(TapMatmul())
 register(Im2col())
 
 __all__ = [

@@ -4,7 +4,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import NamedTuple, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 from cuconv.arrays import Array, DType, Stored, Types, flattened, grouped, stored
 from cuconv.geometry import Axis, Block, ConvGeometry, Tile
@@ -89,7 +89,12 @@ class Cut(NamedTuple):
 
 
 class Job(NamedTuple):
-    """One call: the problem, how it is cut, who carries it out, and where."""
+    """One call: the problem, how it is cut, who carries it out, and where.
+
+    A ``is_plain`` one has a single small block and adds nothing: no worker, no setting
+    of BLAS or NumPy is needed, and its buffers serve it alone, call after call, so that
+    views of them may be kept (`Buffers.views`).
+    """
 
     problem: Problem
     cut: Cut
@@ -97,6 +102,7 @@ class Job(NamedTuple):
     shared: dict[str, Array]
     own: tuple[dict[str, Array], ...]
     blocks: "Blocks"
+    is_plain: bool = False
 
     def each(
         self,
@@ -104,6 +110,10 @@ class Job(NamedTuple):
         body: Callable[[int, Item, dict[str, Array]], None],
     ) -> None:
         """Share items out to the workers: ``body(number, item, worker's buffers)``."""
+        if self.is_plain:
+            for number, item in enumerate(items):
+                body(number, item, self.own[0])
+            return
         queue = Shared(enumerate(items))
 
         def work(worker: int) -> None:
@@ -111,6 +121,14 @@ class Job(NamedTuple):
                 body(number, item, self.own[worker])
 
         self.leaves.parallel(work, self.cut.workers, light=self.problem.light)
+
+
+class Buffers(dict[str, Array]):
+    """A worker's buffers by name, and views of them that a plain job keeps."""
+
+    def __init__(self, buffers: dict[str, Array], *, keeps_views: bool = False) -> None:
+        super().__init__(buffers)
+        self.views: dict[str, Any] | None = {} if keeps_views else None
 
 
 class Blocks:

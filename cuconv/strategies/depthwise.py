@@ -94,7 +94,9 @@ class Depthwise:
         weights = Buffer("w", g.filters * g.patch, dtype)
         if problem.op == "weight_grad":
             return Needs((), (weights,), own)
-        return Needs((weights,), (Buffer("bias", max(g.filters, g.channels), dtype),), own)
+        return Needs(
+            (weights,), (Buffer("bias", max(g.filters, g.channels), dtype),), own
+        )
 
     def pieces(self, problem: Problem, cut: Cut) -> int:
         del cut

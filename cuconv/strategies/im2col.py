@@ -152,8 +152,13 @@ class Im2col:
         self, job: Job, x: Array, block: Block, buffers: dict[str, Array], chunk: int
     ) -> Array:
         """The column matrix of one block of a grouped ``x``."""
-        wide = job.problem.op == "weight_grad" or job.cut.variant == WIDE
-        columns = _stored_columns(job, buffers["columns"], block, wide=wide)
+        views = getattr(buffers, "views", None)
+        columns = views.get("columns") if views else None
+        if columns is None:
+            wide = job.problem.op == "weight_grad" or job.cut.variant == WIDE
+            columns = _stored_columns(job, buffers["columns"], block, wide=wide)
+            if views is not None:
+                views["columns"] = columns
         with stage("gather", self.name, chunk):
             images = x[slice(*block.images)]
             geometry = job.problem.geometry
@@ -203,7 +208,9 @@ class Im2col:
                 columns = self.columns(job, x, block, buffers, chunk)
                 cells = output_cells(dy, block)
                 with stage("gemm", self.name, chunk):
-                    _add_block(job, columns, cells, totals[lane], block, buffers, add=add)
+                    _add_block(
+                        job, columns, cells, totals[lane], block, buffers, add=add
+                    )
                 add = True
 
         job.each(range(lanes), body)
@@ -260,8 +267,11 @@ def _is_turned(problem: Problem) -> bool:
     """Whether sums are kept as (patch × filters); `stored` has no such order."""
     g = problem.geometry
     long = g.images * g.positions >= _WORTH_TURNING
-    return g.channels_first and problem.module == "numpy" and long and (
-        g.patch > g.group_filters
+    return (
+        g.channels_first
+        and problem.module == "numpy"
+        and long
+        and (g.patch > g.group_filters)
     )
 
 

@@ -156,9 +156,7 @@ def _tiled_axes(geometry: ConvGeometry) -> int:
 
 
 @lru_cache(maxsize=256)
-def _shape(
-    geometry: ConvGeometry, variant: tuple[int, ...], dtype: DType
-) -> _Shape:
+def _shape(geometry: ConvGeometry, variant: tuple[int, ...], dtype: DType) -> _Shape:
     tiled = len(variant)
     sizes = [
         matrices(n - axis.kernel + 1, axis.kernel, dtype)
@@ -257,7 +255,10 @@ class Winograd:
     def tile(self, problem: Problem, positions: int, variant: tuple[int, ...]) -> Tile:
         geometry = problem.geometry
         shape = _shape(geometry, variant, problem.operand)
-        steps = (*(1,) * (geometry.rank - len(variant)), *shape.outputs[-len(variant) :])
+        steps = (
+            *(1,) * (geometry.rank - len(variant)),
+            *shape.outputs[-len(variant) :],
+        )
         counts = tuple(
             -(-out // step) for out, step in zip(geometry.out, steps, strict=True)
         )
@@ -329,7 +330,9 @@ class Winograd:
         shape = _shape(g, job.cut.variant, problem.operand)
         view = outer_view(filters_of(w, problem), len(job.cut.variant))
         # (G, K, C, outer, rows, last) becomes (last, rows, G, outer, C, K).
-        turned = job.shared["turned"].reshape([view.shape[i] for i in (5, 4, 0, 3, 2, 1)])
+        turned = job.shared["turned"].reshape(
+            [view.shape[i] for i in (5, 4, 0, 3, 2, 1)]
+        )
         with stage("weights", self.name):
             turn(job, view, turned.transpose(2, 5, 4, 3, 1, 0))
             u = kept["w"].reshape(shape.frequencies, -1)
@@ -440,13 +443,17 @@ def _inputs(
     x = outer_view(x, len(job.cut.variant))
     steps, sizes = shape.outputs, shape.inputs
     width = (piece.wide - 1) * steps[1] + sizes[1]
-    q = buffers["q"][: math.prod(_rows_shape(piece, x, piece.outer_in, sizes[0], width))]
+    q = buffers["q"][
+        : math.prod(_rows_shape(piece, x, piece.outer_in, sizes[0], width))
+    ]
     q = q.reshape(_rows_shape(piece, x, piece.outer_in, sizes[0], width))
     firsts = [a.first(s[0]) for a, s in zip(shape.axes, piece.spans, strict=True)]
     _copy_rows(job, x, q, firsts, steps[0])
     rows = None if shape.tiles[0] is None else shape.tiles[0].input
     last = shape.tiles[1].input
-    return _transformed(job, q, rows, last, steps[1], piece.wide, buffers["r"], buffers["v"])
+    return _transformed(
+        job, q, rows, last, steps[1], piece.wide, buffers["r"], buffers["v"]
+    )
 
 
 def _gradients(
@@ -461,7 +468,9 @@ def _gradients(
     _copy_rows(job, dy, q, [0, 0, 0], height)
     rows = None if shape.tiles[0] is None else shape.tiles[0].output.T
     last = shape.tiles[1].output.T
-    return _transformed(job, q, rows, last, width, piece.wide, buffers["z"], buffers["m"])
+    return _transformed(
+        job, q, rows, last, width, piece.wide, buffers["z"], buffers["m"]
+    )
 
 
 def _rows_shape(
@@ -551,9 +560,7 @@ def _product_of(job: Job, matrix: Array, cells: Array, into: Array) -> Array:
     return out
 
 
-def _stacked(
-    job: Job, v: Array, piece: _Piece, shape: _Shape, groups: int
-) -> Array:
+def _stacked(job: Job, v: Array, piece: _Piece, shape: _Shape, groups: int) -> Array:
     """View V as (frequency, g, outer output, tile, outer taps · c)."""
     axis = shape.axes[0]
     tiles = piece.wide * piece.images * piece.tall

@@ -1,0 +1,389 @@
+"""Large kernels by the convolution theorem: products of spectra, summed over channels.
+
+Correlation becomes, at every frequency f,
+
+    forward        Y_f = X_f · conj(W_f)         summed over channels: one matrix product
+    weight_grad    dW_f = X_f · conj(dY_f)       summed over images and blocks
+
+The output is cut into tiles; each reads a window of the input as long as the tile and
+the kernel together (overlap and save), so that the spectra of the weights serve all
+tiles.  The input gradient is the forward pass over dy with flipped weights.  Strides
+are taken from the result, dilations spread the taps.
+
+Layout: spectra are (frequencies, G, images or filters, channels), so that a frequency is
+one matrix product.
+
+Source: T. Stockham, "High-speed convolution and correlation", 1966; M. Mathieu,
+M. Henaff, Y. LeCun, "Fast training of convolutional networks through FFTs", 2013.
+"""
+
+import math
+from collections.abc import Iterator
+from functools import lru_cache
+from itertools import islice
+from typing import Any, Literal
+
+import numpy as np
+
+from cuconv.arrays import Array
+from cuconv.geometry import Block, ConvGeometry, Tile
+from cuconv.leaves import Leaves
+from cuconv.memory import Buffer
+from cuconv.profiling import stage
+from cuconv.strategies.base import (
+    Cut,
+    Job,
+    Needs,
+    Problem,
+    Work,
+    add_lanes,
+    bias_buffer,
+    filters_of,
+    in_groups,
+    output_cells,
+    take_bias,
+)
+
+# Kernels of fewer taps are faster by columns, whatever the channels.
+_LEAST_TAPS = 25
+_SMOOTH = (2, 3, 5)
+# Output cells of a tile along each axis, at least, if the output is that long.
+_LEAST_TILE = 32
+# Unscaled, NumPy 2.4 transforms float32 by way of whole copies in float64.
+_NORM: Literal["ortho"] = "ortho"
+_COMPLEX = {"f": np.dtype(np.complex64), "d": np.dtype(np.complex128)}
+
+
+@lru_cache(maxsize=1024)
+def _smooth(length: int) -> int:
+    """The smallest length from this on that is quick to transform."""
+    while True:
+        rest = length
+        for factor in _SMOOTH:
+            while rest % factor == 0:
+                rest //= factor
+        if rest == 1:
+            return length
+        length += 1
+
+
+def _lengths(geometry: ConvGeometry, tile: Tile) -> tuple[int, ...]:
+    """How long the transforms are: the input window of a tile, rounded up."""
+    return tuple(
+        _smooth((cells - 1) * axis.stride + axis.extent)
+        for axis, cells in zip(geometry.axes, tile.cells, strict=True)
+    )
+
+
+def _frequencies(lengths: tuple[int, ...]) -> tuple[int, ...]:
+    return (*lengths[:-1], lengths[-1] // 2 + 1)
+
+
+class Fft:
+    """See `cuconv.strategies.Strategy`."""
+
+    name = "fft"
+
+    def supports(self, problem: Problem) -> tuple[bool, str]:
+        taps = problem.geometry.taps
+        if problem.op == "input_grad":
+            return False, "it runs as a forward pass over dy, which a stride forbids"
+        if problem.precision != "fast":
+            return False, "precision='fast' alone allows it"
+        if problem.module != "numpy":
+            return False, "its buffers are NumPy's so far"
+        if problem.operand.char not in _COMPLEX:
+            return False, f"there is no transform of {problem.operand}"
+        if taps < _LEAST_TAPS:
+            return False, f"the kernel has {taps} taps, fewer than {_LEAST_TAPS}"
+        return True, ""
+
+    def variants(self, problem: Problem) -> tuple[tuple[int, ...], ...]:
+        del problem
+        return ((),)
+
+    def describe(self, variant: tuple[int, ...]) -> str:
+        del variant
+        return ""
+
+    def preferred(self, problem: Problem, leaves: Leaves) -> int:
+        g = problem.geometry
+        # Tiles as long as the kernel waste half of every transform.
+        cells = (max(3 * axis.extent, _LEAST_TILE) // axis.stride for axis in g.axes)
+        tile = math.prod(
+            min(c, axis.out) for c, axis in zip(cells, g.axes, strict=True)
+        )
+        spectrum = 8 * max(g.channels, g.filters) * problem.operand.itemsize
+        images = leaves.block_bytes // max(spectrum * tile, 1)
+        return tile * min(max(images, 1), g.images)
+
+    def tile(self, problem: Problem, positions: int, variant: tuple[int, ...]) -> Tile:
+        """Tiles as square as the output, images last."""
+        del variant
+        g = problem.geometry
+        cells = [max(axis.out, 1) for axis in g.axes]
+        while math.prod(cells) > positions and max(cells) > 1:
+            longest = max(range(g.rank), key=lambda i: cells[i])
+            cells[longest] = -(-cells[longest] // 2)
+        images = min(max(positions // math.prod(cells), 1), max(g.images, 1))
+        return Tile(images, tuple(cells))
+
+    def lanes(self, problem: Problem) -> int:
+        return 2 if problem.op == "weight_grad" else 1
+
+    def blocks(self, problem: Problem, cut: Cut) -> Iterator[Block]:
+        return problem.geometry.pieces(cut.tile)
+
+    def needs(self, problem: Problem, cut: Cut, leaves: Leaves) -> Needs:
+        del leaves
+        g, dtype = problem.geometry, problem.operand
+        wide = _COMPLEX[dtype.char]
+        lengths = _lengths(g, cut.tile)
+        cells, spectrum = math.prod(lengths), math.prod(_frequencies(lengths))
+        images = cut.tile.images
+        weights = g.filters * g.group_channels
+        most = max(images * g.channels, images * g.filters, _strip(problem))
+        real = Buffer("real", most * cells, dtype)
+        # Two to go to and fro between: NumPy copies what it should transform in place.
+        pair = 2 if g.rank > 1 else 1
+        between = Buffer("between", pair * most * spectrum, wide)
+        x = Buffer("x", images * g.channels * spectrum, wide)
+        y = Buffer("y", images * g.filters * spectrum, wide)
+        if problem.op == "weight_grad":
+            sums = Buffer("sums", cut.lanes * weights * spectrum, wide)
+            product = Buffer("product", weights * spectrum, wide)
+            return Needs((), (sums,), (real, between, x, y, product))
+        kept = Buffer("w", weights * spectrum, wide)
+        return Needs((kept,), bias_buffer(problem), (real, between, x, y))
+
+    def pieces(self, problem: Problem, cut: Cut) -> int:
+        if problem.op == "weight_grad":
+            return cut.lanes
+        return problem.geometry.count_blocks(cut.tile)
+
+    def work(self, problem: Problem, cut: Cut) -> Work:
+        g = problem.geometry
+        lengths = _lengths(g, cut.tile)
+        cells = math.prod(lengths)
+        blocks = g.count_blocks(cut.tile)
+        images, weights = cut.tile.images, g.filters * g.group_channels
+        adds = problem.op == "weight_grad"
+        spectra = blocks * images * (g.channels + g.filters) + weights
+        return Work(
+            multiply=2 * blocks * images * weights * cells,
+            short_side=min(images, g.group_filters, g.group_channels),
+            fourier=spectra * cells * math.log2(max(cells, 2)),
+            copy=2 * spectra * cells + (3 * blocks * weights * cells if adds else 0),
+            reread=blocks * weights * cells,
+            blocks=blocks,
+        )
+
+    def weights(self, job: Job, w: Array, kept: dict[str, Array]) -> Array:
+        """Conjugate spectra as (frequencies, G, C, K)."""
+        problem, g = job.problem, job.problem.geometry
+        lengths = _lengths(g, job.cut.tile)
+        view = filters_of(w, problem)
+        shape = (*_frequencies(lengths), g.groups, g.group_channels, g.group_filters)
+        spectra = kept["w"].reshape(shape)
+        places = _spread(g)
+        step = max(1, _strip(problem) // max(g.groups * g.group_channels, 1))
+
+        def body(number: int, start: int, own: dict[str, Array]) -> None:
+            del number
+            part = view[:, start : start + step]
+            cells = _cells(own["real"], part.shape[:3], lengths)
+            cells[...] = 0
+            job.leaves.copy(part, cells[places])
+            into = spectra[..., start : start + step]
+            _transform(cells, into.swapaxes(-1, -2), own["between"], conjugate=True)
+
+        with stage("weights", self.name):
+            job.each(range(0, g.group_filters, step), body)
+        return spectra
+
+    def forward(
+        self, job: Job, x: Array, weights: Array, bias: Array | None, out: Array
+    ) -> None:
+        g = job.problem.geometry
+        lengths = _lengths(g, job.cut.tile)
+        offset = take_bias(job, bias)
+        x, y = in_groups(x, g), in_groups(out, g)
+        strides = tuple(axis.stride for axis in g.axes)
+
+        def body(chunk: int, block: Block, own: dict[str, Array]) -> None:
+            with stage("transform", self.name, chunk):
+                spectra = _window_spectra(job, x, block, lengths, own)
+            with stage("gemm", self.name, chunk):
+                count = block.images[1] - block.images[0]
+                shape = (*_frequencies(lengths), g.groups, count, g.group_filters)
+                product = own["y"][: math.prod(shape)].reshape(shape)
+                np.matmul(spectra, weights, out=product)
+            with stage("transform", self.name, chunk):
+                head = (count, g.groups, g.group_filters)
+                cells = _back(product, own["real"], own["between"], head, lengths)
+                picked = tuple(
+                    slice(0, (size - 1) * stride + 1, stride)
+                    for size, stride in zip(block.shape, strides, strict=True)
+                )
+                into = output_cells(y, block)
+                result = cells[(..., *picked)]
+                if offset is not None:
+                    ones = (1,) * g.rank
+                    result = np.add(
+                        result, offset.reshape(*offset.shape[:3], *ones), out=result
+                    )
+                job.leaves.copy(result, into)
+
+        job.each(job.blocks, body)
+
+    def input_grad(self, job: Job, dy: Array, weights: Array, out: Array) -> None:
+        raise NotImplementedError  # refused by `supports`
+
+    def weight_grad(self, job: Job, dy: Array, x: Array, out: Array) -> None:
+        g, lanes = job.problem.geometry, job.cut.lanes
+        lengths = _lengths(g, job.cut.tile)
+        frequencies = _frequencies(lengths)
+        x, dy = in_groups(x, g), in_groups(dy, g)
+        shape = (*frequencies, g.groups, g.group_channels, g.group_filters)
+        sums = job.shared["sums"].reshape(lanes, *shape)
+        strides = tuple(axis.stride for axis in g.axes)
+
+        def body(number: int, lane: int, own: dict[str, Array]) -> None:
+            del number
+            sums[lane] = 0
+            for chunk, block in islice(enumerate(job.blocks), lane, None, lanes):
+                with stage("transform", self.name, chunk):
+                    spectra = _window_spectra(job, x, block, lengths, own)
+                    gradients = _spread_spectra(job, dy, block, lengths, strides, own)
+                with stage("gemm", self.name, chunk):
+                    product = own["product"].reshape(shape)
+                    np.matmul(spectra.swapaxes(-1, -2), gradients, out=product)
+                    np.add(sums[lane], product, out=sums[lane])
+
+        job.each(range(lanes), body)
+        add_lanes(job, list(sums))
+        view = filters_of(out, job.problem)
+        places = _spread(g)
+        step = max(1, _strip(job.problem) // max(g.groups * g.group_channels, 1))
+
+        def finish(number: int, start: int, own: dict[str, Array]) -> None:
+            del number
+            part = sums[0][..., start : start + step].swapaxes(-1, -2)
+            head = (part.shape[g.rank], *part.shape[g.rank + 1 :])
+            cells = _back(part, own["real"], own["between"], head, lengths, swap=False)
+            job.leaves.copy(cells[places], view[:, start : start + step])
+
+        with stage("weights", self.name):
+            job.each(range(0, g.group_filters, step), finish)
+
+
+def _strip(problem: Problem) -> int:
+    """Weights that are transformed together: no more planes than a block has."""
+    g = problem.geometry
+    return max(g.channels, min(g.filters * g.group_channels, g.filters + g.channels))
+
+
+def _spread(geometry: ConvGeometry) -> tuple[Any, ...]:
+    """Where the taps lie among the cells of a transform."""
+    return (..., *(slice(0, axis.extent, axis.dilation) for axis in geometry.axes))
+
+
+def _cells(flat: Array, head: tuple[int, ...], lengths: tuple[int, ...]) -> Array:
+    shape = (*head, *lengths)
+    return flat[: math.prod(shape)].reshape(shape)
+
+
+def _window_spectra(
+    job: Job, x: Array, block: Block, lengths: tuple[int, ...], own: dict[str, Array]
+) -> Array:
+    """Spectra of the input under a block: (frequencies, G, images, C)."""
+    g = job.problem.geometry
+    cells = _cells(
+        own["real"], (block.images[1] - block.images[0], *x.shape[1:3]), lengths
+    )
+    cells[...] = 0
+    inside = tuple(
+        slice(before, before + stop - start)
+        for (before, _), (start, stop) in zip(block.padding, block.window, strict=True)
+    )
+    source = x[slice(*block.images)][(..., *(slice(*span) for span in block.window))]
+    job.leaves.copy(source, cells[(..., *inside)])
+    count = cells.shape[0]
+    shape = (*_frequencies(lengths), g.groups, count, g.group_channels)
+    spectra = own["x"][: math.prod(shape)].reshape(shape)
+    _transform(cells.swapaxes(0, 1), spectra, own["between"])
+    return spectra
+
+
+def _spread_spectra(
+    job: Job,
+    dy: Array,
+    block: Block,
+    lengths: tuple[int, ...],
+    strides: tuple[int, ...],
+    own: dict[str, Array],
+) -> Array:
+    """Conjugate spectra of dy, a stride apart: (frequencies, G, images, K)."""
+    g = job.problem.geometry
+    part = output_cells(dy, block)
+    cells = _cells(own["real"], part.shape[:3], lengths)
+    cells[...] = 0
+    places = tuple(
+        slice(0, (size - 1) * stride + 1, stride)
+        for size, stride in zip(block.shape, strides, strict=True)
+    )
+    job.leaves.copy(part, cells[(..., *places)])
+    shape = (*_frequencies(lengths), g.groups, cells.shape[0], g.group_filters)
+    spectra = own["y"][: math.prod(shape)].reshape(shape)
+    _transform(cells.swapaxes(0, 1), spectra, own["between"], conjugate=True)
+    return spectra
+
+
+def _transform(
+    cells: Array, spectra: Array, between: Array, *, conjugate: bool = False
+) -> None:
+    """Spectra (frequencies, a, b, c) of real cells (a, b, c, *lengths)."""
+    rank = cells.ndim - 3
+    frequencies = _frequencies(cells.shape[3:])
+    part, other = _pair(between, (*cells.shape[:3], *frequencies))
+    np.fft.rfft(cells, axis=-1, norm=_NORM, out=part)
+    for axis in range(3, 2 + rank):
+        np.fft.fft(part, axis=axis, norm=_NORM, out=other)
+        part, other = other, part
+    if conjugate:
+        np.conjugate(part, out=part)
+        # Three transforms, each divided by √n; the product wants 1/n in all.
+        scale = math.sqrt(math.prod(cells.shape[3:]))
+        np.multiply(part, part.real.dtype.type(scale), out=part)
+    np.copyto(spectra, part.transpose(*range(3, 3 + rank), 0, 1, 2))
+
+
+def _back(
+    spectra: Array,
+    real: Array,
+    between: Array,
+    head: tuple[int, ...],
+    lengths: tuple[int, ...],
+    *,
+    swap: bool = True,
+) -> Array:
+    """Real cells (a, b, c, *lengths) of spectra (frequencies, b, a, c)."""
+    rank = len(lengths)
+    order = (rank + 1, rank, rank + 2) if swap else (rank, rank + 1, rank + 2)
+    part, other = _pair(between, (*head, *_frequencies(lengths)))
+    np.copyto(part, spectra.transpose(*order, *range(rank)))
+    for axis in range(3, 2 + rank):
+        np.fft.ifft(part, axis=axis, norm=_NORM, out=other)
+        part, other = other, part
+    cells = _cells(real, head, lengths)
+    np.fft.irfft(part, n=lengths[-1], axis=-1, norm=_NORM, out=cells)
+    return cells
+
+
+def _pair(flat: Array, shape: tuple[int, ...]) -> tuple[Array, Array]:
+    """Two arrays of this shape in one buffer; the second empty if there is one axis."""
+    size = math.prod(shape)
+    second = flat[size : 2 * size]
+    return flat[:size].reshape(shape), (
+        second.reshape(shape) if second.size == size else second
+    )

@@ -1,0 +1,308 @@
+"""One matrix product for every tap, added up: columns of a single tap at a time.
+
+With W_t the weights of tap t as a matrix (filters × channels) and X_t the cells that it
+meets (channels × positions), group by group:
+
+    forward        Y += W_t · X_t
+    input_grad     dX at X_t's cells += W_tᴴ · dY
+    weight_grad    dW_t += dY · X_tᴴ
+
+Only positions where the tap meets the input take part, so that padding is never
+multiplied, and the buffer is as many times smaller than the columns of
+`cuconv.strategies.im2col` as there are taps; every product is one more sum to read and
+write.
+"""
+
+from collections.abc import Iterator
+from itertools import islice
+from typing import NamedTuple
+
+from cuconv.arrays import Array, Stored, stored
+from cuconv.geometry import Block, ConvGeometry, Range, Tile
+from cuconv.leaves import Leaves
+from cuconv.memory import Buffer
+from cuconv.profiling import stage
+from cuconv.strategies.base import (
+    Cut,
+    Job,
+    Needs,
+    Problem,
+    Work,
+    add_lanes,
+    bias_buffer,
+    filters_of,
+    in_groups,
+    output_cells,
+    take_bias,
+    turn,
+)
+
+
+class TapMatmul:
+    """See `cuconv.strategies.Strategy`."""
+
+    name = "tap_matmul"
+
+    def supports(self, problem: Problem) -> tuple[bool, str]:
+        if problem.geometry.taps == 1:
+            return False, "the kernel has one tap: pointwise is the same"
+        if problem.op == "input_grad" and problem.geometry.is_unit_stride:
+            return False, "with stride 1 it runs as a forward pass over dy"
+        if problem.op == "input_grad" and problem.operand != problem.types.accumulate:
+            return False, f"sums in {problem.operand} would be rounded"
+        return True, ""
+
+    def variants(self, problem: Problem) -> tuple[tuple[int, ...], ...]:
+        del problem
+        return ((),)
+
+    def describe(self, variant: tuple[int, ...]) -> str:
+        del variant
+        return ""
+
+    def preferred(self, problem: Problem, leaves: Leaves) -> int:
+        g = problem.geometry
+        cell = (g.channels + 2 * g.filters) * problem.operand.itemsize
+        return max(1, leaves.block_bytes // max(cell, 1))
+
+    def tile(self, problem: Problem, positions: int, variant: tuple[int, ...]) -> Tile:
+        del variant
+        tile = problem.geometry.tile(positions)
+        if problem.op == "input_grad":
+            # Blocks of one image would add to the same cells.
+            return tile._replace(cells=tuple(max(n, 1) for n in problem.geometry.out))
+        return tile
+
+    def lanes(self, problem: Problem) -> int:
+        return 2 if problem.op == "weight_grad" else 1
+
+    def blocks(self, problem: Problem, cut: Cut) -> Iterator[Block]:
+        return problem.geometry.blocks(cut.tile)
+
+    def needs(self, problem: Problem, cut: Cut, leaves: Leaves) -> Needs:
+        del leaves
+        g, positions = problem.geometry, cut.tile.positions
+        wide = problem.types.accumulate
+        weights = Buffer("w", g.filters * g.patch, problem.operand)
+        x = Buffer("x", positions * g.channels, problem.operand)
+        if problem.op == "weight_grad":
+            sums = Buffer("sums", cut.lanes * g.filters * g.patch, wide)
+            dy = Buffer("dy", positions * g.filters, problem.operand)
+            product = Buffer("product", g.filters * g.group_channels, wide)
+            return Needs((), (sums,), (x, dy, product))
+        if problem.op == "input_grad":
+            dy = Buffer("dy", positions * g.filters, problem.operand)
+            product = Buffer("product", positions * g.channels, wide)
+            dx = Buffer("dx", cut.tile.images * g.channels * g.cells, wide)
+            return Needs((weights,), (), (dy, product, dx))
+        product = Buffer("product", positions * g.filters, wide)
+        y = Buffer("y", positions * g.filters, wide)
+        return Needs((weights,), bias_buffer(problem), (x, product, y))
+
+    def pieces(self, problem: Problem, cut: Cut) -> int:
+        if problem.op == "weight_grad":
+            return cut.lanes
+        return problem.geometry.count_blocks(cut.tile)
+
+    def work(self, problem: Problem, cut: Cut) -> Work:
+        g = problem.geometry
+        met = _share_met(g)
+        positions = g.images * g.positions * g.taps * met
+        blocks = g.count_blocks(cut.tile)
+        sums = 0.0 if problem.op == "weight_grad" else positions
+        added = g.channels if problem.op == "input_grad" else g.filters
+        return Work(
+            multiply=g.multiplications * met,
+            short_side=min(cut.tile.positions, g.group_filters, g.group_channels),
+            gather=positions * g.channels,
+            scatter=sums * added,
+            copy=blocks * g.taps * g.filters * g.group_channels
+            if problem.op == "weight_grad"
+            else g.images * g.positions * g.filters,
+            transpose=g.filters * g.patch,
+            blocks=blocks * g.taps,
+        )
+
+    def weights(self, job: Job, w: Array, kept: dict[str, Array]) -> Array:
+        """(taps, G, K/G, C/G), conjugated for a gradient."""
+        g = job.problem.geometry
+        copy = kept["w"].reshape(*g.kernel, g.groups, g.group_filters, g.group_channels)
+        turn(job, filters_of(w, job.problem), _taps_last(copy, g.rank))
+        if copy.dtype.kind == "c" and (
+            job.problem.flipped or job.problem.op != "forward"
+        ):
+            job.leaves.xp.conjugate(copy, out=copy)
+        return copy
+
+    def forward(
+        self, job: Job, x: Array, weights: Array, bias: Array | None, out: Array
+    ) -> None:
+        g = job.problem.geometry
+        offset = take_bias(job, bias)
+        x, y = in_groups(x, g), in_groups(out, g)
+
+        def body(chunk: int, block: Block, buffers: dict[str, Array]) -> None:
+            total = _staged(buffers["y"], g, block, g.group_filters, block.shape).cells
+            total[...] = 0
+            if offset is not None:
+                total += offset.reshape(*offset.shape[:3], *(1,) * g.rank)
+            cells = x[slice(*block.images)]
+            for met in _meetings(g, block):
+                with stage("gather", self.name, chunk):
+                    source = cells[(..., *met.inputs)]
+                    columns = _copied(job, buffers["x"], g, block, source)
+                with stage("gemm", self.name, chunk):
+                    product = _staged(
+                        buffers["product"], g, block, g.group_filters, met.shape
+                    )
+                    fast = job.problem.fast
+                    job.leaves.gemm(
+                        weights[met.tap][None],
+                        columns.matrix,
+                        product.matrix,
+                        fast=fast,
+                    )
+                    into = total[(..., *met.outputs)]
+                    job.leaves.xp.add(into, product.cells, out=into)
+            job.leaves.copy(total, output_cells(y, block))
+
+        job.each(job.blocks, body)
+
+    def input_grad(self, job: Job, dy: Array, weights: Array, out: Array) -> None:
+        g = job.problem.geometry
+        dy, dx = in_groups(dy, g), in_groups(out, g)
+
+        def body(chunk: int, block: Block, buffers: dict[str, Array]) -> None:
+            cells = dx[slice(*block.images)]
+            total = _staged(buffers["dx"], g, block, g.group_channels, g.size).cells
+            total[...] = 0
+            gradients = output_cells(dy, block)
+            for met in _meetings(g, block):
+                source = gradients[(..., *met.outputs)]
+                columns = _copied(job, buffers["dy"], g, block, source)
+                product = _staged(
+                    buffers["product"], g, block, g.group_channels, met.shape
+                )
+                with stage("gemm", self.name, chunk):
+                    turned = weights[met.tap][None].swapaxes(-1, -2)
+                    fast = job.problem.fast
+                    job.leaves.gemm(turned, columns.matrix, product.matrix, fast=fast)
+                with stage("scatter", self.name, chunk):
+                    into = total[(..., *met.inputs)]
+                    job.leaves.xp.add(into, product.cells, out=into)
+            job.leaves.copy(total, cells)
+
+        job.each(job.blocks, body)
+
+    def weight_grad(self, job: Job, dy: Array, x: Array, out: Array) -> None:
+        g, lanes = job.problem.geometry, job.cut.lanes
+        x, dy = in_groups(x, g), in_groups(dy, g)
+        shape = (lanes, *g.kernel, g.groups, g.group_filters, g.group_channels)
+        sums = job.shared["sums"].reshape(shape)
+
+        def body(number: int, lane: int, buffers: dict[str, Array]) -> None:
+            del number
+            sums[lane] = 0
+            for chunk, block in islice(enumerate(job.blocks), lane, None, lanes):
+                cells, gradients = x[slice(*block.images)], output_cells(dy, block)
+                for met in _meetings(g, block):
+                    with stage("gather", self.name, chunk):
+                        source = cells[(..., *met.inputs)]
+                        columns = _copied(job, buffers["x"], g, block, source)
+                        if columns.matrix.dtype.kind == "c":
+                            job.leaves.xp.conjugate(columns.matrix, out=columns.matrix)
+                        source = gradients[(..., *met.outputs)]
+                        rows = _copied(job, buffers["dy"], g, block, source)
+                    with stage("gemm", self.name, chunk):
+                        job.leaves.gemm(
+                            rows.matrix,
+                            columns.matrix.swapaxes(-1, -2),
+                            sums[lane][met.tap][None],
+                            add=True,
+                            partial=buffers["product"],
+                            fast=job.problem.fast,
+                        )
+
+        job.each(range(lanes), body)
+        add_lanes(job, list(sums))
+        turn(job, _taps_last(sums[0], g.rank), filters_of(out, job.problem))
+
+
+class _Meeting(NamedTuple):
+    """Where a tap meets the input: cells of x, and outputs within the block."""
+
+    tap: tuple[int, ...]
+    inputs: tuple[slice, ...]
+    outputs: tuple[slice, ...]
+    shape: tuple[int, ...]
+
+
+def _meetings(geometry: ConvGeometry, block: Block) -> Iterator[_Meeting]:
+    """Every tap that meets the input under a block, the last axis fastest."""
+
+    def further(tap: tuple[int, ...]) -> Iterator[_Meeting]:
+        index = len(tap)
+        if index == geometry.rank:
+            found = [_met(geometry, i, t, block.output[i]) for i, t in enumerate(tap)]
+            sizes = tuple(stop - start for start, stop in (span for span, _ in found))
+            if all(size > 0 for size in sizes):
+                outputs = tuple(
+                    slice(span[0] - whole[0], span[1] - whole[0])
+                    for (span, _), whole in zip(found, block.output, strict=True)
+                )
+                yield _Meeting(tap, tuple(cells for _, cells in found), outputs, sizes)
+            return
+        for t in range(geometry.kernel[index]):
+            yield from further((*tap, t))
+
+    return further(())
+
+
+def _met(
+    geometry: ConvGeometry, index: int, tap: int, span: Range
+) -> tuple[Range, slice]:
+    """Outputs of a span whose window has this tap inside the input, and those cells."""
+    axis = geometry.axes[index]
+    offset = tap * axis.dilation - axis.before
+    start = max(span[0], -(offset // axis.stride))
+    stop = max(start, min(span[1], (axis.size - 1 - offset) // axis.stride + 1))
+    first = start * axis.stride + offset
+    return (start, stop), slice(
+        first, first + (stop - start - 1) * axis.stride + 1, axis.stride
+    )
+
+
+def _share_met(geometry: ConvGeometry) -> float:
+    """Which part of all products has a cell of the input, not of the padding."""
+    share = 1.0
+    for index, axis in enumerate(geometry.axes):
+        spans = (_met(geometry, index, t, (0, axis.out))[0] for t in range(axis.kernel))
+        inside = sum(stop - start for start, stop in spans)
+        share *= inside / max(axis.out * axis.kernel, 1)
+    return share
+
+
+def _staged(
+    flat: Array,
+    geometry: ConvGeometry,
+    block: Block,
+    channels: int,
+    cells: tuple[int, ...],
+) -> Stored:
+    head = (block.images[1] - block.images[0], geometry.groups, channels)
+    first = geometry.channels_first
+    return stored(flat, head, (), cells, channels_first=first, wide=True)
+
+
+def _copied(
+    job: Job, flat: Array, geometry: ConvGeometry, block: Block, source: Array
+) -> Stored:
+    """Cells (N, G, C, *spatial) side by side in a buffer."""
+    copy = _staged(flat, geometry, block, source.shape[2], source.shape[3:])
+    job.leaves.copy(source, copy.cells)
+    return copy
+
+
+def _taps_last(array: Array, rank: int) -> Array:
+    """View (*kernel, G, K, C) as (G, K, C, *kernel)."""
+    return array.transpose(rank, rank + 1, rank + 2, *range(rank))
