@@ -17,6 +17,7 @@ from cuconv.conv import (
 from cuconv.leaves import default_array_module, precompile
 from cuconv.memory import MemoryLimitError
 from cuconv.plan import Plan
+from cuconv.version import __version__ as __version__
 
 __all__ = [
     "ConvGradients",
@@ -39,4 +40,3 @@ __all__ = [
     "plan_conv",
     "precompile",
 ]
-__version__ = "0.1.0"

@@ -95,6 +95,7 @@ def settings() -> Settings:
 
 
 def check_precision(value: object) -> str:
+    """Refuse what is no precision."""
     if not isinstance(value, str):
         raise TypeError(f"precision must be a word; got {value!r}")
     if value not in PRECISIONS:
@@ -104,6 +105,7 @@ def check_precision(value: object) -> str:
 
 
 def check_deterministic(value: object) -> bool:
+    """Refuse what is neither True nor False."""
     if value is not True and value is not False:
         raise TypeError(f"deterministic must be True, False or None; got {value!r}")
     return value

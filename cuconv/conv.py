@@ -9,7 +9,6 @@ import numpy as np
 from cuconv.arrays import (
     Array,
     Types,
-    check_out,
     check_overlap,
     module_of,
     plain,
@@ -543,7 +542,6 @@ def plan_conv(
     x_shape: Sequence[int],
     w_shape: Sequence[int],
     *,
-    dtype: Any = "float32",
     op: str = "forward",
     bias: bool = False,
     device: str = "cpu",
@@ -555,8 +553,6 @@ def plan_conv(
     ----------
     x_shape, w_shape
         Shapes of input and weights, as for `conv`.
-    dtype
-        Type of all arrays, and of the result.
     op
         ``"forward"``, ``"input_grad"`` or ``"weight_grad"``.
     bias
@@ -564,7 +560,7 @@ def plan_conv(
     device
         ``"cpu"`` for NumPy, ``"cuda"`` for CuPy.
     **options
-        As for `conv`.
+        As for `conv`; ``dtype`` is the type of all arrays, float32 by default.
 
     Returns
     -------
@@ -592,7 +588,7 @@ def plan_conv(
     >>> prepared(x).shape
     (8, 64, 56, 56)
     """
-    chosen = _chosen(options)._replace(dtype=dtype)
+    chosen = _chosen({"dtype": "float32", **options})
     if op not in OPERANDS:
         words = ", ".join(map(repr, OPERANDS))
         raise ValueError(f"op must be one of {words}; got {op!r}")
@@ -601,7 +597,7 @@ def plan_conv(
     shapes = {name: shapes[name] for name in OPERANDS[op] if name != "bias"}
     if bias and op == "forward":
         shapes["bias"] = (geometry.filters,)
-    return plan_of_shapes(op, shapes, dtype, _module(device), geometry, chosen)
+    return plan_of_shapes(op, shapes, _module(device), geometry, chosen)
 
 
 def _module(device: str) -> Any:

@@ -234,7 +234,7 @@ class Plan:
         # Weights that lie ready would be read where they lie: a copy lies ready too.
         own = self._xp.array(plain(w), dtype=self.problem.operand, order="C", copy=True)
         prepared = Plan(self.problem, self._decision, self._xp, self.options)
-        prepared._weights = prepared._prepared(own)  # noqa: SLF001 - its own kind
+        prepared._weights = prepared._prepared(own)
         return prepared
 
     def run(self, arrays: tuple[Array | None, ...], out: Array | None) -> Array:
@@ -256,7 +256,7 @@ class Plan:
                 self._execute(self._choice, first, second, offset, plain(result))
         return result
 
-    def tune(self, arrays: tuple[Array | None, ...], out: Array | None) -> None:
+    def tune(self, arrays: tuple[Array | None, ...]) -> None:
         """Time every candidate on these arrays, or recall which was the fastest."""
         key = (self.problem, self._decision.limit, settings().num_threads)
         candidates = self._decision.candidates
@@ -272,10 +272,10 @@ class Plan:
         self._choice = next(c for c in candidates if _winner(c) == winner)
 
     def _on(self, choice: Choice) -> "Plan":
-        """This plan with another choice."""
+        """The same plan with another choice."""
         other = Plan(self.problem, self._decision, self._xp, self.options)
-        other._choice = choice  # noqa: SLF001 - its own kind
-        other._is_plain = False  # noqa: SLF001
+        other._choice = choice
+        other._is_plain = False
         return other
 
     def _execute(
@@ -434,7 +434,7 @@ def bind(
     _check_result(xp, out, plan.result_shape, plan.problem.types, arrays)
     call = Call(plan, tuple(arrays.values()), out)
     if options.strategy == "benchmark" and geometry.multiplications:
-        plan.tune(call.arrays, out)
+        plan.tune(call.arrays)
     return call
 
 
@@ -481,13 +481,12 @@ def _planned(
 def plan_of_shapes(
     op: str,
     shapes: dict[str, tuple[int, ...]],
-    dtype: Any,
     xp: Any,
     geometry: ConvGeometry,
     options: Options,
 ) -> Plan:
     """The plan for C-contiguous arrays of these shapes and one type."""
-    own = np.dtype(dtype)
+    own = np.dtype(options.dtype)
     arrays = {name: _untouched(shape, own) for name, shape in shapes.items()}
     return _planned(op, geometry, arrays, None, options.settled(), xp)
 
@@ -544,6 +543,7 @@ def _is_direct_out(
 
 
 def check_shape(name: str, array: Array, shape: tuple[int, ...]) -> None:
+    """Refuse an array of another shape."""
     if array.shape != shape:
         raise ValueError(f"{name} has shape {array.shape} and must have {shape}")
 
@@ -558,8 +558,8 @@ def _job(
         parts.append(carve(raw, start, buffers))
         start += sum(buffer.nbytes for buffer in buffers)
     space, shared, *own = parts
-    own = tuple(own)
-    return Job(choice.problem, choice.cut, leaves, shared, own, choice.blocks), space
+    mine = tuple(own)
+    return Job(choice.problem, choice.cut, leaves, shared, mine, choice.blocks), space
 
 
 def _fill(out: Array, bias: Array | None = None, *, geometry: ConvGeometry) -> None:

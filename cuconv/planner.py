@@ -12,13 +12,13 @@ from functools import cached_property, lru_cache, partial
 
 from cuconv.geometry import Tile
 from cuconv.leaves import Leaves
-from cuconv.rates import Rates
 from cuconv.memory import MemoryLimitError, workspace_bytes
+from cuconv.rates import Rates
 from cuconv.strategies import Blocks, Cut, Needs, Problem, Strategy, Work, strategies
 
 # A job that is worth several workers is cut into one of these numbers of pieces, the
-# one that is cheapest for two workers: how many there really are must not matter, or the
-# bits of the result would depend on it.  Fewer pieces must save a twentieth.
+# one that is cheapest for two workers: how many there really are must not matter, or
+# the bits of the result would depend on it.  Fewer pieces must save a twentieth.
 _PIECES = (8, 4, 2)
 _NOTIONAL_WORKERS = 2
 _WORTH_FEWER = 0.95
@@ -145,7 +145,7 @@ def _passed_over(
     found: list[Choice], reasons: dict[str, str]
 ) -> tuple[tuple[str, str], ...]:
     best, *others = found
-    lost = {}
+    lost: dict[str, str] = {}
     for choice in others:
         slower = choice.nanoseconds / best.nanoseconds
         word = f"estimated {slower:.2f} times as long"
@@ -228,7 +228,10 @@ class _Fit:
 
     def _shared(self, pieces: int) -> Cut | None:
         """A cut that leaves room for a second worker, if its blocks are not tiny."""
-        lanes = min(self._strategy.lanes(self._problem), pieces)
+        lanes = min(self._strategy.lanes(self._problem, self._variant), pieces)
+        if self._problem.op != "weight_grad" and lanes > 1:
+            # Lanes are pieces already: every one of them sees all positions.
+            pieces = -(-pieces // lanes)
         while True:
             cut = self._largest(2, lanes, pieces)
             if cut and 4 * cut.tile.positions >= min(self._preferred(pieces), 512):

@@ -36,8 +36,8 @@ class Rates(NamedTuple):
 
 
 # Fitted to the layers of ResNet-50 and VGG-16, N = 8, on two AMD EPYC cores (Zen 4,
-# 1 MiB of L2 cache each, 32 MiB of L3) with NumPy 2.4 and OpenBLAS 0.3.31: least squares
-# of the relative error over 170 runs of one worker, which it repeats within 12 %.
+# 1 MiB of L2 cache each, 32 MiB of L3) with NumPy 2.4 and OpenBLAS 0.3.31: least
+# squares of the relative error over 264 runs of one worker, repeated within 12 %.
 HOST_RATES = Rates(
     multiply=0.0196,
     short=6.7,

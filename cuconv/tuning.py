@@ -21,6 +21,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from cuconv.version import __version__
+
 _ROUNDS = 5
 _lock = threading.Lock()
 
@@ -98,8 +100,6 @@ def _path() -> Path:
 
 @cache
 def _machine() -> str:
-    from cuconv import __version__  # noqa: PLC0415 - known once the package is whole
-
     blas = np.show_config(mode="dicts")["Build Dependencies"]["blas"]
     words = (
         __version__,

@@ -13,8 +13,8 @@ from cuconv._cuda.structs import MOST_THREADS, Launch, pack
 from cuconv._cuda.variants import Variant, copy_variant, has_atomics, sum_variant
 from cuconv.arrays import Array, DType, Types, is_half
 from cuconv.geometry import Block, Range, Ranges, Tile, WindowGeometry
-from cuconv.rates import CUDA_RATES
 from cuconv.memory import Buffer
+from cuconv.rates import CUDA_RATES
 
 _THREADS = 256
 

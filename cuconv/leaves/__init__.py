@@ -16,8 +16,8 @@ import numpy as np
 from cuconv.arrays import Array, DType, Types
 from cuconv.geometry import Block, Ranges, Tile, WindowGeometry
 from cuconv.leaves.host import HostLeaves
-from cuconv.rates import Rates
 from cuconv.memory import Buffer
+from cuconv.rates import Rates
 
 
 class Leaves(Protocol):

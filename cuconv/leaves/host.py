@@ -17,9 +17,9 @@ from threadpoolctl import ThreadpoolController
 from cuconv.arrays import Array, DType, Types, stored
 from cuconv.config import settings
 from cuconv.geometry import Axis, Block, Range, Ranges, Tile, WindowGeometry
-from cuconv.rates import HOST_RATES
 from cuconv.memory import Buffer
 from cuconv.profiling import stage
+from cuconv.rates import HOST_RATES
 
 # NumPy adds strided arrays by way of three buffers of this many items; a thousand are
 # as fast as its default of 8192.
@@ -154,14 +154,14 @@ class HostLeaves:
     ) -> None:
         del fast  # a CPU has no TF32
         _STOPPING.check()
-        product = out if not add else _like(partial, out)
-        if product.strides[-1] == product.itemsize:
-            _multiply(a, b, product)
-        else:
+        if out.strides[-1] != out.itemsize:
             # matmul writes rows; a result stored by columns is the product transposed.
-            _multiply(b.mT, a.mT, product.mT)
-        if add:
-            np.add(out, product, out=out)
+            a, b, out = b.mT, a.mT, out.mT
+            bias = bias if bias is None else bias.mT
+        if not add:
+            _multiply(a, b, out)
+        else:
+            _add_product(a, b, out, partial)
         if bias is not None:
             np.add(out, bias, out=out)
 
@@ -293,6 +293,30 @@ def _wait(futures: "list[Future[None]]") -> None:
         raise interruption
 
 
+def _add_product(a: Array, b: Array, out: Array, partial: Array) -> None:
+    """``out += a @ b``, as much at a time as the buffer for the product holds."""
+    if out.size <= partial.size:
+        product = partial[: out.size].reshape(out.shape)
+        _multiply(a, b, product)
+        np.add(out, product, out=out)
+        return
+    each, picks = out[0].size, list[int | slice](range(len(out)))
+    if each <= partial.size:
+        step = partial.size // each
+        picks = [slice(i, i + step) for i in range(0, len(out), step)]
+    for pick in picks:
+        left = a[pick] if out.ndim == 2 else _picked(a, pick)
+        right = b if out.ndim == 2 else _picked(b, pick)
+        _add_product(left, right, out[pick], partial)
+
+
+def _picked(matrices: Array, pick: int | slice) -> Array:
+    """Some of several matrices; where there is only one, it serves for all."""
+    if len(matrices) > 1:
+        return matrices[pick]
+    return matrices[0] if isinstance(pick, int) else matrices
+
+
 def _multiply(a: Array, b: Array, out: Array) -> None:
     """``out = a @ b``, cut into products that BLAS multiplies without packing."""
     rows, columns = _part(a, b, out)
@@ -352,13 +376,6 @@ def _columns_apart(matrix: Array, columns: int) -> Array:
     head, last = matrix.shape[:-1], matrix.shape[-1]
     apart = matrix.reshape(*head, last // columns, columns)
     return apart.swapaxes(-2, -3)
-
-
-def _like(flat: Array, out: Array) -> Array:
-    """The flat buffer as an array with the shape and the axis order of ``out``."""
-    if out.strides[-1] == out.itemsize:
-        return flat[: out.size].reshape(out.shape)
-    return flat[: out.size].reshape(out.mT.shape).mT
 
 
 def _padded(

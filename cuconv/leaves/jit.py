@@ -22,7 +22,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    def compiled(function: Callable[..., Any]) -> Callable[..., Any]: ...
+    def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+        """Compile a loop when it is first called."""
 else:
     from numba import njit
 
@@ -34,7 +35,7 @@ Cells = Any
 
 @compiled
 def place(x: Cells, axes: Cells, scratch: Cells) -> None:
-    """Copy a plane (outer, rows, last) to its cells of a scratch (outer, rows, last)."""
+    """Copy a plane (outer, rows, last) to its cells of a scratch, likewise."""
     depth, height, width = scratch.shape
     first, apart = axes[2, 2], axes[2, 3]
     begin = max(0, -(first // apart))
@@ -130,7 +131,7 @@ def convolve(
     begin: int,
     end: int,
 ) -> None:
-    """Filters begin … end of the result; ``scratch`` and ``sums`` hold several planes."""
+    """Filters begin … end of the result; several planes lie in ``scratch``."""
     images, filters = scratch.shape[0], out.shape[2]
     height, width = scratch.shape[2], scratch.shape[3]
     flat, totals = scratch.reshape(-1), sums.reshape(-1)
@@ -186,11 +187,8 @@ def correlate(
     scratch[...] = 0
     sums[...] = 0
     for index in range(begin, end):
-        g, k, c = (
-            index // (filters * channels),
-            index // channels % filters,
-            index % channels,
-        )
+        g, k = index // (filters * channels), index // channels % filters
+        c = index % channels
         into = out[g, k, c]
         into[...] = 0
         for first in range(0, x.shape[0], images):

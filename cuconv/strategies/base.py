@@ -19,6 +19,7 @@ _LIGHT_PRODUCT = 2**18
 _STRIP = 16
 # Below this many cells a second worker costs more than it saves in sums and copies.
 _WORTH_SHARING = 2**17
+_PARTIAL_ROWS, _PARTIAL_CELLS = 64, 2**17
 # Blocks worth keeping with a plan: each is a kibibyte of Python's objects.
 _FEW = 16
 
@@ -75,10 +76,11 @@ class Problem:
 class Cut(NamedTuple):
     """How a job is divided: blocks of output, regions of input, lanes, workers.
 
-    Regions only matter to `input_grad`, which writes one region at a time, and lanes to
-    `weight_grad`, where each lane sums blocks of its own.  ``variant`` is the strategy's
-    word for how it does it.  None of them depends on the number of workers, so that
-    results do not either.
+    Regions only matter to `input_grad`, which writes one region at a time.  Lanes are
+    parts of a sum: in `weight_grad` each sums blocks of its own, or all blocks for
+    filters of its own; in `forward` the latter, where positions are few.  ``variant``
+    is one of the ways of the strategy.  None of them depends on the number of workers,
+    so that results do not either.
     """
 
     tile: Tile
@@ -121,6 +123,11 @@ class Job(NamedTuple):
                 body(number, item, self.own[worker])
 
         self.leaves.parallel(work, self.cut.workers, light=self.problem.light)
+
+
+def verdict(*refusals: tuple[bool, str]) -> tuple[bool, str]:
+    """The answer of `Strategy.supports`: the first reason that holds, if one does."""
+    return next(((False, reason) for holds, reason in refusals if holds), (True, ""))
 
 
 class Buffers(dict[str, Array]):
@@ -191,8 +198,8 @@ class Strategy(Protocol):
     def tile(self, problem: Problem, positions: int, variant: tuple[int, ...]) -> Tile:
         """The largest block of at most this many output positions."""
 
-    def lanes(self, problem: Problem) -> int:
-        """How many sums of weight gradients are worth keeping side by side."""
+    def lanes(self, problem: Problem, variant: tuple[int, ...]) -> int:
+        """How many lanes are worth having at most."""
 
     def blocks(self, problem: Problem, cut: Cut) -> Iterator[Block]:
         """The blocks of a job that is cut like this, in order."""
@@ -207,7 +214,7 @@ class Strategy(Protocol):
         """What there is to do, all workers together."""
 
     def weights(self, job: Job, w: Array, kept: dict[str, Array]) -> Array:
-        """The weights as `forward` or `input_grad` wants them, in ``kept`` if copied."""
+        """The weights as `forward` wants them, in ``kept`` where they are copied."""
 
     def forward(
         self, job: Job, x: Array, weights: Array, bias: Array | None, out: Array
@@ -333,13 +340,18 @@ def output_buffer(problem: Problem, name: str, tile: Tile) -> Buffer:
 
 
 def staged_output(
-    flat: Array, geometry: ConvGeometry, block: Block, *, wide: bool = False
+    flat: Array,
+    geometry: ConvGeometry,
+    block: Block,
+    filters: int,
+    *,
+    wide: bool = False,
 ) -> Stored:
     """A block of y or dy in a buffer."""
     first, last = block.images
     return stored(
         flat,
-        (last - first, geometry.groups, geometry.group_filters),
+        (last - first, geometry.groups, filters),
         (),
         block.shape,
         channels_first=geometry.channels_first,
@@ -359,7 +371,7 @@ def take_dy(
     geometry = job.problem.geometry
     if "dy" not in buffers:
         return flattened(cells, geometry.rank)
-    copy = staged_output(buffers["dy"], geometry, block, wide=wide)
+    copy = staged_output(buffers["dy"], geometry, block, cells.shape[2], wide=wide)
     job.leaves.copy(cells, copy.cells)
     return copy.matrix
 
@@ -367,6 +379,22 @@ def take_dy(
 def sums_in_place(problem: Problem) -> bool:
     """Whether the result itself can hold a running sum."""
     return "out" in problem.direct and problem.types.result == problem.types.accumulate
+
+
+def parts_of(count: int, parts: int) -> list[slice]:
+    """Cut a range into parts as even as can be."""
+    step = -(-count // parts)
+    return [slice(i, min(i + step, count)) for i in range(0, count, step)]
+
+
+def partial_cells(cells: int, row: int, positions: int) -> int:
+    """How large a buffer for a product is, before it is added to a sum.
+
+    Some rows of it do, as many as fill a cache; at least one, where memory is so tight
+    that blocks are tiny.
+    """
+    rows = row * min(positions, _PARTIAL_ROWS)
+    return min(cells, max(rows, _PARTIAL_CELLS if positions >= _PARTIAL_ROWS else 0))
 
 
 def add_lanes(job: Job, sums: list[Array]) -> None:
@@ -407,5 +435,7 @@ def three_axes(geometry: ConvGeometry, tiled: int = 3) -> tuple[Axis, Axis, Axis
     axes = geometry.axes
     if tiled == 1 and len(axes) == 2:
         return axes[0], _NO_AXIS, axes[1]
-    outer, rows, last = (*(_NO_AXIS,) * (3 - len(axes)), *axes)
+    padded: list[Axis] = [_NO_AXIS] * (3 - len(axes))
+    padded.extend(axes)
+    outer, rows, last = padded
     return outer, rows, last

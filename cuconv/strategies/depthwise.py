@@ -25,6 +25,7 @@ from cuconv.strategies.base import (
     in_groups,
     outer_view,
     three_axes,
+    verdict,
 )
 
 _OPERANDS = {
@@ -45,22 +46,28 @@ class Depthwise:
 
     def supports(self, problem: Problem) -> tuple[bool, str]:
         g = problem.geometry
-        if max(g.group_channels, 1) > _MOST_CHANNELS:
-            return False, f"{g.group_channels} channels in a group, {_MOST_CHANNELS} do"
-        if g.groups == 1:
-            return False, "there is one group"
-        if problem.module != "numpy":
-            return False, "its loops are written for NumPy so far"
-        if not jit_is_installed():
-            return False, "Numba is not installed, which compiles its loops"
-        if problem.operand.char not in "fd":
-            return False, f"its loops would round {problem.operand}"
-        for name in _OPERANDS[problem.op]:
-            if name not in problem.direct:
-                return False, f"{name} has another type or no even strides"
-        if problem.flipped:
-            return False, "its input gradient spreads dy out for every stride"
-        return True, ""
+        missing = [n for n in _OPERANDS[problem.op] if n not in problem.direct]
+        return verdict(
+            (g.groups == 1, "there is one group"),
+            (
+                g.group_channels > _MOST_CHANNELS,
+                f"{g.group_channels} channels in a group, {_MOST_CHANNELS} at most",
+            ),
+            (problem.module != "numpy", "its loops are written for NumPy so far"),
+            (
+                not jit_is_installed(),
+                "Numba is not installed, which compiles its loops",
+            ),
+            (
+                problem.operand.char not in "fd",
+                f"its loops would round {problem.operand}",
+            ),
+            (
+                bool(missing),
+                f"{' and '.join(missing)}: another type, or strides that are not even",
+            ),
+            (problem.flipped, "it spreads dy out for every stride"),
+        )
 
     def variants(self, problem: Problem) -> tuple[tuple[int, ...], ...]:
         del problem
@@ -79,8 +86,8 @@ class Depthwise:
         # Planes are never cut; the work is shared out by channels.
         return Tile(1, tuple(max(n, 1) for n in problem.geometry.out))
 
-    def lanes(self, problem: Problem) -> int:
-        del problem
+    def lanes(self, problem: Problem, variant: tuple[int, ...]) -> int:
+        del problem, variant
         return 1
 
     def blocks(self, problem: Problem, cut: Cut) -> Iterator[Block]:
@@ -105,8 +112,7 @@ class Depthwise:
     def work(self, problem: Problem, cut: Cut) -> Work:
         del cut
         g = problem.geometry
-        images, *plane = _scratch_shape(problem)
-        cells = g.images * math.prod(plane)
+        cells = g.images * math.prod(_scratch_shape(problem)[1:])
         return Work(
             direct=cells * g.filters * g.patch,
             copy=2 * cells * max(g.filters, g.channels),
@@ -196,12 +202,12 @@ def _rows(geometry: ConvGeometry, row: Callable[[Axis], tuple[int, ...]]) -> Any
 
 
 def _input_axes(geometry: ConvGeometry) -> Any:
-    """x in the scratch, as windows see it."""
+    """Places of x in the scratch, as windows see it."""
     return _rows(geometry, lambda a: (a.kernel, a.dilation, a.before, 1, a.stride))
 
 
 def _adjoint_axes(geometry: ConvGeometry) -> Any:
-    """dy in the scratch, a stride apart, as the windows of the flipped kernel see it."""
+    """Places of dy, a stride apart, as the windows of the flipped kernel see it."""
     return _rows(
         geometry,
         lambda a: (a.kernel, a.dilation, a.extent - 1 - a.before, a.stride, 1),
@@ -209,5 +215,5 @@ def _adjoint_axes(geometry: ConvGeometry) -> Any:
 
 
 def _spread_axes(geometry: ConvGeometry) -> Any:
-    """dy in the scratch, every cell where its window over x begins."""
+    """Places of dy, every cell where its window over x begins."""
     return _rows(geometry, lambda a: (1, 1, 0, a.stride, 1))

@@ -2,16 +2,16 @@
 
 Correlation becomes, at every frequency f,
 
-    forward        Y_f = X_f · conj(W_f)         summed over channels: one matrix product
-    weight_grad    dW_f = X_f · conj(dY_f)       summed over images and blocks
+    forward        Y_f = X_f · conj(W_f)     summed over channels: a matrix product
+    weight_grad    dW_f = X_f · conj(dY_f)   summed over images and blocks
 
 The output is cut into tiles; each reads a window of the input as long as the tile and
 the kernel together (overlap and save), so that the spectra of the weights serve all
 tiles.  The input gradient is the forward pass over dy with flipped weights.  Strides
 are taken from the result, dilations spread the taps.
 
-Layout: spectra are (frequencies, G, images or filters, channels), so that a frequency is
-one matrix product.
+Layout: spectra are (frequencies, G, images or filters, channels), so that a frequency
+is one matrix product.
 
 Source: T. Stockham, "High-speed convolution and correlation", 1966; M. Mathieu,
 M. Henaff, Y. LeCun, "Fast training of convolutional networks through FFTs", 2013.
@@ -25,7 +25,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from cuconv.arrays import Array
+from cuconv.arrays import Array, DType
 from cuconv.geometry import Block, ConvGeometry, Tile
 from cuconv.leaves import Leaves
 from cuconv.memory import Buffer
@@ -42,6 +42,7 @@ from cuconv.strategies.base import (
     in_groups,
     output_cells,
     take_bias,
+    verdict,
 )
 
 # Kernels of fewer taps are faster by columns, whatever the channels.
@@ -51,7 +52,7 @@ _SMOOTH = (2, 3, 5)
 _LEAST_TILE = 32
 # Unscaled, NumPy 2.4 transforms float32 by way of whole copies in float64.
 _NORM: Literal["ortho"] = "ortho"
-_COMPLEX = {"f": np.dtype(np.complex64), "d": np.dtype(np.complex128)}
+_COMPLEX: dict[str, DType] = {"f": np.dtype(np.complex64), "d": np.dtype(np.complex128)}
 
 
 @lru_cache(maxsize=1024)
@@ -86,17 +87,22 @@ class Fft:
 
     def supports(self, problem: Problem) -> tuple[bool, str]:
         taps = problem.geometry.taps
-        if problem.op == "input_grad":
-            return False, "it runs as a forward pass over dy, which a stride forbids"
-        if problem.precision != "fast":
-            return False, "precision='fast' alone allows it"
-        if problem.module != "numpy":
-            return False, "its buffers are NumPy's so far"
-        if problem.operand.char not in _COMPLEX:
-            return False, f"there is no transform of {problem.operand}"
-        if taps < _LEAST_TAPS:
-            return False, f"the kernel has {taps} taps, fewer than {_LEAST_TAPS}"
-        return True, ""
+        return verdict(
+            (
+                problem.op == "input_grad",
+                "it runs as a forward pass over dy, which a stride forbids",
+            ),
+            (problem.precision != "fast", "precision='fast' alone allows it"),
+            (problem.module != "numpy", "its buffers are NumPy's so far"),
+            (
+                problem.operand.char not in _COMPLEX,
+                f"there is no transform of {problem.operand}",
+            ),
+            (
+                taps < _LEAST_TAPS,
+                f"the kernel has {taps} taps, fewer than {_LEAST_TAPS}",
+            ),
+        )
 
     def variants(self, problem: Problem) -> tuple[tuple[int, ...], ...]:
         del problem
@@ -128,7 +134,8 @@ class Fft:
         images = min(max(positions // math.prod(cells), 1), max(g.images, 1))
         return Tile(images, tuple(cells))
 
-    def lanes(self, problem: Problem) -> int:
+    def lanes(self, problem: Problem, variant: tuple[int, ...]) -> int:
+        del variant
         return 2 if problem.op == "weight_grad" else 1
 
     def blocks(self, problem: Problem, cut: Cut) -> Iterator[Block]:

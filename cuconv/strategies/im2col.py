@@ -34,6 +34,8 @@ from cuconv.strategies.base import (
     in_groups,
     output_buffer,
     output_cells,
+    partial_cells,
+    parts_of,
     staged_output,
     sums_in_place,
     take_bias,
@@ -50,10 +52,15 @@ from cuconv.strategies.base import (
 _WORTH_TURNING = 1024
 # Bytes of sums in all lanes, beyond the two that two workers need.
 _LANE_BYTES = 4 * 2**20
+# Below so many positions, workers take filters rather than positions; the least filters
+# in a part.
+FEW_POSITIONS, PART = 1024, 32
 
 
-# A product for each image, or one for several side by side, which must be copied out.
+# A product for each image, or one for several side by side, which must be copied out;
+# for the weight gradient, lanes that sum blocks, or that own filters.
 EACH, WIDE = (), (1,)
+BLOCKS, FILTERS = (), (2,)
 LONG_ROW = 512
 
 
@@ -68,10 +75,15 @@ class Im2col:
 
     def variants(self, problem: Problem) -> tuple[tuple[int, ...], ...]:
         g = problem.geometry
+        if problem.op == "weight_grad":
+            several = g.group_filters >= 2 * PART and problem.module == "numpy"
+            return (BLOCKS, FILTERS) if several else (BLOCKS,)
         short = problem.op == "forward" and g.images > 1 and g.positions < LONG_ROW
         return (EACH, WIDE) if short and problem.module == "numpy" else (EACH,)
 
     def describe(self, variant: tuple[int, ...]) -> str:
+        if variant == FILTERS:
+            return "filters apart"
         return "images side by side" if variant == WIDE else ""
 
     def preferred(self, problem: Problem, leaves: Leaves) -> int:
@@ -83,11 +95,17 @@ class Im2col:
         del variant
         return problem.geometry.tile(positions)
 
-    def lanes(self, problem: Problem) -> int:
-        if problem.op != "weight_grad":
+    def lanes(self, problem: Problem, variant: tuple[int, ...]) -> int:
+        g = problem.geometry
+        if variant == FILTERS:
+            return max(1, g.group_filters // PART)
+        if problem.op == "forward":
+            few = g.images * g.positions < FEW_POSITIONS
+            return max(1, g.group_filters // PART) if few else 1
+        if problem.op == "input_grad":
             return 1
-        cells = problem.geometry.filters * problem.geometry.patch
-        room = _LANE_BYTES // max(cells * problem.types.accumulate.itemsize, 1)
+        cells = g.filters * g.patch * problem.types.accumulate.itemsize
+        room = _LANE_BYTES // max(cells, 1)
         return int(2 ** min(max(room, 2).bit_length() - 1, 3))
 
     def blocks(self, problem: Problem, cut: Cut) -> Iterator[Block]:
@@ -112,7 +130,7 @@ class Im2col:
             return problem.geometry.count_regions(cut.region)
         if problem.op == "weight_grad":
             return cut.lanes
-        return problem.geometry.count_blocks(cut.tile)
+        return problem.geometry.count_blocks(cut.tile) * cut.lanes
 
     def work(self, problem: Problem, cut: Cut) -> Work:
         g = problem.geometry
@@ -132,10 +150,23 @@ class Im2col:
                 multiply=work.multiply * max(again, 1), gather=0, scatter=columns
             )
         if problem.op == "weight_grad":
+            part = g.group_filters // cut.lanes
+            if cut.variant == FILTERS:
+                short = min(cut.tile.positions, part, g.patch)
+                return work._replace(
+                    gather=columns * cut.lanes,
+                    copy=cut.lanes * cut.tile.positions,
+                    short_side=short,
+                    blocks=work.blocks * cut.lanes,
+                    transpose=0,
+                )
             return work._replace(copy=cut.lanes * g.filters * g.patch, transpose=0)
         direct = "out" in problem.direct and cut.variant == EACH
+        part = g.group_filters // cut.lanes
         return work._replace(
-            short_side=min(_row_length(problem, cut), g.group_filters, g.patch),
+            gather=columns * cut.lanes,
+            short_side=min(_row_length(problem, cut), part, g.patch),
+            blocks=work.blocks * cut.lanes,
             copy=0 if direct else g.images * g.positions * g.filters,
         )
 
@@ -177,12 +208,18 @@ class Im2col:
         offset = take_bias(job, bias)
         x, y = in_groups(x, geometry), in_groups(out, geometry)
 
-        def body(chunk: int, block: Block, buffers: dict[str, Array]) -> None:
+        def body(
+            chunk: int, item: tuple[Block, slice], buffers: dict[str, Array]
+        ) -> None:
+            block, part = item
             columns = self.columns(job, x, block, buffers, chunk)
             with stage("gemm", self.name, chunk):
-                _write_block(job, weights, columns, offset, y, block, buffers)
+                some = weights[:, :, part]
+                bias = offset if offset is None else offset[:, :, part]
+                _write_block(job, some, columns, bias, y[:, :, part], block, buffers)
 
-        job.each(job.blocks, body)
+        parts = parts_of(geometry.group_filters, job.cut.lanes)
+        job.each(((block, part) for block in job.blocks for part in parts), body)
 
     def input_grad(self, job: Job, dy: Array, weights: Array, out: Array) -> None:
         geometry = job.problem.geometry
@@ -198,22 +235,24 @@ class Im2col:
         geometry = job.problem.geometry
         x, dy = in_groups(x, geometry), in_groups(dy, geometry)
         sums, totals = _sums(job, out)
-        lanes = job.cut.lanes
+        lanes, own_filters = job.cut.lanes, job.cut.variant == FILTERS
+        parts = parts_of(geometry.group_filters, lanes if own_filters else 1)
 
         def body(number: int, lane: int, buffers: dict[str, Array]) -> None:
             del number
-            # Lane i sums blocks i, i + lanes, …: the same sums, whoever does it.
-            add = False
-            for chunk, block in islice(enumerate(job.blocks), lane, None, lanes):
+            # Lane i sums blocks i, i + lanes, …, or all for its own filters: the same
+            # sums, whoever does it.
+            first, step = (0, 1) if own_filters else (lane, lanes)
+            part = parts[lane] if own_filters else parts[0]
+            total, add = totals[0 if own_filters else lane][:, :, part], False
+            for chunk, block in islice(enumerate(job.blocks), first, None, step):
                 columns = self.columns(job, x, block, buffers, chunk)
-                cells = output_cells(dy, block)
+                cells = output_cells(dy, block)[:, :, part]
                 with stage("gemm", self.name, chunk):
-                    _add_block(
-                        job, columns, cells, totals[lane], block, buffers, add=add
-                    )
+                    _add_block(job, columns, cells, total, block, buffers, add=add)
                 add = True
 
-        job.each(range(lanes), body)
+        job.each(range(len(parts) if own_filters else lanes), body)
         add_lanes(job, sums)
         if sums[0] is not out:
             _finish(job, sums[0], out)
@@ -282,11 +321,17 @@ def _sum_buffers(
     geometry = problem.geometry
     cells = geometry.filters * geometry.patch
     in_place = sums_in_place(problem) and not _is_turned(problem)
-    shared = Buffer("sums", (cut.lanes - in_place) * cells, problem.types.accumulate)
-    several = geometry.count_blocks(cut.tile) > cut.lanes
-    if not (leaves.needs_partial and several):
+    lanes, filters = cut.lanes, geometry.group_filters
+    if cut.variant == FILTERS:
+        lanes, filters = 1, -(-filters // cut.lanes)
+    shared = Buffer("sums", (lanes - in_place) * cells, problem.types.accumulate)
+    if not (leaves.needs_partial and geometry.count_blocks(cut.tile) > lanes):
         return (shared,), ()
-    return (shared,), (Buffer("partial", cells, problem.types.accumulate),)
+    by_filters = _is_turned(problem) or not geometry.channels_first
+    row = filters if by_filters else geometry.patch
+    own = geometry.groups * filters * geometry.patch
+    partial = partial_cells(own, row, cut.tile.positions)
+    return (shared,), (Buffer("partial", partial, problem.types.accumulate),)
 
 
 def _sums(job: Job, out: Array) -> tuple[list[Array], list[Array]]:
@@ -331,7 +376,8 @@ def _write_block(
         job.leaves.gemm(weights, columns, matrix, bias=bias, fast=fast)
         return
     wide = job.cut.variant == WIDE
-    staged = staged_output(buffers["y"], geometry, block, wide=wide)
+    filters = cells.shape[2]
+    staged = staged_output(buffers["y"], geometry, block, filters, wide=wide)
     job.leaves.gemm(weights, columns, staged.matrix, bias=bias, fast=fast)
     job.leaves.copy(staged.cells, cells)
 

@@ -18,9 +18,17 @@ from cuconv.strategies.base import (
     Work,
     in_groups,
     output_cells,
+    parts_of,
     weight_buffer,
 )
-from cuconv.strategies.im2col import EACH, LONG_ROW, WIDE, Im2col
+from cuconv.strategies.im2col import (
+    EACH,
+    FEW_POSITIONS,
+    LONG_ROW,
+    PART,
+    WIDE,
+    Im2col,
+)
 
 _OPERANDS = {
     "forward": ("x", "out"),
@@ -31,7 +39,7 @@ _OPERANDS = {
 
 def _lies_ready(problem: Problem, variant: tuple[int, ...] = EACH) -> bool:
     """Whether nothing needs to be gathered or scattered."""
-    if variant == WIDE:
+    if variant != EACH:
         return False
     if problem.op == "weight_grad" and problem.operand.kind == "c":
         return False  # x would have to be conjugated where it lies
@@ -55,7 +63,9 @@ class Pointwise(Im2col):
         if not _lies_ready(problem) or problem.geometry.images == 1:
             return super().variants(problem)
         short = problem.op != "input_grad" and problem.geometry.positions < LONG_ROW
-        return (EACH, WIDE) if short and problem.module == "numpy" else (EACH,)
+        both = (EACH, WIDE) if short and problem.module == "numpy" else (EACH,)
+        more = super().variants(problem) if problem.op == "weight_grad" else ()
+        return tuple(dict.fromkeys((*both, *more)))
 
     def preferred(self, problem: Problem, leaves: Leaves) -> int:
         if not _lies_ready(problem):
@@ -77,8 +87,14 @@ class Pointwise(Im2col):
 
     def pieces(self, problem: Problem, cut: Cut) -> int:
         if problem.op == "input_grad" and _lies_ready(problem):
-            return problem.geometry.count_blocks(cut.tile)
+            return problem.geometry.count_blocks(cut.tile) * cut.lanes
         return super().pieces(problem, cut)
+
+    def lanes(self, problem: Problem, variant: tuple[int, ...]) -> int:
+        if problem.op == "input_grad" and _lies_ready(problem):
+            few = problem.geometry.images * problem.geometry.positions < FEW_POSITIONS
+            return max(1, problem.geometry.group_channels // PART) if few else 1
+        return super().lanes(problem, variant)
 
     def work(self, problem: Problem, cut: Cut) -> Work:
         work = super().work(problem, cut)
@@ -109,11 +125,16 @@ class Pointwise(Im2col):
         geometry, fast = job.problem.geometry, job.problem.fast
         dy, dx = in_groups(dy, geometry), in_groups(out, geometry)
 
-        def body(chunk: int, block: Block, buffers: dict[str, Array]) -> None:
+        def body(
+            chunk: int, item: tuple[Block, slice], buffers: dict[str, Array]
+        ) -> None:
             del buffers
-            cells = flattened(output_cells(dx, block), geometry.rank)
+            block, part = item
+            cells = flattened(output_cells(dx, block)[:, :, part], geometry.rank)
             columns = flattened(output_cells(dy, block), geometry.rank)
             with stage("gemm", self.name, chunk):
-                job.leaves.gemm(weights.swapaxes(-1, -2), columns, cells, fast=fast)
+                some = weights.swapaxes(-1, -2)[:, :, part]
+                job.leaves.gemm(some, columns, cells, fast=fast)
 
-        job.each(job.blocks, body)
+        parts = parts_of(geometry.group_channels, job.cut.lanes)
+        job.each(((block, part) for block in job.blocks for part in parts), body)

@@ -73,7 +73,8 @@ class TapMatmul:
             return tile._replace(cells=tuple(max(n, 1) for n in problem.geometry.out))
         return tile
 
-    def lanes(self, problem: Problem) -> int:
+    def lanes(self, problem: Problem, variant: tuple[int, ...]) -> int:
+        del variant
         return 2 if problem.op == "weight_grad" else 1
 
     def blocks(self, problem: Problem, cut: Cut) -> Iterator[Block]:

@@ -59,9 +59,11 @@ from cuconv.strategies.base import (
     in_groups,
     outer_view,
     output_cells,
+    partial_cells,
     take_bias,
     three_axes,
     turn,
+    verdict,
 )
 
 # Tile sizes n, by precision.  The error grows about tenfold with each step.
@@ -73,6 +75,7 @@ _POINTS = {
     8: (0, 1, -1, 2, -2, 0.5, -0.5),
 }
 _KERNELS = range(2, 6)
+_LEAST_CHANNELS = 8
 # BLAS transforms this many columns at a time without packing them.
 _COLUMNS = 24_576
 # Bytes of V and M in one block, and of sums of weight gradients in all lanes.
@@ -209,26 +212,40 @@ class Winograd:
     name = "winograd"
 
     def supports(self, problem: Problem) -> tuple[bool, str]:
-        geometry = problem.geometry
-        if problem.op == "input_grad":
-            return False, "it runs as a forward pass over dy, which a stride forbids"
-        if problem.precision == "strict":
-            return False, "precision='strict' allows plain sums of products alone"
-        if problem.module != "numpy":
-            return False, "its transforms are written for NumPy so far"
-        if problem.operand.char not in "fd":
-            return False, f"its transforms would round {problem.operand}"
-        tiled = _tiled_axes(geometry)
-        if not tiled:
-            return False, "the last axis needs 2 to 5 taps, stride 1 and dilation 1"
-        outer = geometry.axes[:-tiled]
-        if len(outer) > 1:
-            return False, "only one axis may stay outside the transforms"
-        if outer and outer[0].kernel > 1 and outer[0].dilation > 1:
-            return False, "the outer axis needs dilation 1"
-        if geometry.group_channels < 8 or geometry.group_filters < 8:
-            return False, "fewer than 8 channels or filters in a group"
-        return True, ""
+        g = problem.geometry
+        tiled = _tiled_axes(g)
+        outer = g.axes[: g.rank - tiled]
+        return verdict(
+            (
+                problem.op == "input_grad",
+                "it runs as a forward pass over dy, which a stride forbids",
+            ),
+            (
+                problem.precision == "strict",
+                "precision='strict' allows plain sums of products alone",
+            ),
+            (
+                problem.module != "numpy",
+                "its transforms are written for NumPy so far",
+            ),
+            (
+                problem.operand.char not in "fd",
+                f"its transforms would round {problem.operand}",
+            ),
+            (
+                not tiled,
+                "the last axis needs 2 to 5 taps, stride 1 and dilation 1",
+            ),
+            (len(outer) > 1, "only one axis may stay outside the transforms"),
+            (
+                any(axis.kernel > 1 and axis.dilation > 1 for axis in outer),
+                "the outer axis needs dilation 1",
+            ),
+            (
+                min(g.group_channels, g.group_filters) < _LEAST_CHANNELS,
+                f"fewer than {_LEAST_CHANNELS} channels or filters in a group",
+            ),
+        )
 
     def variants(self, problem: Problem) -> tuple[tuple[int, ...], ...]:
         geometry = problem.geometry
@@ -267,7 +284,8 @@ class Winograd:
         cells = tuple(n * step for n, step in zip(tiles.cells, steps, strict=True))
         return Tile(tiles.images, cells)
 
-    def lanes(self, problem: Problem) -> int:
+    def lanes(self, problem: Problem, variant: tuple[int, ...]) -> int:
+        del variant
         if problem.op != "weight_grad":
             return 1
         cells = 4 * problem.geometry.filters * problem.geometry.patch
@@ -293,7 +311,9 @@ class Winograd:
         sums = Buffer("sums", cut.lanes * kept, dtype)
         turned = Buffer("turned", g.filters * g.patch, dtype)
         bands = Buffer("bands", _band_cells(shape), dtype)
-        return Needs((), (sums, turned), (*own, Buffer("partial", kept, dtype), bands))
+        cells = partial_cells(kept, g.group_filters, cut.tile.positions)
+        partial = Buffer("partial", cells, dtype)
+        return Needs((), (sums, turned), (*own, partial, bands))
 
     def pieces(self, problem: Problem, cut: Cut) -> int:
         if problem.op == "weight_grad":
@@ -321,7 +341,8 @@ class Winograd:
             last_transform=blocks * (sizes["v"] + sizes["z"] * (2 if grad else 1)),
             transpose=g.filters * g.patch,
             reread=(blocks if not grad else blocks + cut.lanes) * kept,
-            blocks=blocks * (2 if grad else 1),
+            # Dozens of short steps each, which workers contend for.
+            blocks=blocks * (1 + len(cut.variant)) * (2 if grad else 1),
         )
 
     def weights(self, job: Job, w: Array, kept: dict[str, Array]) -> Array:
@@ -407,7 +428,7 @@ def _sizes(problem: Problem, cut: Cut, shape: _Shape) -> dict[str, int]:
     width = wide * last_out + last_in - last_out
     inputs = runs * outer_in * g.channels
     outputs = runs * outer_out * g.filters
-    sizes = {
+    return {
         "q": rows_in * inputs * width,
         "r": rows_in * inputs * width if rows_in > 1 else 0,
         "v": rows_in * last_in * wide * inputs,
@@ -415,13 +436,13 @@ def _sizes(problem: Problem, cut: Cut, shape: _Shape) -> dict[str, int]:
         "y": rows_out * outputs * wide * last_out if rows_in > 1 else 0,
         "m": rows_in * last_in * wide * outputs,
     }
-    return sizes
 
 
 def _band_cells(shape: _Shape) -> int:
     """Room for a strip of weights transformed along rows."""
     taps = shape.tiles[1].filter.shape[1]
-    return shape.inputs[0] * taps * (_COLUMNS // shape.frequencies)
+    cells: int = shape.inputs[0] * taps * (_COLUMNS // shape.frequencies)
+    return cells
 
 
 def _reach(axis: Axis, span: Range, tiles: int, m: int, n: int) -> tuple[int, int]:
@@ -451,9 +472,8 @@ def _inputs(
     _copy_rows(job, x, q, firsts, steps[0])
     rows = None if shape.tiles[0] is None else shape.tiles[0].input
     last = shape.tiles[1].input
-    return _transformed(
-        job, q, rows, last, steps[1], piece.wide, buffers["r"], buffers["v"]
-    )
+    both = buffers["r"], buffers["v"]
+    return _transformed(job, q, (rows, last), steps[1], piece.wide, both)
 
 
 def _gradients(
@@ -468,15 +488,14 @@ def _gradients(
     _copy_rows(job, dy, q, [0, 0, 0], height)
     rows = None if shape.tiles[0] is None else shape.tiles[0].output.T
     last = shape.tiles[1].output.T
-    return _transformed(
-        job, q, rows, last, width, piece.wide, buffers["z"], buffers["m"]
-    )
+    both = buffers["z"], buffers["m"]
+    return _transformed(job, q, (rows, last), width, piece.wide, both)
 
 
 def _rows_shape(
     piece: _Piece, cells: Array, outer: int, rows: int, width: int
 ) -> tuple[int, ...]:
-    """(a, n, th, g, d, c, w)"""
+    """The shape of Q or Y: (a, n, th, g, d, c, w)."""
     return rows, piece.images, piece.tall, cells.shape[1], outer, cells.shape[2], width
 
 
@@ -522,14 +541,13 @@ def _tiles_of(job: Job, x: Array, tall: int, rows: int, step: int) -> Array:
 def _transformed(
     job: Job,
     q: Array,
-    rows: Array | None,
-    last: Array,
+    matrices: tuple[Array | None, Array],
     step: int,
     wide: int,
-    between: Array,
-    into: Array,
+    buffers: tuple[Array, Array],
 ) -> Array:
-    """Transform (a, …, w) to (j, i, tw, …)."""
+    """Transform (a, …, w) to (j, i, tw, …): from the first buffer to the second."""
+    (rows, last), (between, into) = matrices, buffers
     width, lines = q.shape[-1], q[0].size // q.shape[-1]
     if rows is not None:
         q = _product_of(job, rows, q.reshape(q.shape[0], -1), between)
