@@ -229,12 +229,12 @@ class _Fit:
     def _shared(self, pieces: int) -> Cut | None:
         """A cut that leaves room for a second worker, if its blocks are not tiny."""
         lanes = min(self._strategy.lanes(self._problem, self._variant), pieces)
-        if self._problem.op != "weight_grad" and lanes > 1:
-            # Lanes are pieces already: every one of them sees all positions.
-            pieces = -(-pieces // lanes)
         while True:
-            cut = self._largest(2, lanes, pieces)
-            if cut and 4 * cut.tile.positions >= min(self._preferred(pieces), 512):
+            # Filters apart are pieces already: each of them sees all positions.
+            apart = lanes if self._problem.op != "weight_grad" else 1
+            blocks = -(-pieces // apart)
+            cut = self._largest(2, lanes, blocks)
+            if cut and 4 * cut.tile.positions >= min(self._preferred(blocks), 256):
                 return cut
             if lanes == 1:
                 return None
@@ -315,6 +315,7 @@ def price(work: Work, rates: Rates, workers: int) -> float:
             "reread",
             "fourier",
             "direct",
+            "products",
         )
     )
     blocks = work.blocks * rates.block

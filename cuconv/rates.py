@@ -28,6 +28,8 @@ class Rates(NamedTuple):
     fourier: float
     # A cell multiplied and added by a direct loop.
     direct: float
+    # A matrix product, however small.
+    products: float
     # One block of work, and one more worker.
     block: float
     worker: float
@@ -49,7 +51,8 @@ HOST_RATES = Rates(
     transpose=2.0,
     reread=0.3,
     fourier=0.25,
-    direct=0.04,
+    direct=0.035,
+    products=1_000,
     block=60_000,
     worker=30_000,
     # 3×3 layers of 16 channels took 0.94 times as long on one core as on two at 10.6
@@ -71,6 +74,7 @@ CUDA_RATES = Rates(
     reread=1e-3,
     fourier=4e-3,
     direct=2e-3,
+    products=0,
     block=15_000,
     worker=0,
     worth_workers=float("inf"),

@@ -19,7 +19,7 @@ _LIGHT_PRODUCT = 2**18
 _STRIP = 16
 # Below this many cells a second worker costs more than it saves in sums and copies.
 _WORTH_SHARING = 2**17
-_PARTIAL_ROWS, _PARTIAL_CELLS = 64, 2**17
+_PARTIAL_ROWS, _PARTIAL_CELLS, _PARTIAL_POSITIONS = 64, 2**17, 16
 # Blocks worth keeping with a plan: each is a kibibyte of Python's objects.
 _FEW = 16
 
@@ -175,6 +175,7 @@ class Work(NamedTuple):
     reread: float = 0
     fourier: float = 0
     direct: float = 0
+    products: float = 0
     blocks: float = 1
 
 
@@ -393,8 +394,9 @@ def partial_cells(cells: int, row: int, positions: int) -> int:
     Some rows of it do, as many as fill a cache; at least one, where memory is so tight
     that blocks are tiny.
     """
-    rows = row * min(positions, _PARTIAL_ROWS)
-    return min(cells, max(rows, _PARTIAL_CELLS if positions >= _PARTIAL_ROWS else 0))
+    if positions < _PARTIAL_POSITIONS:
+        return min(cells, row * max(positions, 1))
+    return min(cells, max(row * _PARTIAL_ROWS, _PARTIAL_CELLS))
 
 
 def add_lanes(job: Job, sums: list[Array]) -> None:

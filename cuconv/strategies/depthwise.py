@@ -115,7 +115,7 @@ class Depthwise:
         cells = g.images * math.prod(_scratch_shape(problem)[1:])
         return Work(
             direct=cells * g.filters * g.patch,
-            copy=2 * cells * max(g.filters, g.channels),
+            copy=cells * max(g.filters, g.channels),
         )
 
     def weights(self, job: Job, w: Array, kept: dict[str, Array]) -> Array:

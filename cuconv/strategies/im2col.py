@@ -141,6 +141,7 @@ class Im2col:
             short_side=min(cut.tile.positions, g.group_filters, g.patch),
             gather=columns,
             transpose=turned,
+            products=g.groups * g.count_blocks(cut.tile) * cut.tile.images,
             blocks=g.count_blocks(cut.tile),
         )
         if problem.op == "input_grad":
