@@ -14,7 +14,7 @@ from cuconv.conv import (
     conv_weight_grad,
     plan_conv,
 )
-from cuconv.leaves import default_array_module, precompile
+from cuconv.leaves import default_array_module, precompile, release_memory
 from cuconv.memory import MemoryLimitError
 from cuconv.plan import Plan
 from cuconv.version import __version__ as __version__
@@ -39,4 +39,5 @@ __all__ = [
     "patches",
     "plan_conv",
     "precompile",
+    "release_memory",
 ]

@@ -6,7 +6,7 @@ module (`cuconv.rates`); the cheapest is chosen, and the others keep the reason
 why they were not.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, lru_cache, partial
 
@@ -22,6 +22,10 @@ from cuconv.strategies import Blocks, Cut, Needs, Problem, Strategy, Work, strat
 _PIECES = (8, 4, 2)
 _NOTIONAL_WORKERS = 2
 _WORTH_FEWER = 0.95
+
+# Steps that workers share out evenly, and those that wait for memory together.
+_SHARED_OUT = ("gather", "scatter", "fourier", "direct", "products")
+_CROWDED = ("copy", "transform", "last_transform", "transpose", "reread")
 
 NAMES = {
     "forward": "the forward pass",
@@ -201,14 +205,16 @@ class _Fit:
     def _cheapest(self) -> Cut | None:
         """The best cut for several workers."""
         best, least = None, float("inf")
+        most_lanes = self._strategy.lanes(self._problem, self._variant)
         for pieces in _PIECES if self._is_busy else ():
-            cut = self._shared(pieces)
-            if cut is None:
-                continue
-            workers = min(self._strategy.pieces(self._problem, cut), _NOTIONAL_WORKERS)
-            cost = self._price(cut, max(workers, 1))
-            if cost < least * _WORTH_FEWER:
-                best, least = cut, cost
+            for lanes in dict.fromkeys((min(most_lanes, pieces), 1)):
+                cut = self._shared(pieces, lanes)
+                if cut is None:
+                    continue
+                at_once = self._strategy.pieces(self._problem, cut)
+                cost = self._price(cut, max(min(at_once, _NOTIONAL_WORKERS), 1))
+                if cost < least * _WORTH_FEWER:
+                    best, least = cut, cost
         return best
 
     def _bytes(self, cut: Cut) -> int:
@@ -226,9 +232,8 @@ class _Fit:
         if smallest > self._limit:
             raise MemoryLimitError(self._limit, smallest, NAMES[self._problem.op])
 
-    def _shared(self, pieces: int) -> Cut | None:
+    def _shared(self, pieces: int, lanes: int) -> Cut | None:
         """A cut that leaves room for a second worker, if its blocks are not tiny."""
-        lanes = min(self._strategy.lanes(self._problem, self._variant), pieces)
         while True:
             # Filters apart are pieces already: each of them sees all positions.
             apart = lanes if self._problem.op != "weight_grad" else 1
@@ -300,26 +305,13 @@ class _Fit:
 
 def price(work: Work, rates: Rates, workers: int) -> float:
     """Nanoseconds that the rates give for this work."""
-    product = (
-        work.multiply * rates.multiply * (1 + rates.short / max(work.short_side, 1))
-    )
-    steps: Iterator[float] = (
-        getattr(work, name) * getattr(rates, name)
-        for name in (
-            "gather",
-            "scatter",
-            "copy",
-            "transform",
-            "last_transform",
-            "transpose",
-            "reread",
-            "fourier",
-            "direct",
-            "products",
-        )
-    )
-    blocks = work.blocks * rates.block
-    return (product + sum(steps) + blocks) / workers + (workers - 1) * rates.worker
+    short = 1 + rates.short / max(work.short_side, 1)
+    product = work.multiply * rates.multiply * short
+    alone = sum(getattr(work, name) * getattr(rates, name) for name in _SHARED_OUT)
+    together = sum(getattr(work, name) * getattr(rates, name) for name in _CROWDED)
+    own = (product + alone + work.blocks * rates.block) / workers
+    crowd = 1 + rates.crowding * (workers - 1)
+    return float(own + together / crowd + (workers - 1) * rates.worker)
 
 
 def most(fits: Callable[[int], bool], limit: int) -> int:

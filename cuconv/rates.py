@@ -30,6 +30,8 @@ class Rates(NamedTuple):
     direct: float
     # A matrix product, however small.
     products: float
+    # How much a second worker adds to the rate of steps that wait for memory.
+    crowding: float
     # One block of work, and one more worker.
     block: float
     worker: float
@@ -43,7 +45,7 @@ class Rates(NamedTuple):
 HOST_RATES = Rates(
     multiply=0.0196,
     short=6.7,
-    gather=0.18,
+    gather=0.15,
     scatter=0.5,
     copy=0.4,
     transform=0.1,
@@ -53,6 +55,7 @@ HOST_RATES = Rates(
     fourier=0.25,
     direct=0.035,
     products=1_000,
+    crowding=0.5,
     block=60_000,
     worker=30_000,
     # 3×3 layers of 16 channels took 0.94 times as long on one core as on two at 10.6
@@ -75,6 +78,7 @@ CUDA_RATES = Rates(
     fourier=4e-3,
     direct=2e-3,
     products=0,
+    crowding=0,
     block=15_000,
     worker=0,
     worth_workers=float("inf"),

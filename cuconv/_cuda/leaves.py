@@ -42,6 +42,9 @@ class CudaLeaves:
     def workers(self) -> int:
         return 1
 
+    def release(self) -> None:
+        cupy.get_default_memory_pool().free_all_blocks()
+
     def memory(self, nbytes: int) -> AbstractContextManager[Array]:
         # CuPy's pool keeps memory for reuse already, stream by stream.
         return nullcontext(cupy.empty(nbytes, dtype=cupy.uint8))

@@ -45,6 +45,9 @@ class Leaves(Protocol):
     def memory(self, nbytes: int) -> AbstractContextManager[Array]:
         """Bytes for the buffers of one call, uninitialised."""
 
+    def release(self) -> None:
+        """Give back what is kept between calls."""
+
     def workers(self) -> int:
         """How many blocks may run at the same time."""
 
@@ -117,6 +120,20 @@ def leaves_of(xp: Any) -> Leaves:
     from cuconv._cuda import cuda_leaves
 
     return cuda_leaves()
+
+
+def release_memory() -> None:
+    """Give back the workspaces that calls with NumPy arrays keep for one another.
+
+    At most 64 MiB are kept.  CuPy keeps memory in its own pool, which
+    ``cupy.get_default_memory_pool().free_all_blocks()`` empties.
+
+    Examples
+    --------
+    >>> import cuconv
+    >>> cuconv.release_memory()
+    """
+    _HOST.release()
 
 
 @cache

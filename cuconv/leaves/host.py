@@ -74,6 +74,9 @@ class HostLeaves:
     def can_store(self, types: Types, dtype: DType) -> bool:
         return dtype == types.accumulate
 
+    def release(self) -> None:
+        _ARENAS.clear()
+
     def gather_buffers(
         self, geometry: WindowGeometry, tile: Tile, source: DType, operand: DType
     ) -> tuple[Buffer, ...]:

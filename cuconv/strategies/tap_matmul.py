@@ -36,6 +36,7 @@ from cuconv.strategies.base import (
     take_bias,
     turn,
 )
+from cuconv.strategies.im2col import run_cost
 
 
 class TapMatmul:
@@ -115,7 +116,7 @@ class TapMatmul:
         return Work(
             multiply=g.multiplications * met,
             short_side=min(cut.tile.positions, g.group_filters, g.group_channels),
-            gather=positions * g.channels,
+            gather=positions * g.channels * run_cost(g),
             scatter=sums * added,
             copy=blocks * g.taps * g.filters * g.group_channels
             if problem.op == "weight_grad"

@@ -570,11 +570,23 @@ def _windows_of(job: Job, rows: Array, wide: int, size: int, step: int) -> Array
 
 
 def _product_of(job: Job, matrix: Array, cells: Array, into: Array) -> Array:
-    """``matrix @ cells``, so many columns at a time that BLAS need not pack them."""
-    out = into[: matrix.shape[0] * cells.shape[1]].reshape(-1, cells.shape[1])
-    for start in range(0, cells.shape[1], _COLUMNS):
+    """``matrix @ cells``, so many columns at a time that BLAS need not pack them.
+
+    In one call if the columns can be parted evenly: each call takes the interpreter's
+    lock, for which workers wait.
+    """
+    columns, matmul = cells.shape[1], job.leaves.xp.matmul
+    out = into[: matrix.shape[0] * columns].reshape(-1, columns)
+    least = -(-columns // _COLUMNS)
+    even = [n for n in range(least, 2 * least + 8) if n and columns % n == 0]
+    if even:
+        apart = cells.reshape(cells.shape[0], even[0], -1).swapaxes(0, 1)
+        target = out.reshape(out.shape[0], even[0], -1).swapaxes(0, 1)
+        matmul(matrix, apart, out=target)
+        return out
+    for start in range(0, columns, _COLUMNS):
         part = slice(start, start + _COLUMNS)
-        job.leaves.xp.matmul(matrix, cells[:, part], out=out[:, part])
+        matmul(matrix, cells[:, part], out=out[:, part])
     return out
 
 
@@ -646,10 +658,16 @@ def _outputs(
     if bias is not None:
         # (1, G, K, 1) beside (a, n, th, g, d, k, w).
         xp.add(cells, bias[0][:, None], out=cells)
-    for a in range(height):
-        into = y[..., a::height, :].transpose(0, 4, 1, 3, 2, 5)
-        source = cells[a, :, : into.shape[1], ..., : into.shape[5]]
-        job.leaves.copy(source, into)
+    cells = cells[..., : y.shape[5]]
+    whole = y.shape[4] // height
+    if whole:
+        # Whole tiles are one copy: (N, G, K, outer, th, a, last).
+        tiles = y[..., : whole * height, :]
+        tiles = tiles.reshape(*y.shape[:4], whole, height, y.shape[5])
+        job.leaves.copy(cells[:, :, :whole], tiles.transpose(5, 0, 4, 1, 3, 2, 6))
+    rest = y[..., whole * height :, :].transpose(4, 0, 1, 3, 2, 5)
+    if rest.size:
+        job.leaves.copy(cells[: len(rest), :, whole], rest)
 
 
 def _add_products(
