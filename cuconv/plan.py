@@ -258,7 +258,7 @@ class Plan:
 
     def tune(self, arrays: tuple[Array | None, ...]) -> None:
         """Time every candidate on these arrays, or recall which was the fastest."""
-        key = (self.problem, self._decision.limit, settings().num_threads)
+        key = (self.problem.fingerprint, self._decision.limit, self.threads)
         candidates = self._decision.candidates
         winner = recall(key, [_winner(choice) for choice in candidates])
         if winner is None:

@@ -2,7 +2,7 @@
 
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import Any, NamedTuple, Protocol, TypeVar
 
@@ -52,6 +52,13 @@ class Problem:
     @property
     def fast(self) -> bool:
         return self.precision == "fast"
+
+    @property
+    def fingerprint(self) -> str:
+        """The same words for equal problems, in every process."""
+        names = (field.name for field in fields(self) if field.name != "direct")
+        words = [f"{name}={getattr(self, name)!r}" for name in names]
+        return "; ".join((*words, *sorted(self.direct)))
 
     @property
     def light(self) -> bool:
