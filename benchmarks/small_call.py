@@ -70,10 +70,10 @@ def microseconds(call: Call, calls: int) -> float:
 
 def measure(rounds: int = 9, calls: int = 1000) -> dict[str, float]:
     """Medians over rounds in which the kinds of call take turns."""
-    kinds = {"call_microseconds": plain_call()}
-    prepared = prepared_call()
-    if prepared is not None:
-        kinds["prepared_microseconds"] = prepared
+    kinds = {
+        "call_microseconds": plain_call(),
+        "prepared_microseconds": prepared_call(),
+    }
     times: dict[str, list[float]] = {name: [] for name in kinds}
     bare: list[float] = []
     for _ in range(rounds + 1):
