@@ -352,8 +352,13 @@ class Plan:
             "dy": g.y_shape,
             "bias": (g.filters,),
         }
+        planned = self.options.dtype and np.dtype(self.options.dtype)
         for name, array in given.items():
             check_shape(name, array, shapes[name])
+            if planned is not None and array.dtype != planned:
+                raise TypeError(
+                    f"{name} has type {array.dtype} and the plan is for {planned}"
+                )
         if module_of(given) is not self._xp:
             raise TypeError(f"the plan is for {self._xp.__name__} arrays")
 

@@ -151,7 +151,7 @@ def _passed_over(
     best, *others = found
     lost: dict[str, str] = {}
     for choice in others:
-        slower = choice.nanoseconds / best.nanoseconds
+        slower = choice.nanoseconds / max(best.nanoseconds, 1)
         word = f"estimated {slower:.2f} times as long"
         lost.setdefault(choice.label, word)
     seen = {choice.strategy.name for choice in found}

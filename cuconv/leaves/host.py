@@ -34,7 +34,7 @@ _LEAST_INNER, _MOST_INNER, _PART_ROWS = 48, 640, 32
 # the cache.  512×128×3136 in place, 784 columns apart: 92 whole, 80 in parts.
 _MOST_SPAN = 2**19
 _AVX512 = ("SkylakeX", "Cooperlake", "SapphireRapids")
-_CALL_BYTES = 12 * 1024
+_CALL_BYTES = 15 * 1024
 _WORKER_BYTES = 8 * 1024
 
 
@@ -58,7 +58,7 @@ class HostLeaves:
 
     def overhead(self, workers: int, itemsize: int) -> int:
         # Views, slices and closures, measured with tracemalloc on CPython 3.11: at most
-        # 12 KiB for one worker and 9 KiB for each more; and NumPy's own buffers.
+        # 15 KiB for one worker and 9 KiB for each more; and NumPy's own buffers.
         return _CALL_BYTES + workers * (_WORKER_BYTES + 3 * _BUFFER_ITEMS * itemsize)
 
     def workers(self) -> int:

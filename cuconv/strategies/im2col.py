@@ -255,6 +255,8 @@ class Im2col:
                 with stage("gemm", self.name, chunk):
                     _add_block(job, columns, cells, total, block, buffers, add=add)
                 add = True
+            if not add:
+                total[...] = 0
 
         job.each(range(len(parts) if own_filters else lanes), body)
         add_lanes(job, sums)
