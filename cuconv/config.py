@@ -6,7 +6,7 @@ environment, then the library's default.
 
 import os
 from collections.abc import Callable
-from contextvars import ContextVar, Token
+from contextvars import ContextVar
 from functools import cache
 from types import TracebackType
 from typing import Any, NamedTuple
@@ -75,10 +75,9 @@ class config:  # noqa: N801 - read as a statement: with config(...): ...
             for name, value in given.items()
             if value is not None
         }
-        self._tokens: list[Token[Settings | None]] = []
 
     def __enter__(self) -> None:
-        self._tokens.append(_settings.set(settings()._replace(**self._own)))
+        _settings.set((*_settings.get(), settings()._replace(**self._own)))
 
     def __exit__(
         self,
@@ -86,12 +85,13 @@ class config:  # noqa: N801 - read as a statement: with config(...): ...
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        _settings.reset(self._tokens.pop())
+        _settings.set(_settings.get()[:-1])
 
 
 def settings() -> Settings:
     """The settings that hold here."""
-    return _settings.get() or _from_environment()
+    inner = _settings.get()
+    return inner[-1] if inner else _from_environment()
 
 
 def check_precision(value: object) -> str:
@@ -152,4 +152,4 @@ def _meant(name: str, word: str) -> object:
     return word
 
 
-_settings: ContextVar[Settings | None] = ContextVar("cuconv_settings", default=None)
+_settings: ContextVar[tuple[Settings, ...]] = ContextVar("cuconv_settings", default=())

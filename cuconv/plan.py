@@ -135,7 +135,7 @@ class Plan:
     @property
     def workspace_bytes(self) -> int:
         """Everything that a run allocates beyond inputs and result."""
-        return self._choice.workspace_bytes
+        return self._choice.workspace_bytes if self.flops else 0
 
     @property
     def passed_over(self) -> dict[str, str]:
@@ -197,18 +197,13 @@ class Plan:
             if array is not None
         }
         self._check(names, arrays, given)
-        if self._weights is None:
-            call = bind(
-                self.problem.op, self.problem.geometry, given, out, self.options
-            )
-            if key and self.options.strategy != "benchmark" and call.plan.is_light:
-                self._bound[key] = call.plan
-            return call.run()
         _check_result(self._xp, out, self.result_shape, self.problem.types, given)
-        if not self._lies_as_planned(given, out):
-            raise ValueError(
-                "a prepared plan takes arrays of its own type that are C-contiguous"
-            )
+        lies = self._lies_as_planned(given, out)
+        if self._weights is not None and not lies:
+            raise ValueError("a prepared plan takes arrays that are C-contiguous")
+        if self._weights is None and not (lies and self._is_settled):
+            op, geometry = self.problem.op, self.problem.geometry
+            return bind(op, geometry, given, out, self.options).run()
         if key:
             self._bound[key] = self
         return self.run(self.with_weights(arrays), out)
@@ -256,20 +251,28 @@ class Plan:
                 self._execute(self._choice, first, second, offset, plain(result))
         return result
 
-    def tune(self, arrays: tuple[Array | None, ...]) -> None:
+    def tune(self, arrays: tuple[Array | None, ...], out: Array) -> None:
         """Time every candidate on these arrays, or recall which was the fastest."""
         key = (self.problem.fingerprint, self._decision.limit, self.threads)
         candidates = self._decision.candidates
         winner = recall(key, [_winner(choice) for choice in candidates])
         if winner is None:
-            target = self._xp.empty(self.result_shape, dtype=self.problem.types.result)
             calls = [
-                lambda choice=choice: self._on(choice).run(arrays, target)
+                lambda choice=choice: self._on(choice).run(arrays, out)
                 for choice in candidates
             ]
             winner = _winner(candidates[fastest(self._xp, calls)])
             remember(key, winner)
         self._choice = next(c for c in candidates if _winner(c) == winner)
+        self._is_plain = False
+
+    def empty(self, arrays: tuple[Array | None, ...]) -> Array:
+        """An array for the result, on the device of the arrays."""
+        with self._leaves.device_of(arrays[0]):
+            result: Array = self._xp.empty(
+                self.result_shape, dtype=self.problem.types.result
+            )
+            return result
 
     def _on(self, choice: Choice) -> "Plan":
         """The same plan with another choice."""
@@ -323,6 +326,8 @@ class Plan:
 
     def _prepared(self, w: Array) -> Array:
         choice = self._choice
+        if not self.flops:
+            return w
         with self._leaves.device_of(w):
             kept = allocated(self._xp, choice.needs.weights)
             total = (*choice.needs.shared, *(choice.needs.own * choice.cut.workers))
@@ -346,6 +351,8 @@ class Plan:
             raise TypeError(f"the plan takes {words}; got {len(arrays)} arrays")
         if "bias" in given and not self.problem.has_bias:
             raise ValueError("the plan was made without a bias; plan_conv(bias=True)")
+        if module_of(given) is not self._xp:
+            raise TypeError(f"the plan is for {self._xp.__name__} arrays")
         shapes = {
             "x": g.x_shape,
             "w": g.w_shape,
@@ -359,15 +366,16 @@ class Plan:
                 raise TypeError(
                     f"{name} has type {array.dtype} and the plan is for {planned}"
                 )
-        if module_of(given) is not self._xp:
-            raise TypeError(f"the plan is for {self._xp.__name__} arrays")
 
     def _lies_as_planned(self, given: dict[str, Array], out: Array | None) -> bool:
         p = self.problem
-        direct = _direct(p.op, p.geometry, given, out, p.types, self._leaves)
-        return (
-            direct >= p.direct - {"w"} and next(iter(given.values())).dtype == p.source
-        )
+        wanted = p.direct if self._weights is None else p.direct - {"w"}
+        return _direct(p.op, p.geometry, given, out, p.types, self._leaves) >= wanted
+
+    @property
+    def _is_settled(self) -> bool:
+        """Whether nothing is left to be timed."""
+        return self.options.strategy != "benchmark"
 
     def __str__(self) -> str:
         return "\n".join(f"{name:<14}{text}" for name, text in self.rows())
@@ -420,7 +428,14 @@ class Call(NamedTuple):
     out: Array | None
 
     def run(self) -> Array:
-        return self.plan.run(self.arrays, self.out)
+        plan, out = self.plan, self.out
+        if plan.options.strategy != "benchmark" or not plan.flops:
+            return plan.run(self.arrays, out)
+        if out is None:
+            # One result for all candidates: they take no more memory than one of them.
+            out = plan.empty(self.arrays)
+        plan.tune(self.arrays, out)
+        return plan.run(self.arrays, out)
 
 
 def bind(
@@ -437,10 +452,7 @@ def bind(
     with stage("plan"):
         plan = _planned(op, geometry, arrays, out, options, xp)
     _check_result(xp, out, plan.result_shape, plan.problem.types, arrays)
-    call = Call(plan, tuple(arrays.values()), out)
-    if options.strategy == "benchmark" and geometry.multiplications:
-        plan.tune(call.arrays)
-    return call
+    return Call(plan, tuple(arrays.values()), out)
 
 
 def _check_result(

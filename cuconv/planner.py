@@ -39,7 +39,8 @@ class Choice:
     """A strategy, the problem as it runs it, and a cut that fits the limit.
 
     ``workspace_bytes`` is everything that a run allocates beyond inputs and result;
-    ``nanoseconds`` is what the rates say it takes.
+    ``nanoseconds`` is what the rates say it takes with its workers, ``rank`` with as
+    many as everyone has: the number of threads must not decide which strategy runs.
     """
 
     strategy: Strategy
@@ -48,6 +49,7 @@ class Choice:
     needs: Needs
     workspace_bytes: int
     nanoseconds: float
+    rank: float
 
     @cached_property
     def blocks(self) -> Blocks:
@@ -124,7 +126,7 @@ def _decision(
 ) -> Decision:
     found: list[Choice] = []
     reasons: dict[str, str] = {}
-    errors: list[MemoryLimitError] = []
+    errors: dict[str, list[MemoryLimitError]] = {}
     wanted = strategies() if name == "auto" else {name: strategies()[name]}
     for strategy in wanted.values():
         for form in _forms(problem):
@@ -137,11 +139,12 @@ def _decision(
                     fit = _Fit(strategy, form, leaves, variant, limit)
                     found.append(fit.choice(workers))
                 except MemoryLimitError as error:
-                    errors.append(error)
-                    reasons[strategy.name] = f"needs {error.smallest} bytes at least"
+                    errors.setdefault(strategy.name, []).append(error)
+    least = {name: min(e.smallest for e in each) for name, each in errors.items()}
+    reasons |= {name: f"needs {size} bytes at least" for name, size in least.items()}
     if not found:
-        raise min(errors, key=lambda error: error.smallest)
-    found.sort(key=lambda choice: choice.nanoseconds)
+        raise MemoryLimitError(limit, min(least.values()), NAMES[problem.op])
+    found.sort(key=lambda choice: choice.rank)
     return Decision(found[0], limit, _passed_over(found, reasons), tuple(found))
 
 
@@ -151,7 +154,7 @@ def _passed_over(
     best, *others = found
     lost: dict[str, str] = {}
     for choice in others:
-        slower = choice.nanoseconds / max(best.nanoseconds, 1)
+        slower = choice.rank / max(best.rank, 1)
         word = f"estimated {slower:.2f} times as long"
         lost.setdefault(choice.label, word)
     seen = {choice.strategy.name for choice in found}
@@ -196,11 +199,21 @@ class _Fit:
             self._strategy.needs(self._problem, cut, self._leaves),
             self._bytes(cut),
             self._price(cut, cut.workers),
+            self._rank(cut),
         )
 
     def _price(self, cut: Cut, workers: int) -> float:
         work = self._strategy.work(self._problem, cut)
         return price(work, self._leaves.rates, workers)
+
+    def _rank(self, cut: Cut) -> float:
+        """What a cut costs, whoever runs it."""
+        several = _NOTIONAL_WORKERS if self._is_busy else 1
+        workers = min(self._strategy.pieces(self._problem, cut), several)
+        alone = self._bytes(cut._replace(workers=1))
+        if alone <= self._limit < self._bytes(cut._replace(workers=max(workers, 1))):
+            workers = 1
+        return self._price(cut, max(workers, 1))
 
     def _cheapest(self) -> Cut | None:
         """The best cut for several workers."""
@@ -211,8 +224,7 @@ class _Fit:
                 cut = self._shared(pieces, lanes)
                 if cut is None:
                     continue
-                at_once = self._strategy.pieces(self._problem, cut)
-                cost = self._price(cut, max(min(at_once, _NOTIONAL_WORKERS), 1))
+                cost = self._rank(cut)
                 if cost < least * _WORTH_FEWER:
                     best, least = cut, cost
         return best

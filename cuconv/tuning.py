@@ -68,13 +68,13 @@ def remember(key: Hashable, winner: Winner) -> None:
     with _lock:
         known = _known()
         known[_digest(key)] = [winner.strategy, list(winner.variant), winner.flipped]
-        with suppress(OSError):
+        with suppress(OSError, RuntimeError):
             _write(_path(), json.dumps(known, indent=1))
 
 
 @cache
 def _known() -> dict[str, Any]:
-    with suppress(OSError, ValueError):
+    with suppress(OSError, ValueError, RecursionError, RuntimeError):
         found = json.loads(_path().read_text(encoding="utf-8"))
         if isinstance(found, dict):
             return found
@@ -88,7 +88,11 @@ def _write(path: Path, text: str) -> None:
         "w", encoding="utf-8", dir=path.parent, delete=False
     ) as file:
         file.write(text)
-    Path(file.name).replace(path)
+    try:
+        Path(file.name).replace(path)
+    except OSError:
+        Path(file.name).unlink(missing_ok=True)
+        raise
 
 
 def _path() -> Path:

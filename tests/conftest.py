@@ -9,7 +9,9 @@ where the environment says ``CUCONV_REQUIRE_GPU=1``.
 import importlib
 import os
 import re
+from collections.abc import Iterator
 from types import ModuleType
+from typing import Any
 
 import hypothesis
 import pytest
@@ -80,3 +82,30 @@ def real_cupy() -> ModuleType:
             pytest.fail(reason)
         pytest.skip(reason)
     return cupy
+
+
+@pytest.fixture
+def choices(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """What ran in this test, one `cuconv.planner.Choice` for each call."""
+    plan = importlib.import_module("cuconv.plan").Plan
+    seen: list[Any] = []
+    original = plan.run
+
+    def spy(plan: Any, *arguments: Any) -> Any:
+        seen.append(plan._choice)
+        return original(plan, *arguments)
+
+    monkeypatch.setattr(plan, "run", spy)
+    return seen
+
+
+@pytest.fixture
+def busy(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Problems are worth several workers however small they are."""
+    support = importlib.import_module("support")
+    host = importlib.import_module("cuconv.leaves.host")
+    eager = host.HOST_RATES._replace(worth_workers=0)
+    monkeypatch.setattr(host.HostLeaves, "rates", eager)
+    support.forget_plans()
+    yield
+    support.forget_plans()

@@ -55,6 +55,46 @@ def cases(draw: st.DrawFn, ranks: tuple[int, ...] = (1, 2, 3)) -> Case:
     return case.in_layout(draw(st.sampled_from(LAYOUTS)))
 
 
+@st.composite
+def tiled_cases(draw: st.DrawFn, most: int = 7) -> Case:
+    """A convolution that Winograd's tiles can take, or whose tails they hardly can.
+
+    One or two axes of stride 1 inside at most one axis of any stride.
+    """
+    tiled = draw(st.sampled_from((1, 2)))
+    rank = tiled + draw(st.sampled_from((0, 1)))
+    outer = rank - tiled
+    kernel = [draw(st.integers(2, 5)) for _ in range(tiled)]
+    kernel = [draw(st.integers(1, 3)) for _ in range(outer)] + kernel
+    stride = [draw(st.integers(1, 3)) for _ in range(outer)] + [1] * tiled
+    pads = [draw(st.tuples(st.integers(-2, 4), st.integers(-2, 4))) for _ in kernel]
+    out = [draw(st.integers(1, most)) for _ in kernel]
+    tails = [draw(st.integers(0, s - 1)) for s in stride]
+    size = map(_size, out, kernel, stride, pads, tails)
+    groups = draw(st.sampled_from((1, 1, 2)))
+    channels, filters = draw(st.integers(8, 10)), draw(st.integers(8, 10))
+    images = draw(st.sampled_from([(), (1,), (3,)]))
+    options = {"stride": tuple(stride), "padding": tuple(pads), "groups": groups}
+    x_shape = (*images, channels * groups, *size)
+    case = Case(x_shape, (filters * groups, channels, *kernel), options)
+    return case.in_layout(draw(st.sampled_from(LAYOUTS)))
+
+
+@st.composite
+def grouped_cases(draw: st.DrawFn, ranks: tuple[int, ...] = (1, 2, 3)) -> Case:
+    """Few channels in each of several groups: what depthwise loops are for."""
+    case = draw(cases(ranks).filter(lambda c: c.layout == "channels_first"))
+    groups = draw(st.integers(2, 10))
+    filters, channels, *kernel = case.w_shape
+    each = max(1, filters // case.options["groups"])
+    batched = len(case.x_shape) == len(case.w_shape)
+    shape = list(case.x_shape)
+    shape[batched] = channels * groups
+    wide = Case(tuple(shape), (each * groups, channels, *kernel), case.options)
+    wide = _changed(wide, groups=groups)
+    return wide.in_layout(draw(st.sampled_from(LAYOUTS)))
+
+
 class Invalid(NamedTuple):
     """A convolution that must be refused, and what the message must say."""
 

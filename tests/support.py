@@ -11,15 +11,22 @@ import ml_dtypes  # noqa: F401 - gives NumPy the name bfloat16
 import numpy as np
 
 import cuconv
-from cuconv import testing
+from cuconv import planner, testing
 from cuconv.arrays import SUPPORTED_TYPES
+from cuconv.leaves import host
 from cuconv.memory import MemoryLimitError
+
+# The module; the function of its name hides it.
+calls = sys.modules["cuconv.conv"]
 
 OPERATIONS = ("forward", "input_grad", "weight_grad")
 LAYOUTS = ("channels_first", "channels_last")
 INTEGERS = tuple(t for t in SUPPORTED_TYPES if np.dtype(t).kind in "iu")
 COMPLEX = ("complex64", "complex128")
 HALVES = ("float16", "bfloat16")
+# What computes plain sums of products, and what does not.
+STRICT = ("im2col", "pointwise", "tap_matmul", "depthwise")
+ROUNDED = ("winograd", "fft")
 
 
 def to_host(array: Any) -> np.ndarray:
@@ -112,14 +119,52 @@ def reference(op: str, arrays: Operands, case: Case) -> np.ndarray:
 
 
 def run(op: str, arrays: Operands, case: Case, **options: Any) -> Any:
-    """What the library says."""
+    """What the library says; strictly, unless ``options`` name another precision."""
     x, w, dy = arrays
-    options = {**case.options, **options}
+    options = {"precision": "strict", **case.options, **options}
     if op == "forward":
         return cuconv.conv(x, w, **options)
     if op == "input_grad":
         return cuconv.conv_input_grad(dy, w, case.x_shape, **options)
     return cuconv.conv_weight_grad(dy, x, case.w_shape, **options)
+
+
+def plan_of(
+    op: str, case: Case, dtype: Any = "float32", **options: Any
+) -> cuconv.Plan | None:
+    """The plan of a strategy that is named; None where it says that it cannot run."""
+    options = {"precision": "strict", **case.options, **options}
+    shapes = case.x_shape, case.w_shape
+    try:
+        return cuconv.plan_conv(*shapes, dtype=dtype, op=op, **options)
+    except ValueError as error:
+        if "cannot run" not in str(error):
+            raise
+        return None
+
+
+def of(op: str, arrays: Operands) -> tuple[Any, Any]:
+    """The two arrays that an operation takes, in the order of a plan."""
+    x, w, dy = arrays
+    return {"forward": (x, w), "input_grad": (dy, w), "weight_grad": (dy, x)}[op]
+
+
+def normal(case: Case, dtype: Any = "float32", seed: int = 0) -> Operands:
+    """Random arrays that rounding shows on."""
+    rng = np.random.default_rng((seed, *case.x_shape))
+    shapes = (case.x_shape, case.w_shape, case.y_shape())
+    return Operands(*(rng.standard_normal(s).astype(dtype) for s in shapes))
+
+
+def forget_plans() -> None:
+    """Plan every call anew: needed where something changes that no key knows of."""
+    planner.decide.cache_clear()
+    calls._SEEN.clear()
+
+
+def forget_arenas() -> None:
+    """Give the memory back that calls leave to the next ones."""
+    host._ARENAS.clear()
 
 
 def smallest_limit(call: Callable[..., Any]) -> int:
@@ -137,6 +182,7 @@ def host_peak(call: Callable[[], Any]) -> int:
     gc.collect()
     gc.disable()
     _fill_shelves()
+    forget_arenas()
     tracemalloc.start()
     try:
         before = tracemalloc.get_traced_memory()[0]

@@ -1,7 +1,7 @@
 """Convolution and its gradients against the seven loops, exactly on small integers."""
 
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from functools import partial
 from typing import Any
 
@@ -30,10 +30,8 @@ from support import (
 )
 
 import cuconv
-from cuconv import plan as planning
 from cuconv import testing
 from cuconv.arrays import SUPPORTED_TYPES
-from cuconv.leaves.host import HostLeaves
 
 # Every extent differs from every other of its case, and each case has its reason.
 CASES = {
@@ -118,27 +116,10 @@ def test_equals_the_loops_under_any_limit(xp, op, case, extra) -> None:
     expect(op, arrays, case, np.float32, run(op, mine, case, memory_limit=limit))
 
 
-@pytest.fixture
-def cuts(monkeypatch: pytest.MonkeyPatch) -> Iterator[set[Any]]:
-    """How the work of the test's calls was cut."""
-    seen = set()
-    find = planning._Fit.within
-
-    def spy(fit: Any, limit: int) -> Any:
-        cut = find(fit, limit)
-        seen.add((fit._problem, cut))
-        return cut
-
-    monkeypatch.setattr(planning._Fit, "within", spy)
-    planning._plan.cache_clear()
-    yield seen
-    planning._plan.cache_clear()
-
-
 @pytest.mark.parametrize("dtype", ["float32", "float16", "int8", "complex64"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("op", OPERATIONS)
-def test_every_chunking_gives_the_same_numbers(xp, cuts, op, layout, dtype) -> None:
+def test_every_chunking_gives_the_same_numbers(xp, choices, op, layout, dtype) -> None:
     checked = 0
     for case in each_in(layout):
         arrays = operands(case, dtype)
@@ -152,6 +133,7 @@ def test_every_chunking_gives_the_same_numbers(xp, cuts, op, layout, dtype) -> N
     assert checked == 6 * len(CASES)
     # Buffers come in units of 512 bytes, which hold more of the smaller types.
     most = 1.5 if np.dtype(dtype).itemsize > 1 else 1.1
+    cuts = {(choice.problem, choice.cut) for choice in choices}
     assert len(cuts) > most * len(CASES), "the limits did not lead to other chunks"
 
 
@@ -171,27 +153,18 @@ def test_every_strategy_gives_the_same_numbers(xp, op, layout, strategy) -> None
     assert checked == 3 * (3 if strategy == "pointwise" else len(CASES))
 
 
-@pytest.fixture
-def three_workers(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Threads for problems that are too small to be worth them."""
-    monkeypatch.setattr(planning, "_WORTH_THREADS", 0)
-    monkeypatch.setattr(planning._Fit, "_is_roomy", lambda fit, cut: True)
-    monkeypatch.setattr(HostLeaves, "workers", lambda leaves: 3)
-    planning._plan.cache_clear()
-    yield
-    planning._plan.cache_clear()
-
-
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("op", OPERATIONS)
-def test_several_workers_give_the_same_numbers(cuts, three_workers, op, layout) -> None:
+@pytest.mark.usefixtures("busy")
+def test_several_workers_give_the_same_numbers(choices, op, layout) -> None:
     for case in each_in(layout):
         arrays = operands(case, "float32")
         for extra in (0, 2**13, 2**16, 2**18):
             limit = smallest_limit(partial(run, op, arrays, case)) + extra
-            actual = run(op, arrays, case, memory_limit=limit)
+            with cuconv.config(num_threads=3):
+                actual = run(op, arrays, case, memory_limit=limit)
             expect(op, arrays, case, np.float32, actual)
-    workers = {cut.workers for _, cut in cuts}
+    workers = {choice.cut.workers for choice in choices}
     assert workers >= {1, 3}
 
 
@@ -201,6 +174,18 @@ def test_deterministic_or_not_the_sums_are_the_same(xp, op) -> None:
         arrays = operands(case, "float32")
         actual = run(op, arrays.on(xp), case, deterministic=choice)
         expect(op, arrays, case, np.float32, actual)
+
+
+def test_the_default_precision_is_near_enough(xp) -> None:
+    """All options left alone: what most callers run."""
+    wide = Case((2, 16, 13, 12), (16, 16, 3, 3), {"padding": 1})
+    for case in (*CASES.values(), wide):
+        arrays = operands(case, "float32")
+        for op in OPERATIONS:
+            got = run(op, arrays.on(xp), case, precision="standard")
+            wanted = reference(op, arrays, case)
+            largest = float(np.abs(wanted).max())
+            testing.assert_close(got, wanted, rtol=0, atol=1e-5 * largest)
 
 
 # Bias
@@ -655,18 +640,11 @@ def _bias_gradient(arrays: Operands, case: Case) -> np.ndarray:
 @pytest.mark.parametrize(
     "needs", [(), ("x",), ("w",), ("bias",), ("w", "x"), ["bias", "w"], {"x", "bias"}]
 )
-def test_backward_computes_what_is_needed_alone(xp, monkeypatch, needs) -> None:
+def test_backward_computes_what_is_needed_alone(xp, choices, needs) -> None:
     case = CASES["two axes, all different"]
     x, w, dy = operands(case).on(xp)
     whole = cuconv.conv_backward(dy, x, w, **case.options)
-    ran = []
-    original = planning.Plan.run
-
-    def spy(plan: Any, *arguments: Any) -> None:
-        ran.append(plan.problem.op)
-        original(plan, *arguments)
-
-    monkeypatch.setattr(planning.Plan, "run", spy)
+    choices.clear()
     some = cuconv.conv_backward(dy, x, w, needs=needs, **case.options)
     for name in ("x", "w", "bias"):
         got = getattr(some, name)
@@ -674,6 +652,10 @@ def test_backward_computes_what_is_needed_alone(xp, monkeypatch, needs) -> None:
         if got is not None:
             testing.assert_equal(got, getattr(whole, name))
     operations = {"x": "input_grad", "w": "weight_grad"}
+    ran = [
+        "input_grad" if choice.problem.flipped else choice.problem.op
+        for choice in choices
+    ]
     assert sorted(ran) == sorted(operations[n] for n in needs if n in operations)
 
 

@@ -18,6 +18,7 @@ from support import (
     OPERATIONS,
     Case,
     Operands,
+    forget_arenas,
     host_peak,
     integers,
     operands,
@@ -29,9 +30,7 @@ from support import (
 from test_conv import CASES, PLACES
 
 import cuconv
-from cuconv import plan as planning
 from cuconv.geometry import ConvGeometry
-from cuconv.leaves.host import HostLeaves
 from cuconv.memory import MemoryLimitError
 
 # Large enough that its column matrix is megabytes, and each extent its own.
@@ -174,25 +173,15 @@ def test_bias_and_its_gradient_are_within_the_limit(xp, dtype) -> None:
         assert_within(xp, alone, max(smallest_limit(alone), 2**16))
 
 
-def test_several_workers_share_the_limit(monkeypatch) -> None:
+def test_several_workers_share_the_limit(choices) -> None:
     """Threads have buffers of their own; their sum is what counts."""
-    monkeypatch.setattr(HostLeaves, "workers", lambda leaves: 4)
-    planning._plan.cache_clear()
-    used = set()
-    original = planning.Plan.run
-
-    def spy(plan: Any, *arguments: Any) -> None:
-        used.add(plan.cut.workers)
-        original(plan, *arguments)
-
-    monkeypatch.setattr(planning.Plan, "run", spy)
     for op in OPERATIONS:
         case = BIG["two axes"]
         call = partial(run, op, big_arrays(np, case, "float32"), case)
-        for limit in (2**18, 2**20, 2**22, 2**24):
-            assert_within(np, call, max(limit, smallest_limit(call)))
-    planning._plan.cache_clear()
-    assert used >= {1, 4}
+        with cuconv.config(num_threads=4):
+            for limit in (2**18, 2**20, 2**22, 2**24):
+                assert_within(np, call, max(limit, smallest_limit(call)))
+    assert {choice.cut.workers for choice in choices} >= {1, 4}
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -276,6 +265,7 @@ def test_an_allocation_that_fails_leaves_out_alone(xp, monkeypatch) -> None:
     def empty(*arguments: Any, **options: Any) -> Any:
         raise MemoryError("full")
 
+    forget_arenas()
     with monkeypatch.context() as patch:
         patch.setattr(xp, "empty", empty)
         with pytest.raises(MemoryError, match="full"):
@@ -285,13 +275,18 @@ def test_an_allocation_that_fails_leaves_out_alone(xp, monkeypatch) -> None:
 
 @pytest.mark.parametrize("op", OPERATIONS)
 def test_more_memory_is_never_needed_for_more_images(xp, op) -> None:
-    """The smallest limit depends on the image, not on how many there are."""
+    """The smallest limit depends on the image, not on how many there are.
+
+    But for a sum of the weight gradient that is kept turned where that pays.
+    """
     limits = []
     for images in (1, 4, 64):
         case = Case((images, 3, 9, 8), (4, 3, 3, 2), {"padding": 1})
         call = partial(run, op, operands(case, "float32").on(xp), case)
         limits.append(smallest_limit(call))
-    assert limits[0] <= limits[1] == limits[2]
+    sums = 512  # what a buffer for the 72 weights takes
+    assert limits[0] <= limits[1] <= limits[2] <= limits[1] + sums
+    assert op == "weight_grad" or limits[1] == limits[2]
 
 
 @settings(max_examples=30)

@@ -7,12 +7,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
-from support import OPERATIONS, Case, operands, run, smallest_limit
+from support import OPERATIONS, Case, forget_plans, operands, run, smallest_limit
 
 import cuconv
 from cuconv import plan as planning
 from cuconv import profiling
-from cuconv.leaves.host import HostLeaves
 
 
 class Range(NamedTuple):
@@ -56,8 +55,11 @@ def domain(monkeypatch: pytest.MonkeyPatch) -> Iterator[Recorder]:
     return recorder
 
 
-PADDED = Case((3, 2, 9, 8), (4, 2, 3, 2), {"padding": 1})
-POINTWISE = Case((3, 2, 9, 8), (4, 2, 1, 1), {})
+# With a stride, its input gradient scatters: without one it gathers from dy.
+PADDED = Case((3, 2, 9, 8), (4, 2, 3, 2), {"padding": 1, "stride": (2, 1)})
+# Rows long enough that images side by side are not worth the copy.
+POINTWISE = Case((3, 2, 29, 31), (4, 2, 1, 1), {})
+FLIPPED = Case((3, 2, 9, 8), (4, 2, 3, 2), {"padding": 1})
 
 STAGES = {
     "forward": {"plan", "gather im2col", "gemm im2col"},
@@ -74,15 +76,24 @@ def test_the_stages_of_an_operation(xp, domain, op) -> None:
     assert domain.ranges[0].message == "plan"
 
 
+def test_an_input_gradient_of_stride_1_gathers_from_dy(domain) -> None:
+    """With NumPy, where adding columns up costs more than gathering them."""
+    arrays = operands(FLIPPED, "float32")
+    run("input_grad", arrays, FLIPPED)
+    domain.assert_balanced()
+    assert domain.messages() - {"pad"} == STAGES["forward"]
+
+
 def test_padding_is_a_stage_of_gathering() -> None:
     """With NumPy alone: the kernel of CUDA fills in the zeros itself."""
     recorder = Recorder()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(profiling, "_domain", recorder)
+        forget_plans()  # one that is known may have its zeros already
         run("forward", operands(PADDED, "float32"), PADDED)
         plain = Recorder()
         patch.setattr(profiling, "_domain", plain)
-        case = PADDED._replace(options={})
+        case = PADDED._replace(options={"stride": (2, 1)})
         run("forward", operands(case, "float32"), case)
     inside = {r.inside for r in recorder.ranges if r.message == "pad"}
     assert inside == {("gather im2col",)}
@@ -91,7 +102,8 @@ def test_padding_is_a_stage_of_gathering() -> None:
 
 @pytest.mark.parametrize("op", OPERATIONS)
 def test_pointwise_convolutions_gather_and_scatter_nothing(xp, domain, op) -> None:
-    run(op, operands(POINTWISE, "float32").on(xp), POINTWISE)
+    arrays = operands(POINTWISE, "float32").on(xp)
+    run(op, arrays, POINTWISE, strategy="pointwise")
     domain.assert_balanced()
     assert domain.messages() == {"plan", "gemm pointwise"}
 
@@ -116,7 +128,7 @@ def test_the_payload_counts_the_chunks(xp, domain, op) -> None:
 
 def test_backward_shows_both_gradients(xp, domain) -> None:
     x, w, dy = operands(PADDED, "float32").on(xp)
-    cuconv.conv_backward(dy, x, w, padding=1)
+    cuconv.conv_backward(dy, x, w, **PADDED.options)
     domain.assert_balanced()
     wanted = STAGES["input_grad"] | STAGES["weight_grad"]
     assert domain.messages() - {"pad"} == wanted
@@ -124,16 +136,24 @@ def test_backward_shows_both_gradients(xp, domain) -> None:
     assert [r.message for r in domain.ranges[:2]] == ["plan", "plan"]
 
 
+@pytest.mark.usefixtures("busy")
 def test_every_worker_closes_its_ranges(domain, monkeypatch) -> None:
-    monkeypatch.setattr(planning, "_WORTH_THREADS", 0)
-    monkeypatch.setattr(planning._Fit, "_is_roomy", lambda fit, cut: True)
-    monkeypatch.setattr(HostLeaves, "workers", lambda leaves: 3)
-    planning._plan.cache_clear()
+    begun = threading.Event()
+    push = domain.push_range
+
+    def wait_for_another(message: str, payload: int) -> None:
+        push(message, payload)
+        if threading.current_thread() is not threading.main_thread():
+            begun.set()
+        elif message.startswith("gather"):
+            assert begun.wait(60), "the second worker never came"
+
+    monkeypatch.setattr(domain, "push_range", wait_for_another)
     case = Case((3, 4, 40, 41), (8, 4, 3, 3), {})
     arrays = operands(case, "float32")
-    # The weight gradient deals its blocks out: a second thread cannot be too late.
-    cuconv.conv_weight_grad(arrays.dy, arrays.x, case.w_shape, memory_limit=2**18)
-    planning._plan.cache_clear()
+    options = {"strategy": "im2col", "memory_limit": 2**18}
+    with cuconv.config(num_threads=3):
+        cuconv.conv_weight_grad(arrays.dy, arrays.x, case.w_shape, **options)
     domain.assert_balanced()
     assert len(domain.stacks) >= 2
     assert sorted(domain.payloads("gemm im2col")) == sorted(

@@ -48,6 +48,7 @@ class Depthwise:
         g = problem.geometry
         missing = [n for n in _OPERANDS[problem.op] if n not in problem.direct]
         return verdict(
+            (g.rank > 3, f"{g.rank} axes, 3 at most"),
             (g.groups == 1, "there is one group"),
             (
                 g.group_channels > _MOST_CHANNELS,

@@ -331,7 +331,7 @@ class Winograd:
         tiles = g.images * shape.axes[0].out * tall * wide
         kept = shape.frequencies * g.filters * g.group_channels * shape.axes[0].kernel
         outer = math.prod(cut.tile.cells[: g.rank - len(cut.variant)])
-        rows_in_block = -(-tiles // (blocks * outer))
+        rows_in_block = -(-tiles // max(blocks * outer, 1))
         grad = problem.op == "weight_grad"
         return Work(
             multiply=float(tiles) * kept,

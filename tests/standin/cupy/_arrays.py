@@ -253,18 +253,19 @@ def arange(*args, **kwargs):
     return asarray(np.arange(*args, **kwargs))
 
 
-def array(value, dtype=None, copy=True):
+def array(value, dtype=None, copy=True, order="K"):
     """Copy a host array to the device, strides kept as CuPy keeps them."""
     if isinstance(value, ndarray):
         host = value._host
-        if not copy and (dtype is None or host.dtype == dtype):
+        fits = dtype is None or host.dtype == dtype
+        if not copy and fits and (order == "K" or host.flags[f"{order}_CONTIGUOUS"]):
             return value
     else:
         host = np.asarray(value)
     dtype = host.dtype if dtype is None else np.dtype(dtype)
     if dtype.kind not in "biufcV" or not dtype.isnative:
         raise ValueError(f"Unsupported dtype {dtype}")
-    made = np.empty_like(host, dtype=dtype, order="K", subok=False)
+    made = np.empty_like(host, dtype=dtype, order=order, subok=False)
     made[...] = host
     return ndarray(made, memory.Block(made), current())
 
