@@ -415,6 +415,16 @@ class ConvGeometry(WindowGeometry):
         return self.images * self.positions * self.filters * self.patch
 
     @cached_property
+    def is_empty(self) -> bool:
+        """Whether nothing is multiplied: no cell, or none under any window."""
+        spans = (axis.window(0, axis.out) for axis in self.axes)
+        missed = any(
+            min(stop, axis.size) <= max(start, 0)
+            for axis, (start, stop) in zip(self.axes, spans, strict=True)
+        )
+        return self.multiplications == 0 or missed
+
+    @cached_property
     def y_shape(self) -> tuple[int, ...]:
         return self.array_shape(self.filters, self.out)
 

@@ -145,7 +145,8 @@ class Plan:
     @property
     def flops(self) -> int:
         """Operations of the plain sum of products; a multiply-add counts as two."""
-        return 2 * self.problem.geometry.multiplications
+        g = self.problem.geometry
+        return 0 if g.is_empty else 2 * g.multiplications
 
     @property
     def bytes_moved(self) -> int:
@@ -244,7 +245,7 @@ class Plan:
             result = out
             if result is None:
                 result = self._xp.empty(self.result_shape, dtype=types.result)
-            if self.problem.geometry.multiplications == 0:
+            if not self.flops:
                 _fill(plain(result), *bias, geometry=self.problem.geometry)
             else:
                 offset = bias[0] if bias else None
@@ -595,7 +596,7 @@ def _is_plain(choice: Choice, leaves: Leaves) -> bool:
         and problem.op == "forward"
         and problem.light
         and not problem.has_bias
-        and problem.geometry.multiplications > 0
+        and not problem.geometry.is_empty
         and problem.geometry.count_blocks(cut.tile) == 1
         and choice.workspace_bytes <= _PLAIN_BYTES
     )

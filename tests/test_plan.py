@@ -104,7 +104,7 @@ def test_any_plan_can_be_read(xp, op, case, precision) -> None:
     assert f"precision {precision}" in words
     assert plan.strategy in strategies()
     assert min(plan.workers, plan.chunks) >= 1
-    assert plan.arithmetic_intensity > 0
+    assert plan.arithmetic_intensity > 0 or not plan.flops
 
 
 # What it does

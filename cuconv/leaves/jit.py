@@ -19,6 +19,8 @@ far apart cells lie there, stride of the outputs.
 
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -165,6 +167,25 @@ def convolve(
 
 
 @compiled
+def correlate_exactly(
+    dy: Cells, x: Cells, into: Cells, x_axes: Cells, dy_axes: Cells
+) -> None:
+    """``into[t] = Σ dy[o] · x[o · stride + t]``, cell by cell."""
+    into[...] = 0
+    size = x.shape
+    for n in range(dy.shape[0]):
+        for o in np.ndindex(dy.shape[1:]):
+            value = dy[n, o[0], o[1], o[2]]
+            for t in np.ndindex(into.shape):
+                d = o[0] * dy_axes[0, 3] + t[0] * x_axes[0, 1] - x_axes[0, 2]
+                h = o[1] * dy_axes[1, 3] + t[1] * x_axes[1, 1] - x_axes[1, 2]
+                w = o[2] * dy_axes[2, 3] + t[2] * x_axes[2, 1] - x_axes[2, 2]
+                inside = 0 <= d < size[1] and 0 <= h < size[2]
+                if inside and 0 <= w < size[3]:
+                    into[t] += value * x[n, d, h, w]
+
+
+@compiled
 def correlate(
     dy: Cells,
     x: Cells,
@@ -207,3 +228,6 @@ def correlate(
                         for p in range(one.shape[0]):
                             total += one[p] * two[p]
                         into[i, j, t] = total
+        if not np.isfinite(into.sum()):
+            # Zeros between met a NaN or an infinity: only cells that meet may.
+            correlate_exactly(dy[:, g, k], x[:, g, c], into, x_axes, dy_axes)

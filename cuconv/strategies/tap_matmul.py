@@ -14,7 +14,7 @@ write.
 """
 
 from collections.abc import Iterator
-from itertools import islice
+from itertools import islice, product
 from typing import NamedTuple
 
 from cuconv.arrays import Array, Stored, stored
@@ -154,18 +154,18 @@ class TapMatmul:
                     source = cells[(..., *met.inputs)]
                     columns = _copied(job, buffers["x"], g, block, source)
                 with stage("gemm", self.name, chunk):
-                    product = _staged(
+                    summand = _staged(
                         buffers["product"], g, block, g.group_filters, met.shape
                     )
                     fast = job.problem.fast
                     job.leaves.gemm(
                         weights[met.tap][None],
                         columns.matrix,
-                        product.matrix,
+                        summand.matrix,
                         fast=fast,
                     )
                     into = total[(..., *met.outputs)]
-                    job.leaves.xp.add(into, product.cells, out=into)
+                    job.leaves.xp.add(into, summand.cells, out=into)
             job.leaves.copy(total, output_cells(y, block))
 
         job.each(job.blocks, body)
@@ -182,16 +182,16 @@ class TapMatmul:
             for met in _meetings(g, block):
                 source = gradients[(..., *met.outputs)]
                 columns = _copied(job, buffers["dy"], g, block, source)
-                product = _staged(
+                summand = _staged(
                     buffers["product"], g, block, g.group_channels, met.shape
                 )
                 with stage("gemm", self.name, chunk):
                     turned = weights[met.tap][None].swapaxes(-1, -2)
                     fast = job.problem.fast
-                    job.leaves.gemm(turned, columns.matrix, product.matrix, fast=fast)
+                    job.leaves.gemm(turned, columns.matrix, summand.matrix, fast=fast)
                 with stage("scatter", self.name, chunk):
                     into = total[(..., *met.inputs)]
-                    job.leaves.xp.add(into, product.cells, out=into)
+                    job.leaves.xp.add(into, summand.cells, out=into)
             job.leaves.copy(total, cells)
 
         job.each(job.blocks, body)
@@ -241,23 +241,15 @@ class _Meeting(NamedTuple):
 
 def _meetings(geometry: ConvGeometry, block: Block) -> Iterator[_Meeting]:
     """Every tap that meets the input under a block, the last axis fastest."""
-
-    def further(tap: tuple[int, ...]) -> Iterator[_Meeting]:
-        index = len(tap)
-        if index == geometry.rank:
-            found = [_met(geometry, i, t, block.output[i]) for i, t in enumerate(tap)]
-            sizes = tuple(stop - start for start, stop in (span for span, _ in found))
-            if all(size > 0 for size in sizes):
-                outputs = tuple(
-                    slice(span[0] - whole[0], span[1] - whole[0])
-                    for (span, _), whole in zip(found, block.output, strict=True)
-                )
-                yield _Meeting(tap, tuple(cells for _, cells in found), outputs, sizes)
-            return
-        for t in range(geometry.kernel[index]):
-            yield from further((*tap, t))
-
-    return further(())
+    for tap in product(*map(range, geometry.kernel)):
+        found = [_met(geometry, i, t, block.output[i]) for i, t in enumerate(tap)]
+        sizes = tuple(span[1] - span[0] for span, _ in found)
+        if min(sizes) > 0:
+            outputs = tuple(
+                slice(span[0] - whole[0], span[1] - whole[0])
+                for (span, _), whole in zip(found, block.output, strict=True)
+            )
+            yield _Meeting(tap, tuple(cells for _, cells in found), outputs, sizes)
 
 
 def _met(
