@@ -46,6 +46,8 @@ class CudaLeaves:
         cupy.get_default_memory_pool().free_all_blocks()
 
     def memory(self, nbytes: int) -> AbstractContextManager[Array]:
+        if not nbytes:
+            return nullcontext(np.empty(0, dtype=np.uint8))
         # CuPy's pool keeps memory for reuse already, stream by stream.
         return nullcontext(cupy.empty(nbytes, dtype=cupy.uint8))
 
