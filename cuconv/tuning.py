@@ -9,7 +9,6 @@ import hashlib
 import json
 import os
 import platform
-import statistics
 import tempfile
 import threading
 from collections.abc import Callable, Hashable, Sequence
@@ -45,7 +44,7 @@ def fastest(xp: Any, calls: Sequence[Callable[[], object]]) -> int:
             _finish(xp)
             if round_:
                 own.append(perf_counter() - start)
-    return min(range(len(calls)), key=lambda i: statistics.median(times[i]))
+    return min(range(len(calls)), key=lambda i: float(np.median(times[i])))
 
 
 def _finish(xp: Any) -> None:

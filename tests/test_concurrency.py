@@ -221,8 +221,8 @@ def test_nothing_is_written_after_an_interruption() -> None:
     done = run_script("""
         import os, signal, threading, time
         import numpy as np, cuconv
-        x, w = np.ones((64, 64, 56, 56), "f4"), np.ones((64, 64, 3, 3), "f4")
-        out = np.zeros((64, 64, 54, 54), "f4")
+        x, w = np.ones((64, 64, 56, 56), "f4"), np.ones((256, 64, 3, 3), "f4")
+        out = np.zeros((64, 256, 54, 54), "f4")
         cuconv.conv(x[:2], w)
         def interrupt():
             for pause in (0.03, 0.02, 0.02):
