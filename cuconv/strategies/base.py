@@ -236,6 +236,18 @@ class Strategy(Protocol):
         """Write the gradient for ``w`` to ``out``."""
 
 
+class OneWay:
+    """The answers of a strategy that has one way of doing it."""
+
+    def variants(self, problem: Problem) -> tuple[tuple[int, ...], ...]:
+        del problem
+        return ((),)
+
+    def describe(self, variant: tuple[int, ...]) -> str:
+        del variant
+        return ""
+
+
 class Shared(Iterator[Item]):
     """One iterator for several workers: each item goes to whoever asks first."""
 

@@ -19,6 +19,7 @@ from cuconv.strategies.base import (
     Cut,
     Job,
     Needs,
+    OneWay,
     Problem,
     Work,
     filters_of,
@@ -39,7 +40,7 @@ _TASKS = 8
 _RUN = 8192
 
 
-class Depthwise:
+class Depthwise(OneWay):
     """See `cuconv.strategies.Strategy`."""
 
     name = "depthwise"
@@ -69,14 +70,6 @@ class Depthwise:
             ),
             (problem.flipped, "it spreads dy out for every stride"),
         )
-
-    def variants(self, problem: Problem) -> tuple[tuple[int, ...], ...]:
-        del problem
-        return ((),)
-
-    def describe(self, variant: tuple[int, ...]) -> str:
-        del variant
-        return ""
 
     def preferred(self, problem: Problem, leaves: Leaves) -> int:
         del leaves

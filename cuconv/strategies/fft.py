@@ -34,6 +34,7 @@ from cuconv.strategies.base import (
     Cut,
     Job,
     Needs,
+    OneWay,
     Problem,
     Work,
     add_lanes,
@@ -80,7 +81,7 @@ def _frequencies(lengths: tuple[int, ...]) -> tuple[int, ...]:
     return (*lengths[:-1], lengths[-1] // 2 + 1)
 
 
-class Fft:
+class Fft(OneWay):
     """See `cuconv.strategies.Strategy`."""
 
     name = "fft"
@@ -103,14 +104,6 @@ class Fft:
                 f"the kernel has {taps} taps, fewer than {_LEAST_TAPS}",
             ),
         )
-
-    def variants(self, problem: Problem) -> tuple[tuple[int, ...], ...]:
-        del problem
-        return ((),)
-
-    def describe(self, variant: tuple[int, ...]) -> str:
-        del variant
-        return ""
 
     def preferred(self, problem: Problem, leaves: Leaves) -> int:
         g = problem.geometry

@@ -26,6 +26,7 @@ from cuconv.strategies.base import (
     Cut,
     Job,
     Needs,
+    OneWay,
     Problem,
     Work,
     add_lanes,
@@ -39,7 +40,7 @@ from cuconv.strategies.base import (
 from cuconv.strategies.im2col import run_cost
 
 
-class TapMatmul:
+class TapMatmul(OneWay):
     """See `cuconv.strategies.Strategy`."""
 
     name = "tap_matmul"
@@ -52,14 +53,6 @@ class TapMatmul:
         if problem.op == "input_grad" and problem.operand != problem.types.accumulate:
             return False, f"sums in {problem.operand} would be rounded"
         return True, ""
-
-    def variants(self, problem: Problem) -> tuple[tuple[int, ...], ...]:
-        del problem
-        return ((),)
-
-    def describe(self, variant: tuple[int, ...]) -> str:
-        del variant
-        return ""
 
     def preferred(self, problem: Problem, leaves: Leaves) -> int:
         g = problem.geometry
