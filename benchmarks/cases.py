@@ -131,9 +131,7 @@ def weight_grad_element(layer: Layer, dy: Host, x: Host, place: Indices) -> floa
     windows, cells = [], []
     for axis, tap in enumerate(t):
         window = np.arange(layer.out[axis])
-        cell = window * layer.stride[axis] + tap * layer.dilation[axis]
-        cell -= layer.padding[axis]
-        inside = (cell >= 0) & (cell < layer.size[axis])
+        cell, inside = cells_under(layer, axis, window, np.array(tap))
         windows.append(window[inside])
         cells.append(cell[inside])
     return inner(dy[:, k], windows, x[:, channel], cells)
@@ -158,12 +156,19 @@ def meetings(layer: Layer, o: list[int]) -> tuple[list[Indices], list[Indices]]:
     cells, taps = [], []
     for axis, window in enumerate(o):
         tap = np.arange(layer.kernel[axis])
-        cell = window * layer.stride[axis] + tap * layer.dilation[axis]
-        cell -= layer.padding[axis]
-        inside = (cell >= 0) & (cell < layer.size[axis])
+        cell, inside = cells_under(layer, axis, np.array(window), tap)
         cells.append(cell[inside])
         taps.append(tap[inside])
     return cells, taps
+
+
+def cells_under(
+    layer: Layer, axis: int, window: Indices, tap: Indices
+) -> tuple[Indices, Indices]:
+    """The cells that taps of windows meet, and which of them the input has."""
+    cell = window * layer.stride[axis] + tap * layer.dilation[axis]
+    cell = cell - layer.padding[axis]
+    return cell, (cell >= 0) & (cell < layer.size[axis])
 
 
 def inner(a: Host, at_a: list[Indices], b: Host, at_b: list[Indices]) -> float:

@@ -34,7 +34,8 @@ from cuconv.strategies import Job, Problem
 from cuconv.strategies.base import Buffers, in_groups
 from cuconv.tuning import Winner, fastest, recall, remember
 
-# The largest workspace that a plan keeps for itself.
+# The largest workspace that a plan keeps for itself.  NumPy's own buffers for arrays
+# that fit into it are less than what `Leaves.overhead` counts, whatever their setting.
 _PLAIN_BYTES = 2**16
 
 # The arrays of each operation, in the order in which they are given.
@@ -94,6 +95,16 @@ class Plan:
 
     Made by `cuconv.plan_conv`.  A plan is fixed: shapes, types, strategy, blocks and
     memory.  Calling it with arrays runs it.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import cuconv
+    >>> plan = cuconv.plan_conv((1, 1, 5), (1, 1, 3), dtype="float64")
+    >>> plan.strategy, plan.result_shape, plan.flops
+    ('im2col', (1, 1, 3), 18)
+    >>> plan(np.arange(5.0).reshape(1, 1, 5), np.ones((1, 1, 3)))
+    array([[[3., 6., 9.]]])
     """
 
     def __init__(
@@ -110,7 +121,7 @@ class Plan:
         self._is_plain = _is_plain(self._choice, self._leaves)
         self._shape, self._dtype = self.result_shape, problem.types.result
         self._spare: list[Job] = []
-        self._bound: dict[tuple[object, ...], Plan] = {}
+        self._accepted: tuple[object, ...] | None = None
 
     @property
     def is_light(self) -> bool:
@@ -175,20 +186,31 @@ class Plan:
         }[self.problem.op]
 
     def __call__(self, *arrays: Array | None, out: Array | None = None) -> Array:
-        """Run it on ``(x, w, bias)``, ``(dy, w)`` or ``(dy, x)``.
+        """Run it.
 
-        After `prepare`, the weights are left out.  Arrays that lie in memory otherwise
-        than the plan assumed get a plan of their own, with the same options.
+        Parameters
+        ----------
+        *arrays
+            ``(x, w, bias)``, ``(dy, w)`` or ``(dy, x)``, in the shapes and the type of
+            the plan.  After `prepare`, the weights are left out.  Arrays that lie in
+            memory otherwise than the plan assumed get a plan of their own, with the
+            same options.
+        out
+            Array of ``result_shape`` to write the result to.
+
+        Returns
+        -------
+        array
+            Of ``result_shape``.
 
         Raises
         ------
         ValueError, TypeError
-            If shapes or types are not those of the plan.
+            If shapes, types or the number of arrays are not those of the plan.
         """
         key = signature((*arrays, out))
-        bound = self._bound.get(key) if key else None
-        if bound is not None and out is None:
-            return bound.run(bound.with_weights(arrays), None)
+        if key is not None and key == self._accepted and out is None:
+            return self.run(self._with_weights(arrays), None)
         names = list(OPERANDS[self.problem.op])
         if self._weights is not None:
             names.remove("w")
@@ -199,17 +221,22 @@ class Plan:
         }
         self._check(names, arrays, given)
         _check_result(self._xp, out, self.result_shape, self.problem.types, given)
-        lies = self._lies_as_planned(given, out)
-        if self._weights is not None and not lies:
-            raise ValueError("a prepared plan takes arrays that are C-contiguous")
-        if self._weights is None and not (lies and self._is_settled):
+        misplaced = self._misplaced(given, out)
+        if self._weights is not None and misplaced:
+            named = {**given, "out": out}
+            words = (f"{name} has strides {named[name].strides}" for name in misplaced)
+            raise ValueError(
+                f"a prepared plan takes C-contiguous arrays; {', '.join(words)}"
+            )
+        if misplaced or (
+            self._weights is None and self.options.strategy == "benchmark"
+        ):
             op, geometry = self.problem.op, self.problem.geometry
             return bind(op, geometry, given, out, self.options).run()
-        if key:
-            self._bound[key] = self
-        return self.run(self.with_weights(arrays), out)
+        self._accepted = key
+        return self.run(self._with_weights(arrays), out)
 
-    def with_weights(
+    def _with_weights(
         self, arrays: tuple[Array | None, ...]
     ) -> tuple[Array | None, ...]:
         """The arrays with the prepared weights, if there are any, in their place."""
@@ -220,8 +247,30 @@ class Plan:
     def prepare(self, w: Array) -> "Plan":
         """The same plan with these weights built in, transformed or packed once.
 
-        The weights are copied: what happens to ``w`` later does not matter.  Calls of
-        the plan that this returns leave ``w`` out.
+        Parameters
+        ----------
+        w
+            The weights, in the shape and the type of the plan.  They are copied: what
+            happens to ``w`` later does not matter.
+
+        Returns
+        -------
+        Plan
+            Its calls leave ``w`` out: ``(x, bias)`` or ``(dy,)``.
+
+        Raises
+        ------
+        ValueError, TypeError
+            If ``w`` is not of the plan's shape or type, or the plan takes no weights.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> import cuconv
+        >>> w = np.ones((1, 1, 2), dtype=np.float32)
+        >>> prepared = cuconv.plan_conv((1, 1, 4), w.shape).prepare(w)
+        >>> prepared(np.ones((1, 1, 4), dtype=np.float32))
+        array([[[2., 2., 2.]]], dtype=float32)
         """
         if "w" not in OPERANDS[self.problem.op]:
             raise ValueError("the gradient of the weights has no weights to prepare")
@@ -310,9 +359,9 @@ class Plan:
     def _execute_plainly(self, x: Array, w: Array, out: Array) -> None:
         """Run a plain job in buffers of its own, which wait for the next call."""
         choice = self._choice
-        if self._spare:
+        try:
             job = self._spare.pop()
-        else:
+        except IndexError:  # the first call, or another thread is in the last job
             needs = choice.needs
             total = workspace_bytes((*needs.weights, *needs.shared, *needs.own))
             raw = self._xp.empty(total, dtype=self._xp.uint8)
@@ -368,15 +417,11 @@ class Plan:
                     f"{name} has type {array.dtype} and the plan is for {planned}"
                 )
 
-    def _lies_as_planned(self, given: dict[str, Array], out: Array | None) -> bool:
+    def _misplaced(self, given: dict[str, Array], out: Array | None) -> list[str]:
+        """The arrays that do not lie in memory as the plan assumed."""
         p = self.problem
-        wanted = p.direct if self._weights is None else p.direct - {"w"}
-        return _direct(p.op, p.geometry, given, out, p.types, self._leaves) >= wanted
-
-    @property
-    def _is_settled(self) -> bool:
-        """Whether nothing is left to be timed."""
-        return self.options.strategy != "benchmark"
+        lie = _direct(p.op, p.geometry, given, out, p.types, self._leaves)
+        return sorted(p.direct - lie - ({"w"} if self._weights is not None else set()))
 
     def __str__(self) -> str:
         return "\n".join(f"{name:<14}{text}" for name, text in self.rows())

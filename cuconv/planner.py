@@ -108,17 +108,24 @@ def _check_strategy(problem: Problem, name: str) -> None:
     if name not in known:
         words = ", ".join(map(repr, ("auto", "benchmark", *known)))
         raise ValueError(f"strategy must be one of {words}; got {name!r}")
-    answers = [known[name].supports(form) for form in _forms(problem)]
-    if not any(able for able, _ in answers):
-        raise ValueError(
-            f"strategy {name!r} cannot run {NAMES[problem.op]} here: {answers[-1][1]}"
-        )
+    reason = _refusal(known[name], problem)
+    if reason:
+        what = NAMES[problem.op]
+        raise ValueError(f"strategy {name!r} cannot run {what} here: {reason}")
 
 
 def _forms(problem: Problem) -> list[Problem]:
     """The problem as it was put, and as the convolution that it also is."""
     other = problem.as_forward
     return [problem] if other is None else [problem, other]
+
+
+def _refusal(strategy: Strategy, problem: Problem) -> str:
+    """Why a strategy runs the problem in none of its forms; empty if it can."""
+    answers = [strategy.supports(form) for form in _forms(problem)]
+    if any(able for able, _ in answers):
+        return ""
+    return "; over dy: ".join(reason for _, reason in answers)
 
 
 def _decision(
@@ -129,10 +136,10 @@ def _decision(
     errors: dict[str, list[MemoryLimitError]] = {}
     wanted = strategies() if name == "auto" else {name: strategies()[name]}
     for strategy in wanted.values():
+        if reason := _refusal(strategy, problem):
+            reasons[strategy.name] = reason
         for form in _forms(problem):
-            able, reason = strategy.supports(form)
-            if not able:
-                reasons.setdefault(strategy.name, reason)
+            if not strategy.supports(form)[0]:
                 continue
             for variant in strategy.variants(form):
                 try:

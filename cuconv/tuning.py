@@ -68,11 +68,16 @@ def remember(key: Hashable, winner: Winner) -> None:
         known = _known()
         known[_digest(key)] = [winner.strategy, list(winner.variant), winner.flipped]
         with suppress(OSError, RuntimeError):
-            _write(_path(), json.dumps(known, indent=1))
+            # What other processes have found since stays on record too.
+            _write(_path(), json.dumps({**_read(), **known}, indent=1))
 
 
 @cache
 def _known() -> dict[str, Any]:
+    return _read()
+
+
+def _read() -> dict[str, Any]:
     with suppress(OSError, ValueError, RecursionError, RuntimeError):
         found = json.loads(_path().read_text(encoding="utf-8"))
         if isinstance(found, dict):

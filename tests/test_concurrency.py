@@ -279,3 +279,40 @@ def test_workers_heed_the_callers_errstate() -> None:
     with np.errstate(all="ignore"), cuconv.config(num_threads=3):
         y = strictly(x, np.abs(w) + 1)
     assert np.isinf(y).all()
+
+
+def test_a_tiny_call_whose_buffers_another_thread_has_just_taken() -> None:
+    """They were there when it looked, and are gone when it takes them."""
+
+    class Taken(list[Any]):
+        def __bool__(self) -> bool:
+            return True
+
+    x, w = np.arange(27, dtype="f4").reshape(1, 3, 3, 3), np.ones((2, 3, 3, 3), "f4")
+    plan = cuconv.plan_conv(x.shape, w.shape, padding=1, strategy="im2col")
+    plan._spare = Taken()
+    wanted = cuconv.conv2d(x, w, padding=1, precision="strict")
+    testing.assert_equal(plan(x, w), wanted)
+    assert len(plan._spare) == 1
+
+
+def test_a_tiny_call_from_many_threads() -> None:
+    """A tiny plan keeps its buffers between calls: no two calls may share them."""
+    x = np.arange(4 * 27, dtype="f4").reshape(4, 1, 3, 3, 3)
+    w = np.arange(54, dtype="f4").reshape(2, 3, 3, 3)
+    wanted = [cuconv.conv2d(each, w, padding=1, strategy="im2col") for each in x]
+    before, checked = sys.getswitchinterval(), 0
+    sys.setswitchinterval(1e-6)
+    try:
+
+        def many(which: int) -> int:
+            for _ in range(400):
+                got = cuconv.conv2d(x[which], w, padding=1, strategy="im2col")
+                testing.assert_equal(got, wanted[which])
+            return 400
+
+        with ThreadPoolExecutor(4) as pool:
+            checked = sum(pool.map(many, range(4)))
+    finally:
+        sys.setswitchinterval(before)
+    assert checked == 1600

@@ -411,3 +411,27 @@ def test_known_calls_give_the_same_bits(layout) -> None:
                 again = run(op, arrays, case, precision="standard")
                 assert again.tobytes() == first.tobytes()
                 again[...] = 55
+
+
+def test_the_reason_is_that_of_the_form_that_could_run() -> None:
+    """An input gradient of stride 1 may run over dy: what forbids that is said too."""
+    plan = cuconv.plan_conv((2, 4, 9, 9), (4, 4, 3, 3), op="input_grad", padding=1)
+    reason = plan.passed_over["winograd"]
+    assert "over dy: fewer than 8 channels" in reason
+    with pytest.raises(ValueError, match="over dy: fewer than 8 channels"):
+        cuconv.plan_conv(
+            (2, 4, 9, 9), (4, 4, 3, 3), op="input_grad", strategy="winograd"
+        )
+
+
+def test_an_option_that_shows_its_address_is_never_taken_for_another() -> None:
+    class Step:
+        def __init__(self, size: int) -> None:
+            self.size = size
+
+        def __index__(self) -> int:
+            return self.size
+
+    x, w = np.ones((1, 1, 9)), np.ones((1, 1, 2))
+    lengths = [cuconv.conv(x, w, stride=Step(n)).shape[-1] for n in (1, 2, 3, 4) * 20]
+    assert lengths == [8, 4, 3, 2] * 20

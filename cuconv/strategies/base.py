@@ -12,6 +12,8 @@ from cuconv.leaves import Leaves
 from cuconv.memory import Buffer
 
 OPERATIONS = ("forward", "input_grad", "weight_grad")
+# Why a strategy refuses an input gradient as such.
+OVER_DY = "its input gradient is a forward pass over dy, for stride 1"
 
 # OpenBLAS gives products up to this size to one thread, whatever it was told.
 _LIGHT_PRODUCT = 2**18
@@ -100,9 +102,9 @@ class Cut(NamedTuple):
 class Job(NamedTuple):
     """One call: the problem, how it is cut, who carries it out, and where.
 
-    A ``is_plain`` one has a single small block and adds nothing: no worker, no setting
-    of BLAS or NumPy is needed, and its buffers serve it alone, call after call, so that
-    views of them may be kept (`Buffers.views`).
+    An ``is_plain`` one has a single small block: no worker, no setting of BLAS or NumPy
+    is needed, and its buffers serve it alone, call after call, so that views of them
+    may be kept (`Buffers.views`).
     """
 
     problem: Problem

@@ -31,6 +31,7 @@ from cuconv.leaves import Leaves
 from cuconv.memory import Buffer
 from cuconv.profiling import stage
 from cuconv.strategies.base import (
+    OVER_DY,
     Cut,
     Job,
     Needs,
@@ -91,7 +92,7 @@ class Fft(OneWay):
         return verdict(
             (
                 problem.op == "input_grad",
-                "it runs as a forward pass over dy, which a stride forbids",
+                OVER_DY,
             ),
             (problem.precision != "fast", "precision='fast' alone allows it"),
             (problem.module != "numpy", "its buffers are NumPy's so far"),

@@ -55,8 +55,6 @@ _LANE_BYTES = 4 * 2**20
 # Below so many positions, workers take filters rather than positions; the least filters
 # in a part.
 FEW_POSITIONS, PART = 1024, 32
-
-
 # The cells that beginning a run costs: columns of 7×7 outputs take 0.87 ns a cell, of
 # 112×112 0.2.
 _RUN = 32
@@ -139,6 +137,7 @@ class Im2col:
         g = problem.geometry
         columns = g.images * g.positions * g.groups * g.patch * run_cost(g)
         turned = 0 if "w" in problem.direct else g.filters * g.patch
+        part = g.group_filters // cut.lanes
         work = Work(
             multiply=g.multiplications,
             short_side=min(cut.tile.positions, g.group_filters, g.patch),
@@ -154,22 +153,19 @@ class Im2col:
                 multiply=work.multiply * max(again, 1), gather=0, scatter=columns
             )
         if problem.op == "weight_grad":
-            part = g.group_filters // cut.lanes
             if cut.variant == FILTERS:
-                short = min(cut.tile.positions, part, g.patch)
                 return work._replace(
                     gather=columns * cut.lanes,
-                    copy=cut.lanes * cut.tile.positions,
-                    short_side=short,
+                    short_side=min(cut.tile.positions, part, g.patch),
                     blocks=work.blocks * cut.lanes,
                     transpose=0,
                 )
             return work._replace(copy=cut.lanes * g.filters * g.patch, transpose=0)
         direct = "out" in problem.direct and cut.variant == EACH
-        part = g.group_filters // cut.lanes
+        images = 1 if cut.variant == WIDE else max(cut.tile.images, 1)
         return work._replace(
             gather=columns * cut.lanes,
-            short_side=min(_row_length(problem, cut), part, g.patch),
+            short_side=min(cut.tile.positions // images, part, g.patch),
             blocks=work.blocks * cut.lanes,
             copy=0 if direct else g.images * g.positions * g.filters,
         )
@@ -268,14 +264,6 @@ def run_cost(geometry: ConvGeometry) -> float:
     """How much more a gathered cell costs because its run of memory is short."""
     run = geometry.out[-1] if geometry.channels_first else geometry.group_channels
     return 1 + _RUN / max(run, 1)
-
-
-def _row_length(problem: Problem, cut: Cut) -> int:
-    """How many positions one matrix product takes."""
-    positions = cut.tile.positions
-    if cut.variant == WIDE or problem.op == "weight_grad":
-        return positions
-    return positions // max(cut.tile.images, 1)
 
 
 def _column_buffer(problem: Problem, tile: Tile, dtype: DType) -> Buffer:

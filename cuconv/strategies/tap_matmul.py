@@ -23,6 +23,7 @@ from cuconv.leaves import Leaves
 from cuconv.memory import Buffer
 from cuconv.profiling import stage
 from cuconv.strategies.base import (
+    OVER_DY,
     Cut,
     Job,
     Needs,
@@ -49,7 +50,7 @@ class TapMatmul(OneWay):
         if problem.geometry.taps == 1:
             return False, "the kernel has one tap: pointwise is the same"
         if problem.op == "input_grad" and problem.geometry.is_unit_stride:
-            return False, "with stride 1 it runs as a forward pass over dy"
+            return False, OVER_DY
         if problem.op == "input_grad" and problem.operand != problem.types.accumulate:
             return False, f"sums in {problem.operand} would be rounded"
         return True, ""

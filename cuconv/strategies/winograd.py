@@ -48,6 +48,7 @@ from cuconv.leaves import Leaves
 from cuconv.memory import Buffer
 from cuconv.profiling import stage
 from cuconv.strategies.base import (
+    OVER_DY,
     Cut,
     Job,
     Needs,
@@ -218,7 +219,7 @@ class Winograd:
         return verdict(
             (
                 problem.op == "input_grad",
-                "it runs as a forward pass over dy, which a stride forbids",
+                OVER_DY,
             ),
             (
                 problem.precision == "strict",
@@ -300,20 +301,18 @@ class Winograd:
         g, dtype = problem.geometry, problem.operand
         shape = _shape(g, cut.variant, dtype)
         kept = shape.frequencies * g.filters * g.group_channels * shape.axes[0].kernel
-        sizes = _sizes(problem, cut, shape)
-        if problem.op == "forward":
-            turned = Buffer("turned", g.filters * g.patch, dtype)
-            bands = Buffer("bands", _band_cells(shape), dtype)
-            own = tuple(Buffer(name, cells, dtype) for name, cells in sizes.items())
-            weights = (Buffer("w", kept, dtype),)
-            return Needs(weights, (turned, *bias_buffer(problem)), (*own, bands))
-        own = tuple(Buffer(name, cells, dtype) for name, cells in sizes.items())
-        sums = Buffer("sums", cut.lanes * kept, dtype)
+        own = [
+            Buffer(n, cells, dtype) for n, cells in _sizes(problem, cut, shape).items()
+        ]
+        own.append(Buffer("bands", _band_cells(shape), dtype))
         turned = Buffer("turned", g.filters * g.patch, dtype)
-        bands = Buffer("bands", _band_cells(shape), dtype)
+        if problem.op == "forward":
+            weights = (Buffer("w", kept, dtype),)
+            return Needs(weights, (turned, *bias_buffer(problem)), tuple(own))
         cells = partial_cells(kept, g.group_filters, cut.tile.positions)
-        partial = Buffer("partial", cells, dtype)
-        return Needs((), (sums, turned), (*own, partial, bands))
+        own.append(Buffer("partial", cells, dtype))
+        sums = Buffer("sums", cut.lanes * kept, dtype)
+        return Needs((), (sums, turned), tuple(own))
 
     def pieces(self, problem: Problem, cut: Cut) -> int:
         if problem.op == "weight_grad":
@@ -445,11 +444,6 @@ def _band_cells(shape: _Shape) -> int:
     return cells
 
 
-def _reach(axis: Axis, span: Range, tiles: int, m: int, n: int) -> tuple[int, int]:
-    """The first input cell under a run of tiles, and how many cells they span."""
-    return axis.first(span[0]), (tiles - 1) * m + n
-
-
 def _within(first: int, step: int, count: int, size: int) -> tuple[int, int]:
     """Which of ``first + step · i``, i < count, lie in [0, size)."""
     start = min(max(-(first // step), 0), count)
@@ -464,10 +458,8 @@ def _inputs(
     x = outer_view(x, len(job.cut.variant))
     steps, sizes = shape.outputs, shape.inputs
     width = (piece.wide - 1) * steps[1] + sizes[1]
-    q = buffers["q"][
-        : math.prod(_rows_shape(piece, x, piece.outer_in, sizes[0], width))
-    ]
-    q = q.reshape(_rows_shape(piece, x, piece.outer_in, sizes[0], width))
+    shown = _rows_shape(piece, x, piece.outer_in, sizes[0], width)
+    q = buffers["q"][: math.prod(shown)].reshape(shown)
     firsts = [a.first(s[0]) for a, s in zip(shape.axes, piece.spans, strict=True)]
     _copy_rows(job, x, q, firsts, steps[0])
     rows = None if shape.tiles[0] is None else shape.tiles[0].input
