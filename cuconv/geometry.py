@@ -8,6 +8,7 @@ where ``before`` is the padding in front of the axis (negative padding crops) an
 cells outside ``0 <= i < size`` read as zero.  Everything below follows from this line.
 """
 
+import itertools
 import math
 import operator
 from collections.abc import Iterator, Sequence
@@ -99,6 +100,18 @@ class Block(NamedTuple):
     def shape(self) -> tuple[int, ...]:
         """Output cells along every axis."""
         return tuple(stop - start for start, stop in self.output)
+
+
+class Phase(NamedTuple):
+    """Input cells a stride apart, and the convolution over dy that is their gradient.
+
+    ``cells`` picks them along every axis of x, ``taps`` the taps that reach them, last
+    tap first.  ``geometry`` is None where no tap does: their gradient is zero.
+    """
+
+    cells: tuple[slice, ...]
+    taps: tuple[slice, ...]
+    geometry: "ConvGeometry | None"
 
 
 class Region(NamedTuple):
@@ -455,6 +468,26 @@ class ConvGeometry(WindowGeometry):
         )
         return replace(self, axes=axes, channels=self.filters, filters=self.channels)
 
+    def phases(self) -> Iterator[Phase]:
+        """Cut the input by residues of the strides: every cell of x is in one phase.
+
+        In ``i = o * stride + t * dilation - before``, a cell fixes ``t * dilation``
+        modulo the stride.  The taps of a phase are therefore evenly spaced, and the
+        outputs that they meet are neighbours: a convolution over dy with stride 1.
+        """
+        for picked in itertools.product(*map(_phases, self.axes)):
+            cells, taps, axes = zip(*picked, strict=True)
+            reached = [axis for axis in axes if axis is not None]
+            other = None
+            if len(reached) == self.rank:
+                other = replace(
+                    self,
+                    axes=tuple(reached),
+                    channels=self.filters,
+                    filters=self.channels,
+                )
+            yield Phase(cells, taps, other)
+
     @classmethod
     def of_weights(
         cls,
@@ -486,6 +519,27 @@ class ConvGeometry(WindowGeometry):
             _index("groups", groups),
             layout,
         )
+
+
+def _phases(axis: Axis) -> Iterator[tuple[slice, slice, Axis | None]]:
+    """Cells, taps and the axis of a convolution over dy, for every residue."""
+    common = math.gcd(axis.stride, axis.dilation)
+    apart = axis.stride // common
+    for cell in range(min(axis.stride, axis.size)):
+        cells = slice(cell, axis.size, axis.stride)
+        count = len(range(cell, axis.size, axis.stride))
+        rest, missed = divmod(cell + axis.before, common)
+        tap = rest * pow(axis.dilation // common, -1, apart) % apart
+        taps = range(tap, axis.kernel, apart)
+        if missed or not taps:
+            yield cells, slice(0), None
+            continue
+        dilation = axis.dilation // common
+        extent = dilation * (len(taps) - 1) + 1
+        before = extent - 1 - (cell + axis.before - tap * axis.dilation) // axis.stride
+        after = count + extent - 1 - axis.out - before
+        reverse = slice(taps[-1], tap - 1 if tap else None, -apart)
+        yield cells, reverse, Axis(axis.out, len(taps), 1, dilation, before, after)
 
 
 def _index(name: str, value: object) -> int:

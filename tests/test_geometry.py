@@ -386,3 +386,39 @@ def test_true_is_an_integer_and_not_confused_with_one(layout) -> None:
     geometry = WindowGeometry.of((1, 4, 4, 4), 2, stride=True, layout=layout)
     assert geometry == WindowGeometry.of((1, 4, 4, 4), 2, stride=1, layout=layout)
     assert all(type(axis.stride) is int for axis in geometry.axes)
+
+
+# Phases
+
+
+@given(axis=axes)
+def test_phases_meet_exactly_what_the_windows_meet(axis) -> None:
+    """Every (cell, tap, output) once, and every cell in one phase."""
+    geometry = ConvGeometry(1, 2, (axis,), filters=3)
+    cells = range(axis.size)
+    met, owned = [], []
+    for phase in geometry.phases():
+        own = cells[phase.cells[0]]
+        owned += own
+        if phase.geometry is None:
+            continue
+        (other,) = phase.geometry.axes
+        taps = range(axis.kernel)[phase.taps[0]]
+        assert (phase.geometry.channels, phase.geometry.filters) == (3, 2)
+        assert (other.out, other.kernel, other.stride) == (len(own), len(taps), 1)
+        for cell, (index, tap) in product(range(len(own)), enumerate(taps)):
+            output = cells_under(other, cell)[index]
+            if 0 <= output < axis.out:
+                met.append((own[cell], tap, output))
+    assert sorted(owned) == list(cells)
+    windows = {o: cells_under(axis, o) for o in range(axis.out)}
+    expected = [
+        (cell, tap, o) for o, under in windows.items() for tap, cell in enumerate(under)
+    ]
+    assert sorted(met) == sorted(p for p in expected if 0 <= p[0] < axis.size)
+
+
+def test_one_phase_at_stride_one() -> None:
+    geometry = ConvGeometry.of_weights((2, 4, 9, 8), (6, 4, 3, 2), padding=(1, 2))
+    (phase,) = geometry.phases()
+    assert phase.geometry == geometry.adjoint
