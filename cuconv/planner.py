@@ -6,6 +6,7 @@ module (`cuconv.rates`); the cheapest is chosen, and the others keep the reason
 why they were not.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, lru_cache, partial
@@ -325,12 +326,20 @@ class _Fit:
 def price(work: Work, rates: Rates, workers: int) -> float:
     """Nanoseconds that the rates give for this work."""
     short = 1 + rates.short / max(work.short_side, 1)
-    product = work.multiply * rates.multiply * short
+    product = work.multiply * rates.multiply * short * _rounded(work, rates)
     alone = sum(getattr(work, name) * getattr(rates, name) for name in _SHARED_OUT)
     together = sum(getattr(work, name) * getattr(rates, name) for name in _CROWDED)
     own = (product + alone + work.blocks * rates.block) / workers
     crowd = 1 + rates.crowding * (workers - 1)
     return float(own + together / crowd + (workers - 1) * rates.worker)
+
+
+def _rounded(work: Work, rates: Rates) -> float:
+    """How much longer it takes because the last round of tiles is not full."""
+    if not (work.tiles and rates.processors):
+        return 1
+    rounds = math.ceil(work.tiles / rates.processors)
+    return rounds * rates.processors / work.tiles
 
 
 def most(fits: Callable[[int], bool], limit: int) -> int:

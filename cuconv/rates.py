@@ -37,6 +37,8 @@ class Rates(NamedTuple):
     worker: float
     # Less work than this, in nanoseconds, is not worth a second worker.
     worth_workers: float
+    # Multiprocessors, among which a kernel's blocks are shared out.
+    processors: int = 0
 
 
 # Fitted to the layers of ResNet-50 and VGG-16, N = 8, on two AMD EPYC cores (Zen 4,

@@ -38,6 +38,26 @@ __device__ inline float widen(bfloat16_t b)
 template <typename T>
 __device__ inline T widen(T value) { return value; }
 
+// Store a sum, rounded to nearest even where the result is a half.
+__device__ inline void put(float16_t *at, float sum)
+{
+#ifdef HOST_SHIM
+    at->bits = host_float_to_half(sum);
+#else
+    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(at->bits) : "f"(sum));
+#endif
+}
+
+__device__ inline void put(bfloat16_t *at, float sum)
+{
+    const unsigned bits = __float_as_uint(sum);
+    const unsigned half = 0x7FFF + (bits >> 16 & 1);
+    at->bits = sum == sum ? (bits + half) >> 16 : bits >> 16 | 0x40;
+}
+
+template <typename T>
+__device__ inline void put(T *at, T sum) { *at = sum; }
+
 __device__ inline void add_to(boolean_t &sum, boolean_t v) { sum.value |= v.value; }
 
 __device__ inline void add_to(complex64_t &sum, complex64_t v)
@@ -54,6 +74,50 @@ __device__ inline void add_to(complex128_t &sum, complex128_t v)
 
 template <typename T>
 __device__ inline void add_to(T &sum, T v) { sum = (T)(sum + v); }
+
+__device__ inline boolean_t times(boolean_t a, boolean_t b)
+{
+    boolean_t both = {(unsigned char)(a.value & b.value)};
+    return both;
+}
+
+__device__ inline word2_t times(word2_t a, word2_t b)
+{
+    // Two shorts multiply as int, and 65535 * 65535 overflows one.
+    return (word2_t)((unsigned)a * b);
+}
+
+template <typename T>
+__device__ inline T times(T a, T b) { return (T)(a * b); }
+
+// sum += a * b, fused where the compiler can.
+template <typename T>
+__device__ inline void add_product(T &sum, T a, T b) { add_to(sum, times(a, b)); }
+
+template <typename C>
+__device__ inline void add_complex(C &sum, C a, C b)
+{
+    sum.re += a.re * b.re;
+    sum.re -= a.im * b.im;
+    sum.im += a.re * b.im;
+    sum.im += a.im * b.re;
+}
+
+__device__ inline void add_product(complex64_t &sum, complex64_t a, complex64_t b)
+{
+    add_complex(sum, a, b);
+}
+
+__device__ inline void add_product(complex128_t &sum, complex128_t a, complex128_t b)
+{
+    add_complex(sum, a, b);
+}
+
+__device__ inline complex64_t conjugate(complex64_t v) { return {v.re, -v.im}; }
+__device__ inline complex128_t conjugate(complex128_t v) { return {v.re, -v.im}; }
+
+template <typename T>
+__device__ inline T conjugate(T value) { return value; }
 
 __device__ inline void atomic_add(word4_t *at, word4_t v) { atomicAdd(at, v); }
 __device__ inline void atomic_add(word8_t *at, word8_t v) { atomicAdd(at, v); }

@@ -33,21 +33,6 @@ struct Product {
 static_assert(sizeof(Product) == PRODUCT_BYTES, "the host packs another Product");
 #endif
 
-__device__ inline boolean_t times(boolean_t a, boolean_t b)
-{
-    boolean_t both = {(unsigned char)(a.value & b.value)};
-    return both;
-}
-
-template <typename T>
-__device__ inline T times(T a, T b) { return (T)(a * b); }
-
-__device__ inline word2_t times(word2_t a, word2_t b)
-{
-    // Two shorts multiply as int, and 65535 * 65535 overflows one.
-    return (word2_t)((unsigned)a * b);
-}
-
 __device__ inline ELEMENT at(
     const ELEMENT *matrix, const Matrix &step, long long row, long long column,
     long long rows, long long columns)
@@ -80,7 +65,7 @@ extern "C" __global__ void matmul(
             a_tile[y][x] = at(a_here, p.a, row, k + x, p.rows, p.inner);
             b_tile[y][x] = at(b_here, p.b, k + y, column, p.inner, p.columns);
             __syncthreads();
-            for (int i = 0; i < TILE; ++i) add_to(sum, times(a_tile[y][i], b_tile[i][x]));
+            for (int i = 0; i < TILE; ++i) add_product(sum, a_tile[y][i], b_tile[i][x]);
             __syncthreads();
         }
         if (inside) *here = sum;

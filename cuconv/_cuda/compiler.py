@@ -17,6 +17,8 @@ from cuconv._cuda.variants import (
 )
 from cuconv.arrays import accumulator, check_type
 
+_SHARED_WITHOUT_ASKING = 48 * 1024
+
 
 def kernel(variant: Variant) -> Any:
     """The kernel of a variant on the current device."""
@@ -28,7 +30,10 @@ def _loaded(variant: Variant, device: int) -> Any:
     del device  # a module belongs to the device that was current when it was loaded
     options = tuple(f"-D{macro}" for macro in variant.macros)
     module = cupy.RawModule(code=kernel_source(variant.kernel), options=options)
-    return module.get_function(variant.kernel)
+    function = module.get_function(variant.kernel)
+    if variant.shared > _SHARED_WITHOUT_ASKING:
+        function.max_dynamic_shared_size_bytes = variant.shared
+    return function
 
 
 def precompile(

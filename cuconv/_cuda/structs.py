@@ -1,4 +1,4 @@
-"""The structs of ``index.cuh`` and ``matmul.cu``, packed on the host.
+"""The structs of the kernels, packed on the host.
 
 A kernel takes its geometry as one value: a NumPy array of one structured item, which
 CuPy passes by value.  ``GEOMETRY_BYTES`` lets the compiler check that both sides agree.
@@ -20,6 +20,29 @@ _MATRIX = np.dtype([(name, "i8") for name in ("image", "group", "row", "column")
 PRODUCT = np.dtype(
     [(name, "i8") for name in ("groups", "rows", "columns", "inner", "tiles", "add")]
     + [(name, _MATRIX) for name in ("a", "b", "out")]
+)
+_WALK = np.dtype(
+    [
+        *[
+            ("count", "i8"),
+            ("x_base", "i8"),
+            ("x_step", "i8", 4),
+            ("own_step", "i8", 4),
+        ],
+        *[("radix", "i4", 4), ("advance", "i4", 4)],
+        *[("scale", "i4", 3), ("first", "i4", 3)],
+        *[("first_fastest", "i4"), ("reserved", "i4")],
+    ]
+)
+_TILES = "tiles", "tiles_p", "tiles_f", "part_length", "part_step"
+_STEPS = "x_group", "dense_group", "out_group", "dense_step", "out_step", "bias_step"
+CONTRACTION = np.dtype(
+    [
+        *[("p", _WALK), ("r", _WALK)],
+        *[(name, "i8") for name in (*_TILES, *_STEPS)],
+        *[(name, "i4") for name in ("filters", "groups", "parts", "has_bias")],
+        *[("size", "i4", 3), ("along_filters", "i4")],
+    ]
 )
 
 

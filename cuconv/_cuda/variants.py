@@ -5,8 +5,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from cuconv._cuda.structs import GEOMETRY, PRODUCT
-from cuconv.arrays import SUPPORTED_TYPES, DType
+from cuconv._cuda.structs import CONTRACTION, GEOMETRY, PRODUCT
+from cuconv.arrays import SUPPORTED_TYPES, DType, accumulator, is_half
 
 # Signed and unsigned integers of one width add and multiply alike.
 _ELEMENTS = {
@@ -23,6 +23,10 @@ _ELEMENTS = {
     },
 }
 _SUMS = {"float16_t": "float32_t", "bfloat16_t": "float32_t"}
+# Of `struct Place` and `struct Digits` in `implicit_gemm.cu`.
+_PLACE_BYTES, _DIGITS_BYTES = 32, 16
+# Such a block has many copies for each thread.
+_FEW_THREADS = 64
 _HAS_ATOMICS = {
     *("word4_t", "word8_t", "float16_t", "bfloat16_t"),
     *("float32_t", "float64_t", "complex64_t", "complex128_t"),
@@ -30,10 +34,14 @@ _HAS_ATOMICS = {
 
 
 class Variant(NamedTuple):
-    """One kernel, specialised: a name and the macros that it is compiled with."""
+    """One kernel, specialised: a name and the macros that it is compiled with.
+
+    ``shared`` are the bytes of shared memory that a launch asks for.
+    """
 
     kernel: str
     macros: tuple[str, ...]
+    shared: int = 0
 
 
 def has_atomics(dtype: DType) -> bool:
@@ -56,6 +64,126 @@ def product_variant(dtype: DType) -> Variant:
     """`matmul` for integers or booleans of this type."""
     macros = f"ELEMENT={_ELEMENTS[dtype.name]}", f"PRODUCT_BYTES={PRODUCT.itemsize}"
     return Variant("matmul", macros)
+
+
+class Operand(NamedTuple):
+    """How tiles of an operand are loaded: along the sum or not, elements by a copy."""
+
+    along_terms: bool
+    vector: int
+
+
+class Tiling(NamedTuple):
+    """What a block of `implicit_gemm` computes, and how its warps share it."""
+
+    filters: int
+    columns: int
+    terms: int
+    warp_filters: int
+    warp_columns: int
+    tensor: bool
+
+    @classmethod
+    def of(cls, dtype: DType, filters: int, columns: int, *, tensor: bool) -> "Tiling":
+        """The way to compute this many results at a time."""
+        if tensor:
+            tall = 64 if columns == 128 and filters >= 64 else 32
+            terms = 64 // dtype.itemsize
+            return cls(filters, columns, terms, tall, 32, tensor)
+        tall, wide = (16, 32) if accumulator(dtype).itemsize > 4 else (32, 64)
+        return cls(filters, columns, 8, tall, wide, tensor)
+
+    @property
+    def threads(self) -> int:
+        across = self.columns // self.warp_columns
+        return 32 * (self.filters // self.warp_filters) * across
+
+    def threads_at_once(self, *, alone: bool) -> int:
+        """Threads that share a multiprocessor: as many as registers allow unspilled.
+
+        A copy that runs by itself needs none for what it copies.
+        """
+        if not alone:
+            return 256
+        return 512 if self.threads > _FEW_THREADS else 384
+
+    def shared(self, dtype: DType, sides: tuple[Operand, Operand], stages: int) -> int:
+        """Bytes of shared memory: tiles of both operands, the ring, the places."""
+        item, tiles = dtype.itemsize, 0
+        for free, side in zip((self.filters, self.columns), sides, strict=True):
+            lies_along = self.tensor and side.along_terms
+            spread = self.tensor and item == 4 and not side.along_terms
+            padding = 8 if spread else max(16 // item, 1)
+            line, lines = (self.terms, free) if lies_along else (free, self.terms)
+            tiles += (line + padding) * lines
+        whole = -(-stages * tiles * item // 16) * 16
+        places = (2 * self.terms + self.columns) * _PLACE_BYTES
+        return whole + places + self.terms * _DIGITS_BYTES
+
+
+def uses_tensor_cores(dtype: DType, *, fast: bool) -> bool:
+    """Whether products of this type run on tensor cores, where there are some."""
+    return is_half(dtype) or (fast and dtype == np.float32)
+
+
+def _is_alone(dtype: DType, side: Operand) -> bool:
+    """Whether the hardware copies an operand into shared memory without registers."""
+    return side.vector * dtype.itemsize in (4, 8, 16) and dtype.itemsize < 16
+
+
+def tile_sizes(dtype: DType) -> tuple[tuple[int, int], ...]:
+    """Filters and columns of the blocks of `implicit_gemm`, the largest first."""
+    if accumulator(dtype).itemsize > 4:
+        return (64, 64), (32, 64), (16, 32)
+    return (128, 128), (64, 128), (64, 64), (32, 64)
+
+
+def contraction_variant(
+    dtype: DType,
+    result: DType,
+    tiling: Tiling,
+    dense: Operand,
+    x: Operand,
+    *,
+    is_partial: bool = False,
+    conjugated: int = 0,
+    stages: int = 3,
+) -> Variant:
+    """`implicit_gemm` for arrays of this type."""
+    element = _ELEMENTS[dtype.name]
+    sums = _SUMS.get(element, element)
+    stored = sums if is_partial else _ELEMENTS[result.name]
+    shared = tiling.shared(dtype, (dense, x), stages)
+    alone = stages > 2 and all(_is_alone(dtype, side) for side in (dense, x))
+    blocks = max(tiling.threads_at_once(alone=alone) // tiling.threads, 1)
+    values = {
+        "ELEMENT": element,
+        "SUM": sums,
+        "RESULT": stored,
+        "CORE": int(tiling.tensor),
+        "TILE_F": tiling.filters,
+        "TILE_P": tiling.columns,
+        "TILE_R": tiling.terms,
+        "WARP_F": tiling.warp_filters,
+        "WARP_P": tiling.warp_columns,
+        "STAGES": stages,
+        "BLOCKS": blocks,
+        "CONJUGATED": conjugated,
+        "DENSE_ALONG_R": int(dense.along_terms),
+        "DENSE_VECTOR": dense.vector,
+        "X_ALONG_R": int(x.along_terms),
+        "X_VECTOR": x.vector,
+        "SHARED_BYTES": shared,
+        "CONTRACTION_BYTES": CONTRACTION.itemsize,
+    }
+    macros = tuple(f"{name}={value}" for name, value in values.items())
+    return Variant("implicit_gemm", macros, shared)
+
+
+def parts_variant(sums: DType, result: DType) -> Variant:
+    """`sum_parts` for sums and results of these types."""
+    macros = f"SUM={_ELEMENTS[sums.name]}", f"RESULT={_ELEMENTS[result.name]}"
+    return Variant("sum_parts", macros)
 
 
 def _sum_variant(kernel: str, element: str, rank: int, *, wide: bool) -> Variant:

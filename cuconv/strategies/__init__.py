@@ -13,6 +13,7 @@ from cuconv.strategies.base import (
 from cuconv.strategies.depthwise import Depthwise
 from cuconv.strategies.fft import Fft
 from cuconv.strategies.im2col import Im2col
+from cuconv.strategies.implicit_gemm import ImplicitGemm
 from cuconv.strategies.pointwise import Pointwise
 from cuconv.strategies.tap_matmul import TapMatmul
 from cuconv.strategies.winograd import Winograd
@@ -36,6 +37,7 @@ register(Pointwise())
 register(Depthwise())
 register(Winograd())
 register(Fft())
+register(ImplicitGemm())
 register(TapMatmul())
 register(Im2col())
 

@@ -1,9 +1,10 @@
 // Enough of CUDA C++ to run a kernel on a CPU: thread and block indices, atomics,
-// intrinsics, shared memory and barriers.
+// intrinsics, shared memory, barriers, copies that arrive late, products by a warp.
 //
 // Blocks run one after another.  Threads of a block run one after another too, unless
 // the kernel has barriers: then each is a fibre that runs from barrier to barrier, and a
-// barrier that some threads miss is an error.
+// barrier that some threads miss is an error.  What a warp does together is a barrier of
+// its 32 lanes: each leaves what it brings, and goes on when all have.
 
 #include <stddef.h>
 #include <stdint.h>
@@ -22,7 +23,9 @@
 #define __restrict__ __restrict
 #define __shared__ static
 #define __launch_bounds__(...)
+#define __align__(bytes) alignas(bytes)
 
+struct alignas(16) uint4 { unsigned x, y, z, w; };
 struct ShimIndex { unsigned x, y, z; };
 static ShimIndex threadIdx, blockIdx, blockDim, gridDim;
 
@@ -36,6 +39,27 @@ static inline float __uint_as_float(unsigned bits)
     float f;
     memcpy(&f, &bits, sizeof f);
     return f;
+}
+
+static inline unsigned __float_as_uint(float f)
+{
+    unsigned bits;
+    memcpy(&bits, &f, sizeof bits);
+    return bits;
+}
+
+static inline unsigned short host_float_to_half(float f)
+{
+    const unsigned bits = __float_as_uint(f), sign = bits >> 16 & 0x8000;
+    const unsigned magnitude = bits & 0x7FFFFFFF;
+    if (magnitude > 0x7F800000) return (unsigned short)(sign | 0x7E00);
+    if (magnitude >= 0x477FF000) return (unsigned short)(sign | 0x7C00);  // >= 65520
+    if (magnitude < 0x38800000) {  // below 2^-14: the sum rounds to a multiple of 2^-24
+        const float shifted = __uint_as_float(magnitude) + 0.5f;
+        return (unsigned short)(sign | (__float_as_uint(shifted) - 0x3F000000));
+    }
+    const unsigned rounded = magnitude + 0xFFF + (magnitude >> 13 & 1);
+    return (unsigned short)(sign | (rounded - 0x38000000) >> 13);
 }
 
 static inline float host_half_to_float(unsigned short bits)
@@ -58,58 +82,235 @@ static inline T atomicAdd(T *at, T value)
     return before;
 }
 
+namespace shim {
+static unsigned char *dynamic_memory;
+}
+
 #ifdef SHIM_BARRIERS
 #include <ucontext.h>
 
+#include <vector>
+
 namespace shim {
-const unsigned STACK = 65536;
-struct Fibre { ucontext_t context; bool done; };
+const unsigned STACK = 262144, WARP = 32, DEPOSIT = 32;
+enum State { READY, AT_BARRIER, WITH_WARP, DONE };
+struct Copy { void *to; const void *from; int bytes; bool is_there; unsigned group; };
+struct Fibre {
+    ucontext_t context;
+    State state;
+    unsigned exchanges;  // with its warp, so far
+    unsigned group;
+    std::vector<Copy> copies;
+};
 static ucontext_t scheduler;
-static Fibre *fibres;
-static char *stacks;
+static std::vector<Fibre> fibres;
+static std::vector<char> stacks;
 static unsigned current;
 static void (*body)();
+// What the lanes of the running warp bring; two, as the first lanes may be one ahead.
+alignas(16) static unsigned char deposits[2][WARP][DEPOSIT];
+static unsigned long long bank_conflicts;
+
+[[noreturn]] static void fail(const char *what)
+{
+    fprintf(stderr, "%s\n", what);
+    abort();
+}
+
+static void leave(State state)
+{
+    fibres[current].state = state;
+    swapcontext(&fibres[current].context, &scheduler);
+}
 
 static void enter()
 {
     body();
-    fibres[current].done = true;
-    swapcontext(&fibres[current].context, &scheduler);
+    leave(DONE);
+}
+
+static unsigned count(unsigned first, unsigned last, State state)
+{
+    unsigned found = 0;
+    for (unsigned t = first; t < last; ++t) found += fibres[t].state == state;
+    return found;
+}
+
+static void release(unsigned first, unsigned last, State state)
+{
+    for (unsigned t = first; t < last; ++t)
+        if (fibres[t].state == state) fibres[t].state = READY;
+}
+
+// Until every lane has ended or waits for the whole block.
+static void run_warp(unsigned first, unsigned last)
+{
+    while (count(first, last, READY)) {
+        for (unsigned t = first; t < last; ++t) {
+            if (fibres[t].state != READY) continue;
+            current = t;
+            threadIdx.x = t;
+            swapcontext(&scheduler, &fibres[t].context);
+        }
+        const unsigned together = count(first, last, WITH_WARP);
+        if (together && together != WARP)
+            fail("a warp's instruction was reached by some lanes only");
+        release(first, last, WITH_WARP);
+    }
 }
 
 static void run_block(unsigned threads, void (*kernel)())
 {
     body = kernel;
     for (unsigned t = 0; t < threads; ++t) {
-        getcontext(&fibres[t].context);
-        fibres[t].context.uc_stack.ss_sp = stacks + (size_t)t * STACK;
-        fibres[t].context.uc_stack.ss_size = STACK;
-        fibres[t].context.uc_link = &scheduler;
-        fibres[t].done = false;
-        makecontext(&fibres[t].context, enter, 0);
+        Fibre &fibre = fibres[t];
+        getcontext(&fibre.context);
+        fibre.context.uc_stack.ss_sp = stacks.data() + (size_t)t * STACK;
+        fibre.context.uc_stack.ss_size = STACK;
+        fibre.context.uc_link = &scheduler;
+        fibre.state = READY;
+        fibre.exchanges = fibre.group = 0;
+        fibre.copies.clear();
+        makecontext(&fibre.context, enter, 0);
     }
-    for (unsigned left = threads; left;) {
-        unsigned ended = 0;
-        for (unsigned t = 0; t < threads; ++t) {
-            if (fibres[t].done) continue;
-            current = t;
-            threadIdx.x = t;
-            swapcontext(&scheduler, &fibres[t].context);
-            ended += fibres[t].done;
+    while (count(0, threads, DONE) < threads) {
+        for (unsigned first = 0; first < threads; first += WARP)
+            run_warp(first, first + WARP < threads ? first + WARP : threads);
+        if (count(0, threads, DONE) && count(0, threads, AT_BARRIER))
+            fail("a barrier was reached by some threads only");
+        release(0, threads, AT_BARRIER);
+    }
+    for (const Fibre &fibre : fibres)
+        if (!fibre.copies.empty()) fail("a copy was never waited for");
+}
+
+// Every lane brings a value; afterwards all can be read.
+template <typename Value>
+static const unsigned char (*exchange(const Value &mine))[DEPOSIT]
+{
+    static_assert(sizeof(Value) <= DEPOSIT, "a lane brings too much");
+    const unsigned which = fibres[current].exchanges++ % 2;
+    memcpy(deposits[which][current % WARP], &mine, sizeof mine);
+    leave(WITH_WARP);
+    return deposits[which];
+}
+
+template <typename Value>
+static Value brought(const unsigned char (*all)[DEPOSIT], unsigned lane)
+{
+    Value value;
+    memcpy(&value, all[lane], sizeof value);
+    return value;
+}
+
+// Copies are made when they are waited for, and not before.
+static void copy_later(void *to, const void *from, int bytes, bool is_there)
+{
+    if ((uintptr_t)to % bytes || (is_there && (uintptr_t)from % bytes))
+        fail("a copy is not aligned");
+    Fibre &mine = fibres[current];
+    mine.copies.push_back({to, from, bytes, is_there, mine.group});
+}
+
+static void end_group() { ++fibres[current].group; }
+
+static void wait_for_copies(unsigned groups)
+{
+    Fibre &mine = fibres[current];
+    std::vector<Copy> later;
+    for (const Copy &copy : mine.copies) {
+        if (copy.group + groups >= mine.group) {
+            later.push_back(copy);
+        } else if (copy.is_there) {
+            memcpy(copy.to, copy.from, copy.bytes);
+        } else {
+            memset(copy.to, 0, copy.bytes);
         }
-        if (ended && ended != left) {
-            fprintf(stderr, "a barrier was reached by some threads only\n");
-            abort();
+    }
+    mine.copies.swap(later);
+}
+
+static void count_conflicts(const unsigned char (*all)[DEPOSIT])
+{
+    if (current % WARP) return;
+    for (unsigned matrix = 0; matrix < 4; ++matrix) {
+        unsigned banks = 0;
+        for (unsigned row = 0; row < 8; ++row) {
+            const uintptr_t at = brought<uintptr_t>(all, matrix * 8 + row);
+            if (at % 16) fail("a row of a matrix is not aligned");
+            bank_conflicts += banks >> at / 16 % 8 & 1;
+            banks |= 1u << at / 16 % 8;
         }
-        left -= ended;
+    }
+}
+
+static void load_matrices(unsigned (&into)[4], const void *row, bool transposed)
+{
+    const auto all = exchange((uintptr_t)row);
+    const unsigned lane = current % WARP;
+    count_conflicts(all);
+    for (unsigned matrix = 0; matrix < 4; ++matrix) {
+        unsigned short pair[2];
+        for (unsigned i = 0; i < 2; ++i) {
+            const unsigned across = lane % 4 * 2 + i, down = lane / 4;
+            const unsigned r = transposed ? across : down, c = transposed ? down : across;
+            const uintptr_t from = brought<uintptr_t>(all, matrix * 8 + r);
+            pair[i] = ((const unsigned short *)from)[c];
+        }
+        into[matrix] = pair[0] | (unsigned)pair[1] << 16;
+    }
+}
+
+static unsigned as_tf32(float value)
+{
+    return (__float_as_uint(value) + 0x1000) & 0xFFFFE000;
+}
+
+// One term of a fragment: register and place in it, by the type of the terms.
+template <typename Type>
+static float term_of(const unsigned *registers, unsigned index, unsigned pair)
+{
+    if constexpr (sizeof(Type) == 4) {
+        return __uint_as_float(registers[index] & 0xFFFFE000);
+    } else {
+        Type half;
+        half.bits = (unsigned short)(registers[index] >> 16 * pair);
+        return widen(half);
+    }
+}
+
+struct Fragments { unsigned a[4], b[2]; };
+
+template <typename Type>
+static void multiply_matrices(
+    const unsigned (&a)[4], const unsigned (&b)[2], float (&c)[4])
+{
+    Fragments mine;
+    memcpy(mine.a, a, sizeof a);
+    memcpy(mine.b, b, sizeof b);
+    const auto all = exchange(mine);
+    const unsigned lane = current % WARP, packed = sizeof(Type) == 4 ? 1 : 2;
+    for (unsigned i = 0; i < 4; ++i) {
+        const unsigned row = lane / 4 + i / 2 * 8, column = lane % 4 * 2 + i % 2;
+        for (unsigned k = 0; k < 8 * packed; ++k) {
+            const unsigned lane_k = k % (4 * packed) / packed, high = k / (4 * packed);
+            const Fragments left = brought<Fragments>(all, row % 8 * 4 + lane_k);
+            const Fragments right = brought<Fragments>(all, column * 4 + lane_k);
+            c[i] += term_of<Type>(left.a, row / 8 + 2 * high, k % packed) *
+                    term_of<Type>(right.b, high, k % packed);
+        }
     }
 }
 }  // namespace shim
 
-static inline void __syncthreads()
+extern "C" unsigned long long shim_bank_conflicts()
 {
-    swapcontext(&shim::fibres[shim::current].context, &shim::scheduler);
+    const unsigned long long found = shim::bank_conflicts;
+    shim::bank_conflicts = 0;
+    return found;
 }
+
+static inline void __syncthreads() { shim::leave(shim::AT_BARRIER); }
 #endif
 
 namespace shim {
@@ -120,8 +321,13 @@ void call(void (*kernel)(Arguments...), void **arguments, std::index_sequence<I.
 }
 
 template <typename... Arguments>
-void launch(void (*kernel)(Arguments...), unsigned grid, unsigned block, void **arguments)
+void launch(
+    void (*kernel)(Arguments...), unsigned grid, unsigned block, unsigned shared,
+    void **arguments)
 {
+    void *allocated = nullptr;
+    if (shared && posix_memalign(&allocated, 1024, shared)) abort();
+    dynamic_memory = (unsigned char *)allocated;
     gridDim = {grid, 1, 1};
     blockDim = {block, 1, 1};
 #ifdef SHIM_BARRIERS
@@ -129,11 +335,12 @@ void launch(void (*kernel)(Arguments...), unsigned grid, unsigned block, void **
     static void **with;
     called = kernel;
     with = arguments;
-    fibres = (Fibre *)malloc(block * sizeof *fibres);
-    stacks = (char *)malloc((size_t)block * STACK);
+    fibres = std::vector<Fibre>(block);
+    stacks.resize((size_t)block * STACK);
 #endif
     for (unsigned b = 0; b < grid; ++b) {
         blockIdx = {b, 0, 0};
+        if (shared) memset(dynamic_memory, 0xFF, shared);  // no block finds another's
 #ifdef SHIM_BARRIERS
         run_block(block, [] { call(called, with, std::index_sequence_for<Arguments...>()); });
 #else
@@ -143,9 +350,6 @@ void launch(void (*kernel)(Arguments...), unsigned grid, unsigned block, void **
         }
 #endif
     }
-#ifdef SHIM_BARRIERS
-    free(fibres);
-    free(stacks);
-#endif
+    free(allocated);
 }
 }  // namespace shim

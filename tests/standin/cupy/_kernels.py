@@ -6,6 +6,7 @@ import os
 import subprocess
 import tempfile
 import threading
+from collections import Counter
 from functools import cache
 from pathlib import Path
 
@@ -18,9 +19,12 @@ from .cuda.stream import get_current_stream
 SHIM = Path(__file__).parent.parent / "cuda_shim.h"
 MOST_BLOCKS = 2**31 - 1
 MOST_THREADS = 1024
+MOST_SHARED = 48 * 1024
 
 # One entry per launch: (name, grid, block, device, stream), for tests to look at.
 launches = []
+# Rows of matrices, loaded together from one bank, by kernel.
+bank_conflicts = Counter()
 
 _lock = threading.Lock()
 
@@ -43,8 +47,9 @@ def _folder():
 def compiled(code, name, options):
     """The launcher of a kernel, from the cache on disk or from the compiler."""
     text = code + (
-        '\nextern "C" void shim_launch(unsigned grid, unsigned block, void **args)'
-        f"\n{{ shim::launch(&{name}, grid, block, args); }}\n"
+        '\nextern "C" void shim_launch('
+        "unsigned grid, unsigned block, unsigned shared, void **args)"
+        f"\n{{ shim::launch(&{name}, grid, block, shared, args); }}\n"
     )
     barriers = ["-DSHIM_BARRIERS"] if "__syncthreads" in code else []
     command = [
@@ -68,7 +73,10 @@ def compiled(code, name, options):
         if built.returncode:
             raise CompileException(built.stderr)
         made.replace(library)
-    return ctypes.CDLL(str(library)).shim_launch
+    loaded = ctypes.CDLL(str(library))
+    if barriers:
+        loaded.shim_bank_conflicts.restype = ctypes.c_ulonglong
+    return loaded
 
 
 class CompileException(Exception):
@@ -80,9 +88,12 @@ class RawKernel:
         self.name = name
         self._code = code
         self._options = tuple(options)
+        self.max_dynamic_shared_size_bytes = MOST_SHARED
 
     def __call__(self, grid, block, args, *, shared_mem=0):
         blocks, threads = _single(grid), _single(block)
+        if shared_mem > max(MOST_SHARED, self.max_dynamic_shared_size_bytes):
+            raise ValueError(f"{shared_mem} bytes of shared memory were not asked for")
         if not 1 <= blocks <= MOST_BLOCKS or not 1 <= threads <= MOST_THREADS:
             raise ValueError(f"cannot launch {blocks} blocks of {threads} threads")
         with _lock:
@@ -90,10 +101,12 @@ class RawKernel:
             pointers = (ctypes.c_void_p * len(kept))(
                 *(ctypes.addressof(k) for k in kept)
             )
-            run = compiled(self._code, self.name, self._options)
+            library = compiled(self._code, self.name, self._options)
             stream = get_current_stream().ptr
             launches.append((self.name, blocks, threads, current().id, stream))
-            run(ctypes.c_uint(blocks), ctypes.c_uint(threads), pointers)
+            library.shim_launch(blocks, threads, shared_mem, pointers)
+            if hasattr(library, "shim_bank_conflicts"):
+                bank_conflicts[self.name] += library.shim_bank_conflicts()
 
 
 class RawModule:
