@@ -105,7 +105,8 @@ class Tiling(NamedTuple):
         """
         if not alone:
             return 256
-        return 512 if self.threads > _FEW_THREADS else 384
+        few = _FEW_THREADS if self.tensor else 2 * _FEW_THREADS
+        return 512 if self.threads > few else 384
 
     def shared(self, dtype: DType, sides: tuple[Operand, Operand], stages: int) -> int:
         """Bytes of shared memory: tiles of both operands, the ring, the places."""
@@ -180,6 +181,47 @@ def contraction_variant(
     return Variant("implicit_gemm", macros, shared)
 
 
+def usual_variants(
+    dtype: DType, *, fast: bool = False, modern: bool = True
+) -> Iterator[Variant]:
+    """`implicit_gemm` for C-contiguous arrays: every operation, layout and block size.
+
+    ``modern`` devices, from compute capability 8.0 on, copy asynchronously.
+    """
+    tensor = modern and uses_tensor_cores(dtype, fast=fast)
+    stages = 3 if modern else 2
+    seen = set()
+    for size in tile_sizes(dtype):
+        tiling = Tiling.of(dtype, *size, tensor=tensor)
+        for op, sides in _usual_operands(dtype, tensor=tensor):
+            conjugated = op if dtype.kind == "c" else 0
+            variant = contraction_variant(
+                *(dtype, dtype, tiling, *sides), conjugated=conjugated, stages=stages
+            )
+            if variant not in seen:
+                seen.add(variant)
+                yield variant
+
+
+def _usual_operands(
+    dtype: DType, *, tensor: bool
+) -> Iterator[tuple[int, tuple[Operand, Operand]]]:
+    """What is conjugated, and how both operands are loaded."""
+    wide = max(16 // dtype.itemsize, 1)
+    by_terms = Operand(along_terms=True, vector=wide if tensor else 1)
+    by_rows, single = (
+        Operand(along_terms=False, vector=wide),
+        by_terms._replace(vector=1),
+    )
+    across = by_rows._replace(vector=1)
+    yield 0, (by_terms, across)  # channels first: forward,
+    yield 1, (single, across)  # the gradient of x, with taps in reverse,
+    yield 2, (by_terms, single)  # the gradient of w, along positions
+    yield 0, (by_rows, by_terms)  # channels last, likewise
+    yield 1, (by_terms, by_terms)
+    yield 2, (by_rows, by_rows)
+
+
 def parts_variant(sums: DType, result: DType) -> Variant:
     """`sum_parts` for sums and results of these types."""
     macros = f"SUM={_ELEMENTS[sums.name]}", f"RESULT={_ELEMENTS[result.name]}"
@@ -209,3 +251,15 @@ def all_variants(ranks: tuple[int, ...] = (1, 2, 3)) -> Iterator[Variant]:
                     yield _sum_variant("col2im_scatter", element, rank, wide=wide)
     for name in ("bool", "uint8", "uint16", "uint32", "uint64"):
         yield product_variant(np.dtype(name))
+    yield from _contractions()
+
+
+def _contractions() -> Iterator[Variant]:
+    """`implicit_gemm` by `usual_variants`, one integer for each width; `sum_parts`."""
+    signed = {"int8", "int16", "int32", "int64"}
+    for dtype in (np.dtype(name) for name in SUPPORTED_TYPES if name not in signed):
+        sums = accumulator(dtype)
+        yield from usual_variants(dtype)
+        for result in {dtype, sums}:
+            yield parts_variant(sums, result)
+    yield from usual_variants(np.dtype("float32"), fast=True)

@@ -92,7 +92,7 @@ static unsigned char *dynamic_memory;
 #include <vector>
 
 namespace shim {
-const unsigned STACK = 262144, WARP = 32, DEPOSIT = 32;
+const unsigned STACK = 131072, WARP = 32, DEPOSIT = 32;
 enum State { READY, AT_BARRIER, WITH_WARP, DONE };
 struct Copy { void *to; const void *from; int bytes; bool is_there; unsigned group; };
 struct Fibre {
@@ -104,7 +104,7 @@ struct Fibre {
 };
 static ucontext_t scheduler;
 static std::vector<Fibre> fibres;
-static std::vector<char> stacks;
+static char *stacks;
 static unsigned current;
 static void (*body)();
 // What the lanes of the running warp bring; two, as the first lanes may be one ahead.
@@ -165,7 +165,7 @@ static void run_block(unsigned threads, void (*kernel)())
     for (unsigned t = 0; t < threads; ++t) {
         Fibre &fibre = fibres[t];
         getcontext(&fibre.context);
-        fibre.context.uc_stack.ss_sp = stacks.data() + (size_t)t * STACK;
+        fibre.context.uc_stack.ss_sp = stacks + (size_t)t * STACK;
         fibre.context.uc_stack.ss_size = STACK;
         fibre.context.uc_link = &scheduler;
         fibre.state = READY;
@@ -336,7 +336,7 @@ void launch(
     called = kernel;
     with = arguments;
     fibres = std::vector<Fibre>(block);
-    stacks.resize((size_t)block * STACK);
+    stacks = (char *)malloc((size_t)block * STACK);
 #endif
     for (unsigned b = 0; b < grid; ++b) {
         blockIdx = {b, 0, 0};
@@ -350,6 +350,10 @@ void launch(
         }
 #endif
     }
+#ifdef SHIM_BARRIERS
+    free(stacks);
+    fibres = {};
+#endif
     free(allocated);
 }
 }  // namespace shim
