@@ -233,10 +233,9 @@ def test_halves_with_wide_results_reach_cublas_in_types_it_knows(xp, half, wide)
 
 
 def test_a_gpu_that_failed_once_is_asked_again(standin, monkeypatch):
-    from cuconv._cuda import cuda_leaves, device
+    from cuconv._cuda import device
 
     monkeypatch.setattr(device, "_working", [])
-    cuda_leaves.cache_clear()
 
     def fail(*arguments, **options):
         raise MemoryError("full")

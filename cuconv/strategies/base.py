@@ -36,7 +36,8 @@ class Problem:
     write where they lie: the right type, and strides that make a matrix.  ``source`` is
     the type of the array that is gathered.  ``flipped`` marks the forward pass over dy
     that an input gradient is: its weights are those of the caller, filters and channels
-    exchanged, taps in reverse, conjugated.
+    exchanged, taps in reverse, conjugated.  ``captured``: the call is recorded into a
+    CUDA graph, which holds launches of kernels and no memory of its own.
     """
 
     op: str
@@ -50,6 +51,7 @@ class Problem:
     precision: str = "standard"
     module: str = "numpy"
     flipped: bool = False
+    captured: bool = False
 
     @property
     def fast(self) -> bool:
@@ -57,8 +59,9 @@ class Problem:
 
     @property
     def fingerprint(self) -> str:
-        """The same words for equal problems, in every process."""
-        names = (field.name for field in fields(self) if field.name != "direct")
+        """The same words for equal problems, in every process, captured or not."""
+        special = ("direct", "captured")
+        names = (field.name for field in fields(self) if field.name not in special)
         words = [f"{name}={getattr(self, name)!r}" for name in names]
         return "; ".join((*words, *sorted(self.direct)))
 
@@ -192,6 +195,9 @@ class Strategy(Protocol):
     """One way to compute the three operations."""
 
     name: str
+    # Whether a run on CUDA launches kernels and nothing else, so that a graph can hold
+    # it: CuPy refuses cuBLAS and cuFFT while one is captured.
+    capturable: bool
 
     def supports(self, problem: Problem) -> tuple[bool, str]:
         """Whether it can, and the reason if it cannot."""
