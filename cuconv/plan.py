@@ -439,10 +439,9 @@ class Plan:
         if module_of(given if out is None else {**given, "out": out}) is not self._xp:
             raise TypeError(f"the plan is for {self._xp.__name__} arrays")
         place = leaves_of(self._xp, next(iter(given.values()))).device
-        if place != self._leaves.device:
-            raise ValueError(
-                f"arrays on {place}; the plan is for {self._leaves.device}"
-            )
+        mine = self._leaves.device
+        if place != mine:
+            raise ValueError(f"the arrays lie on {place} and the plan is for {mine}")
         shapes = {
             "x": g.x_shape,
             "w": g.w_shape,
