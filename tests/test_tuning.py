@@ -8,6 +8,7 @@ import textwrap
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -28,7 +29,7 @@ from test_conv import CASES, EMPTY
 import cuconv
 from cuconv import plan as planning
 from cuconv import testing, tuning
-from cuconv.leaves import host, leaves_of, machine
+from cuconv.leaves import host, leaves_of, leaves_on, machine
 from cuconv.tuning import Winner
 
 BENCHMARK = {"strategy": "benchmark"}
@@ -117,10 +118,16 @@ def test_the_winner_is_remembered_in_memory_and_on_disk(folder, races, choices) 
     assert len(races) == len(records(folder)) == 4
 
 
-def test_the_fastest_is_the_one_with_the_smallest_time(monkeypatch) -> None:
+def test_the_fastest_is_the_one_with_the_smallest_time(xp, monkeypatch) -> None:
     """By a clock of our own: a slow first round and one outlier do not count."""
     now = [0.0]
-    monkeypatch.setattr(host, "perf_counter", lambda: now[0])
+    if xp is np:
+        monkeypatch.setattr(host, "perf_counter", lambda: now[0])
+    elif getattr(xp, "IS_STAND_IN", False):
+        clock = SimpleNamespace(perf_counter=lambda: now[0])
+        monkeypatch.setattr(xp.cuda.stream, "time", clock)
+    else:
+        pytest.skip("the clock of a real device cannot be set")
     rounds = {
         "a": [1, 5, 5, 5, 5, 5],
         "b": [90, 3, 3, 80, 3, 3],
@@ -135,7 +142,7 @@ def test_the_fastest_is_the_one_with_the_smallest_time(monkeypatch) -> None:
 
         return body
 
-    assert tuning.fastest(leaves_of(np), [call(name) for name in "abc"]) == 1
+    assert tuning.fastest(leaves_of(xp), [call(name) for name in "abc"]) == 1
 
 
 BROKEN = {
@@ -234,6 +241,61 @@ def test_another_machine_or_version_has_another_file(
     assert files < set(folder.iterdir())
     run("forward", arrays, CASE, **BENCHMARK)
     assert len(races) == 4, "this machine's own is still there"
+
+
+@pytest.mark.parametrize("xp", ["cupy"], indirect=True)
+def test_another_gpu_or_driver_has_another_file(xp, folder, races, monkeypatch) -> None:
+    """And the processor of the host does not count."""
+    if not getattr(xp, "IS_STAND_IN", False):
+        pytest.skip("drivers of a real GPU cannot be changed")
+    arrays = operands(CASE, "float32")
+    run("forward", arrays.on(xp), CASE, **BENCHMARK)
+    with monkeypatch.context() as patch:
+        patch.setattr(machine, "_processor", lambda: "another one")
+        machine.host_machine.cache_clear()
+        run("forward", arrays.on(xp), CASE, **BENCHMARK)
+    machine.host_machine.cache_clear()
+    assert (len(races), len(set(folder.iterdir()))) == (1, 1)
+    changes = (
+        (xp, "__version__", "99.0"),
+        (xp.cuda.runtime, "driverGetVersion", lambda: 99),
+        (xp.cuda.runtime, "runtimeGetVersion", lambda: 98),
+    )
+    for number, change in enumerate(changes, 2):
+        with monkeypatch.context() as patch:
+            patch.setattr(*change)
+            run("forward", arrays.on(xp), CASE, **BENCHMARK)
+        assert (len(races), len(set(folder.iterdir()))) == (number, number)
+    with xp.cuda.Device(1):
+        run("forward", arrays.on(xp), CASE, **BENCHMARK)
+    assert (len(races), len(set(folder.iterdir()))) == (5, 5)
+    run("forward", arrays, CASE, **BENCHMARK)
+    assert (len(races), len(set(folder.iterdir()))) == (6, 6), "nor NumPy's"
+    first, second = leaves_on("cuda:0").machine(), leaves_on("cuda:1").machine()
+    assert [a == b for a, b in zip(first, second, strict=True)] == [True] * 4 + [
+        False,
+        False,
+    ], "name and compute capability"
+
+
+@pytest.mark.usefixtures("folder")
+@pytest.mark.parametrize("xp", ["cupy"], indirect=True)
+def test_candidates_are_timed_with_events_on_the_current_stream(
+    xp, races, choices
+) -> None:
+    """One wait for each round, for an event and for nothing else."""
+    if not getattr(xp, "IS_STAND_IN", False):
+        pytest.skip("a real device does not count who waits")
+    arrays = operands(CASE, "float32").on(xp)
+    waits = xp.cuda.stream.synchronisations
+    before = len(waits)
+    with xp.cuda.Stream(non_blocking=True):
+        run("forward", arrays, CASE, **BENCHMARK)
+    assert waits[before:] == ["event"] * 6
+    assert len(choices) == 6 * races[0] + 1
+    alternating = [choice.label for choice in choices[:-1]]
+    assert alternating == alternating[: races[0]] * 6
+    assert races[0] > 1
 
 
 _PARTS = {
