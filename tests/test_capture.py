@@ -481,15 +481,16 @@ def test_another_stream_may_capture_meanwhile(xp, choices) -> None:
     """Only the current stream counts."""
     host = operands(LINE, "float32")
     arrays = host.on(xp)
-    recording, working = (xp.cuda.Stream(non_blocking=True) for _ in range(2))
-    with recording:
-        recording.begin_capture()
-        with working:
-            found = call("forward", arrays, LINE, None)
-        recording.end_capture()
-    working.synchronize()
-    assert choices[-1].strategy.name != "direct"
-    testing.assert_equal(found, reference("forward", host, LINE))
+    recording = xp.cuda.Stream(non_blocking=True)
+    for working in (xp.cuda.Stream(non_blocking=True), xp.cuda.Stream.null):
+        with recording:
+            recording.begin_capture()
+            with working:
+                found = call("forward", arrays, LINE, None)
+            recording.end_capture()
+        working.synchronize()
+        assert choices[-1].strategy.name != "direct"
+        testing.assert_equal(found, reference("forward", host, LINE))
 
 
 @pytest.mark.usefixtures("direct")
