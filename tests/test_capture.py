@@ -93,7 +93,7 @@ class Direct(OneWay):
         return 1
 
     def work(self, problem: Any, cut: Any) -> Work:
-        return Work(multiply=self.cost)
+        return Work(multiply=self.cost, blocks=0)
 
     def weights(self, job: Any, w: Any, kept: Any) -> Any:
         return w
@@ -130,6 +130,20 @@ class Hungry(Direct):
 
     def needs(self, problem: Any, cut: Any, leaves: Any) -> Needs:
         return Needs(own=(Buffer("space", 100, np.dtype("f4")),))
+
+
+class Packing(Direct):
+    """The same, but it keeps weights of its own."""
+
+    name = "packing"
+
+    def needs(self, problem: Any, cut: Any, leaves: Any) -> Needs:
+        cells = problem.geometry.filters * problem.geometry.patch
+        return Needs(weights=(Buffer("w", cells, problem.operand),))
+
+    def weights(self, job: Any, w: Any, kept: Any) -> Any:
+        job.leaves.copy(w.reshape(-1), kept["w"])
+        return kept["w"]
 
 
 def _add(monkeypatch: pytest.MonkeyPatch, strategy: Any) -> None:
@@ -474,6 +488,41 @@ def test_a_graph_that_recalls_the_winner(xp, monkeypatch, tmp_path, choices) -> 
     testing.assert_equal(out, reference("forward", host, LINE))
     monkeypatch.undo()
     forget_plans()
+
+
+def test_packed_weights_are_prepared_before_a_capture(xp, monkeypatch) -> None:
+    """Then they are no workspace of a call."""
+    _add(monkeypatch, Packing(xp))
+    host = operands(LINE, "float32")
+    x, w, _ = host.on(xp)
+    options = {**LINE.options, "device": "cuda", "strategy": "packing"}
+    plan = cuconv.plan_conv(LINE.x_shape, LINE.w_shape, **options)
+    prepared = plan.prepare(w)
+    out = xp.full(LINE.y_shape(), 77, "float32")
+    with captured(xp) as graphs:
+        with pytest.raises(ValueError, match="packing: needs 1024 bytes"):
+            plan(x, w, out=out)
+        prepared(x, out=out)
+    graphs[0].launch()
+    xp.cuda.Device().synchronize()
+    testing.assert_equal(out, reference("forward", host, LINE))
+    monkeypatch.undo()
+    forget_plans()
+
+
+def test_the_stream_of_the_arrays_device_counts(xp) -> None:
+    """Whichever device is current."""
+    if xp.cuda.runtime.getDeviceCount() < 2:
+        pytest.skip("needs two devices")
+    with xp.cuda.Device(1):
+        x, w, _ = operands(LINE, "float32").on(xp)
+        out = xp.empty(LINE.y_shape(), "float32")
+        with captured(xp), xp.cuda.Device(0):
+            with pytest.raises(ValueError, match="'im2col' cannot run"):
+                cuconv.conv(x, w, out=out, strategy="im2col", **LINE.options)
+            there = operands(LINE, "float32").on(xp)
+            found = cuconv.conv(*there[:2], strategy="im2col", **LINE.options)
+    testing.assert_equal(found, reference("forward", operands(LINE), LINE))
 
 
 @pytest.mark.usefixtures("direct")
