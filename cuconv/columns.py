@@ -19,7 +19,7 @@ from cuconv.arrays import (
     stored,
 )
 from cuconv.geometry import Block, Padding, Region, Sizes, Tile, WindowGeometry
-from cuconv.leaves import Leaves, leaves_of
+from cuconv.leaves import Leaves, leaves_of, refuse_capture
 from cuconv.memory import (
     Buffer,
     MemoryLimit,
@@ -28,6 +28,7 @@ from cuconv.memory import (
     parse_memory_limit,
     workspace_bytes,
 )
+from cuconv.plan import NEEDS_OUT
 from cuconv.planner import most
 from cuconv.profiling import stage
 from cuconv.strategies.base import Shared
@@ -94,7 +95,9 @@ def im2col(
         module_of({"x": x, "out": out})
         check_out(out, shape, x.dtype)
         check_overlap(xp, out, {"x": x})
-    leaves = leaves_of(xp)
+    leaves = leaves_of(xp, x)
+    if out is None:
+        refuse_capture(leaves, NEEDS_OUT)
     with leaves.device_of(x):
         columns = xp.empty(shape, dtype=x.dtype) if out is None else out
         cells = _column_cells(plain(columns), geometry, geometry.out, order)
@@ -170,7 +173,11 @@ def col2im(
         module_of({"cols": cols, "out": out})
         check_out(out, geometry.x_shape, cols.dtype)
         check_overlap(xp, out, {"cols": cols})
-    leaves = leaves_of(xp)
+    leaves = leaves_of(xp, cols)
+    if out is None:
+        refuse_capture(leaves, NEEDS_OUT)
+    if accumulator(cols.dtype) != cols.dtype:
+        refuse_capture(leaves, f"sums of {cols.dtype} take memory")
     with leaves.device_of(cols):
         x = xp.empty(geometry.x_shape, dtype=cols.dtype) if out is None else out
         cells = _column_cells(cols, geometry, geometry.out, order)
@@ -225,7 +232,8 @@ def iter_im2col(
     """
     geometry, xp = _checked(x, kernel_size, stride, padding, dilation, layout)
     geometry.column_shape(order)
-    leaves = leaves_of(xp)
+    leaves = leaves_of(xp, x)
+    refuse_capture(leaves, "every block takes memory; im2col takes out=")
     default = leaves.default_memory_limit
     limit = default if memory_limit is None else parse_memory_limit(memory_limit)
     tile = _lazy_tile(leaves, geometry, x.dtype, limit)
@@ -458,6 +466,7 @@ def _steps(
     cells = _single_group(x, geometry)
     buffers = leaves.gather_buffers(geometry, tile, x.dtype, x.dtype)
     for chunk, block in enumerate(geometry.blocks(tile)):
+        refuse_capture(leaves, "every block takes memory; im2col takes out=")
         with leaves.device_of(x), stage("gather", "im2col", chunk):
             step = block, _step(leaves, cells, geometry, block, order, buffers)
         yield step

@@ -16,7 +16,7 @@ from cuconv.arrays import (
 )
 from cuconv.config import settings
 from cuconv.geometry import ConvGeometry, Padding, Sizes
-from cuconv.leaves import Leaves, leaves_of
+from cuconv.leaves import Leaves, leaves_of, leaves_on, refuse_capture
 from cuconv.memory import Buffer, MemoryLimit, MemoryLimitError
 from cuconv.plan import (
     OPERANDS,
@@ -31,6 +31,11 @@ from cuconv.plan import (
 from cuconv.strategies.base import in_groups
 
 GRADIENTS = ("x", "w", "bias")
+
+_BACKWARD_ALLOCATES = (
+    "conv_backward allocates its results: call conv_input_grad and conv_weight_grad "
+    "with out=, and sum dy for the bias"
+)
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -470,6 +475,7 @@ def conv_backward(
     """
     chosen = _chosen(options)
     arrays = _inputs(dy=dy, x=x, w=w)
+    refuse_capture(leaves_of(module_of(arrays), dy), _BACKWARD_ALLOCATES)
     several = isinstance(needs, (tuple, list, set, frozenset))
     if not several or any(name not in GRADIENTS for name in needs):
         raise ValueError(f"needs must be several of {GRADIENTS}; got {needs!r}")
@@ -524,7 +530,7 @@ class _BiasGrad(NamedTuple):
 def _bias_grad(geometry: ConvGeometry, dy: Array, options: Options) -> _BiasGrad:
     options = options.settled()
     types = resolve_types({"dy": dy}, options.dtype)
-    leaves = leaves_of(module_of({"dy": dy}))
+    leaves = leaves_of(module_of({"dy": dy}), dy)
     itemsize = types.accumulate.itemsize
     sums = Buffer("sums", geometry.filters, types.accumulate)
     needed = leaves.overhead(1, itemsize) + sums.nbytes
@@ -555,7 +561,8 @@ def plan_conv(
     bias
         Whether there is one.
     device
-        ``"cpu"`` for NumPy, ``"cuda"`` for CuPy.
+        ``"cpu"`` for NumPy; for CuPy ``"cuda"``, the current device, or one by its
+        number: ``"cuda:1"``.
     **options
         As for `conv`; ``dtype`` is the type of all arrays, float32 by default.
 
@@ -594,14 +601,4 @@ def plan_conv(
     shapes = {name: shapes[name] for name in OPERANDS[op] if name != "bias"}
     if bias and op == "forward":
         shapes["bias"] = (geometry.filters,)
-    return plan_of_shapes(op, shapes, _module(device), geometry, chosen)
-
-
-def _module(device: str) -> Any:
-    if device == "cpu":
-        return np
-    if device != "cuda":
-        raise ValueError(f"device must be 'cpu' or 'cuda'; got {device!r}")
-    from cuconv._cuda import cuda_leaves  # noqa: PLC0415 - CuPy, when asked for
-
-    return cuda_leaves().xp
+    return plan_of_shapes(op, shapes, leaves_on(device), geometry, chosen)

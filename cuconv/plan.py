@@ -19,7 +19,7 @@ from cuconv.arrays import (
 )
 from cuconv.config import check_deterministic, check_precision, settings
 from cuconv.geometry import ConvGeometry, Padding, Sizes
-from cuconv.leaves import Leaves, leaves_of
+from cuconv.leaves import Leaves, leaves_of, refuse_capture
 from cuconv.memory import (
     MemoryLimit,
     aligned_start,
@@ -37,6 +37,12 @@ from cuconv.tuning import Winner, fastest, recall, remember
 # The largest workspace that a plan keeps for itself.  NumPy's own buffers for arrays
 # that fit into it are less than what `Leaves.overhead` counts, whatever their setting.
 _PLAIN_BYTES = 2**16
+
+# Why a call without `out` is refused while a CUDA graph is captured.
+NEEDS_OUT = (
+    "memory that is taken now could go to others between its launches: give the "
+    "array for the result as out="
+)
 
 # The arrays of each operation, in the order in which they are given.
 OPERANDS = {
@@ -108,14 +114,14 @@ class Plan:
     """
 
     def __init__(
-        self, problem: Problem, decision: Decision, xp: Any, options: Options
+        self, problem: Problem, decision: Decision, leaves: Leaves, options: Options
     ) -> None:
         self.problem = problem
         self.options = options
         self._decision = decision
         self._choice = decision.best
-        self._xp = xp
-        self._leaves = leaves_of(xp)
+        self._xp = leaves.xp
+        self._leaves = leaves
         self._weights: Array | None = None
         self.threads = self._leaves.workers()
         self._is_plain = _is_plain(self._choice, self._leaves)
@@ -206,7 +212,9 @@ class Plan:
         Raises
         ------
         ValueError, TypeError
-            If shapes, types or the number of arrays are not those of the plan.
+            If shapes, types, device or the number of arrays are not those of the
+            plan; while a CUDA graph is captured, without ``out``, and for a prepared
+            plan that a graph cannot hold.
         """
         key = signature((*arrays, out))
         if key is not None and key == self._accepted and out is None:
@@ -219,22 +227,41 @@ class Plan:
             for name, array in zip(names, arrays, strict=False)
             if array is not None
         }
-        self._check(names, arrays, given)
-        _check_result(self._xp, out, self.result_shape, self.problem.types, given)
+        self._check(names, arrays, given, out)
+        captured = self._leaves.is_capturing()
+        self.check_result(out, given, captured=captured)
+        if not self._fits(given, out, captured=captured):
+            op, geometry = self.problem.op, self.problem.geometry
+            return bind(op, geometry, given, out, self.options).run()
+        self._accepted = key
+        return self.run(self._with_weights(arrays), out)
+
+    def _fits(
+        self, given: dict[str, Array], out: Array | None, *, captured: bool
+    ) -> bool:
+        """Whether the call can follow this plan; a prepared one must, or it raises."""
         misplaced = self._misplaced(given, out)
-        if self._weights is not None and misplaced:
+        if self._weights is None:
+            anew = misplaced or self.options.strategy == "benchmark"
+            return not (anew or (captured and not self._is_capturable))
+        if misplaced:
             named = {**given, "out": out}
             words = (f"{name} has strides {named[name].strides}" for name in misplaced)
             raise ValueError(
                 f"a prepared plan takes C-contiguous arrays; {', '.join(words)}"
             )
-        if misplaced or (
-            self._weights is None and self.options.strategy == "benchmark"
-        ):
-            op, geometry = self.problem.op, self.problem.geometry
-            return bind(op, geometry, given, out, self.options).run()
-        self._accepted = key
-        return self.run(self._with_weights(arrays), out)
+        if not self._is_capturable:
+            what = f"this plan was prepared for {self.strategy}, which it cannot hold"
+            refuse_capture(self._leaves, what, captured=captured)
+        return True
+
+    @property
+    def _is_capturable(self) -> bool:
+        """Whether a run launches kernels alone and allocates nothing."""
+        needs = self._choice.needs
+        kept = needs.weights if self._weights is None else ()
+        buffers = (*kept, *needs.shared, *needs.own)
+        return self._choice.strategy.capturable and not workspace_bytes(buffers)
 
     def _with_weights(
         self, arrays: tuple[Array | None, ...]
@@ -261,7 +288,8 @@ class Plan:
         Raises
         ------
         ValueError, TypeError
-            If ``w`` is not of the plan's shape or type, or the plan takes no weights.
+            If ``w`` is not of the plan's shape, type or device, the plan takes no
+            weights, or a CUDA graph is being captured.
 
         Examples
         --------
@@ -274,11 +302,14 @@ class Plan:
         """
         if "w" not in OPERANDS[self.problem.op]:
             raise ValueError("the gradient of the weights has no weights to prepare")
-        module_of({"w": w})
         self._check(["w"], (w,), {"w": w})
+        refuse_capture(self._leaves, "weights are prepared before that")
         # Weights that lie ready would be read where they lie: a copy lies ready too.
-        own = self._xp.array(plain(w), dtype=self.problem.operand, order="C", copy=True)
-        prepared = Plan(self.problem, self._decision, self._xp, self.options)
+        with self._leaves.device_of(w):
+            own = self._xp.array(
+                plain(w), dtype=self.problem.operand, order="C", copy=True
+            )
+        prepared = Plan(self.problem, self._decision, self._leaves, self.options)
         prepared._weights = prepared._prepared(own)
         return prepared
 
@@ -289,8 +320,8 @@ class Plan:
             result = np.empty(self._shape, self._dtype) if out is None else out
             self._execute_plainly(first, second, plain(result))
             return result
-        types, leaves = self.problem.types, self._leaves
-        with leaves.device_of(first):
+        types = self.problem.types
+        with self._leaves.device_of(first):
             result = out
             if result is None:
                 result = self._xp.empty(self.result_shape, dtype=types.result)
@@ -303,16 +334,19 @@ class Plan:
 
     def tune(self, arrays: tuple[Array | None, ...], out: Array) -> None:
         """Time every candidate on these arrays, or recall which was the fastest."""
+        machine = self._leaves.machine()
         key = (self.problem.fingerprint, self._decision.limit, self.threads)
         candidates = self._decision.candidates
-        winner = recall(key, [_winner(choice) for choice in candidates])
+        winner = recall(machine, key, [_winner(choice) for choice in candidates])
+        if winner is None and self.problem.captured:
+            return  # timing would wait for work that is only being recorded
         if winner is None:
             calls = [
                 lambda choice=choice: self._on(choice).run(arrays, out)
                 for choice in candidates
             ]
-            winner = _winner(candidates[fastest(self._xp, calls)])
-            remember(key, winner)
+            winner = _winner(candidates[fastest(self._leaves, calls)])
+            remember(machine, key, winner)
         self._choice = next(c for c in candidates if _winner(c) == winner)
         self._is_plain = False
 
@@ -326,7 +360,7 @@ class Plan:
 
     def _on(self, choice: Choice) -> "Plan":
         """The same plan with another choice."""
-        other = Plan(self.problem, self._decision, self._xp, self.options)
+        other = Plan(self.problem, self._decision, self._leaves, self.options)
         other._choice = choice
         other._is_plain = False
         return other
@@ -390,6 +424,7 @@ class Plan:
         names: list[str],
         arrays: tuple[Array | None, ...],
         given: dict[str, Array],
+        out: Array | None = None,
     ) -> None:
         """Refuse arrays that this plan was not made for."""
         g = self.problem.geometry
@@ -401,8 +436,12 @@ class Plan:
             raise TypeError(f"the plan takes {words}; got {len(arrays)} arrays")
         if "bias" in given and not self.problem.has_bias:
             raise ValueError("the plan was made without a bias; plan_conv(bias=True)")
-        if module_of(given) is not self._xp:
+        if module_of(given if out is None else {**given, "out": out}) is not self._xp:
             raise TypeError(f"the plan is for {self._xp.__name__} arrays")
+        place = leaves_of(self._xp, next(iter(given.values()))).device
+        mine = self._leaves.device
+        if place != mine:
+            raise ValueError(f"the arrays lie on {place} and the plan is for {mine}")
         shapes = {
             "x": g.x_shape,
             "w": g.w_shape,
@@ -416,6 +455,16 @@ class Plan:
                 raise TypeError(
                     f"{name} has type {array.dtype} and the plan is for {planned}"
                 )
+
+    def check_result(
+        self, out: Array | None, arrays: dict[str, Array], *, captured: bool
+    ) -> None:
+        """Refuse an ``out`` that cannot take the result, or none in a capture."""
+        if out is None:
+            refuse_capture(self._leaves, NEEDS_OUT, captured=captured)
+            return
+        check_out(out, self.result_shape, self.problem.types.result)
+        check_overlap(self._xp, out, arrays)
 
     def _misplaced(self, given: dict[str, Array], out: Array | None) -> list[str]:
         """The arrays that do not lie in memory as the plan assumed."""
@@ -496,21 +545,10 @@ def bind(
     options = options.settled()
     arrays = {name: plain(array) for name, array in arrays.items()}
     with stage("plan"):
-        plan = _planned(op, geometry, arrays, out, options, xp)
-    _check_result(xp, out, plan.result_shape, plan.problem.types, arrays)
+        leaves = leaves_of(xp, next(iter(arrays.values())))
+        plan = _planned(op, geometry, arrays, out, options, leaves)
+    plan.check_result(out, arrays, captured=plan.problem.captured)
     return Call(plan, tuple(arrays.values()), out)
-
-
-def _check_result(
-    xp: Any,
-    out: Array | None,
-    shape: tuple[int, ...],
-    types: Types,
-    arrays: dict[str, Array],
-) -> None:
-    if out is not None:
-        check_out(out, shape, types.result)
-        check_overlap(xp, out, arrays)
 
 
 def _planned(
@@ -519,9 +557,8 @@ def _planned(
     arrays: dict[str, Array],
     out: Array | None,
     options: Options,
-    xp: Any,
+    leaves: Leaves,
 ) -> Plan:
-    leaves = leaves_of(xp)
     types = resolve_types(arrays, options.dtype)
     source = arrays["dy" if op == "input_grad" else "x"].dtype
     operand = leaves.operand_type(types)
@@ -535,12 +572,13 @@ def _planned(
         has_bias="bias" in arrays,
         deterministic=options.deterministic is not False,
         precision=options.precision or "standard",
-        module=xp.__name__,
+        module=leaves.xp.__name__,
         uniform=_is_uniform(arrays, operand, types),
+        captured=leaves.is_capturing(),
     )
     name = "auto" if options.strategy == "benchmark" else options.strategy
     decision = decide(problem, leaves, name, options.memory_limit, leaves.workers())
-    return Plan(problem, decision, xp, options)
+    return Plan(problem, decision, leaves, options)
 
 
 def _is_uniform(arrays: dict[str, Array], operand: DType, types: Types) -> bool:
@@ -552,14 +590,14 @@ def _is_uniform(arrays: dict[str, Array], operand: DType, types: Types) -> bool:
 def plan_of_shapes(
     op: str,
     shapes: dict[str, tuple[int, ...]],
-    xp: Any,
+    leaves: Leaves,
     geometry: ConvGeometry,
     options: Options,
 ) -> Plan:
     """The plan for C-contiguous arrays of these shapes and one type."""
     own = np.dtype(options.dtype)
     arrays = {name: _untouched(shape, own) for name, shape in shapes.items()}
-    return _planned(op, geometry, arrays, None, options.settled(), xp)
+    return _planned(op, geometry, arrays, None, options.settled(), leaves)
 
 
 def _untouched(shape: tuple[int, ...], dtype: DType) -> Array:

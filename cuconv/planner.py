@@ -83,14 +83,16 @@ def decide(
     """The decision for a problem.
 
     Without a limit of the user's, the default of the array module holds, and is lifted
-    to the smallest that will do where even that is larger.
+    to the smallest that will do where even that is larger.  While a CUDA graph is
+    captured, whatever the limit, nothing that needs a workspace fits.
 
     Raises
     ------
     MemoryLimitError
         If nothing fits under the user's limit.
     ValueError
-        If the strategy does not exist or cannot solve this problem.
+        If the strategy does not exist or cannot solve this problem, or none can be
+        captured.
     """
     _check_strategy(problem, name)
     allowed = leaves.default_memory_limit if limit is None else limit
@@ -123,6 +125,8 @@ def _forms(problem: Problem) -> list[Problem]:
 
 def _refusal(strategy: Strategy, problem: Problem) -> str:
     """Why a strategy runs the problem in none of its forms; empty if it can."""
+    if problem.captured and not strategy.capturable:
+        return "a CUDA graph is being captured, which cannot hold cuBLAS or cuFFT"
     answers = [strategy.supports(form) for form in _forms(problem)]
     if any(able for able, _ in answers):
         return ""
@@ -139,21 +143,41 @@ def _decision(
     for strategy in wanted.values():
         if reason := _refusal(strategy, problem):
             reasons[strategy.name] = reason
+            continue
         for form in _forms(problem):
             if not strategy.supports(form)[0]:
                 continue
             for variant in strategy.variants(form):
                 try:
-                    fit = _Fit(strategy, form, leaves, variant, limit)
+                    room = 0 if problem.captured else limit
+                    fit = _Fit(strategy, form, leaves, variant, room)
                     found.append(fit.choice(workers))
                 except MemoryLimitError as error:
                     errors.setdefault(strategy.name, []).append(error)
     least = {name: min(e.smallest for e in each) for name, each in errors.items()}
-    reasons |= {name: f"needs {size} bytes at least" for name, size in least.items()}
+    reasons |= {name: _too_large(size, problem) for name, size in least.items()}
     if not found:
+        if problem.captured:
+            raise ValueError(_nothing_to_capture(problem, reasons))
         raise MemoryLimitError(limit, min(least.values()), NAMES[problem.op])
     found.sort(key=lambda choice: choice.rank)
     return Decision(found[0], limit, _passed_over(found, reasons), tuple(found))
+
+
+def _too_large(size: int, problem: Problem) -> str:
+    if problem.captured:
+        return f"needs {size} bytes of workspace, which a CUDA graph cannot hold"
+    return f"needs {size} bytes at least"
+
+
+def _nothing_to_capture(problem: Problem, reasons: dict[str, str]) -> str:
+    able = (repr(s.name) for s in strategies().values() if s.capturable)
+    words = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
+    return (
+        f"{NAMES[problem.op]} cannot be captured in a CUDA graph here ({words}): call "
+        f"it outside the capture, or so that {' or '.join(able)} can run it without "
+        "workspace"
+    )
 
 
 def _passed_over(
@@ -211,8 +235,10 @@ class _Fit:
         )
 
     def _price(self, cut: Cut, workers: int) -> float:
-        work = self._strategy.work(self._problem, cut)
-        return price(work, self._leaves.rates, workers)
+        work, rates = self._strategy.work(self._problem, cut), self._leaves.rates
+        if self._problem.is_for_tensor_cores:
+            rates = rates._replace(multiply=rates.multiply / rates.tensor)
+        return price(work, rates, workers)
 
     def _rank(self, cut: Cut) -> float:
         """What a cut costs, whoever runs it."""

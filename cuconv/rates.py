@@ -37,8 +37,10 @@ class Rates(NamedTuple):
     worker: float
     # Less work than this, in nanoseconds, is not worth a second worker.
     worth_workers: float
-    # Multiprocessors, among which a kernel's blocks are shared out.
+    # Multiprocessors, among which a kernel's blocks are shared out, and how many times
+    # as fast products of halves, or of float32 as TF32, are.
     processors: int = 0
+    tensor: float = 1
 
 
 # Fitted to the layers of ResNet-50 and VGG-16, N = 8, on two AMD EPYC cores (Zen 4,
@@ -66,7 +68,7 @@ HOST_RATES = Rates(
 )
 
 # From data sheets of an H200 and not yet measured on one: float32 products at 45
-# TFLOP/s, copies at 4 TB/s, 5 µs for a launch.
+# TFLOP/s, copies at 4 TB/s, 5 µs for a launch.  Other GPUs get them in proportion.
 CUDA_RATES = Rates(
     multiply=4.4e-5,
     short=64,
@@ -84,4 +86,68 @@ CUDA_RATES = Rates(
     block=15_000,
     worker=0,
     worth_workers=float("inf"),
+    processors=132,
+    tensor=8,
 )
+
+# Tables that were measured, by the GPU's name; each goes before what is derived.
+MEASURED_RATES: dict[str, Rates] = {}
+
+# The steps that wait for device memory; all others but `multiply` have no unit of it.
+_MEMORY_STEPS = (
+    *("gather", "scatter", "copy", "transform", "last_transform"),
+    *("transpose", "reread", "fourier", "direct"),
+)
+
+# Multiprocessors with half as many float32 lanes as all others have.
+_HALF_AS_WIDE = ("70", "72", "75", "80")
+
+# Columns of one block, as a share of the L2 cache: the rest is for what is read and
+# written on the way, so that columns never travel to device memory.  Not yet measured.
+_L2_SHARE = 0.5
+_UNKNOWN_L2_BLOCK = 64 * 2**20
+
+
+class Gpu(NamedTuple):
+    """What a CUDA device says of itself; 0 where it says nothing."""
+
+    name: str
+    compute_capability: str
+    multiprocessors: int
+    kilohertz: int
+    memory_kilohertz: int
+    memory_bits: int
+    l2_bytes: int
+
+    @property
+    def multiplications(self) -> float:
+        """Multiply-adds of float32 in a nanosecond, at best."""
+        lanes = 64 if self.compute_capability in _HALF_AS_WIDE else 128
+        return self.multiprocessors * lanes * self.kilohertz * 1e-6
+
+    @property
+    def bandwidth(self) -> float:
+        """Bytes of device memory in a nanosecond, at best: two for each clock."""
+        return 2 * self.memory_kilohertz * 1e-6 * self.memory_bits / 8
+
+
+_H200 = Gpu("NVIDIA H200", "90", 132, 1_980_000, 3_125_000, 6144, 50 * 2**20)
+
+
+def cuda_rates(gpu: Gpu) -> Rates:
+    """The rates of a GPU: measured ones, else derived from its properties."""
+    if gpu.name in MEASURED_RATES:
+        return MEASURED_RATES[gpu.name]
+    faster = gpu.multiplications / _H200.multiplications or 1
+    wider = gpu.bandwidth / _H200.bandwidth or 1
+    moved = {name: getattr(CUDA_RATES, name) / wider for name in _MEMORY_STEPS}
+    return CUDA_RATES._replace(
+        multiply=CUDA_RATES.multiply / faster,
+        processors=gpu.multiprocessors or CUDA_RATES.processors,
+        **moved,
+    )
+
+
+def cuda_block_bytes(gpu: Gpu) -> int:
+    """Bytes of columns in one block on a GPU."""
+    return int(gpu.l2_bytes * _L2_SHARE) or _UNKNOWN_L2_BLOCK

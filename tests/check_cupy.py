@@ -16,6 +16,15 @@ MODULES = {
     "cupy/cuda/__init__.py": "cupy.cuda",
     "cupy/cuda/runtime.py": "cupy.cuda.runtime",
 }
+METHODS = {
+    "Stream": (
+        *("begin_capture", "end_capture", "is_capturing", "synchronize", "record"),
+        *("wait_event", "null", "ptds"),
+    ),
+    "Event": ("done", "record", "synchronize"),
+    "Graph": ("launch",),
+    "Device": ("synchronize", "compute_capability"),
+}
 OWN = {"IS_STAND_IN", "SimpleNamespace", "wrapped", "float_", "COUNT"}
 
 
@@ -47,7 +56,7 @@ def main() -> None:
     checked = 0
     for file, name in MODULES.items():
         real = importlib.import_module(name)
-        submodules = {"device", "memory", "stream", "cublas", "runtime"}
+        submodules = {"device", "graph", "memory", "stream", "cublas", "runtime"}
         names = names_of(file) - submodules - {"device"}
         missing = {n for n in names if not hasattr(real, n)}
         assert not missing, f"{name} has no {missing}"
@@ -57,6 +66,10 @@ def main() -> None:
 
     for method in ("reshape", "transpose", "swapaxes", "view", "astype", "sum", "get"):
         assert hasattr(cupy.ndarray, method)
+    for kind, methods in METHODS.items():
+        assert hasattr(cupy.cuda, kind), kind
+        absent = [m for m in methods if not hasattr(getattr(cupy.cuda, kind), m)]
+        assert not absent, f"cupy.cuda.{kind} has no {absent}"
     for key in ("code", "options"):
         assert key in (inspect.getdoc(cupy.RawModule) or "")
     print(checked, "names of the stand-in exist in CuPy", cupy.__version__)

@@ -289,9 +289,7 @@ def test_parts_take_what_they_say_and_never_more_than_allowed(xp):
     limits = (0, 2**16, 2**20)
     parts = []
     for limit in limits:
-        plan = plan_of(
-            "weight_grad", case, device="cuda", memory_limit=limit, **MINE
-        )
+        plan = plan_of("weight_grad", case, device="cuda", memory_limit=limit, **MINE)
         parts.append(plan._choice.cut.variant[-1])
         got = plan(*of("weight_grad", arrays))
         testing.assert_equal(to_host(got), wanted)

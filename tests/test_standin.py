@@ -233,10 +233,9 @@ def test_halves_with_wide_results_reach_cublas_in_types_it_knows(xp, half, wide)
 
 
 def test_a_gpu_that_failed_once_is_asked_again(standin, monkeypatch):
-    from cuconv._cuda import cuda_leaves, device
+    from cuconv._cuda import device
 
     monkeypatch.setattr(device, "_working", [])
-    cuda_leaves.cache_clear()
 
     def fail(*arguments, **options):
         raise MemoryError("full")
@@ -269,3 +268,114 @@ def test_patches_allocate_nothing(standin):
         view = cuconv.patches(x, 3, stride=2, dilation=2)
     assert seen.count == 0
     assert view.shape == (2, 3, 2, 3, 3, 3)
+
+
+def test_a_capture_records_and_does_not_run(standin):
+    from cupy._kernels import launches
+
+    host = integers((64,), "float32", largest=1000)
+    x, y = standin.asarray(host), standin.zeros(64, "float32")
+    total = standin.ones(64, "float32")
+    stream, before = standin.cuda.Stream(), len(launches)
+    with stream:
+        stream.begin_capture()
+        standin.RawKernel(REVERSE, "reverse")((1,), (64,), (x,))
+        standin.copyto(y, x)
+        standin.add(total, y, out=total)
+        y[::2] = 0
+        y += total
+        graph = stream.end_capture()
+    assert len(launches) == before
+    np.testing.assert_array_equal(to_host(x), host)
+    assert not to_host(y).any()
+    for expected in (host[::-1], host):
+        graph.launch()
+        np.testing.assert_array_equal(to_host(x), expected)
+    wanted = 1 + host[::-1] + host
+    np.testing.assert_array_equal(to_host(total), wanted)
+    kept = np.where(np.arange(64) % 2, host, 0)
+    np.testing.assert_array_equal(to_host(y), kept + wanted)
+    assert {name for name, *_ in launches[before:]} == {"reverse"}
+
+
+def test_a_capture_refuses_what_cuda_does(standin):
+    x, square = standin.ones(4), standin.ones((2, 2), "float32")
+    one = np.ones(1, dtype="float32")
+    r, pointer = standin.cuda.runtime.CUDA_R_32F, square.data.ptr
+    blas = standin.cuda.cublas
+    event = standin.cuda.Event()
+    stream = standin.cuda.Stream()
+    waits = len(standin.cuda.stream.synchronisations)
+    with stream:
+        stream.begin_capture()
+        for call in (
+            stream.synchronize,
+            standin.cuda.Device().synchronize,
+            event.synchronize,
+            x.get,
+            lambda: bool(x[0]),
+            lambda: float(x[0]),
+        ):
+            with pytest.raises(RuntimeError, match="CaptureUnsupported"):
+                call()
+        for call in (lambda: standin.empty(3), lambda: x + x, lambda: x.astype("f4")):
+            with pytest.raises(RuntimeError, match="taken from the pool"):
+                call()
+        with pytest.raises(NotImplementedError, match="during stream capture"):
+            blas.gemmStridedBatchedEx(
+                0, 0, 0, 2, 2, 2, one.ctypes.data, pointer, r, 2, 0, pointer, r, 2, 0,
+                one.ctypes.data, pointer, r, 2, 0, 1, blas.CUBLAS_COMPUTE_32F, -1,
+            )  # fmt: skip
+        with pytest.raises(RuntimeError, match="IllegalState"):
+            stream.begin_capture()
+        with pytest.raises(RuntimeError, match="CaptureImplicit"):
+            standin.cuda.Stream.null.is_capturing()
+        stream.end_capture()
+    assert len(standin.cuda.stream.synchronisations) == waits
+    with pytest.raises(RuntimeError, match="IllegalState"):
+        stream.end_capture()
+    with pytest.raises(RuntimeError, match="default"):
+        standin.cuda.Stream.null.begin_capture()
+    with pytest.raises(NotImplementedError):
+        standin.cuda.Graph()
+
+
+def test_a_graph_does_not_keep_arrays_alive(standin):
+    x, y = standin.ones(4), standin.zeros(4)
+    stream = standin.cuda.Stream()
+    with stream:
+        stream.begin_capture()
+        standin.copyto(y, x)
+        graph = stream.end_capture()
+    graph.launch()
+    del x
+    with pytest.raises(RuntimeError, match="outside any array"):
+        graph.launch()
+
+
+def test_streams_belong_to_devices(standin):
+    stream = standin.cuda.Stream()
+    with standin.cuda.Device(1):
+        with pytest.raises(RuntimeError, match=r"created on \(0\) does not match"):
+            stream.__enter__()
+        with standin.cuda.Stream() as other:
+            assert standin.cuda.get_current_stream() == other
+            assert standin.cuda.get_current_stream(0) == standin.cuda.Stream.null
+
+
+def test_events_are_done_when_something_has_waited(standin):
+    events = [standin.cuda.Event() for _ in range(3)]
+    for event in events:
+        event.record()
+    assert not events[0].done
+    with pytest.raises(RuntimeError, match="NotReady"):
+        standin.cuda.get_elapsed_time(*events[:2])
+    events[1].synchronize()
+    assert [event.done for event in events] == [True, True, False]
+    assert standin.cuda.get_elapsed_time(*events[:2]) >= 0
+    standin.cuda.get_current_stream().synchronize()
+    assert events[2].done
+    untimed = standin.cuda.Event(disable_timing=True)
+    untimed.record()
+    with pytest.raises(RuntimeError, match="InvalidResourceHandle"):
+        standin.cuda.get_elapsed_time(events[0], untimed)

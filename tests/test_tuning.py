@@ -8,6 +8,7 @@ import textwrap
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -28,6 +29,7 @@ from test_conv import CASES, EMPTY
 import cuconv
 from cuconv import plan as planning
 from cuconv import testing, tuning
+from cuconv.leaves import host, leaves_of, leaves_on, machine
 from cuconv.tuning import Winner
 
 BENCHMARK = {"strategy": "benchmark"}
@@ -49,9 +51,9 @@ def races(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     seen: list[int] = []
     original = tuning.fastest
 
-    def spy(xp: Any, candidates: Any) -> int:
+    def spy(leaves: Any, candidates: Any) -> int:
         seen.append(len(candidates))
-        return original(xp, candidates)
+        return original(leaves, candidates)
 
     monkeypatch.setattr(planning, "fastest", spy)
     return seen
@@ -116,13 +118,19 @@ def test_the_winner_is_remembered_in_memory_and_on_disk(folder, races, choices) 
     assert len(races) == len(records(folder)) == 4
 
 
-def test_the_fastest_is_the_one_with_the_smallest_time(monkeypatch) -> None:
-    """By a clock of our own: a slow first round and one outlier do not count."""
+def test_the_fastest_is_the_one_with_the_smallest_time(xp, monkeypatch) -> None:
+    """By a clock of our own: a slow first round and two outliers do not count."""
     now = [0.0]
-    monkeypatch.setattr(tuning, "perf_counter", lambda: now[0])
+    if xp is np:
+        monkeypatch.setattr(host, "perf_counter", lambda: now[0])
+    elif getattr(xp, "IS_STAND_IN", False):
+        clock = SimpleNamespace(perf_counter=lambda: now[0])
+        monkeypatch.setattr(xp.cuda.stream, "time", clock)
+    else:
+        pytest.skip("the clock of a real device cannot be set")
     rounds = {
         "a": [1, 5, 5, 5, 5, 5],
-        "b": [90, 3, 3, 80, 3, 3],
+        "b": [90, 3, 3, 80, 3, 80],
         "c": [1, 4, 4, 4, 4, 4],
     }
 
@@ -134,7 +142,7 @@ def test_the_fastest_is_the_one_with_the_smallest_time(monkeypatch) -> None:
 
         return body
 
-    assert tuning.fastest(np, [call(name) for name in "abc"]) == 1
+    assert tuning.fastest(leaves_of(xp), [call(name) for name in "abc"]) == 1
 
 
 BROKEN = {
@@ -219,10 +227,10 @@ def test_another_machine_or_version_has_another_file(
         with monkeypatch.context() as patch:
             for name, value in parts.items():
                 patch.setattr(*_PARTS[name], value)
-            tuning._machine.cache_clear()
+            machine.host_machine.cache_clear()
             tuning._known.cache_clear()
             run("forward", arrays, CASE, **BENCHMARK)
-        tuning._machine.cache_clear()
+        machine.host_machine.cache_clear()
         tuning._known.cache_clear()
 
     changed(version="9.9.9")
@@ -235,9 +243,64 @@ def test_another_machine_or_version_has_another_file(
     assert len(races) == 4, "this machine's own is still there"
 
 
+@pytest.mark.parametrize("xp", ["cupy"], indirect=True)
+def test_another_gpu_or_driver_has_another_file(xp, folder, races, monkeypatch) -> None:
+    """And the processor of the host does not count."""
+    if not getattr(xp, "IS_STAND_IN", False):
+        pytest.skip("drivers of a real GPU cannot be changed")
+    arrays = operands(CASE, "float32")
+    run("forward", arrays.on(xp), CASE, **BENCHMARK)
+    with monkeypatch.context() as patch:
+        patch.setattr(machine, "_processor", lambda: "another one")
+        machine.host_machine.cache_clear()
+        run("forward", arrays.on(xp), CASE, **BENCHMARK)
+    machine.host_machine.cache_clear()
+    assert (len(races), len(set(folder.iterdir()))) == (1, 1)
+    changes = (
+        (xp, "__version__", "99.0"),
+        (xp.cuda.runtime, "driverGetVersion", lambda: 99),
+        (xp.cuda.runtime, "runtimeGetVersion", lambda: 98),
+    )
+    for number, change in enumerate(changes, 2):
+        with monkeypatch.context() as patch:
+            patch.setattr(*change)
+            run("forward", arrays.on(xp), CASE, **BENCHMARK)
+        assert (len(races), len(set(folder.iterdir()))) == (number, number)
+    with xp.cuda.Device(1):
+        run("forward", arrays.on(xp), CASE, **BENCHMARK)
+    assert (len(races), len(set(folder.iterdir()))) == (5, 5)
+    run("forward", arrays, CASE, **BENCHMARK)
+    assert (len(races), len(set(folder.iterdir()))) == (6, 6), "nor NumPy's"
+    first, second = leaves_on("cuda:0").machine(), leaves_on("cuda:1").machine()
+    assert [a == b for a, b in zip(first, second, strict=True)] == [True] * 4 + [
+        False,
+        False,
+    ], "name and compute capability"
+
+
+@pytest.mark.usefixtures("folder")
+@pytest.mark.parametrize("xp", ["cupy"], indirect=True)
+def test_candidates_are_timed_with_events_on_the_current_stream(
+    xp, races, choices
+) -> None:
+    """One wait for each round, for an event and for nothing else."""
+    if not getattr(xp, "IS_STAND_IN", False):
+        pytest.skip("a real device does not count who waits")
+    arrays = operands(CASE, "float32").on(xp)
+    waits = xp.cuda.stream.synchronisations
+    before = len(waits)
+    with xp.cuda.Stream(non_blocking=True):
+        run("forward", arrays, CASE, **BENCHMARK)
+    assert waits[before:] == ["event"] * 6
+    assert len(choices) == 6 * races[0] + 1
+    alternating = [choice.label for choice in choices[:-1]]
+    assert alternating == alternating[: races[0]] * 6
+    assert races[0] > 1
+
+
 _PARTS = {
     "version": (tuning, "__version__"),
-    "processor": (tuning, "_processor"),
+    "processor": (machine, "_processor"),
     "cores": (os, "cpu_count"),
 }
 
@@ -251,7 +314,7 @@ def test_a_cache_that_cannot_be_written(tmp_path, monkeypatch, races, where) -> 
         place.write_text("here")
     elif where == "a folder in the way":
         monkeypatch.setenv("CUCONV_CACHE_DIR", str(place))
-        tuning._path().mkdir(parents=True)
+        tuning._path(leaves_of(np).machine()).mkdir(parents=True)
     else:
         place.mkdir()
 
@@ -291,20 +354,20 @@ def test_the_cache_lies_where_it_is_told(tmp_path, monkeypatch) -> None:
     for name in ("CUCONV_CACHE_DIR", "XDG_CACHE_HOME"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(tuning.Path, "home", lambda: tmp_path / "home")
-    assert tuning._path().parent == tmp_path / "home" / ".cache" / "cuconv"
+    assert tuning._path(()).parent == tmp_path / "home" / ".cache" / "cuconv"
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-    assert tuning._path().parent == tmp_path / "xdg" / "cuconv"
+    assert tuning._path(()).parent == tmp_path / "xdg" / "cuconv"
     monkeypatch.setenv("CUCONV_CACHE_DIR", str(tmp_path / "own"))
-    assert tuning._path().parent == tmp_path / "own"
+    assert tuning._path(()).parent == tmp_path / "own"
 
 
 SCRIPT = """
     import numpy as np, cuconv
     from cuconv import plan
     races, fastest = [], plan.fastest
-    def spy(xp, calls):
+    def spy(leaves, calls):
         races.append(len(calls))
-        return fastest(xp, calls)
+        return fastest(leaves, calls)
     plan.fastest = spy
     x, w = np.ones((2, 8, 9, 8), "f4"), np.ones((8, 8, 3, 3), "f4")
     cuconv.conv(x, w, strategy="benchmark")
@@ -369,7 +432,7 @@ SMALL = [
 def test_whatever_wins_computes_the_same(op, monkeypatch, choices) -> None:
     """Also a winner that cuts its work where the one that was expected does not."""
     won, cut = 0, set()
-    monkeypatch.setattr(planning, "recall", lambda key, candidates: None)
+    monkeypatch.setattr(planning, "recall", lambda machine, key, candidates: None)
     for case in SMALL:
         arrays = operands(case, "float32")
         wanted = reference(op, arrays, case)
@@ -379,7 +442,7 @@ def test_whatever_wins_computes_the_same(op, monkeypatch, choices) -> None:
         for limit in (max(limit, least) for limit in limits):
             for number in range(8):
                 monkeypatch.setattr(
-                    planning, "fastest", lambda xp, each, n=number: n % len(each)
+                    planning, "fastest", lambda leaves, each, n=number: n % len(each)
                 )
                 got = call(memory_limit=limit, **BENCHMARK)
                 np.testing.assert_array_equal(np.rint(got), wanted)
@@ -398,11 +461,13 @@ def test_the_words_of_a_winner() -> None:
     ]
     assert len(set(candidates)) == 3
     tuning._known.cache_clear()
-    tuning._known()["k"] = None
+    tuning._known(("here",))["k"] = None
     for winner in candidates:
-        tuning._known()[tuning._digest("k")] = [winner[0], list(winner[1]), winner[2]]
-        assert tuning.recall("k", candidates) == winner
-    assert tuning.recall("other", candidates) is None
+        known = tuning._known(("here",))
+        known[tuning._digest("k")] = [winner[0], list(winner[1]), winner[2]]
+        assert tuning.recall(("here",), "k", candidates) == winner
+        assert tuning.recall(("there",), "k", candidates) is None
+    assert tuning.recall(("here",), "other", candidates) is None
     tuning._known.cache_clear()
 
 

@@ -9,20 +9,28 @@ if TYPE_CHECKING:
     from cuconv._cuda.leaves import CudaLeaves
 
 
-@cache
-def cuda_leaves() -> "CudaLeaves":
-    """The leaves over CuPy.
+def cuda_leaves(device: int | None = None) -> "CudaLeaves":
+    """The leaves over CuPy for a device, by default the current one.
 
     Raises
     ------
     RuntimeError
         If CuPy imports but no device runs a kernel.
+    ValueError
+        If there is no such device.
     """
-    if working_cupy() is None:
+    cupy = working_cupy()
+    if cupy is None:
         raise RuntimeError(f"a CuPy array came in, but no GPU works: {why_not()}")
+    runtime = cupy.cuda.runtime
+    return _leaves(int(runtime.getDevice()) if device is None else device)
+
+
+@cache
+def _leaves(device: int) -> "CudaLeaves":
     from cuconv._cuda.leaves import CudaLeaves
 
-    return CudaLeaves()
+    return CudaLeaves(device)
 
 
 __all__ = ["cuda_leaves", "why_not", "working_cupy"]

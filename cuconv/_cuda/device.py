@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from cuconv.rates import Gpu
+
 _KERNEL = 'extern "C" __global__ void answer(int *out) { *out = 42; }'
 
 
@@ -18,6 +20,9 @@ def _probe() -> tuple[Any, str]:
 
         if cupy.cuda.runtime.getDeviceCount() == 0:
             return None, "there is no CUDA device"
+        if is_capturing(cupy):
+            # A device is there, and the probe would have to wait for it.
+            return cupy, ""
         out = cupy.zeros(1, dtype=cupy.int32)
         cupy.RawKernel(_KERNEL, "answer")((1,), (1,), (out,))
         if int(out[0]) != 42:
@@ -36,3 +41,32 @@ def working_cupy() -> Any:
 def why_not() -> str:
     """The reason why `working_cupy` is None."""
     return _probe()[1]
+
+
+def is_capturing(cupy: Any, device: int = -1) -> bool:
+    """Whether the current stream of a device (the current one) records a graph."""
+    stream = cupy.cuda.get_current_stream(device)
+    # The default stream cannot, and must not be asked while another one does.
+    return stream.ptr != 0 and bool(stream.is_capturing())
+
+
+def gpu_of(cupy: Any, device: int) -> Gpu:
+    """What a device says of itself.
+
+    By attributes: CUDA 13 has no clock rates among the properties.
+    """
+    runtime = cupy.cuda.runtime
+
+    def figure(name: str) -> int:
+        attribute = getattr(runtime, f"cudaDevAttr{name}")
+        return int(runtime.deviceGetAttribute(attribute, device))
+
+    return Gpu(
+        runtime.getDeviceProperties(device)["name"].decode(),
+        str(cupy.cuda.Device(device).compute_capability),
+        figure("MultiProcessorCount"),
+        figure("ClockRate"),
+        figure("MemoryClockRate"),
+        figure("GlobalMemoryBusWidth"),
+        figure("L2CacheSize"),
+    )

@@ -1,35 +1,44 @@
 """The leaves over CuPy: kernels of ours for columns, cuBLAS for products."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from itertools import pairwise
 from typing import Any
 
 import cupy
 import numpy as np
 
 from cuconv._cuda.compiler import kernel
+from cuconv._cuda.device import gpu_of, is_capturing
 from cuconv._cuda.gemm import gemm
 from cuconv._cuda.structs import MOST_THREADS, Launch, pack
 from cuconv._cuda.variants import Variant, copy_variant, has_atomics, sum_variant
 from cuconv.arrays import Array, DType, Types, is_half
 from cuconv.geometry import Block, Range, Ranges, Tile, WindowGeometry
 from cuconv.memory import Buffer
-from cuconv.rates import CUDA_RATES
+from cuconv.rates import cuda_block_bytes, cuda_rates
 
 _THREADS = 256
 
 
 class CudaLeaves:
-    """See `cuconv.leaves.Leaves`."""
+    """See `cuconv.leaves.Leaves`; one for each device."""
 
     xp: Any = cupy
-    # Large enough to fill a GPU, small beside its memory; not yet measured on one.
-    block_bytes = 64 * 2**20
     default_memory_limit = 256 * 2**20
-    rates = CUDA_RATES
     # cuBLAS takes its leading dimensions as 32-bit integers.
     largest_step = 2**31 - 1
     needs_partial = False
+
+    def __init__(self, device: int) -> None:
+        count = cupy.cuda.runtime.getDeviceCount()
+        if device >= count:
+            raise ValueError(f"there is no device {device}: there are {count}")
+        self._index = device
+        self._gpu = gpu_of(cupy, device)
+        self.device = f"cuda:{device}"
+        self.rates = cuda_rates(self._gpu)
+        self.block_bytes = cuda_block_bytes(self._gpu)
 
     def device_of(self, array: Array) -> AbstractContextManager[object]:
         device: AbstractContextManager[object] = array.device
@@ -41,6 +50,26 @@ class CudaLeaves:
 
     def workers(self) -> int:
         return 1
+
+    def is_capturing(self) -> bool:
+        return is_capturing(cupy, self._index)
+
+    def times(self, calls: Sequence[Callable[[], object]]) -> list[float]:
+        with cupy.cuda.Device(self._index):
+            marks = [cupy.cuda.Event()]
+            marks[0].record()
+            for call in calls:
+                call()
+                marks.append(cupy.cuda.Event())
+                marks[-1].record()
+            marks[-1].synchronize()
+            return [cupy.cuda.get_elapsed_time(*pair) for pair in pairwise(marks)]
+
+    def machine(self) -> tuple[str, ...]:
+        runtime = cupy.cuda.runtime
+        versions = runtime.driverGetVersion(), runtime.runtimeGetVersion()
+        gpu = self._gpu.name, self._gpu.compute_capability
+        return ("cupy", cupy.__version__, *map(str, versions), *gpu)
 
     def release(self) -> None:
         cupy.get_default_memory_pool().free_all_blocks()

@@ -24,6 +24,8 @@ class Leaves(Protocol):
     """The operations that know which module they serve."""
 
     xp: Any
+    # ``"cpu"``, ``"cuda:0"``, ``"cuda:1"``, …
+    device: str
 
     # Bytes of columns per block, and the limit when the user names none.
     block_bytes: int
@@ -50,6 +52,15 @@ class Leaves(Protocol):
 
     def workers(self) -> int:
         """How many blocks may run at the same time."""
+
+    def is_capturing(self) -> bool:
+        """Whether the current stream records a CUDA graph instead of working."""
+
+    def times(self, calls: Sequence[Callable[[], object]]) -> list[float]:
+        """Make each call once, in order; how long each took, in milliseconds."""
+
+    def machine(self) -> tuple[str, ...]:
+        """Words for everything that measured times depend on, beside the problem."""
 
     def operand_type(self, types: Types) -> DType:
         """The type of the matrices that `gemm` multiplies."""
@@ -113,13 +124,39 @@ class Leaves(Protocol):
         """
 
 
-def leaves_of(xp: Any) -> Leaves:
-    """The leaves of an array module; CuPy's are imported when first asked for."""
+def leaves_of(xp: Any, array: Array | None = None) -> Leaves:
+    """The leaves of an array module; CuPy's are imported when first asked for.
+
+    They are those of the device that holds the array; of the current one without.
+    """
     if xp is np:
         return _HOST
     from cuconv._cuda import cuda_leaves
 
-    return cuda_leaves()
+    return cuda_leaves(None if array is None else int(array.device.id))
+
+
+def leaves_on(device: str) -> Leaves:
+    """The leaves of a device by its name: ``"cpu"``, ``"cuda"`` or ``"cuda:1"``."""
+    if device == "cpu":
+        return _HOST
+    name, *rest = device.split(":") if isinstance(device, str) else ("",)
+    if name != "cuda" or len(rest) > 1 or not all(map(str.isdecimal, rest)):
+        raise ValueError(
+            f"device must be 'cpu', 'cuda' or 'cuda:' and a number; got {device!r}"
+        )
+    from cuconv._cuda import cuda_leaves
+
+    return cuda_leaves(int(rest[0]) if rest else None)
+
+
+def refuse_capture(leaves: Leaves, what: str, *, captured: bool | None = None) -> None:
+    """Raise where a call would take memory while a CUDA graph is captured.
+
+    The pool would hand it to others between two launches of the graph.
+    """
+    if leaves.is_capturing() if captured is None else captured:
+        raise ValueError(f"a CUDA graph is being captured, and {what}")
 
 
 def release_memory() -> None:

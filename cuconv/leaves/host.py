@@ -3,11 +3,12 @@
 import math
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import copy_context
 from functools import partial
+from time import perf_counter
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from threadpoolctl import ThreadpoolController
 from cuconv.arrays import Array, DType, Types, stored
 from cuconv.config import settings
 from cuconv.geometry import Axis, Block, Range, Ranges, Tile, WindowGeometry
+from cuconv.leaves.machine import host_machine
 from cuconv.memory import Buffer
 from cuconv.profiling import stage
 from cuconv.rates import HOST_RATES
@@ -42,6 +44,7 @@ class HostLeaves:
     """See `cuconv.leaves.Leaves`."""
 
     xp: Any = np
+    device = "cpu"
     # Columns of one block.  Of 1, 2, 4 and 8 MiB, 4 was the best over six 3×3 and 7×7
     # layers of ResNet-50 and VGG-16, N = 8, on two AMD EPYC cores (1 MiB of L2 cache
     # each, 32 MiB of L3): 1 MiB took 1.04 (forward), 1.12 (input gradient) and 1.09
@@ -64,6 +67,15 @@ class HostLeaves:
     def workers(self) -> int:
         asked = settings().num_threads
         return _BLAS.threads() if asked is None else asked
+
+    def is_capturing(self) -> bool:
+        return False
+
+    def times(self, calls: Sequence[Callable[[], object]]) -> list[float]:
+        return [_milliseconds(call) for call in calls]
+
+    def machine(self) -> tuple[str, ...]:
+        return host_machine()
 
     def memory(self, nbytes: int) -> AbstractContextManager[Array]:
         return _ARENAS.borrowed(nbytes)
@@ -193,6 +205,12 @@ class HostLeaves:
         for error in (future.exception() for future in others):
             if error is not None:
                 raise error
+
+
+def _milliseconds(call: Callable[[], object]) -> float:
+    start = perf_counter()
+    call()
+    return (perf_counter() - start) * 1e3
 
 
 class _Arenas:

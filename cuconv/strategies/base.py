@@ -6,7 +6,18 @@ from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import Any, NamedTuple, Protocol, TypeVar
 
-from cuconv.arrays import Array, DType, Stored, Types, flattened, grouped, stored
+import numpy as np
+
+from cuconv.arrays import (
+    Array,
+    DType,
+    Stored,
+    Types,
+    flattened,
+    grouped,
+    is_half,
+    stored,
+)
 from cuconv.geometry import Axis, Block, ConvGeometry, Tile
 from cuconv.leaves import Leaves
 from cuconv.memory import Buffer
@@ -38,7 +49,8 @@ class Problem:
     that an input gradient is: its weights are those of the caller, filters and channels
     exchanged, taps in reverse, conjugated.  ``uniform`` means that every array given
     has the operand type, whatever its strides, and that the result is stored in the
-    operand or the accumulation type.
+    operand or the accumulation type.  ``captured``: the call is recorded into a CUDA
+    graph, which holds launches of kernels and no memory of its own.
     """
 
     op: str
@@ -53,15 +65,22 @@ class Problem:
     module: str = "numpy"
     flipped: bool = False
     uniform: bool = False
+    captured: bool = False
 
     @property
     def fast(self) -> bool:
         return self.precision == "fast"
 
     @property
+    def is_for_tensor_cores(self) -> bool:
+        """Whether its products run on tensor cores, where a device has some."""
+        return is_half(self.operand) or (self.fast and self.operand == np.float32)
+
+    @property
     def fingerprint(self) -> str:
-        """The same words for equal problems, in every process."""
-        names = (field.name for field in fields(self) if field.name != "direct")
+        """The same words for equal problems, in every process, captured or not."""
+        special = ("direct", "captured")
+        names = (field.name for field in fields(self) if field.name not in special)
         words = [f"{name}={getattr(self, name)!r}" for name in names]
         return "; ".join((*words, *sorted(self.direct)))
 
@@ -200,6 +219,9 @@ class Strategy(Protocol):
     """One way to compute the three operations."""
 
     name: str
+    # Whether a run on CUDA launches kernels and nothing else, so that a graph can hold
+    # it: CuPy refuses cuBLAS and cuFFT while one is captured.
+    capturable: bool
 
     def supports(self, problem: Problem) -> tuple[bool, str]:
         """Whether it can, and the reason if it cannot."""

@@ -44,6 +44,7 @@ class Depthwise(OneWay):
     """See `cuconv.strategies.Strategy`."""
 
     name = "depthwise"
+    capturable = True
 
     def supports(self, problem: Problem) -> tuple[bool, str]:
         g = problem.geometry

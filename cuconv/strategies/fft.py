@@ -86,6 +86,7 @@ class Fft(OneWay):
     """See `cuconv.strategies.Strategy`."""
 
     name = "fft"
+    capturable = False
 
     def supports(self, problem: Problem) -> tuple[bool, str]:
         taps = problem.geometry.taps

@@ -69,6 +69,7 @@ class Im2col:
     """See `cuconv.strategies.Strategy`."""
 
     name = "im2col"
+    capturable = False
 
     def supports(self, problem: Problem) -> tuple[bool, str]:
         del problem

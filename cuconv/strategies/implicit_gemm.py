@@ -47,6 +47,7 @@ class ImplicitGemm:
     """See `cuconv.strategies.Strategy`."""
 
     name = "implicit_gemm"
+    capturable = True
 
     def supports(self, problem: Problem) -> tuple[bool, str]:
         g = problem.geometry

@@ -45,6 +45,7 @@ class TapMatmul(OneWay):
     """See `cuconv.strategies.Strategy`."""
 
     name = "tap_matmul"
+    capturable = False
 
     def supports(self, problem: Problem) -> tuple[bool, str]:
         if problem.geometry.taps == 1:

@@ -211,6 +211,7 @@ class Winograd:
     """See `cuconv.strategies.Strategy`."""
 
     name = "winograd"
+    capturable = False
 
     def supports(self, problem: Problem) -> tuple[bool, str]:
         g = problem.geometry

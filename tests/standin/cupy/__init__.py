@@ -13,6 +13,7 @@ from ._arrays import (
     copyto,
     empty,
     full,
+    may_share_memory,
     ndarray,
     ones,
     wrapped,
@@ -43,7 +44,7 @@ for _name in (
     *("concatenate", "conjugate", "empty_like", "exp", "isnan", "log", "matmul", "max"),
     *("maximum", "mean", "minimum", "moveaxis", "multiply", "negative", "pad"),
     *("sqrt", "square", "stack", "subtract", "sum", "tanh", "transpose", "where"),
-    *("zeros_like", "ones_like", "may_share_memory", "linalg"),
+    *("zeros_like", "ones_like", "linalg"),
 ):
     if _name != "linalg":
         globals()[_name] = wrapped(getattr(_np, _name))

@@ -6,6 +6,7 @@ import numpy as np
 
 from .cuda import memory
 from .cuda.device import Device, current
+from .cuda.stream import enqueue, get_current_stream, waited
 
 
 class ndarray:
@@ -45,9 +46,11 @@ class ndarray:
         return Flags(self._host.flags)
 
     def get(self):
+        self._wait("get")
         return self._host.copy(order="K")
 
     def item(self, *args):
+        self._wait("item")
         return self._host.item(*args)
 
     def _view(self, host):
@@ -61,18 +64,28 @@ class ndarray:
         )
 
     def __setitem__(self, key, value):
-        self._host[device_free(key)] = unwrap(value)
+        host, place, cells = self._host, device_free(key), unwrap(value)
+        enqueue(lambda: host.__setitem__(place, cells), hosts_of(self, value))
+
+    def fill(self, value):
+        self[...] = value
 
     def __len__(self):
         return len(self._host)
 
+    def _wait(self, name):
+        waited(name, get_current_stream(self.device.id))
+
     def __bool__(self):
+        self._wait("bool")
         return bool(self._host)
 
     def __int__(self):
+        self._wait("int")
         return int(self._host)
 
     def __float__(self):
+        self._wait("float")
         return float(self._host)
 
     def __iter__(self):
@@ -124,6 +137,11 @@ def unwrap(value, *, anywhere=False):
     return value
 
 
+def hosts_of(*values):
+    """The host arrays behind those of the values that are device arrays."""
+    return [v._host for v in values if isinstance(v, ndarray)]
+
+
 def result(host, *parents):
     """Wrap what NumPy answered: a view of a parent, or fresh device memory."""
     if not isinstance(host, (np.ndarray, np.generic)):
@@ -141,9 +159,11 @@ def wrapped(function):
     def on_device(*args, **kwargs):
         arrays = [a for a in (*args, *kwargs.values()) if isinstance(a, ndarray)]
         named = {name: unwrap(value) for name, value in kwargs.items()}
-        host = function(*map(unwrap, args), **named)
+        hosts = tuple(map(unwrap, args))
         if isinstance(kwargs.get("out"), ndarray):
+            enqueue(lambda: function(*hosts, **named), hosts_of(*arrays))
             return kwargs["out"]
+        host = function(*hosts, **named)
         return host if isinstance(host, bool) else result(host, *arrays)
 
     on_device.__name__ = function.__name__
@@ -169,7 +189,6 @@ for _name in (
     "sum",
     "copy",
     "ravel",
-    "fill",
     "conj",
     "max",
     "min",
@@ -209,7 +228,11 @@ def _in_place(name):
     function = getattr(np, name)
 
     def method(self, other):
-        function(self._host, unwrap(other), out=self._host, casting="same_kind")
+        host, more = self._host, unwrap(other)
+        enqueue(
+            lambda: function(host, more, out=host, casting="same_kind"),
+            hosts_of(self, other),
+        )
         return self
 
     return method
@@ -279,7 +302,17 @@ def asnumpy(value):
 
 
 def copyto(dst, src, casting="same_kind"):
-    np.copyto(unwrap(dst), unwrap(src), casting=casting)
+    into, host = unwrap(dst), unwrap(src)
+    if isinstance(host, np.ndarray) and not np.can_cast(
+        host.dtype, into.dtype, casting
+    ):
+        raise TypeError(f"Cannot cast {host.dtype} to {into.dtype} in {casting} mode")
+    enqueue(lambda: np.copyto(into, host, casting=casting), hosts_of(dst, src))
+
+
+def may_share_memory(a, b):
+    """Asked of addresses alone, on whichever device is current."""
+    return a.device == b.device and np.may_share_memory(a._host, b._host)
 
 
 __all__ = ["Device", "array", "asarray", "ndarray"]

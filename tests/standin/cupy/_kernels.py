@@ -14,7 +14,7 @@ import numpy as np
 
 from ._arrays import ndarray
 from .cuda.device import current
-from .cuda.stream import get_current_stream
+from .cuda.stream import enqueue, get_current_stream
 
 SHIM = Path(__file__).parent.parent / "cuda_shim.h"
 MOST_BLOCKS = 2**31 - 1
@@ -101,12 +101,19 @@ class RawKernel:
             pointers = (ctypes.c_void_p * len(kept))(
                 *(ctypes.addressof(k) for k in kept)
             )
+            pointers.kept = kept
             library = compiled(self._code, self.name, self._options)
+            place = current().id
+
+        def launch():
             stream = get_current_stream().ptr
-            launches.append((self.name, blocks, threads, current().id, stream))
-            library.shim_launch(blocks, threads, shared_mem, pointers)
-            if hasattr(library, "shim_bank_conflicts"):
-                bank_conflicts[self.name] += library.shim_bank_conflicts()
+            launches.append((self.name, blocks, threads, place, stream))
+            with _lock:
+                library.shim_launch(blocks, threads, shared_mem, pointers)
+                if hasattr(library, "shim_bank_conflicts"):
+                    bank_conflicts[self.name] += library.shim_bank_conflicts()
+
+        enqueue(launch, [a._host for a in args if isinstance(a, ndarray)])
 
 
 class RawModule:

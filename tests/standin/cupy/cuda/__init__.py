@@ -1,9 +1,10 @@
 """``cupy.cuda``."""
 
-from . import cublas, device, memory, runtime, stream
+from . import cublas, device, graph, memory, runtime, stream
 from .device import Device
+from .graph import Graph
 from .memory import MemoryHook
-from .stream import Event, Stream, get_current_stream
+from .stream import Event, Stream, get_current_stream, get_elapsed_time
 
 
 def is_available():

@@ -4,7 +4,7 @@ import ctypes
 
 import numpy as np
 
-from . import memory, runtime
+from . import memory, runtime, stream
 
 CUBLAS_OP_N, CUBLAS_OP_T, CUBLAS_OP_C = 0, 1, 2
 CUBLAS_COMPUTE_32F, CUBLAS_COMPUTE_32F_FAST_TF32, CUBLAS_COMPUTE_64F = 68, 77, 70
@@ -78,6 +78,10 @@ def gemmStridedBatchedEx(
     alpha, A, Atype, lda, strideA, B, Btype, ldb, strideB,
     beta, C, Ctype, ldc, strideC, batchCount, computeType, algo,
 ):  # fmt: skip
+    stream.refuse(
+        "calling cuBLAS API during stream capture is currently unsupported",
+        NotImplementedError,
+    )
     calls.append((m, n, k, batchCount, computeType, getMathMode(handle)))
     _check_types(Atype, Btype, Ctype, computeType)
     shape_a, shape_b = (m, k), (k, n)

@@ -9,7 +9,10 @@ _state = threading.local()
 class Device:
     def __init__(self, device=None):
         self.id = current().id if device is None else int(device)
-        self.compute_capability = "90"
+
+    @property
+    def compute_capability(self):
+        return ("90", "80")[self.id]
 
     def __eq__(self, other):
         return isinstance(other, Device) and self.id == other.id
@@ -28,7 +31,9 @@ class Device:
         return f"<CUDA Device {self.id}>"
 
     def synchronize(self):
-        pass
+        from .stream import get_current_stream, waited
+
+        waited("device", get_current_stream(self.id))
 
 
 def _stack():
@@ -39,7 +44,6 @@ def _stack():
 
 _FIRST = object.__new__(Device)
 _FIRST.id = 0
-_FIRST.compute_capability = "90"
 
 
 def current():

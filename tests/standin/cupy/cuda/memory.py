@@ -2,6 +2,8 @@
 
 import weakref
 
+from . import stream
+
 _ROUNDING = 512
 _hooks = []
 # Live allocations: (start, stop).  Single operations on a dict need no lock, and a lock
@@ -48,6 +50,8 @@ class Block:
     """One allocation; it lives as long as an array refers to it."""
 
     def __init__(self, host):
+        # CuPy allows it; a graph must not hold what the pool may give to others.
+        stream.refuse("memory was taken from the pool during a capture")
         size = max(-(-host.nbytes // _ROUNDING) * _ROUNDING, _ROUNDING)
         base = host
         while base.base is not None and hasattr(base.base, "__array_interface__"):
