@@ -523,14 +523,17 @@ def _planned(
 ) -> Plan:
     leaves = leaves_of(xp)
     types = resolve_types(arrays, options.dtype)
+    operand = leaves.operand_type(types)
     source = arrays["dy" if op == "input_grad" else "x"].dtype
+    foreign = (name for name, array in arrays.items() if array.dtype != operand)
     problem = Problem(
         op=op,
         geometry=geometry,
         types=types,
-        operand=leaves.operand_type(types),
+        operand=operand,
         source=source,
         direct=_direct(op, geometry, arrays, out, types, leaves),
+        foreign=frozenset(foreign),
         has_bias="bias" in arrays,
         deterministic=options.deterministic is not False,
         precision=options.precision or "standard",

@@ -10,6 +10,7 @@ import numpy as np
 from cuconv._cuda.compiler import kernel
 from cuconv._cuda.gemm import gemm
 from cuconv._cuda.structs import MOST_THREADS, Launch, pack
+from cuconv._cuda.tiles import CudaTiles
 from cuconv._cuda.variants import Variant, copy_variant, has_atomics, sum_variant
 from cuconv.arrays import Array, DType, Types, is_half
 from cuconv.geometry import Block, Range, Ranges, Tile, WindowGeometry
@@ -29,6 +30,7 @@ class CudaLeaves:
     rates = CUDA_RATES
     # cuBLAS takes its leading dimensions as 32-bit integers.
     largest_step = 2**31 - 1
+    tiles = CudaTiles()
     needs_partial = False
 
     def device_of(self, array: Array) -> AbstractContextManager[object]:

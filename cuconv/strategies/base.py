@@ -34,7 +34,8 @@ class Problem:
 
     ``direct`` names the arrays (``x``, ``w``, ``dy``, ``out``) that BLAS can read or
     write where they lie: the right type, and strides that make a matrix.  ``source`` is
-    the type of the array that is gathered.  ``flipped`` marks the forward pass over dy
+    the type of the array that is gathered, and ``foreign`` names all arrays whose type
+    is not that of the operands.  ``flipped`` marks the forward pass over dy
     that an input gradient is: its weights are those of the caller, filters and channels
     exchanged, taps in reverse, conjugated.
     """
@@ -45,6 +46,7 @@ class Problem:
     operand: DType
     source: DType
     direct: frozenset[str]
+    foreign: frozenset[str] = frozenset()
     has_bias: bool = False
     deterministic: bool = True
     precision: str = "standard"
@@ -58,9 +60,11 @@ class Problem:
     @property
     def fingerprint(self) -> str:
         """The same words for equal problems, in every process."""
-        names = (field.name for field in fields(self) if field.name != "direct")
+        sets = {"direct", "foreign"}
+        names = (field.name for field in fields(self) if field.name not in sets)
         words = [f"{name}={getattr(self, name)!r}" for name in names]
-        return "; ".join((*words, *sorted(self.direct)))
+        foreign = (f"foreign {name}" for name in sorted(self.foreign))
+        return "; ".join((*words, *sorted(self.direct), *foreign))
 
     @property
     def light(self) -> bool:
@@ -78,6 +82,7 @@ class Problem:
             op="forward",
             geometry=self.geometry.adjoint,
             direct=frozenset(direct | (self.direct & {"out"})),
+            foreign=frozenset("x" if n == "dy" else n for n in self.foreign),
             flipped=True,
         )
 
