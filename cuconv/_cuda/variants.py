@@ -1,6 +1,6 @@
 """Which variants of each kernel exist: element type × index width × rank."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -74,13 +74,13 @@ def tile_variant(dtype: DType, rows: int, columns: int, *, wide: bool) -> Varian
 
 
 def tile_variants(
-    dtype: DType, ranks: Iterable[int], *, wide: bool
+    dtype: DType, ranks: Sequence[int], *, wide: bool
 ) -> Iterator[Variant]:
     """`transform_tiles` for convolutions of this type and these ranks."""
     if dtype.name not in TILE_TYPES:
         return
     for columns in TILE_SIZES:
-        for rows in dict.fromkeys(1 if rank == 1 else columns for rank in ranks):
+        for rows in (1, columns)[: max(ranks, default=0)]:
             yield tile_variant(dtype, rows, columns, wide=wide)
 
 
