@@ -560,8 +560,9 @@ def _planned(
     leaves: Leaves,
 ) -> Plan:
     types = resolve_types(arrays, options.dtype)
-    source = arrays["dy" if op == "input_grad" else "x"].dtype
     operand = leaves.operand_type(types)
+    source = arrays["dy" if op == "input_grad" else "x"].dtype
+    foreign = (name for name, array in arrays.items() if array.dtype != operand)
     problem = Problem(
         op=op,
         geometry=geometry,
@@ -569,22 +570,16 @@ def _planned(
         operand=operand,
         source=source,
         direct=_direct(op, geometry, arrays, out, types, leaves),
+        foreign=frozenset(foreign),
         has_bias="bias" in arrays,
         deterministic=options.deterministic is not False,
         precision=options.precision or "standard",
         module=leaves.xp.__name__,
-        uniform=_is_uniform(arrays, operand, types),
         captured=leaves.is_capturing(),
     )
     name = "auto" if options.strategy == "benchmark" else options.strategy
     decision = decide(problem, leaves, name, options.memory_limit, leaves.workers())
     return Plan(problem, decision, leaves, options)
-
-
-def _is_uniform(arrays: dict[str, Array], operand: DType, types: Types) -> bool:
-    """Whether a kernel of one type can read every array and store the result."""
-    stored = types.result in (operand, types.accumulate)
-    return stored and all(array.dtype == operand for array in arrays.values())
 
 
 def plan_of_shapes(

@@ -56,11 +56,14 @@ def run_sanitized(*arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-@pytest.mark.parametrize("chosen", ["im2col", "col2im and False-", "gemm or offsets"])
+@pytest.mark.parametrize(
+    "chosen", ["im2col", "col2im and False-", "gemm or offsets", "split or join"]
+)
 def test_kernels_are_clean(chosen):
     done = run_sanitized(
         *("-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist"),
-        *(str(TESTS / "test_kernels.py"), "-k", chosen),
+        *(str(TESTS / f"test_{name}.py") for name in ("kernels", "tiles")),
+        *("-k", chosen),
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     passed = re.search(r"(\d+) passed", done.stdout)

@@ -1,6 +1,6 @@
 """Winograd's transforms, tiles and tails; that it is near enough, and when it runs."""
 
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
@@ -13,13 +13,17 @@ from support import (
     OPERATIONS,
     Case,
     Operands,
-    host_peak,
+    integers,
     normal,
     of,
+    peak,
     plan_of,
     reference,
     run,
+    smallest_limit,
+    to_host,
 )
+from test_conv import PLACES
 
 import cuconv
 from cuconv import testing
@@ -39,6 +43,7 @@ WINOGRAD = {"strategy": "winograd"}
 
 
 def assert_near(actual: Any, wanted: np.ndarray, bound: float) -> None:
+    actual = to_host(actual)
     assert actual.shape == wanted.shape
     largest = float(np.abs(wanted).max(initial=0))
     error = float(np.abs(actual.astype(np.float64) - wanted).max(initial=0))
@@ -113,26 +118,42 @@ def wide(arrays: Operands) -> Operands:
     return Operands(*(array.astype(np.float64) for array in arrays))
 
 
+def planned(
+    xp: Any, op: str, case: Case, dtype: Any = "float32", **options: Any
+) -> Any:
+    """The plan of this strategy for arrays of a module, None where it cannot run."""
+    options = {"precision": "fast", **WINOGRAD, **options}
+    device = "cpu" if xp is np else "cuda"
+    return plan_of(op, case, dtype, device=device, **options)
+
+
+@cache
+def known(op: str, name: str, layout: str, dtype: str) -> np.ndarray:
+    """The reference for `normal`, computed once for both modules."""
+    case = CASES[name].in_layout(layout)
+    return reference(op, wide(normal(case, dtype)), case)
+
+
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("op", OPERATIONS)
-def test_every_tile_size_is_within_the_bound(op, layout, dtype) -> None:
+def test_every_tile_size_is_within_the_bound(xp, op, layout, dtype) -> None:
     variants = set()
-    for case in (case.in_layout(layout) for case in CASES.values()):
-        arrays = normal(case, dtype)
-        wanted = None
-        for precision in ("standard", "fast"):
-            plan = plan_of(op, case, dtype, precision=precision, **WINOGRAD)
-            if plan is None:
-                assert op == "input_grad"
-                assert max(case.options["stride"]) > 1
-                continue
-            wanted = reference(op, wide(arrays), case) if wanted is None else wanted
-            for choice in plan._decision.candidates:
-                got = plan._on(choice).run(of(op, arrays), None)
-                assert_near(got, wanted, BOUNDS[precision, dtype])
-                assert got.dtype == dtype
-                variants.add(choice.cut.variant)
+    for name, written in CASES.items():
+        case = written.in_layout(layout)
+        arrays = normal(case, dtype).on(xp)
+        plan = planned(xp, op, case, dtype)
+        if plan is None:
+            assert op == "input_grad"
+            assert max(case.options["stride"]) > 1
+            continue
+        wanted = known(op, name, layout, dtype)
+        for choice in plan._decision.candidates:
+            precision = "fast" if 8 in choice.cut.variant else "standard"
+            got = plan._on(choice).run(of(op, arrays), None)
+            assert_near(got, wanted, BOUNDS[precision, dtype])
+            assert got.dtype == dtype
+            variants.add(choice.cut.variant)
     assert variants == {(n,) * axes for n in SIZES for axes in (1, 2)}
 
 
@@ -152,64 +173,164 @@ def test_any_tail_is_within_the_bound(op, case, precision) -> None:
         np.testing.assert_array_equal(np.rint(got), wanted)
 
 
-def test_every_length_of_the_last_axes() -> None:
+def test_every_length_of_the_last_axes(xp) -> None:
     """Whole tiles, and every tail that there can be."""
     lengths = range(1, 15)
     for rows in (1, 5, 8):
         for length in lengths:
             case = Case((1, 8, rows + 2, length + 2), (8, 8, 3, 3), {})
-            arrays = Operands(*(np.rint(a * 2) for a in normal(case)))
+            host = Operands(*(np.rint(a * 2) for a in normal(case)))
+            arrays = host.on(xp)
             for op in OPERATIONS:
                 got = run(op, arrays, case, precision="fast", **WINOGRAD)
-                wanted = run(op, arrays, case)
-                np.testing.assert_array_equal(np.rint(got), wanted)
+                wanted = run(op, host, case)
+                np.testing.assert_array_equal(np.rint(to_host(got)), wanted)
 
 
 @pytest.mark.parametrize("op", OPERATIONS)
-def test_blocks_and_workers_agree(op) -> None:
+def test_blocks_and_workers_agree(xp, op) -> None:
     """However the work is cut, every output is computed, and computed alike."""
     case = Case((3, 8, 21, 19), (9, 8, 3, 3), {"padding": 1})
-    arrays = normal(case)
-    wanted = run(op, arrays, case)
-    cuts = set()
-    for limit in (2**17, 2**18, 2**19, 2**20, 2**22):
-        options = {"memory_limit": limit, "precision": "fast", **WINOGRAD}
-        plan = plan_of(op, case, **options)
+    host = normal(case)
+    wanted = run(op, host, case).astype(np.float64)
+    arrays, cuts = host.on(xp), set()
+    most = (18, 19, 20, 22) if xp is np else (15, 16, 17, 18)
+    for limit in (2**17, *(2**n for n in most)):
+        plan = planned(xp, op, case, memory_limit=limit)
         for choice in plan._decision.candidates:
             got = plan._on(choice).run(of(op, arrays), None)
-            assert_near(got, wanted.astype(np.float64), 1e-4)
+            assert_near(got, wanted, 1e-4)
             cuts.add(choice.cut)
-            peak = host_peak(
-                lambda c=choice, p=plan: p._on(c).run(of(op, arrays), None)
-            )
-            assert peak <= choice.workspace_bytes <= limit
+            took = peak(xp, lambda c=choice, p=plan: p._on(c).run(of(op, arrays), None))
+            assert took <= choice.workspace_bytes <= limit
     assert len(cuts) > 12
 
 
-def test_bias_is_added_once_in_every_tile() -> None:
+@pytest.mark.parametrize("op", OPERATIONS)
+def test_the_smallest_limit_will_do(xp, op) -> None:
+    for name in ("in groups", "taps outside, three axes", "one axis"):
+        case = CASES[name]
+        if planned(xp, op, case) is None:
+            continue
+        options = {"precision": "fast", **WINOGRAD}
+        call = partial(run, op, normal(case).on(xp), case, **options)
+        limit = smallest_limit(call)
+        assert peak(xp, partial(call, memory_limit=limit)) <= limit
+        wanted = known(op, name, "channels_first", "float32")
+        assert_near(call(memory_limit=limit), wanted, 1e-4)
+        with pytest.raises(cuconv.MemoryLimitError):
+            call(memory_limit=limit - 1)
+
+
+def test_bias_is_added_once_in_every_tile(xp) -> None:
     checked = 0
-    for case in CASES.values():
+    for name, case in CASES.items():
         x, w, _ = normal(case)
         bias = np.arange(1.0, case.filters() + 1, dtype=np.float32)
-        got = cuconv.conv(x, w, bias, **case.options, precision="fast", **WINOGRAD)
-        wanted = testing.conv_reference(x, w, bias, **case.options)
+        given = map(xp.asarray, (x, w, bias))
+        got = cuconv.conv(*given, **case.options, precision="fast", **WINOGRAD)
+        per_filter = bias.reshape(-1, *(1,) * (len(case.w_shape) - 2))
+        wanted = known("forward", name, "channels_first", "float32") + per_filter
         assert_near(got, wanted, 1e-4)
         checked += 1
     assert checked == len(CASES)
 
 
 @pytest.mark.parametrize("op", OPERATIONS)
-def test_a_result_with_odd_strides(op) -> None:
+def test_a_result_with_odd_strides(xp, op) -> None:
     for layout in LAYOUTS:
         case = CASES["uneven pads"].in_layout(layout)
-        arrays = normal(case)
-        wanted = run(op, arrays, case).astype(np.float64)
-        around = np.full([2 * n + 3 for n in wanted.shape], 77, np.float32)
-        out = around[tuple(slice(2 * n, 0, -2) for n in wanted.shape)]
-        assert run(op, arrays, case, out=out, precision="standard", **WINOGRAD) is out
-        assert_near(out, wanted, 1e-5)
-        out[...] = 77
-        assert (around == 77).all()
+        host = normal(case)
+        wanted = run(op, host, case).astype(np.float64)
+        for place in PLACES.values():
+            arrays = Operands(*(place(xp, array) for array in host))
+            around = xp.full([2 * n + 3 for n in wanted.shape], 77, np.float32)
+            out = around[tuple(slice(2 * n, 0, -2) for n in wanted.shape)]
+            options = {"precision": "standard", "out": out, **WINOGRAD}
+            assert run(op, arrays, case, **options) is out
+            assert_near(out, wanted, 1e-5)
+            out[...] = 77
+            assert (to_host(around) == 77).all()
+
+
+# The types of x, w and dy, and of the result.
+MIXED = [
+    ("int8", "float32", "float64", None),
+    ("float64", "float32", "float32", None),
+    ("float32", "float32", "float32", "float64"),
+    ("float64", "int16", "float64", "float32"),
+    ("float16", "float32", "float64", "float16"),
+    ("float32", "bool", "float32", None),
+]
+
+
+@pytest.mark.parametrize("types", MIXED, ids=str)
+@pytest.mark.parametrize("op", OPERATIONS)
+def test_types_may_differ(xp, op, types) -> None:
+    """Small integers, which every type holds; copies count as memory too."""
+    *own, result = types
+    for name, layout in (("uneven pads", LAYOUTS[0]), ("in groups", LAYOUTS[1])):
+        case = CASES[name].in_layout(layout)
+        shapes = case.x_shape, case.w_shape, case.y_shape()
+        host = [integers(s, t, largest=1) for s, t in zip(shapes, own, strict=True)]
+        arrays = Operands(*host).on(xp)
+        options = {"precision": "standard", "dtype": result, **WINOGRAD}
+        call = partial(run, op, arrays, case, **options)
+        limit = smallest_limit(call) + 2**14
+        assert peak(xp, partial(call, memory_limit=limit)) <= limit
+        got, wanted = call(memory_limit=limit), run(op, Operands(*host), case)
+        np.testing.assert_array_equal(np.rint(to_host(got)), wanted)
+        assert got.dtype == (wanted.dtype if result is None else result)
+
+
+@pytest.mark.parametrize("op", ["forward", "input_grad"])
+def test_what_is_no_number_stays_in_its_tiles(xp, op) -> None:
+    """A cell spreads to the outputs of the tiles that read it, and no farther."""
+    case = Case((2, 8, 23, 26), (9, 8, 3, 3), {"padding": 1})
+    first, w = of(op, normal(case))
+    image, row, column = 1, 11, 12
+    first[image, 3, row, column] = np.nan
+    plan = planned(xp, op, case)
+    for choice in plan._decision.candidates:
+        with np.errstate(invalid="ignore"):
+            got = to_host(
+                plan._on(choice).run((xp.asarray(first), xp.asarray(w)), None)
+            )
+        bad = np.isnan(got)
+        assert bad[image, :, row - 1 : row + 2, column - 1 : column + 2].all()
+        bad[image, :, row - 9 : row + 10, column - 9 : column + 10] = False
+        assert not bad.any()
+
+
+def test_what_is_no_number_spoils_the_weights_of_its_filter(xp) -> None:
+    case = Case((2, 8, 11, 9), (9, 8, 3, 3), {"padding": 1})
+    dy, x = of("weight_grad", normal(case))
+    dy[1, 4, 7, 5] = np.inf
+    plan = planned(xp, "weight_grad", case)
+    for choice in plan._decision.candidates:
+        with np.errstate(invalid="ignore"):
+            got = to_host(plan._on(choice).run((xp.asarray(dy), xp.asarray(x)), None))
+        assert not np.isfinite(got[4]).any()
+        assert np.isfinite(np.delete(got, 4, axis=0)).all()
+
+
+@pytest.mark.parametrize("op", OPERATIONS)
+def test_both_modules_agree_within_rounding(op) -> None:
+    """The same matrices, and other orders of the same sums."""
+    cupy = pytest.importorskip("cupy")
+    case = CASES["in groups"]
+    host = normal(case)
+    plans = planned(np, op, case), planned(cupy, op, case)
+    choices = [{c.cut.variant: c for c in p._decision.candidates} for p in plans]
+    assert choices[0].keys() == choices[1].keys()
+    for variant in choices[0]:
+        one, other = (
+            plan._on(by_variant[variant]).run(of(op, arrays), None)
+            for plan, by_variant, arrays in zip(
+                plans, choices, (host, host.on(cupy)), strict=True
+            )
+        )
+        assert_near(other, one, 2e-5 if variant[0] == 8 else 2e-6)
 
 
 def test_the_sizes_of_real_layers() -> None:
@@ -315,17 +436,16 @@ def test_what_it_cannot_do_is_said(name) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["float16", "int32", "complex64"])
-def test_types_that_its_transforms_would_round(dtype) -> None:
-    case = CASES["square"]
-    assert (plan_of("forward", case, dtype, precision="fast", **WINOGRAD) is None) == (
-        dtype != "float16"
-    )
+def test_types_that_its_transforms_would_round(xp, dtype) -> None:
+    """Halves are operands of their own on a device, and float32 on a CPU."""
+    plan = planned(xp, "forward", CASES["square"], dtype)
+    assert (plan is None) == (dtype != "float16" or xp is not np)
 
 
-def test_prepared_weights_are_transformed_once(monkeypatch) -> None:
+def test_prepared_weights_are_transformed_once(xp, monkeypatch) -> None:
     """The same bits as without, and the transform runs for `prepare` alone."""
     case = CASES["square"]
-    arrays = normal(case)
+    arrays = normal(case).on(xp)
     strategy = strategies()["winograd"]
     calls = []
     original = type(strategy).weights
@@ -336,11 +456,11 @@ def test_prepared_weights_are_transformed_once(monkeypatch) -> None:
 
     monkeypatch.setattr(type(strategy), "weights", spy)
     for op in ("forward", "input_grad"):
-        plan = plan_of(op, case, precision="standard", **WINOGRAD)
+        plan = planned(xp, op, case, precision="standard")
         first, w = of(op, arrays)
-        wanted = plan(first, w)
+        wanted = to_host(plan(first, w))
         calls.clear()
         prepared = plan.prepare(w)
         for _ in range(3):
-            assert prepared(first).tobytes() == wanted.tobytes()
+            assert to_host(prepared(first)).tobytes() == wanted.tobytes()
         assert calls == [1]

@@ -14,6 +14,7 @@ from cuconv._cuda.variants import (
     has_atomics,
     product_variant,
     sum_variant,
+    tile_variants,
 )
 from cuconv.arrays import accumulator, check_type
 
@@ -46,6 +47,7 @@ def precompile(
         sums = accumulator(dtype)
         if dtype.kind in "biu":
             variants.add(product_variant(dtype))
+        variants.update(tile_variants(dtype, ranks, wide=False))
         for rank in ranks:
             variants.add(copy_variant(dtype.itemsize, rank, wide=False))
             for own in {dtype, sums}:

@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from itertools import product
 from typing import NamedTuple
 
+import cupy
 import numpy as np
 from cupy.cuda import cublas, runtime
 from cupy.cuda.device import get_cublas_handle
@@ -38,15 +39,17 @@ class _Matrix(NamedTuple):
     dtype: int
     operation: int
     step: int
+    batch: int
 
 
 def gemm(
     a: Array, b: Array, out: Array, *, add: bool = False, fast: bool = False
 ) -> None:
-    """``out = a @ b``, or ``out += a @ b``, over (N, G, rows, columns).
+    """``out = a @ b``, or ``out += a @ b``, over (…, rows, columns).
 
-    ``a`` or ``b`` may have one image, which then serves all.  Nothing is copied: each
-    matrix needs one contiguous axis.
+    ``a`` or ``b`` may have one image, which then serves all; integers and booleans have
+    images and groups before the matrix, floats any number of axes.  Nothing is copied:
+    each matrix needs one contiguous axis.
     """
     if out.dtype.kind in "biu":
         _integer_product(a, b, out, add=add)
@@ -54,31 +57,52 @@ def gemm(
     if not _is_row_major(out):
         # Results stored by columns are the transposed product stored by rows.
         a, b, out = b.swapaxes(-1, -2), a.swapaxes(-1, -2), out.swapaxes(-1, -2)
-    for left, right, into, axis in _batches(a, b, out):
-        _multiply(left, right, into, axis, add=add, fast=fast)
+    for left, right, into in _batches(*_merged(a, b, out)):
+        _multiply(left, right, into, add=add, fast=fast)
 
 
-def _batches(
-    a: Array, b: Array, out: Array
-) -> Iterator[tuple[Array, Array, Array, int]]:
+def _merged(*matrices: Array) -> list[Array]:
+    """The matrices with as few axes before the last two as can be, the same for all.
+
+    Where one serves all along an axis, its step there is 0.  The last of the matrices
+    has the sizes.
+    """
+    sizes = matrices[-1].shape[:-2]
+    steps = (
+        [0 if n == 1 else step for n, step in zip(m.shape, m.strides, strict=True)]
+        for m in matrices
+    )
+    axes: list[tuple[int, list[int]]] = []
+    for size, *outer in reversed(list(zip(sizes, *steps, strict=False))):
+        if size == 1:
+            continue
+        count, inner = axes[-1] if axes else (0, [])
+        if axes and outer == [count * step for step in inner]:
+            axes[-1] = size * count, inner
+        else:
+            axes.append((size, outer))
+    axes = axes[::-1] or [(1, [0] * len(matrices))]
+    return [
+        cupy.lib.stride_tricks.as_strided(
+            m,
+            (*(size for size, _ in axes), *m.shape[-2:]),
+            (*(step[i] for _, step in axes), *m.strides[-2:]),
+        )
+        for i, m in enumerate(matrices)
+    ]
+
+
+def _batches(a: Array, b: Array, out: Array) -> Iterator[tuple[Array, Array, Array]]:
     """Cut the products into batches along one axis, as few as cuBLAS allows."""
-    matrices = a, b, out
-    axis = 0 if out.shape[0] >= out.shape[1] else 1
-    if is_half(a.dtype) and not all(_is_aligned(m, axis) for m in matrices):
-        for image, group in product(*map(range, out.shape[:2])):
-            one, two, three = (_at(_at(m, 0, image), 1, group) for m in matrices)
-            yield one, two, three, axis
-        return
-    for other in range(out.shape[1 - axis]):
-        one, two, three = (_at(m, 1 - axis, other) for m in matrices)
-        yield one, two, three, axis
-
-
-def _at(matrix: Array, axis: int, index: int) -> Array:
-    """One image or group; where there is only one, it serves for all."""
-    if matrix.shape[axis] == 1:
-        return matrix
-    return matrix[index : index + 1] if axis == 0 else matrix[:, index : index + 1]
+    sizes = out.shape[:-2]
+    axis = sizes.index(max(sizes))
+    picks: list[list[int | slice]] = [list(range(size)) for size in sizes]
+    if is_half(a.dtype) and not all(_is_aligned(m, axis) for m in (a, b, out)):
+        picks[axis] = [slice(i, i + 1) for i in range(sizes[axis])]
+    else:
+        picks[axis] = [slice(None)]
+    for place in product(*picks):
+        yield a[place], b[place], out[place]
 
 
 def _is_row_major(matrix: Array) -> bool:
@@ -90,28 +114,23 @@ def _is_aligned(matrix: Array, axis: int) -> bool:
 
     cuBLAS chooses a kernel by the alignment of the first pointer.
     """
-    return bool(matrix.shape[axis] == 1 or matrix.strides[axis] % 16 == 0)
+    return bool(matrix.strides[axis] % 16 == 0)
 
 
 def _as_cublas(matrix: Array) -> _Matrix:
     """The transpose of a matrix, as cuBLAS reads memory, with its leading dimension."""
     rows, columns = matrix.shape[-2:]
-    row, column = steps_of(matrix)[-2:]
+    batch, row, column = steps_of(matrix)
     plain = column == 1 or columns == 1
     long, short = (row, columns) if plain else (column, rows)
     step = long if (rows if plain else columns) > 1 else max(short, 1)
     operation = cublas.CUBLAS_OP_N if plain else cublas.CUBLAS_OP_T
-    return _Matrix(matrix.data.ptr, _CUDA_TYPES[matrix.dtype.name], operation, step)
+    dtype = _CUDA_TYPES[matrix.dtype.name]
+    return _Matrix(matrix.data.ptr, dtype, operation, step, batch)
 
 
-def _batch_step(matrix: Array, axis: int) -> int:
-    return 0 if matrix.shape[axis] == 1 else steps_of(matrix)[axis]
-
-
-def _multiply(
-    a: Array, b: Array, out: Array, axis: int, *, add: bool, fast: bool
-) -> None:
-    """One call of cuBLAS: the product of every pair along ``axis``."""
+def _multiply(a: Array, b: Array, out: Array, *, add: bool, fast: bool) -> None:
+    """One call of cuBLAS: the product of every pair of (batch, rows, columns)."""
     # cuBLAS counts columns first: outᵀ = bᵀ · aᵀ.
     left, right, into = _as_cublas(b), _as_cublas(a), _as_cublas(out)
     scalar = _SCALARS.get(a.dtype.name, "float32")
@@ -120,13 +139,13 @@ def _multiply(
     with _full_precision(handle, half=is_half(a.dtype)):
         cublas.gemmStridedBatchedEx(
             handle,
-            *(left.operation, right.operation, *out.shape[:1:-1], a.shape[-1]),
+            *(left.operation, right.operation, *out.shape[:0:-1], a.shape[-1]),
             alpha.ctypes.data,
-            *(left.pointer, left.dtype, left.step, _batch_step(b, axis)),
-            *(right.pointer, right.dtype, right.step, _batch_step(a, axis)),
+            *(left.pointer, left.dtype, left.step, left.batch),
+            *(right.pointer, right.dtype, right.step, right.batch),
             beta.ctypes.data,
-            *(into.pointer, into.dtype, into.step, _batch_step(out, axis)),
-            *(out.shape[axis], _compute_type(a, fast=fast), cublas.CUBLAS_GEMM_DEFAULT),
+            *(into.pointer, into.dtype, into.step, into.batch),
+            *(len(out), _compute_type(a, fast=fast), cublas.CUBLAS_GEMM_DEFAULT),
         )
 
 

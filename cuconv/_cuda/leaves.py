@@ -12,6 +12,7 @@ from cuconv._cuda.compiler import kernel
 from cuconv._cuda.device import gpu_of, is_capturing
 from cuconv._cuda.gemm import gemm
 from cuconv._cuda.structs import MOST_THREADS, Launch, pack
+from cuconv._cuda.tiles import CudaTiles
 from cuconv._cuda.variants import Variant, copy_variant, has_atomics, sum_variant
 from cuconv.arrays import Array, DType, Types, is_half
 from cuconv.geometry import Block, Range, Ranges, Tile, WindowGeometry
@@ -28,6 +29,7 @@ class CudaLeaves:
     default_memory_limit = 256 * 2**20
     # cuBLAS takes its leading dimensions as 32-bit integers.
     largest_step = 2**31 - 1
+    tiles = CudaTiles()
     needs_partial = False
 
     def __init__(self, device: int) -> None:

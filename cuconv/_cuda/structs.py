@@ -15,6 +15,8 @@ from cuconv.geometry import Axis
 
 # Threads of a launch at most: the grid stride must not carry an index past 2^31.
 MOST_THREADS = 2**24
+# Images, groups, channels, planes, and tiles along two axes.
+DIGITS = 6
 
 _MATRIX = np.dtype([(name, "i8") for name in ("image", "group", "row", "column")])
 PRODUCT = np.dtype(
@@ -49,10 +51,7 @@ CONTRACTION = np.dtype(
 @lru_cache(maxsize=64)
 def GEOMETRY(rank: int, *, wide: bool) -> DType:  # noqa: N802 - names the C struct
     """The type of ``struct Geometry``."""
-    index = "i8" if wide else "i4"
-    divisor = np.dtype(
-        [("value", index), ("multiplier", "u4"), ("shift", "u4")], align=True
-    )
+    index, divisor = _index_types(wide=wide)
     lengths = ("size", "out", "kernel", "stride", "dilation", "first")
     steps = ("x_step", "tap_step", "out_step")
     axis = np.dtype(
@@ -68,6 +67,34 @@ def GEOMETRY(rank: int, *, wide: bool) -> DType:  # noqa: N802 - names the C str
         + [("by_groups", divisor), ("by_channels", divisor), ("axis", axis, (rank,))],
         align=True,
     )
+
+
+@lru_cache(maxsize=64)
+def TRANSFORM(element: DType, rows: int, columns: int, *, wide: bool) -> DType:  # noqa: N802 - names the C struct
+    """The type of ``struct Transform``."""
+    index, divisor = _index_types(wide=wide)
+    steps = ("source", "target", "bias", "plane", "row", "column")
+    digit = np.dtype([*((name, index) for name in steps), ("by", divisor)], align=True)
+    names = ("first", "row_step", "column_step", "tall", "wide", "is_array")
+    side = np.dtype([(name, index) for name in names], align=True)
+    places = ("plane", "row", "column", "planes", "rows", "columns")
+    return np.dtype(
+        [
+            *((name, index) for name in ("items", "adds_bias", *places)),
+            *((name, side) for name in ("source", "target")),
+            ("digit", digit, (DIGITS,)),
+            ("left", element, (rows, rows)),
+            ("right", element, (columns, columns)),
+        ],
+        align=True,
+    )
+
+
+def _index_types(*, wide: bool) -> tuple[str, DType]:
+    """The types of an index and of ``struct Divisor``."""
+    index = "i8" if wide else "i4"
+    fields = [("value", index), ("multiplier", "u4"), ("shift", "u4")]
+    return index, np.dtype(fields, align=True)
 
 
 class Launch(NamedTuple):

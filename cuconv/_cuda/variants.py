@@ -1,11 +1,11 @@
 """Which variants of each kernel exist: element type × index width × rank."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
-from cuconv._cuda.structs import CONTRACTION, GEOMETRY, PRODUCT
+from cuconv._cuda.structs import CONTRACTION, GEOMETRY, PRODUCT, TRANSFORM
 from cuconv.arrays import SUPPORTED_TYPES, DType, accumulator, is_half
 
 # Signed and unsigned integers of one width add and multiply alike.
@@ -31,6 +31,11 @@ _HAS_ATOMICS = {
     *("word4_t", "word8_t", "float16_t", "bfloat16_t"),
     *("float32_t", "float64_t", "complex64_t", "complex128_t"),
 }
+
+
+# The tiles of `cuconv.strategies.winograd`, and the types that it transforms.
+TILE_SIZES = (4, 6, 8)
+TILE_TYPES = ("float32", "float64")
 
 
 class Variant(NamedTuple):
@@ -228,6 +233,27 @@ def parts_variant(sums: DType, result: DType) -> Variant:
     return Variant("sum_parts", macros)
 
 
+def tile_variant(dtype: DType, rows: int, columns: int, *, wide: bool) -> Variant:
+    """`transform_tiles` for tiles of rows × columns cells of this type."""
+    macros = (
+        *(f"ELEMENT={dtype.name}_t", f"ROWS={rows}", f"COLUMNS={columns}"),
+        f"WIDE_INDEX={int(wide)}",
+        f"TRANSFORM_BYTES={TRANSFORM(dtype, rows, columns, wide=wide).itemsize}",
+    )
+    return Variant("transform_tiles", macros)
+
+
+def tile_variants(
+    dtype: DType, ranks: Sequence[int], *, wide: bool
+) -> Iterator[Variant]:
+    """`transform_tiles` for convolutions of this type and these ranks."""
+    if dtype.name not in TILE_TYPES:
+        return
+    for columns in TILE_SIZES:
+        for rows in (1, columns)[: max(ranks, default=0)]:
+            yield tile_variant(dtype, rows, columns, wide=wide)
+
+
 def _sum_variant(kernel: str, element: str, rank: int, *, wide: bool) -> Variant:
     macros = f"ELEMENT={element}", f"SUM={_SUMS.get(element, element)}"
     return Variant(kernel, (*macros, *_index_macros(rank, wide=wide)))
@@ -249,6 +275,9 @@ def all_variants(ranks: tuple[int, ...] = (1, 2, 3)) -> Iterator[Variant]:
                 yield _sum_variant("col2im_gather", element, rank, wide=wide)
                 if element in _HAS_ATOMICS:
                     yield _sum_variant("col2im_scatter", element, rank, wide=wide)
+    for name in TILE_TYPES:
+        for wide in (False, True):
+            yield from tile_variants(np.dtype(name), (1, 2), wide=wide)
     for name in ("bool", "uint8", "uint16", "uint32", "uint64"):
         yield product_variant(np.dtype(name))
     yield from _contractions()

@@ -20,6 +20,38 @@ from cuconv.memory import Buffer
 from cuconv.rates import Rates
 
 
+class TileTransforms(Protocol):
+    """Winograd's transforms between cells, where they lie, and frequencies.
+
+    Cells are (N, G, C, outer, rows, last), frequencies (i, j, N, G, C, outer, tall,
+    wide), both with any strides.  ``matrices`` transform along rows (None where no
+    tile has several) and along the last axis; tiles lie ``steps`` apart.
+    """
+
+    def split(
+        self,
+        cells: Array,
+        tiles: Array,
+        matrices: tuple[Array | None, Array],
+        firsts: tuple[int, int, int],
+        steps: tuple[int, int],
+    ) -> None:
+        """Write the frequencies of tiles, the first of which begins at ``firsts``.
+
+        Cells outside the array are zero.
+        """
+
+    def join(
+        self,
+        tiles: Array,
+        cells: Array,
+        matrices: tuple[Array | None, Array],
+        steps: tuple[int, int],
+        bias: Array | None,
+    ) -> None:
+        """Write the cells that there are of every tile, plus a bias (1, G, C, 1)."""
+
+
 class Leaves(Protocol):
     """The operations that know which module they serve."""
 
@@ -37,6 +69,10 @@ class Leaves(Protocol):
     needs_partial: bool
 
     def __hash__(self) -> int: ...
+
+    @property
+    def tiles(self) -> TileTransforms | None:
+        """Winograd's transforms, where they are kernels and not products."""
 
     def device_of(self, array: Array) -> AbstractContextManager[object]:
         """Make the device that holds the array the current one."""
@@ -110,7 +146,10 @@ class Leaves(Protocol):
         partial: Array | None = None,
         fast: bool = False,
     ) -> None:
-        """``out = a @ b (+ bias) (+ out if add)``; ``fast`` allows TF32."""
+        """``out = a @ b (+ bias) (+ out if add)``; ``fast`` allows TF32.
+
+        Matrices of floats may have any number of axes before their last two.
+        """
 
     def copy(self, source: Array, target: Array) -> None:
         """Copy with a cast."""
@@ -226,7 +265,7 @@ def precompile(
     Examples
     --------
     >>> import cuconv
-    >>> cuconv.precompile(("float32",), ranks=(2,)) in (0, 3)
+    >>> cuconv.precompile(("float32",), ranks=(2,)) in (0, 9)
     True
     """
     from cuconv._cuda import working_cupy

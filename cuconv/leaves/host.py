@@ -53,6 +53,7 @@ class HostLeaves:
     default_memory_limit = 64 * 2**20
     rates = HOST_RATES
     largest_step = 2**62
+    tiles = None
     needs_partial = True
 
     def device_of(self, array: Array) -> AbstractContextManager[object]:

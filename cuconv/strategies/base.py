@@ -45,12 +45,11 @@ class Problem:
 
     ``direct`` names the arrays (``x``, ``w``, ``dy``, ``out``) that BLAS can read or
     write where they lie: the right type, and strides that make a matrix.  ``source`` is
-    the type of the array that is gathered.  ``flipped`` marks the forward pass over dy
+    the type of the array that is gathered, and ``foreign`` names all arrays whose type
+    is not that of the operands.  ``flipped`` marks the forward pass over dy
     that an input gradient is: its weights are those of the caller, filters and channels
-    exchanged, taps in reverse, conjugated.  ``uniform`` means that every array given
-    has the operand type, whatever its strides, and that the result is stored in the
-    operand or the accumulation type.  ``captured``: the call is recorded into a CUDA
-    graph, which holds launches of kernels and no memory of its own.
+    exchanged, taps in reverse, conjugated.  ``captured``: the call is recorded into a
+    CUDA graph, which holds launches of kernels and no memory of its own.
     """
 
     op: str
@@ -59,17 +58,23 @@ class Problem:
     operand: DType
     source: DType
     direct: frozenset[str]
+    foreign: frozenset[str] = frozenset()
     has_bias: bool = False
     deterministic: bool = True
     precision: str = "standard"
     module: str = "numpy"
     flipped: bool = False
-    uniform: bool = False
     captured: bool = False
 
     @property
     def fast(self) -> bool:
         return self.precision == "fast"
+
+    @property
+    def uniform(self) -> bool:
+        """Whether a kernel of one type can read every array and store the result."""
+        stored = self.types.result in (self.operand, self.types.accumulate)
+        return stored and not self.foreign
 
     @property
     def is_for_tensor_cores(self) -> bool:
@@ -79,10 +84,11 @@ class Problem:
     @property
     def fingerprint(self) -> str:
         """The same words for equal problems, in every process, captured or not."""
-        special = ("direct", "captured")
+        special = {"direct", "foreign", "captured"}
         names = (field.name for field in fields(self) if field.name not in special)
         words = [f"{name}={getattr(self, name)!r}" for name in names]
-        return "; ".join((*words, *sorted(self.direct)))
+        foreign = (f"foreign {name}" for name in sorted(self.foreign))
+        return "; ".join((*words, *sorted(self.direct), *foreign))
 
     @property
     def light(self) -> bool:
@@ -100,6 +106,7 @@ class Problem:
             op="forward",
             geometry=self.geometry.adjoint,
             direct=frozenset(direct | (self.direct & {"out"})),
+            foreign=frozenset("x" if n == "dy" else n for n in self.foreign),
             flipped=True,
         )
 
