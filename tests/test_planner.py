@@ -150,15 +150,30 @@ def test_each_step_has_its_price() -> None:
     base = Work(multiply=1e6, short_side=64)
     cost = partial(planner.price, rates=rates.HOST_RATES, workers=1)
     checked = 0
-    for name in set(Work._fields) - {"short_side"}:
+    for name in set(Work._fields) - {"short_side", "tiles"}:
         more = base._replace(**{name: getattr(base, name) + 1e6})
         assert cost(more) > cost(base), name
         checked += 1
-    assert checked == len(Work._fields) - 1
+    assert checked == len(Work._fields) - 2
     assert cost(base._replace(short_side=2)) > cost(base)
     two = partial(planner.price, rates=rates.HOST_RATES, workers=2)
     assert two(base._replace(multiply=1e12)) < cost(base._replace(multiply=1e12))
     assert two(base._replace(multiply=1)) > 0
+
+
+def test_a_last_round_of_tiles_that_is_not_full_takes_as_long_as_a_full_one() -> None:
+    from cuconv.strategies import Work
+
+    four = rates.CUDA_RATES._replace(processors=4, block=0)
+    base = Work(multiply=1e9)
+    times = [
+        planner.price(base._replace(tiles=tiles), four, 1)
+        / planner.price(base, four, 1)
+        for tiles in (1, 3, 4, 5, 8, 9)
+    ]
+    np.testing.assert_allclose(times, [4, 4 / 3, 1, 8 / 5, 1, 12 / 9])
+    alone = planner.price(base._replace(tiles=3), rates.HOST_RATES, 1)
+    assert alone == planner.price(base, rates.HOST_RATES, 1)
 
 
 SHAPES = list(
