@@ -32,7 +32,7 @@ LOOKS = {
     "naive": ("#000000", "x"),
 }
 OTHERS = (("#E69F00", "P"), ("#56B4E9", "X"), ("#000000", "*"), ("#F0E442", "h"))
-STYLE = {
+STYLE: Any = {
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.grid": True,
@@ -41,12 +41,13 @@ STYLE = {
     "font.size": 9,
     "legend.frameon": False,
     "savefig.dpi": 150,
+    "figure.constrained_layout.use": True,
 }
 
 Value = Callable[[CaseRecord, str], float | None]
 
 
-def look(peer: str, place: int) -> dict[str, str]:
+def look(peer: str, place: int) -> dict[str, Any]:
     colour, marker = LOOKS.get(peer, OTHERS[place % len(OTHERS)])
     return {"color": colour, "marker": marker}
 
@@ -192,7 +193,7 @@ def draw(record: Record, folder: Path = RESULTS) -> list[Path]:
     drawers = [one] if one else [draw_times, draw_rates]
     drawn = []
     for name, drawer in zip(pages.images_of(record), drawers, strict=True):
-        with plt.rc_context({**STYLE, "figure.constrained_layout.use": True}):
+        with plt.rc_context(STYLE):
             figure = drawer(record)
             figure.savefig(folder / name)
             plt.close(figure)

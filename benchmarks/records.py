@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, NotRequired, TypedDict
 
 from benchmarks.suites import SUITES
 
@@ -20,6 +20,7 @@ class Finding(TypedDict, total=False):
     reason: str
     error: float | None
     strategy: str | None
+    promised_bytes: int
     calls: int
     milliseconds: float
     quartiles: list[float]
@@ -28,11 +29,15 @@ class Finding(TypedDict, total=False):
 
 
 class CaseRecord(TypedDict):
-    """One layer and operation; the findings by peer."""
+    """One layer and operation; the findings by peer.
+
+    The arithmetic is float32 where nothing else is said.
+    """
 
     layer: dict[str, Any]
     operation: str
     batch: int
+    arithmetic: NotRequired[str]
     name: str
     kind: str
     multiplications: int
