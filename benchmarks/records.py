@@ -7,6 +7,8 @@ from typing import Any, NotRequired, TypedDict
 from benchmarks.suites import SUITES
 
 RESULTS = Path(__file__).parent / "results"
+# The checks and probes of a run on a GPU, beside the suites it measured.
+GPU = "gpu"
 
 
 class Finding(TypedDict, total=False):
