@@ -6,7 +6,9 @@ goes on.  JSON is kept after each step; the targets are printed last.
 
 import argparse
 import importlib
+import os
 import sys
+import tempfile
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -86,7 +88,10 @@ class GpuRun:
         records.write(record, records.stem_of(record), self.folder)
 
     def carry_out(self, seconds: float) -> None:
-        carry_out(self.stages(), seconds, self.keep, self.say)
+        """Run the steps, without what earlier runs remember of tuned calls."""
+        with tempfile.TemporaryDirectory() as folder:
+            os.environ["CUCONV_CACHE_DIR"] = folder
+            carry_out(self.stages(), seconds, self.keep, self.say)
 
     def draw(self) -> None:
         """Pictures of what was measured, where Matplotlib is installed."""
