@@ -14,7 +14,7 @@ from benchmarks.suites import OPERATIONS, Layer
 from cuconv.strategies import strategies
 
 # An answer that takes longer means that a kernel hangs.
-PATIENCE = 45.0
+PATIENCE = 60.0
 WISHES = {"device": "cuda", "precision": "standard"}
 
 

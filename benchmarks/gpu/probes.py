@@ -7,6 +7,7 @@ finding, so that what was found before a failure is not lost.
 import importlib
 import json
 import os
+import platform
 import shutil
 import statistics
 import subprocess
@@ -18,6 +19,8 @@ from itertools import cycle, product
 from math import prod
 from time import perf_counter
 from typing import Any
+
+import numpy as np
 
 import cuconv
 from benchmarks.cases import Case
@@ -63,6 +66,12 @@ def identity(xp: Any) -> dict[str, Any]:
     properties = runtime.getDeviceProperties(0)
     return {
         "gpu": properties["name"].decode(),
+        "versions": {
+            "python": platform.python_version(),
+            "numpy": np.__version__,
+            "cupy": xp.__version__,
+            "cuconv": cuconv.__version__,
+        },
         "capability": str(xp.cuda.Device().compute_capability),
         "multiprocessors": int(properties["multiProcessorCount"]),
         "l2_bytes": int(properties.get("l2CacheSize", 0)),
