@@ -19,13 +19,13 @@ from rich.progress import (
     TextColumn,
     TimeElapsedColumn,
 )
-from rich.table import Table as RichTable
 
 from benchmarks import machine, records, report, small_call
 from benchmarks.cases import Case
 from benchmarks.peers import PEERS, PRECISIONS, kind_of, on_cuda
 from benchmarks.records import Record
 from benchmarks.runner import Effort, Worker, measure_case, workers
+from benchmarks.show import show_table
 from benchmarks.suites import OPERATIONS, SUITES, Suite
 
 SMALL_CALL = "small_call"
@@ -185,28 +185,10 @@ def show(record: Record, console: Console) -> None:
     for line in (report.machine_line(record), report.ceiling_line(record)):
         console.print(line, highlight=False)
     for operation in report.operations_of(record):
-        table = report.layer_table(record, operation)
-        console.print(as_rich(table))
-        for note in table.notes:
-            console.print(f"  {note}", highlight=False)
+        show_table(report.layer_table(record, operation))
     if len(record["peers"]) > 1:
         legend = report.LEGEND.format(subject=report.subject_of(record))
         console.print(legend, highlight=False)
-
-
-def as_rich(table: report.Table) -> RichTable:
-    shown = RichTable(title=table.title)
-    for i, name in enumerate(table.header):
-        shown.add_column(
-            name, justify="right" if i else "left", overflow="fold", no_wrap=not i
-        )
-    for row in table.rows:
-        shown.add_row(*row)
-    if table.summary:
-        shown.add_section()
-    for row in table.summary:
-        shown.add_row(*row)
-    return shown
 
 
 def progress(console: Console) -> Progress:

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from math import isfinite
+from math import isfinite, prod
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,9 @@ Host = np.ndarray[Any, np.dtype[Any]]
 Indices = Host
 
 SAMPLES = 64
+# How products are formed, each with the largest error that is not a mistake: TF32 and
+# float16 keep ten bits of a factor, bfloat16 seven; all of them are summed in float32.
+TOLERANCES = {"float32": 1e-4, "tf32": 2e-3, "float16": 5e-3, "bfloat16": 2e-2}
 # What each operation takes, in the order of every peer's arguments.
 OPERANDS = {
     "forward": ("x", "w"),
@@ -25,22 +28,40 @@ OPERANDS = {
 
 @dataclass(frozen=True)
 class Case:
-    """A layer, an operation and a batch."""
+    """A layer, an operation, a batch, and an arithmetic of `TOLERANCES`."""
 
     layer: Layer
     operation: str
     batch: int
+    arithmetic: str = "float32"
 
     @classmethod
     def from_json(cls, found: dict[str, Any]) -> "Case":
-        return cls(Layer.from_json(found["layer"]), found["operation"], found["batch"])
+        return cls(
+            Layer.from_json(found["layer"]),
+            found["operation"],
+            found["batch"],
+            found.get("arithmetic", "float32"),
+        )
 
     def to_json(self) -> dict[str, Any]:
         return {
             "layer": self.layer.to_json(),
             "operation": self.operation,
             "batch": self.batch,
+            "arithmetic": self.arithmetic,
         }
+
+    @property
+    def dtype(self) -> str:
+        """The type of the arrays."""
+        return "float32" if self.arithmetic == "tf32" else self.arithmetic
+
+    @property
+    def nbytes(self) -> int:
+        """Of the two operands and the result, each moved once."""
+        itemsize = 4 if self.dtype == "float32" else 2
+        return itemsize * sum(map(prod, self.shapes.values()))
 
     @cached_property
     def shapes(self) -> dict[str, Sizes]:

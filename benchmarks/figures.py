@@ -4,7 +4,9 @@ From the JSON under ``results/`` it draws PNG files beside it, and writes the ta
 README.md and docs/benchmarks.md.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from itertools import product
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ from typing import Any
 import matplotlib as mpl
 
 from benchmarks import pages, records, report
+from benchmarks.gpu import tables
 from benchmarks.records import RESULTS, CaseRecord, Record
 from benchmarks.suites import LIMITS
 
@@ -25,6 +28,8 @@ LOOKS = {
     "cuconv": ("#0072B2", "o"),
     "torch": ("#D55E00", "s"),
     "cudnn": ("#D55E00", "s"),
+    "cudnn@channels_last": ("#E69F00", "P"),
+    "cuconv@channels_last": ("#56B4E9", "X"),
     "im2col_rows": ("#009E73", "^"),
     "im2col_columns": ("#CC79A7", "v"),
     "cupy_im2col": ("#CC79A7", "v"),
@@ -32,7 +37,7 @@ LOOKS = {
     "naive": ("#000000", "x"),
 }
 OTHERS = (("#E69F00", "P"), ("#56B4E9", "X"), ("#000000", "*"), ("#F0E442", "h"))
-STYLE = {
+STYLE: Any = {
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.grid": True,
@@ -41,12 +46,13 @@ STYLE = {
     "font.size": 9,
     "legend.frameon": False,
     "savefig.dpi": 150,
+    "figure.constrained_layout.use": True,
 }
 
 Value = Callable[[CaseRecord, str], float | None]
 
 
-def look(peer: str, place: int) -> dict[str, str]:
+def look(peer: str, place: int) -> dict[str, Any]:
     colour, marker = LOOKS.get(peer, OTHERS[place % len(OTHERS)])
     return {"color": colour, "marker": marker}
 
@@ -60,27 +66,51 @@ def points(
 
 
 def draw_layers(
-    record: Record, value: Value, label: str, ceiling: float | None = None
+    record: Record, value: Value, label: str, ceilings: dict[str, float]
 ) -> Any:
-    """A dot for each layer and peer; a panel for each operation."""
-    operations = report.operations_of(record)
-    layers = len(report.cases_of(record, operations[0]))
-    size = (4 * len(operations) + 2, 1.3 + 0.24 * layers)
+    """A dot for each layer and peer.
+
+    A column of panels for each operation, and a row for each arithmetic.
+    """
+    operations, rows = report.operations_of(record), report.arithmetics_of(record)
+    names = list(dict.fromkeys(case["name"] for case in record["cases"]))
+    size = (4 * len(operations) + 2, (1.3 + 0.24 * len(names)) * len(rows))
     figure, panels = plt.subplots(
-        1, len(operations), sharey=True, sharex=True, squeeze=False, figsize=size
+        len(rows),
+        len(operations),
+        sharey=True,
+        sharex=True,
+        squeeze=False,
+        figsize=size,
     )
-    for panel, operation in zip(panels[0], operations, strict=True):
-        cases = report.cases_of(record, operation)
-        for place, peer in enumerate(record["peers"]):
-            at, values = points(cases, peer, value)
-            panel.plot(values, at, ls="", ms=5, label=peer, **look(peer, place))
+    for place, (arithmetic, operation) in enumerate(product(rows, operations)):
+        panel = panels.flat[place]
+        cases = report.cases_of(record, operation, arithmetic=arithmetic)
+        draw_points(panel, record, cases, value, names)
+        ceiling = ceilings.get(arithmetic)
         if ceiling is not None:
             panel.axvline(ceiling, color="0.4", ls="--", label="large matrix product")
-        panel.set(title=operation, xlabel=label)
+        several = f", {arithmetic}" if len(rows) > 1 else ""
+        panel.set(title=f"{operation}{several}", xlabel=label)
         logarithmic(panel, "x")
-        panel.set_yticks(range(layers), [case["name"] for case in cases])
-    panels[0][0].set_ylim(layers - 0.5, -0.5)
+        panel.set_yticks(range(len(names)), names)
+    panels[0][0].set_ylim(len(names) - 0.5, -0.5)
     return finished(figure, panels[0][0])
+
+
+def draw_points(
+    panel: Any,
+    record: Record,
+    cases: Sequence[CaseRecord],
+    value: Value,
+    names: Sequence[str],
+) -> None:
+    """The values of the subject and of those it is compared with, by layer."""
+    shown = [report.subject_of(record), *report.others_of(record)]
+    for place, peer in enumerate(name for name in record["peers"] if name in shown):
+        at, values = points(cases, peer, value)
+        rows = [names.index(cases[i]["name"]) for i in at]
+        panel.plot(values, rows, ls="", ms=5, label=peer, **look(peer, place))
 
 
 def logarithmic(panel: Any, axis: str) -> None:
@@ -101,12 +131,15 @@ def finished(figure: Any, panel: Any) -> Any:
 
 
 def draw_times(record: Record) -> Any:
-    return draw_layers(record, report.milliseconds, "milliseconds")
+    return draw_layers(record, report.milliseconds, "milliseconds", {})
 
 
 def draw_rates(record: Record) -> Any:
-    ceiling = record["machine"]["gemm_gflops"]
-    return draw_layers(record, report.gflops, "GFLOP/s", ceiling)
+    machine = record["machine"]
+    own = {"float32": machine["gemm_gflops"]} if "gemm_gflops" in machine else {}
+    return draw_layers(
+        record, report.gflops, "GFLOP/s", {**own, **machine.get("rates", {})}
+    )
 
 
 def extra_mib(case: CaseRecord, peer: str) -> float | None:
@@ -190,20 +223,57 @@ def draw(record: Record, folder: Path = RESULTS) -> list[Path]:
     """The pictures that the pages show of a record."""
     one = SWEEPS.get(record["suite"])
     drawers = [one] if one else [draw_times, draw_rates]
-    drawn = []
-    for name, drawer in zip(pages.images_of(record), drawers, strict=True):
-        with plt.rc_context({**STYLE, "figure.constrained_layout.use": True}):
-            figure = drawer(record)
-            figure.savefig(folder / name)
-            plt.close(figure)
-        drawn.append(folder / name)
+    pairs = zip(pages.images_of(record), drawers, strict=True)
+    return [saved(partial(drawer, record), folder / name) for name, drawer in pairs]
+
+
+def draw_blocks(rows: Sequence[dict[str, Any]]) -> Any:
+    """Time of im2col ÷ the best, against the size of its blocks."""
+    figure, panel = plt.subplots(figsize=(6, 4))
+    names = list(dict.fromkeys((row["layer"], row["type"]) for row in rows))
+    for place, name in enumerate(names):
+        own = [row for row in rows if (row["layer"], row["type"]) == name]
+        least = min(row["milliseconds"] for row in own)
+        panel.plot(
+            [row["mib"] for row in own],
+            [row["milliseconds"] / least for row in own],
+            ms=5,
+            label=" ".join(name),
+            **look("", place),
+        )
+    sizes = sorted({row["mib"] for row in rows})
+    panel.set_xscale("log", base=2)
+    panel.set_xticks(sizes, sizes)
+    panel.set(xlabel="columns in a block, MiB", ylabel="time ÷ the least")
+    return finished(figure, panel)
+
+
+def draw_gpu(
+    run: dict[str, Any], suites: Iterable[Record], folder: Path = RESULTS
+) -> list[Path]:
+    """The pictures of a run on a GPU."""
+    drawn = [
+        path for record in suites if record["cases"] for path in draw(record, folder)
+    ]
+    rows = tables.findings_of(run).get("blocks")
+    if rows:
+        drawn.append(saved(partial(draw_blocks, rows), folder / pages.GPU_IMAGE))
     return drawn
 
 
+def saved(drawer: Callable[[], Any], path: Path) -> Path:
+    with plt.rc_context(STYLE):
+        figure = drawer()
+        figure.savefig(path)
+        plt.close(figure)
+    return path
+
+
 def main() -> None:
-    for record in records.read_suites():
-        for path in draw(record):
-            print(path.relative_to(pages.ROOT))
+    run = records.read(records.GPU)
+    drawn = [path for record in records.read_suites() for path in draw(record)]
+    for path in [*drawn, *(draw_gpu(run, ()) if run else ())]:
+        print(path.relative_to(pages.ROOT))
     for path, text in pages.pages().items():
         path.write_text(text, encoding="utf-8")
         print(path.relative_to(pages.ROOT))

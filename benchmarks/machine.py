@@ -1,10 +1,9 @@
 """Which machine this is, and how fast it multiplies and copies.
 
-``python -m benchmarks.machine [cpu|cuda]`` prints the two rates, so that they come
-from a process of their own.
+``python -m benchmarks.machine`` prints the two rates of a CPU, so that they come from a
+process of their own; those of a GPU come from `benchmarks.gpu.probes`.
 """
 
-import importlib
 import json
 import os
 import platform
@@ -19,7 +18,9 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.peers.base import CupyDevice, Device, HostDevice
+from benchmarks.gpu.findings import merged
+from benchmarks.gpu.scale import FULL, QUICK
+from benchmarks.peers.base import HostDevice
 
 ROOT = Path(__file__).parent.parent
 MATRIX = 2048
@@ -42,37 +43,26 @@ def cpu() -> str:
     return platform.processor() or platform.machine()
 
 
-def gpu() -> str:
-    runtime = importlib.import_module("cupy").cuda.runtime
-    return str(runtime.getDeviceProperties(0)["name"].decode())
-
-
 def memory_gib() -> float:
     pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return round(pages / 2**30, 1)
 
 
-def best_seconds(device: Device, call: Callable[[], Any], repeats: int) -> float:
+def best_seconds(call: Callable[[], Any], repeats: int) -> float:
     call()
-    return min((device.seconds(call) for _ in range(repeats)), default=inf)
+    return min((HostDevice().seconds(call) for _ in range(repeats)), default=inf)
 
 
-def product_rate(device: Device, size: int, repeats: int) -> float:
+def product_rate(size: int, repeats: int) -> float:
     """GFLOP/s of a large float32 matrix product, the best of several."""
     rng = np.random.default_rng(0)
-    a, b = (
-        device.put(rng.standard_normal((size, size), dtype=np.float32))
-        for _ in range(2)
-    )
-    return 2e-9 * size**3 / best_seconds(device, lambda: a @ b, repeats)
+    a, b = (rng.standard_normal((size, size), dtype=np.float32) for _ in range(2))
+    return 2e-9 * size**3 / best_seconds(lambda: a @ b, repeats)
 
 
-def copy_rate(device: Device, nbytes: int, repeats: int) -> float:
-    """GB/s read and written by copies on all cores, or on the device."""
+def copy_rate(nbytes: int, repeats: int) -> float:
+    """GB/s read and written by copies on all cores."""
     source = np.ones(nbytes // 4, np.float32)
-    if not isinstance(device, HostDevice):
-        on_device = device.put(source)
-        return 2e-9 * nbytes / best_seconds(device, on_device.copy, repeats)
     target = np.empty_like(source)
     parts = [np.array_split(array, cores()) for array in (target, source)]
     with ThreadPoolExecutor(cores()) as pool:
@@ -80,32 +70,31 @@ def copy_rate(device: Device, nbytes: int, repeats: int) -> float:
         def copy() -> None:
             list(pool.map(np.copyto, *parts))
 
-        return 2e-9 * nbytes / best_seconds(device, copy, repeats)
+        return 2e-9 * nbytes / best_seconds(copy, repeats)
 
 
-def rates(device: str, *, quick: bool) -> dict[str, float]:
-    where: Device = CupyDevice() if device == "cuda" else HostDevice()
+def rates(*, quick: bool) -> dict[str, float]:
     size, nbytes, repeats = MATRIX, COPIED_BYTES, REPEATS
     if quick:
         size, nbytes, repeats = 256, 2**20, 2
     return {
-        "gemm_gflops": product_rate(where, size, repeats),
-        "copy_gbytes": copy_rate(where, nbytes, repeats),
+        "gemm_gflops": product_rate(size, repeats),
+        "copy_gbytes": copy_rate(nbytes, repeats),
     }
 
 
 def describe(device: str, *, quick: bool = False) -> dict[str, Any]:
-    """The machine of a record; it measures for about two seconds."""
-    words = [device, "quick"] if quick else [device]
-    rates = run_python("-m", "benchmarks.machine", *words)
-    where = {"gpu": gpu()} if device == "cuda" else {}
-    return {
-        "cpu": cpu(),
-        "cores": cores(),
-        "memory_gib": memory_gib(),
-        **where,
-        **json.loads(rates),
-    }
+    """The machine of a record; it measures for some seconds."""
+    if device == "cuda":
+        scale = json.dumps((QUICK if quick else FULL).to_json())
+        measured = run_python("-m", "benchmarks.gpu.probes", "machine", scale)
+    else:
+        measured = run_python("-m", "benchmarks.machine", *["quick"] * quick)
+    return {**host(), **merged(measured)}
+
+
+def host() -> dict[str, Any]:
+    return {"cpu": cpu(), "cores": cores(), "memory_gib": memory_gib()}
 
 
 def provenance() -> dict[str, Any]:
@@ -135,4 +124,4 @@ def run_python(*arguments: str) -> str:
 
 
 if __name__ == "__main__":
-    print(json.dumps(rates(sys.argv[1], quick="quick" in sys.argv)))
+    print(json.dumps(rates(quick="quick" in sys.argv)))

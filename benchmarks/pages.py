@@ -2,9 +2,12 @@
 
 import textwrap
 from collections.abc import Sequence
+from itertools import product
 from pathlib import Path
+from typing import Any
 
 from benchmarks import records, report
+from benchmarks.gpu import tables
 from benchmarks.records import RESULTS, Record
 
 ROOT = Path(__file__).parent.parent
@@ -14,12 +17,14 @@ MARKS = ("<!-- figures -->", "<!-- end of figures -->")
 NOTHING = "No results are kept yet: `python -m benchmarks --save` measures them."
 # As `docs/benchmarks.md` sees them.
 IMAGES = "../benchmarks/results"
+GPU_IMAGE = "gpu-blocks.png"
 
 
 def pages(folder: Path = RESULTS) -> dict[Path, str]:
     """What the two pages should say."""
     found, small = records.read_suites(folder), records.read("small_call", folder)
-    blocks = {README: readme_block(found, small), DOCS: docs_block(found, small)}
+    docs = docs_block(found, small, records.read(records.GPU, folder))
+    blocks = {README: readme_block(found, small), DOCS: docs}
     return {
         path: with_block(path.read_text(encoding="utf-8"), block)
         for path, block in blocks.items()
@@ -83,18 +88,25 @@ def device_summary(here: Sequence[Record]) -> list[str]:
 
 def summary_rows(record: Record, peers: Sequence[str]) -> list[list[str]]:
     subject, rows = report.subject_of(record), []
-    for kind in report.kinds_of(record):
+    for kind, part in product(report.kinds_of(record), report.parts_of(record)):
+        operation, arithmetic = part
         name = f"{record['suite']}, {kind}" if kind else record["suite"]
-        for operation in report.operations_of(record):
-            cases = report.cases_of(record, operation, kind)
-            found = (report.ratios(cases, subject, peer) for peer in peers)
-            means = [report.mean_cell(each, len(cases)) for each in found]
-            rows.append([name, str(record["batch"]), operation, *means])
+        cases = report.cases_of(record, operation, kind, arithmetic)
+        found = (report.ratios(cases, subject, peer) for peer in peers)
+        means = [report.mean_cell(each, len(cases)) for each in found]
+        words = operation if record["device"] == "cpu" else f"{operation} {arithmetic}"
+        rows.append([name, str(record["batch"]), words, *means])
     return rows
 
 
-def docs_block(found: Sequence[Record], small: dict[str, float] | None) -> str:
+def docs_block(
+    found: Sequence[Record],
+    small: dict[str, float] | None,
+    run: dict[str, Any] | None = None,
+) -> str:
     parts = [part for record in found for part in docs_section(record)]
+    if run:
+        parts += gpu_section(run, found)
     if small:
         parts += ["## Small calls", paragraph(report.small_call_text(small))]
     return "\n\n".join(parts) or NOTHING
@@ -110,10 +122,33 @@ def docs_section(record: Record) -> list[str]:
     if not is_sweep(record):
         legend = report.LEGEND.format(subject=report.subject_of(record))
         parts.append(paragraph(legend))
-        for operation in report.operations_of(record):
-            parts += operation_parts(report.layer_table(record, operation))
+        for table in layer_tables(record):
+            parts += operation_parts(table)
     for image in images_of(record):
         parts.append(f"![{Path(image).stem}]({IMAGES}/{image})")
+    return parts
+
+
+def layer_tables(record: Record) -> list[report.Table]:
+    """A table for each operation; on a GPU for each arithmetic, and its strategies."""
+    if record["device"] == "cpu":
+        operations = report.operations_of(record)
+        return [report.layer_table(record, operation) for operation in operations]
+    return [
+        make(record, *part)
+        for part in report.parts_of(record)
+        for make in (report.layer_table, report.strategy_table)
+    ]
+
+
+def gpu_section(run: dict[str, Any], found: Sequence[Record]) -> list[str]:
+    """The checks and probes of a run on a GPU, and the targets."""
+    on_gpu = [record for record in found if record["device"] == "cuda"]
+    parts = ["## Checks and probes on a GPU"]
+    for table in tables.tables(run, on_gpu):
+        parts += operation_parts(table)
+    if "blocks" in tables.findings_of(run):
+        parts.append(f"![{Path(GPU_IMAGE).stem}]({IMAGES}/{GPU_IMAGE})")
     return parts
 
 

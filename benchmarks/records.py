@@ -2,11 +2,13 @@
 
 import json
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, NotRequired, TypedDict
 
 from benchmarks.suites import SUITES
 
 RESULTS = Path(__file__).parent / "results"
+# The checks and probes of a run on a GPU, beside the suites it measured.
+GPU = "gpu"
 
 
 class Finding(TypedDict, total=False):
@@ -20,6 +22,7 @@ class Finding(TypedDict, total=False):
     reason: str
     error: float | None
     strategy: str | None
+    promised_bytes: int
     calls: int
     milliseconds: float
     quartiles: list[float]
@@ -28,11 +31,15 @@ class Finding(TypedDict, total=False):
 
 
 class CaseRecord(TypedDict):
-    """One layer and operation; the findings by peer."""
+    """One layer and operation; the findings by peer.
+
+    The arithmetic is float32 where nothing else is said.
+    """
 
     layer: dict[str, Any]
     operation: str
     batch: int
+    arithmetic: NotRequired[str]
     name: str
     kind: str
     multiplications: int

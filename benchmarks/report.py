@@ -3,7 +3,9 @@
 import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
+from benchmarks.floors import floor
 from benchmarks.records import CaseRecord, Finding, Record
 
 LEGEND = (
@@ -45,7 +47,22 @@ def subject_of(record: Record) -> str:
 
 
 def others_of(record: Record) -> list[str]:
-    return [name for name in record["peers"] if name != subject_of(record)]
+    """The peers that the subject is compared with.
+
+    Not those on a GPU that are its own strategies by name: they have a table apart.
+    """
+    apart = strategies_of(record)
+    return [
+        name for name in record["peers"] if name not in (subject_of(record), *apart)
+    ]
+
+
+def strategies_of(record: Record) -> list[str]:
+    """On a GPU, cuconv with a strategy of its own choice or by name."""
+    if record["device"] != "cuda":
+        return []
+    own = (name for name in record["peers"] if name.startswith("cuconv@"))
+    return [name for name in own if name != "cuconv@channels_last"]
 
 
 def milliseconds(case: CaseRecord, peer: str) -> float | None:
@@ -76,13 +93,35 @@ def gflops(case: CaseRecord, peer: str) -> float | None:
 
 
 def cases_of(
-    record: Record, operation: str, kind: str | None = None
+    record: Record,
+    operation: str,
+    kind: str | None = None,
+    arithmetic: str | None = None,
 ) -> list[CaseRecord]:
     return [
         case
         for case in record["cases"]
-        if case["operation"] == operation and kind in (None, case["kind"])
+        if case["operation"] == operation
+        and kind in (None, case["kind"])
+        and arithmetic in (None, arithmetic_of(case))
     ]
+
+
+def arithmetic_of(case: CaseRecord) -> str:
+    return case.get("arithmetic", "float32")
+
+
+def arithmetics_of(record: Record) -> list[str]:
+    return list(dict.fromkeys(map(arithmetic_of, record["cases"])))
+
+
+def parts_of(record: Record) -> list[tuple[str, str]]:
+    """Each operation and arithmetic that was measured, in that order."""
+    return list(
+        dict.fromkeys(
+            (case["operation"], arithmetic_of(case)) for case in record["cases"]
+        )
+    )
 
 
 def kinds_of(record: Record) -> list[str | None]:
@@ -96,24 +135,75 @@ def operations_of(record: Record) -> list[str]:
     return list(dict.fromkeys(case["operation"] for case in record["cases"]))
 
 
-def layer_table(record: Record, operation: str) -> Table:
+def layer_table(record: Record, operation: str, arithmetic: str | None = None) -> Table:
     subject, others = subject_of(record), others_of(record)
-    cases = cases_of(record, operation)
-    means = [mean_row(record, operation, kind) for kind in kinds_of(record)]
-    peak = ["most memory, MiB", most_memory(cases, subject), ""]
+    cases = cases_of(record, operation, arithmetic=arithmetic)
+    means = [mean_row(record, operation, kind, arithmetic) for kind in kinds_of(record)]
+    floors = has_floors(record)
+    peak = ["most memory, MiB", most_memory(cases, subject), *[""] * (1 + floors)]
     peak += [most_memory(cases, peer) for peer in others]
     return Table(
-        f"{record['suite']}, {operation}, batch {record['batch']}",
-        ["layer", subject, "GFLOP/s", *others],
-        [layer_row(case, subject, others) for case in cases],
+        title(record, operation, arithmetic),
+        ["layer", subject, *["floor"] * floors, "GFLOP/s", *others],
+        [layer_row(case, record, others) for case in cases],
         [*(means if others else []), peak],
         [*worst_notes(cases, subject, others), *trouble(cases, [subject, *others])],
     )
 
 
-def layer_row(case: CaseRecord, subject: str, others: Sequence[str]) -> list[str]:
+def title(record: Record, operation: str, arithmetic: str | None) -> str:
+    words = [record["suite"], operation, *([arithmetic] if arithmetic else [])]
+    return f"{', '.join(words)}, batch {record['batch']}"
+
+
+def has_floors(record: Record) -> bool:
+    """Whether the rates of every arithmetic were measured in the same run."""
+    return "rates" in record["machine"]
+
+
+def strategy_table(record: Record, operation: str, arithmetic: str) -> Table:
+    """Each strategy of cuconv's by name; in brackets its time ÷ that of the choice."""
+    subject, peers = subject_of(record), strategies_of(record)
+    cases = cases_of(record, operation, arithmetic=arithmetic)
+    tried = [
+        peer
+        for peer in peers
+        if any(milliseconds(case, peer) is not None for case in cases)
+    ]
+    rows = [
+        [
+            case["name"],
+            time_cell(case["findings"][subject]),
+            case["findings"][subject].get("strategy") or "",
+            *(compared_cell(case, peer, subject) for peer in tried),
+        ]
+        for case in cases
+    ]
+    return Table(
+        f"Strategies: {title(record, operation, arithmetic)}",
+        ["layer", subject, "chosen", *tried],
+        rows,
+        notes=trouble(cases, peers),
+    )
+
+
+def compared_cell(case: CaseRecord, peer: str, subject: str) -> str:
+    compared = ratio(case, peer, subject)
+    cell = time_cell(case["findings"][peer])
+    return cell if compared is None else f"{cell} ({quotient(compared)})"
+
+
+def floor_cell(case: CaseRecord, machine: dict[str, Any]) -> str:
+    """The floor, and by which of the two bounds."""
+    found = floor(case, machine)
+    return "" if found is None else f"{digits(found.milliseconds)} {found.bound}"
+
+
+def layer_row(case: CaseRecord, record: Record, others: Sequence[str]) -> list[str]:
+    subject = subject_of(record)
     rate = gflops(case, subject)
     cells = [case["name"], time_cell(case["findings"][subject])]
+    cells += [floor_cell(case, record["machine"])] * has_floors(record)
     cells.append("" if rate is None else digits(rate))
     for peer in others:
         cell = time_cell(case["findings"][peer])
@@ -127,10 +217,13 @@ def time_cell(finding: Finding) -> str:
     return finding["status"] if time is None else digits(time)
 
 
-def mean_row(record: Record, operation: str, kind: str | None) -> list[str]:
+def mean_row(
+    record: Record, operation: str, kind: str | None, arithmetic: str | None
+) -> list[str]:
     subject = subject_of(record)
-    cases = cases_of(record, operation, kind)
+    cases = cases_of(record, operation, kind, arithmetic)
     cells = [f"geometric mean{', ' + kind if kind else ''}", "", ""]
+    cells += [""] * has_floors(record)
     found = (ratios(cases, subject, peer) for peer in others_of(record))
     means = (mean_cell(each, len(cases)) for each in found)
     return cells + [f"({mean})" if mean else "" for mean in means]
@@ -192,15 +285,20 @@ def machine_line(record: Record) -> str:
     commit = record["commit"] + (" with changes" if record["dirty"] else "")
     return (
         f"{place}; {', '.join(f'{k} {v}' for k, v in versions.items())}; "
-        f"float32; {record['date']}, commit {commit}"
+        f"{', '.join(arithmetics_of(record)) or 'float32'}; {record['date']}, "
+        f"commit {commit}"
     )
 
 
 def ceiling_line(record: Record) -> str:
     """The rates that were measured in the same run."""
     machine = record["machine"]
+    if "copy_gbytes" not in machine:
+        return "The rates of this machine were not measured"
+    rates = machine.get("rates") or {"": machine["gemm_gflops"]}
+    words = (f"{digits(rate)} GFLOP/s {name}".strip() for name, rate in rates.items())
     return (
-        f"Large matrix products reach {digits(machine['gemm_gflops'])} GFLOP/s and "
+        f"Large matrix products reach {', '.join(words)} and "
         f"copies {digits(machine['copy_gbytes'])} GB/s"
     )
 

@@ -1,13 +1,16 @@
-"""A peer in a process of its own: ``python -m benchmarks.worker cuconv@4MiB``.
+"""Peers in a process of their own: ``python -m benchmarks.worker``.
 
-It reads a request from each line of its standard input and answers with a line of JSON:
+It reads a request from each line of its standard input and answers with a line of JSON.
+Each request names its peer, such as ``"peer": "cuconv@4MiB"``; on a GPU several of them
+share a process, and with it the operands of the case that is measured:
 
 - ``{"do": "open", "wishes": {...}}``: load the peer; its versions, or why it is missing
 - ``{"do": "build", "case": {...}}``: make operands, run once, check
 - ``{"do": "time", "seconds": 0.2}``: call again and again; the time of each call
 - ``{"do": "weigh"}``: the peak memory of one call
 
-A process that has no request waits, and takes no processor time.
+A process that has no request waits, and takes no processor time.  One whose GPU failed,
+after which no call of it can succeed, says ``"lost": true`` and ends.
 """
 
 import json
@@ -18,7 +21,7 @@ from math import inf
 from time import perf_counter, process_time, sleep
 from typing import Any, TextIO
 
-from benchmarks.cases import Case, relative_error
+from benchmarks.cases import Case
 from benchmarks.peers import kind_of, wishes_of
 from benchmarks.peers.base import Call, Peer, RefusedError, python_versions
 
@@ -28,11 +31,13 @@ Reply = dict[str, Any]
 class Session:
     """The requests, each a method."""
 
-    peer: Peer
-    call: Call | None = None
+    peer: Peer | None = None
+    # One for each set of operands.
+    calls: tuple[Call, ...] = ()
 
     def __init__(self, name: str) -> None:
         self.name = name
+        self._turn = 0
 
     def open(self, wishes: dict[str, Any]) -> Reply:
         kind, chosen = kind_of(self.name), wishes_of(self.name, wishes)
@@ -44,35 +49,40 @@ class Session:
 
     def build(self, case: dict[str, Any]) -> Reply:
         """Only a peer that answers rightly is worth timing."""
-        self.call = None  # gives the last case's memory back
+        assert self.peer is not None  # noqa: S101
+        self.calls = ()  # gives the last case's memory back
         this = Case.from_json(case)
-        operands = this.operands()
-        on_device = (self.peer.device.put(array) for array in operands)
-        call = self.peer.call(this, *on_device)
-        result = self.peer.device.take(call())
-        error = relative_error(this, operands, result)
+        operands, judge = self.peer.prepare(this)
+        calls = tuple(self.peer.call(this, *each) for each in operands)
+        error = judge(self.peer.plain(this, calls[0]()))
         found = {"error": error if error < inf else None}
-        if error > self.peer.tolerance:
-            reason = f"relative error {error:.1e} above {self.peer.tolerance:.0e}"
+        if not error <= (most := self.peer.tolerance(this)):
+            reason = f"relative error {error:.1e} above {most:.0e}"
             return {"status": "wrong", "reason": reason, **found}
-        self.call = call
-        return {"status": "ok", **found, "strategy": self.peer.strategy(this)}
+        self.calls = calls
+        return {"status": "ok", **found, **self.peer.plan(this)}
 
     def time(self, seconds: float) -> Reply:
         """Times of calls that fill these seconds, and of one at least."""
-        assert self.call is not None  # noqa: S101
-        times = [self.peer.device.seconds(self.call)]
+        begun = perf_counter()
+        times = [self._seconds()]
         if times[0] < seconds:
             # The others have had the caches and the cores since our last call.
             times.clear()
-        while not times or sum(times) < seconds:
-            times.append(self.peer.device.seconds(self.call))
+        while not times or perf_counter() - begun < seconds:
+            times.append(self._seconds())
         return {"status": "ok", "times": times}
 
+    def _seconds(self) -> float:
+        """Of one call, with the next set of operands."""
+        assert self.peer is not None  # noqa: S101
+        self._turn = (self._turn + 1) % len(self.calls)
+        return self.peer.device.seconds(self.calls[self._turn])
+
     def weigh(self) -> Reply:
-        assert self.call is not None  # noqa: S101
+        assert self.peer is not None  # noqa: S101
         device = self.peer.device
-        found = {"extra_bytes": device.extra_bytes(self.call)}
+        found = {"extra_bytes": device.extra_bytes(self.calls[0])}
         return {"status": "ok", **found, "weighed_by": device.weighed_by}
 
     def answer(self, do: str, **words: Any) -> Reply:
@@ -87,7 +97,16 @@ class Session:
         except (RefusedError, MemoryError) as error:
             return {"status": "refused", "reason": str(error)}
         except Exception as error:  # noqa: BLE001 - a peer's failure is a finding
-            return {"status": "failed", "reason": f"{type(error).__name__}: {error}"}
+            reason = f"{type(error).__name__}: {error}"
+            lost = {"lost": True} if self._is_lost() else {}
+            return {"status": "failed", "reason": reason, **lost}
+
+    def _is_lost(self) -> bool:
+        return self.peer is not None and self.peer.device.is_lost()
+
+    def disturbs(self) -> bool:
+        """Whether threads of this process may still be running after an answer."""
+        return self.peer is None or not self.peer.device.is_remote
 
 
 def private_output() -> TextIO:
@@ -112,11 +131,18 @@ def settle() -> None:
 
 
 def main() -> None:
-    session, output = Session(sys.argv[1]), private_output()
+    sessions: dict[str, Session] = {}
+    output = private_output()
     for line in sys.stdin:
-        reply = session.answer(**json.loads(line))
-        settle()
+        request = json.loads(line)
+        name = request.pop("peer")
+        session = sessions.setdefault(name, Session(name))
+        reply = session.answer(**request)
+        if session.disturbs():
+            settle()
         print(json.dumps(reply), file=output, flush=True)
+        if reply.get("lost"):
+            return
 
 
 if __name__ == "__main__":

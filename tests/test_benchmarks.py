@@ -18,7 +18,7 @@ from benchmarks.peers import PEERS, kind_of, on_cuda, wishes_of
 from benchmarks.peers.base import RefusedError, Wishes
 from benchmarks.peers.library import Library
 from benchmarks.peers.whole_buffer import Columns
-from benchmarks.runner import Effort, Worker, measure_case, summary, workers
+from benchmarks.runner import Effort, Process, Worker, measure_case, summary, workers
 from benchmarks.suites import OPERATIONS, SUITES, Layer, layer
 from benchmarks.worker import Session
 from cuconv.testing import (
@@ -342,9 +342,10 @@ def test_a_process_answers(peer) -> None:
 def test_a_process_that_never_answers_is_missing() -> None:
     case = Case(PLAIN, "forward", 1)
     for python, reason in (("true", "ended with status 0"), ("no-such", "No such")):
-        worker = Worker("cuconv", python, {})
+        process = Process(python)
+        worker = Worker("cuconv", process, {})
         found = measure_case(case, {"a": worker}, TINY_EFFORT)["findings"]["a"]
-        worker.close()
+        process.close()
         assert found["status"] == "missing"
         assert reason in found["reason"]
 
@@ -353,7 +354,7 @@ def test_a_process_that_dies_is_replaced() -> None:
     case = Case(PLAIN, "forward", 1)
     with workers(["naive"], {}) as found:
         worker = found["naive"]
-        worker._process.kill()
+        worker._process._process.kill()
         dead, alive = (
             measure_case(case, found, TINY_EFFORT)["findings"]["naive"]
             for _ in range(2)

@@ -32,6 +32,7 @@ PEERS = {
     "cupy_im2col": Kind("whole_buffer:CupyColumns"),
 }
 ON_CUDA = {"torch": "cudnn", "im2col_columns": "cupy_im2col"}
+LAYOUTS = ("channels_first", "channels_last")
 PRECISIONS = ("strict", "standard", "fast")
 
 
@@ -40,8 +41,11 @@ def kind_of(peer: str) -> Kind:
     base, *words = peer.split("@")
     if base not in PEERS:
         raise ValueError(f"there is no peer {base!r}; the peers are {', '.join(PEERS)}")
-    if words and base != "cuconv":
-        raise ValueError(f"only cuconv takes options after an @; got {peer!r}")
+    known = set(LAYOUTS) if base == "cudnn" else set()
+    if base != "cuconv" and not known.issuperset(words):
+        raise ValueError(
+            f"only cuconv takes options after an @, and cudnn a layout; got {peer!r}"
+        )
     return PEERS[base]
 
 
@@ -54,8 +58,8 @@ def on_cuda(peers: Iterable[str]) -> tuple[str, ...]:
 def wishes_of(peer: str, common: dict[str, Any]) -> Wishes:
     """The options that all share, and those after each @ of this peer's name.
 
-    A quantity is a memory limit, one of cuconv's three precisions is that, and any
-    other word is a strategy.
+    A quantity is a memory limit, one of cuconv's three precisions or of the two layouts
+    is that, and any other word is a strategy.
     """
     wishes = Wishes(**common)
     for word in peer.split("@")[1:]:
@@ -63,6 +67,8 @@ def wishes_of(peer: str, common: dict[str, Any]) -> Wishes:
             wishes = wishes._replace(memory_limit=word)
         elif word in PRECISIONS:
             wishes = wishes._replace(precision=word)
+        elif word in LAYOUTS:
+            wishes = wishes._replace(layout=word)
         else:
             wishes = wishes._replace(strategy=word)
     return wishes

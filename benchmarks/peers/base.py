@@ -5,16 +5,33 @@ import importlib
 import platform
 import tracemalloc
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from time import perf_counter
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, cast
 
 import numpy as np
 
-from benchmarks.cases import Array, Case, Host
+from benchmarks.cases import TOLERANCES, Array, Case, Host, relative_error
+from benchmarks.peers.on_device import Maker, Prepared, prepared
+from benchmarks.suites import Sizes
 
 Call = Callable[[], Array]
+
+# A kernel that keeps the device busy, so that what is timed after it lies queued: each
+# turn waits for the one before.
+SPIN = """
+extern "C" __global__ void spin(float *value, long long turns)
+{
+    float v = *value;
+    for (long long i = 0; i < turns; ++i)
+        v = v * 0.5f + 1.0f;
+    *value = v;
+}
+"""
+CALIBRATION_TURNS = 1_000_000
+# Seconds by which the device may lag behind the host, at most.
+LONGEST_LEAD = 0.01
 
 
 class RefusedError(Exception):
@@ -29,12 +46,15 @@ class Wishes(NamedTuple):
     memory_limit: str | None = None
     strategy: str = "auto"
     reuse_out: bool = False
+    layout: str = "channels_first"
 
 
 class Device(Protocol):
     """Moves arrays, times a call, and measures what it allocates."""
 
     weighed_by: str
+    # Whether its calls only queue work, so that threads of ours never disturb a peer.
+    is_remote: bool
 
     def put(self, array: Host) -> Array: ...
 
@@ -45,11 +65,15 @@ class Device(Protocol):
     def extra_bytes(self, call: Call) -> int | None:
         """Peak memory of a call beyond its inputs and its result."""
 
+    def is_lost(self) -> bool:
+        """Whether nothing will run there any more in this process."""
+
 
 class HostDevice:
     """NumPy's memory, which tracemalloc sees."""
 
     weighed_by = "tracemalloc"
+    is_remote = False
 
     def put(self, array: Host) -> Array:
         return array
@@ -69,6 +93,9 @@ class HostDevice:
         _, peak = tracemalloc.get_traced_memory()
         tracemalloc.stop()
         return int(peak - before - result.nbytes)
+
+    def is_lost(self) -> bool:
+        return False
 
 
 class ResidentDevice(HostDevice):
@@ -96,14 +123,79 @@ def resident(label: str) -> int:
     raise KeyError(label)
 
 
-class CupyDevice:
+class QueueAhead:
+    """Times on a device alone: the host queues a call while the device is still busy.
+
+    Without that, a call whose launches take the host longer than the device its kernels
+    would be timed by the host's clock.  How long the device is kept busy follows from
+    how long the host took for the call before; a call that waits for the device itself
+    shows its waiting.
+    """
+
+    _lead = 0.0
+
+    def spin(self, seconds: float) -> None:
+        """Keep the device busy for about so long."""
+        raise NotImplementedError
+
+    def event(self) -> Any:
+        raise NotImplementedError
+
+    def elapsed(self, start: Any, end: Any) -> float:
+        """Milliseconds between two events."""
+        raise NotImplementedError
+
+    def seconds(self, call: Call) -> float:
+        start, end = self.event(), self.event()
+        self.spin(self._lead)
+        start.record()
+        begun = perf_counter()
+        call()
+        took = perf_counter() - begun
+        end.record()
+        end.synchronize()
+        self._lead = min(1.5 * took + 2e-5, LONGEST_LEAD)
+        return self.elapsed(start, end) * 1e-3
+
+
+class CupyDevice(QueueAhead):
     """CuPy's memory pool, and times between two events on its stream."""
 
     weighed_by = "memory pool"
+    is_remote = True
 
     def __init__(self) -> None:
         self.xp = importlib.import_module("cupy")
-        self.xp.zeros(1)  # a missing driver shows here
+        self._spun = self.xp.zeros(1, dtype="float32")  # a missing driver shows here
+        properties = self.xp.cuda.runtime.getDeviceProperties(0)
+        self.l2_bytes = int(properties.get("l2CacheSize", 0))
+        self._spin = self.xp.RawKernel(SPIN, "spin")
+        self._turns_per_second = CALIBRATION_TURNS / self._calibration()
+
+    def _calibration(self) -> float:
+        """Seconds that the calibrating turns take."""
+
+        def turn() -> None:
+            arguments = (self._spun, np.int64(CALIBRATION_TURNS))
+            self._spin((1,), (1,), arguments)
+
+        turn()  # compiles it
+        start, end = self.event(), self.event()
+        start.record()
+        turn()
+        end.record()
+        end.synchronize()
+        return max(self.elapsed(start, end) * 1e-3, 1e-6)
+
+    def spin(self, seconds: float) -> None:
+        turns = np.int64(seconds * self._turns_per_second)
+        self._spin((1,), (1,), (self._spun, turns))
+
+    def event(self) -> Any:
+        return self.xp.cuda.Event()
+
+    def elapsed(self, start: Any, end: Any) -> float:
+        return float(self.xp.cuda.get_elapsed_time(start, end))
 
     def put(self, array: Host) -> Array:
         return self.xp.asarray(array)
@@ -111,22 +203,37 @@ class CupyDevice:
     def take(self, result: Array) -> Host:
         return np.asarray(self.xp.asnumpy(result))
 
-    def seconds(self, call: Call) -> float:
-        start, end = self.xp.cuda.Event(), self.xp.cuda.Event()
-        start.record()
-        call()
-        end.record()
-        end.synchronize()
-        return float(self.xp.cuda.get_elapsed_time(start, end)) * 1e-3
+    def join(self, arrays: list[Array]) -> Array:
+        return self.xp.concatenate(arrays)
+
+    def cast(self, array: Array, dtype: str) -> Array:
+        if dtype == "bfloat16":
+            importlib.import_module("ml_dtypes")  # NumPy learns the name
+        if array.dtype.name == "bfloat16" and dtype == "float64":
+            array = array.astype("float32")
+        return array.astype(dtype)
+
+    def zeros(self, shape: Sizes) -> Array:
+        return self.xp.zeros(shape, dtype="float64")
+
+    def is_lost(self) -> bool:
+        try:
+            self.xp.cuda.Device().synchronize()
+        except self.xp.cuda.runtime.CUDARuntimeError:
+            return True
+        return False
 
     def extra_bytes(self, call: Call) -> int | None:
         live = peak = 0
+        # The pool rounds up, and what it took for the result is the result's.
+        sizes: dict[int, int] = {}
 
         class Hook(self.xp.cuda.MemoryHook):  # type: ignore[misc, name-defined]
             name = "benchmarks"
 
             def malloc_postprocess(self, **event: Any) -> None:
                 nonlocal live, peak
+                sizes[event["mem_ptr"]] = event["mem_size"]
                 live += event["mem_size"]
                 peak = max(peak, live)
 
@@ -136,27 +243,51 @@ class CupyDevice:
 
         with Hook():
             result = call()
-        return int(peak - result.nbytes)
+        return peak - sizes.get(result.data.ptr, 0)
+
+
+@cache
+def cupy_device() -> CupyDevice:
+    """One for the process: its peers share operands."""
+    return CupyDevice()
 
 
 class Peer:
     """Runs the three operations its own way, on arrays of its own device."""
 
     device: Device = HostDevice()
-    tolerance = 1e-4
 
     def __init__(self, wishes: Wishes) -> None:
         self.wishes = wishes
-        if wishes.precision == "fast":
-            self.tolerance = 1e-2  # TF32 keeps ten bits
+
+    def tolerance(self, case: Case) -> float:
+        """The error above which a result is wrong."""
+        # Everything that "fast" allows, large tiles of Winograd's included.
+        return 1e-2 if self.wishes.precision == "fast" else TOLERANCES[case.arithmetic]
+
+    def prepare(self, case: Case) -> Prepared:
+        """Operands on the device of this peer, and who checks the result."""
+        if self.device.is_remote:
+            return prepared(cast("Maker", self.device), case)
+        operands = case.operands()
+        first, second = map(self.device.put, operands)
+        return Prepared(
+            [(first, second)],
+            lambda result: relative_error(case, operands, self.device.take(result)),
+        )
+
+    def plain(self, case: Case, result: Array) -> Array:
+        """The result, channels first."""
+        del case
+        return result
 
     def versions(self) -> dict[str, str]:
         return {}
 
-    def strategy(self, case: Case) -> str | None:
-        """The name of the way that was chosen, where a peer tells."""
+    def plan(self, case: Case) -> dict[str, Any]:
+        """The way that was chosen and the memory it may take, where a peer tells."""
         del case
-        return None
+        return {"strategy": None}
 
     def call(self, case: Case, first: Array, second: Array) -> Call:
         """A measurable call; what it needs beforehand is done here."""

@@ -1,13 +1,21 @@
 """PyTorch, channels first: oneDNN on the CPU, cuDNN on a GPU."""
 
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
 import torch
 
 from benchmarks.cases import Array, Case, Host
-from benchmarks.peers.base import Call, Peer, ResidentDevice, Wishes
+from benchmarks.peers.base import (
+    Call,
+    Peer,
+    QueueAhead,
+    RefusedError,
+    ResidentDevice,
+    Wishes,
+)
+from benchmarks.suites import Sizes
 
 torch.set_grad_enabled(False)
 
@@ -26,29 +34,67 @@ class TorchDevice(ResidentDevice):
         return np.asarray(result.numpy())
 
 
-class TorchCuda:
+class TorchCuda(QueueAhead):
     weighed_by = "memory pool"
+    is_remote = True
+    # Cycles a second at most: a lead may last longer than it need, never shorter.
+    clock = 2e9
+
+    def __init__(self) -> None:
+        if not torch.cuda.is_available():
+            raise ImportError("this PyTorch finds no GPU")
+        self.l2_bytes = int(torch.cuda.get_device_properties(0).L2_cache_size)
+
+    def spin(self, seconds: float) -> None:
+        torch.cuda._sleep(int(seconds * self.clock))  # noqa: SLF001
+
+    def event(self) -> Any:
+        return torch.cuda.Event(enable_timing=True)
+
+    def elapsed(self, start: Any, end: Any) -> float:
+        return float(start.elapsed_time(end))
 
     def put(self, array: Host) -> Array:
         return torch.from_numpy(array).cuda()
 
+    def join(self, arrays: list[Array]) -> Array:
+        return torch.cat(arrays)
+
+    def cast(self, array: Array, dtype: str) -> Array:
+        return array.to(getattr(torch, dtype))
+
+    def zeros(self, shape: Sizes) -> Array:
+        return torch.zeros(shape, dtype=torch.float64, device="cuda")
+
+    def is_lost(self) -> bool:
+        try:
+            torch.cuda.synchronize()
+        except RuntimeError:
+            return True
+        return False
+
     def take(self, result: Array) -> Host:
         return np.asarray(result.cpu().numpy())
-
-    def seconds(self, call: Call) -> float:
-        start = torch.cuda.Event(enable_timing=True)
-        end = torch.cuda.Event(enable_timing=True)
-        start.record()
-        call()
-        end.record()
-        end.synchronize()
-        return float(start.elapsed_time(end)) * 1e-3
 
     def extra_bytes(self, call: Call) -> int | None:
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         result = call()
         return int(torch.cuda.max_memory_allocated() - before - result.nbytes)
+
+
+# PyTorch has no such form of arrays with one spatial axis.
+CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
+
+
+def empty_like(array: Array, shape: Sizes) -> Array:
+    """Of another shape and in the same layout, which decides how cuDNN is called."""
+    form = torch.contiguous_format
+    if not array.is_contiguous():
+        form = CHANNELS_LAST[array.ndim]
+    return torch.empty(
+        shape, dtype=array.dtype, device=array.device, memory_format=form
+    )
 
 
 class Torch(Peer):
@@ -63,8 +109,8 @@ class Torch(Peer):
             return partial(convolve, first, second, None, **case.options)
         for_x = case.operation == "input_grad"
         # The operand that a gradient does not need lends its shape only.
-        x = first.new_empty(case.shapes["x"]) if for_x else second
-        w = second if for_x else first.new_empty(case.shapes["w"])
+        x = empty_like(first, case.shapes["x"]) if for_x else second
+        w = second if for_x else empty_like(first, case.shapes["w"])
         return partial(self._gradient, first, x, w, case)
 
     @staticmethod
@@ -86,14 +132,29 @@ class Torch(Peer):
         return gradients[0 if for_x else 1]
 
 
+@cache
+def cuda_device() -> TorchCuda:
+    """One for the process: its peers share operands."""
+    return TorchCuda()
+
+
 class Cudnn(Torch):
+    """PyTorch on a GPU, in either layout; its shapes are always channels first."""
+
     def __init__(self, wishes: Wishes) -> None:
         super().__init__(wishes)
-        if not torch.cuda.is_available():
-            raise ImportError("this PyTorch finds no GPU")
-        self.device = TorchCuda()
+        self.device = cuda_device()
         torch.backends.cudnn.benchmark = True
-        torch.backends.cudnn.allow_tf32 = wishes.precision == "fast"
+
+    def call(self, case: Case, first: Array, second: Array) -> Call:
+        fast = case.arithmetic == "tf32" or self.wishes.precision == "fast"
+        torch.backends.cudnn.allow_tf32 = fast
+        if self.wishes.layout == "channels_last":
+            if first.ndim not in CHANNELS_LAST:
+                raise RefusedError("PyTorch has no channels-last form of one axis")
+            form = CHANNELS_LAST[first.ndim]
+            first, second = (a.to(memory_format=form) for a in (first, second))
+        return super().call(case, first, second)
 
     def versions(self) -> dict[str, str]:
         return {

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.cases import Array, Case
-from benchmarks.peers.base import CupyDevice, Peer, RefusedError, Wishes
+from benchmarks.peers.base import Peer, RefusedError, Wishes, cupy_device
 
 MOST_BYTES = 4 * 2**30
 
@@ -147,7 +147,7 @@ class CupyColumns(Columns):
 
     def __init__(self, wishes: Wishes) -> None:
         super().__init__(wishes)
-        self.device = device = CupyDevice()
+        self.device = device = cupy_device()
         self.xp = device.xp
 
     def versions(self) -> dict[str, str]:

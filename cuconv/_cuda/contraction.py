@@ -14,6 +14,7 @@ import numpy as np
 from cuconv._cuda.compiler import kernel
 from cuconv._cuda.structs import CONTRACTION, steps_of
 from cuconv._cuda.variants import (
+    MODERN,
     Operand,
     Tiling,
     Variant,
@@ -27,8 +28,6 @@ from cuconv.geometry import Axis
 _MOST_BLOCKS = 2**30
 _THREADS = 256
 _WORD = 16  # bytes of the widest copy
-# The first architecture whose tensor cores and asynchronous copies the kernel uses.
-_MODERN = 80
 
 Steps = tuple[int, ...]
 
@@ -266,7 +265,7 @@ def _launch(
 ) -> _Launch:
     p, r, dtype = walks.p, walks.r, sides.x.dtype
     groups, filters = rows
-    modern = architecture >= _MODERN
+    modern = architecture >= MODERN
     tensor = modern and uses_tensor_cores(dtype, fast=how.fast)
     tiling = Tiling.of(dtype, how.filters, how.columns, tensor=tensor)
     parts, length = _cut(r.length, how.parts, tiling.terms, sides.out)

@@ -23,6 +23,8 @@ _ELEMENTS = {
     },
 }
 _SUMS = {"float16_t": "float32_t", "bfloat16_t": "float32_t"}
+# The first architecture whose tensor cores and asynchronous copies are used.
+MODERN = 80
 # Of `struct Place` and `struct Digits` in `implicit_gemm.cu`.
 _PLACE_BYTES, _DIGITS_BYTES = 32, 16
 # Such a block has many copies for each thread.
@@ -191,7 +193,7 @@ def usual_variants(
 ) -> Iterator[Variant]:
     """`implicit_gemm` for C-contiguous arrays: every operation, layout and block size.
 
-    ``modern`` devices, from compute capability 8.0 on, copy asynchronously.
+    ``modern`` devices copy asynchronously.
     """
     tensor = modern and uses_tensor_cores(dtype, fast=fast)
     stages = 3 if modern else 2
@@ -264,8 +266,12 @@ def _index_macros(rank: int, *, wide: bool) -> tuple[str, ...]:
     return f"RANK={rank}", f"WIDE_INDEX={int(wide)}", f"GEOMETRY_BYTES={size}"
 
 
-def all_variants(ranks: tuple[int, ...] = (1, 2, 3)) -> Iterator[Variant]:
-    """Every variant that the library can ask for."""
+def all_variants(architecture: int = 90) -> Iterator[Variant]:
+    """Every variant that the library can ask for on a device.
+
+    Of `implicit_gemm`, those that arrays without gaps lead to.
+    """
+    ranks = (1, 2, 3)
     elements = dict.fromkeys(_ELEMENTS.values())
     for rank in ranks:
         for wide in (False, True):
@@ -280,15 +286,17 @@ def all_variants(ranks: tuple[int, ...] = (1, 2, 3)) -> Iterator[Variant]:
             yield from tile_variants(np.dtype(name), (1, 2), wide=wide)
     for name in ("bool", "uint8", "uint16", "uint32", "uint64"):
         yield product_variant(np.dtype(name))
-    yield from _contractions()
+    yield from _contractions(modern=architecture >= MODERN)
 
 
-def _contractions() -> Iterator[Variant]:
+def _contractions(*, modern: bool) -> Iterator[Variant]:
     """`implicit_gemm` by `usual_variants`, one integer for each width; `sum_parts`."""
     signed = {"int8", "int16", "int32", "int64"}
+    added: dict[Variant, None] = {}
     for dtype in (np.dtype(name) for name in SUPPORTED_TYPES if name not in signed):
+        yield from usual_variants(dtype, modern=modern)
         sums = accumulator(dtype)
-        yield from usual_variants(dtype)
-        for result in {dtype, sums}:
-            yield parts_variant(sums, result)
-    yield from usual_variants(np.dtype("float32"), fast=True)
+        added |= dict.fromkeys(parts_variant(sums, stored) for stored in (dtype, sums))
+    yield from added
+    if modern:
+        yield from usual_variants(np.dtype("float32"), fast=True)

@@ -1,0 +1,80 @@
+"""How large the measurements are: whole ones, a smoke test, and what tests choose."""
+
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from benchmarks.suites import SUITES, Layer
+
+ARITHMETICS = ("float32", "tf32", "float16", "bfloat16")
+HALF_AND_WHOLE = ("float32", "float16")
+
+
+def named(suite: str, *names: str) -> tuple[Layer, ...]:
+    """Layers of a suite, by name."""
+    found = {layer.name: layer for layer in SUITES[suite].layers}
+    return tuple(found[name] for name in names)
+
+
+def depthwise_layers() -> tuple[Layer, ...]:
+    layers = SUITES["mobilenetv2"].layers
+    return tuple(layer for layer in layers if layer.kind == "depthwise")
+
+
+@dataclass(frozen=True)
+class Scale:
+    """Sizes and numbers of calls."""
+
+    batch: int = 32
+    # Layers of the two suites that are compared with cuDNN.
+    layers: tuple[Layer, ...] = SUITES["resnet50"].layers
+    depthwise: tuple[Layer, ...] = depthwise_layers()
+    arithmetics: tuple[str, ...] = ARITHMETICS
+    # Layers whose columns are gathered, added back and cut in blocks of other sizes.
+    columns: tuple[Layer, ...] = named(
+        "resnet50", "3-64 7x7/2 @224", "64-64 3x3 @56", "256-256 3x3 @14"
+    )
+    block_mib: tuple[int, ...] = (2, 4, 8, 16, 32, 64, 128)
+    # A side of the square matrices, and bytes of a copy.
+    matrix: int = 8192
+    copied_bytes: int = 4 * 2**30
+    repeats: int = 15
+    # Small calls that are timed together, and those in one captured graph.
+    calls: int = 500
+    captured: int = 64
+    # What each peer is timed on each case: rounds, and seconds in all.
+    rounds: int = 2
+    seconds: float = 0.02
+    tests: tuple[str, ...] = ("tests",)
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, found: dict[str, Any]) -> "Scale":
+        layers = ("layers", "depthwise", "columns")
+        fields: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value
+            for name, value in found.items()
+        }
+        for name in layers:
+            fields[name] = tuple(map(Layer.from_json, found[name]))
+        return cls(**fields)
+
+
+FULL = Scale()
+QUICK = replace(
+    FULL,
+    batch=2,
+    layers=FULL.layers[:3],
+    depthwise=FULL.depthwise[:1],
+    columns=FULL.columns[1:2],
+    block_mib=(2, 32),
+    matrix=1024,
+    copied_bytes=64 * 2**20,
+    repeats=3,
+    calls=20,
+    captured=8,
+    rounds=1,
+    seconds=0.005,
+    tests=("tests/test_kernels.py",),
+)
