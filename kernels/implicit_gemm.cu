@@ -71,10 +71,10 @@ struct Walk {
 
 struct Contraction {
     Walk p, r;
-    long long tiles, tiles_p, tiles_f, part_length, part_step;
+    long long part_length, part_step;
     long long x_group, dense_group, out_group, dense_step, out_step, bias_step;
-    int filters, groups, parts, has_bias;
-    int size[3], along_filters;  // neighbouring results: filters if set, else p
+    unsigned tiles_f, tiles_p, groups, filters, has_bias;
+    int size[3], along_filters, reserved;  // neighbouring results: filters if set, else p
 };
 
 #ifdef CONTRACTION_BYTES
@@ -383,16 +383,18 @@ struct Core {
     {
 #pragma unroll
         for (int r = 0; r < TILE_R; r += STEP) {
-            unsigned a[F][4], b[P][2];
-#pragma unroll
-            for (int i = 0; i < F; ++i)
-                load_rows(a[i], dense, first_filter() + i * 16, r, ELEMENT());
+            unsigned b[P][2];
 #pragma unroll
             for (int j = 0; j < P; j += 2)
                 load_columns(b[j], b[j + 1], x, first_position() + j * 8, r, ELEMENT());
 #pragma unroll
-            for (int n = 0; n < F * P; ++n)
-                multiply_matrices(ELEMENT(), a[n / P], b[n % P], sum[n]);
+            for (int i = 0; i < F; ++i) {
+                unsigned a[4];
+                load_rows(a, dense, first_filter() + i * 16, r, ELEMENT());
+#pragma unroll
+                for (int j = 0; j < P; ++j)
+                    multiply_matrices(ELEMENT(), a, b[j], sum[i * P + j]);
+            }
         }
     }
 
@@ -490,77 +492,76 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) implicit_gemm(
     Place *const places = ring + 2 * TILE_R;
     Digits *const digits = (Digits *)(places + TILE_P);
 
-    for (long long tile = blockIdx.x; tile < c.tiles; tile += gridDim.x) {
-        const long long first_p = tile / c.tiles_f % c.tiles_p * TILE_P;
-        const int first_f = (int)(tile % c.tiles_f) * TILE_F;
-        const int outer = (int)(tile / (c.tiles_f * c.tiles_p));
-        const int group = outer % c.groups, part = outer / c.groups;
-        const long long start = part * c.part_length;
-        const long long rest = c.r.count - start;
-        const long long length = rest < c.part_length ? rest : c.part_length;
-        const int steps = (int)((length + TILE_R - 1) / TILE_R);
+    // Blocks of neighbouring filters run together: they gather the same places.
+    const unsigned tile_f = blockIdx.x % c.tiles_f, outer = blockIdx.x / c.tiles_f;
+    const unsigned tile_p = outer % c.tiles_p, both = outer / c.tiles_p;
+    const int group = (int)(both % c.groups), part = (int)(both / c.groups);
+    const long long first_p = (long long)tile_p * TILE_P;
+    const int first_f = (int)tile_f * TILE_F;
+    const long long start = part * c.part_length;
+    const long long rest = c.r.count - start;
+    const long long length = rest < c.part_length ? rest : c.part_length;
+    const int steps = (int)((length + TILE_R - 1) / TILE_R);
 
-        for (int i = threadIdx.x; i < TILE_P; i += THREADS) {
-            const bool is_there = first_p + i < c.p.count;
-            const Digits p = digits_of(is_there ? first_p + i : 0, c.p);
-            places[i] = place_of(p, is_there, c.p);
-        }
-        if (threadIdx.x < TILE_R) digits[threadIdx.x] = digits_of(start + threadIdx.x, c.r);
-        // The ring is filled by its own threads, one tile ahead.
-        const auto fill = [&](int step) {
-            if (threadIdx.x >= TILE_R) return;
-            const bool is_there = (long long)step * TILE_R + threadIdx.x < length;
-            Digits d = digits[threadIdx.x];
-            ring[step % 2 * TILE_R + threadIdx.x] = place_of(d, is_there, c.r);
-            advance(d, c.r);
-            digits[threadIdx.x] = d;
-        };
-        fill(0);
-        __syncthreads();
+    for (int i = threadIdx.x; i < TILE_P; i += THREADS) {
+        const bool is_there = first_p + i < c.p.count;
+        const Digits p = digits_of(is_there ? first_p + i : 0, c.p);
+        places[i] = place_of(p, is_there, c.p);
+    }
+    if (threadIdx.x < TILE_R) digits[threadIdx.x] = digits_of(start + threadIdx.x, c.r);
+    // The ring is filled by its own threads, one tile ahead.
+    const auto fill = [&](int step) {
+        if (threadIdx.x >= TILE_R) return;
+        const bool is_there = (long long)step * TILE_R + threadIdx.x < length;
+        Digits d = digits[threadIdx.x];
+        ring[step % 2 * TILE_R + threadIdx.x] = place_of(d, is_there, c.r);
+        advance(d, c.r);
+        digits[threadIdx.x] = d;
+    };
+    fill(0);
+    __syncthreads();
 
-        Rows rows;
-        Gathered gathered;
-        rows.begin(dense + group * c.dense_group, first_f, c);
-        gathered.begin(x + group * c.x_group, places);
-        const auto load = [&](int step) {
-            const Place *terms = ring + step % 2 * TILE_R;
-            ELEMENT *to = tiles + step % STAGES * STAGE_CELLS;
-            if (step < steps) {
-                rows.load(terms, dense, to, c);
-                gathered.load(terms, places, x, to + DenseTile::CELLS, c);
-            }
-            end_group();
-        };
-        const auto settle = [&](int step) {
-            if (step >= steps) return;
-            ELEMENT *to = tiles + step % STAGES * STAGE_CELLS;
-            rows.settle(to);
-            gathered.settle(to + DenseTile::CELLS);
-        };
-        for (int step = 0; step < STAGES - 1; ++step) {
-            load(step);
-            settle(step);
-            fill(step + 1);
-            __syncthreads();
+    Rows rows;
+    Gathered gathered;
+    rows.begin(dense + group * c.dense_group, first_f, c);
+    gathered.begin(x + group * c.x_group, places);
+    const auto load = [&](int step) {
+        const Place *terms = ring + step % 2 * TILE_R;
+        ELEMENT *to = tiles + step % STAGES * STAGE_CELLS;
+        if (step < steps) {
+            rows.load(terms, dense, to, c);
+            gathered.load(terms, places, x, to + DenseTile::CELLS, c);
         }
-
-        Core core = {};
-        for (int step = 0; step < steps; ++step) {
-            wait_for_copies<STAGES - 2>();
-            __syncthreads();
-            load(step + STAGES - 1);
-            const ELEMENT *from = tiles + step % STAGES * STAGE_CELLS;
-            core.multiply(from, from + DenseTile::CELLS);
-            settle(step + STAGES - 1);
-            fill(step + STAGES);
-        }
-        wait_for_copies<0>();
-        const bool adds_bias = c.has_bias && part == 0;
-        write_results(
-            core, (SUM *)memory, places,
-            adds_bias ? bias + (long long)group * c.filters * c.bias_step : nullptr,
-            out + group * c.out_group + part * c.part_step, first_f,
-            c.p.count - first_p, c);
+        end_group();
+    };
+    const auto settle = [&](int step) {
+        if (step >= steps) return;
+        ELEMENT *to = tiles + step % STAGES * STAGE_CELLS;
+        rows.settle(to);
+        gathered.settle(to + DenseTile::CELLS);
+    };
+    for (int step = 0; step < STAGES - 1; ++step) {
+        load(step);
+        settle(step);
+        fill(step + 1);
         __syncthreads();
     }
+
+    Core core = {};
+    for (int step = 0; step < steps; ++step) {
+        wait_for_copies<STAGES - 2>();
+        __syncthreads();
+        load(step + STAGES - 1);
+        const ELEMENT *from = tiles + step % STAGES * STAGE_CELLS;
+        core.multiply(from, from + DenseTile::CELLS);
+        settle(step + STAGES - 1);
+        fill(step + STAGES);
+    }
+    wait_for_copies<0>();
+    const bool adds_bias = c.has_bias && part == 0;
+    write_results(
+        core, (SUM *)memory, places,
+        adds_bias ? bias + (long long)group * c.filters * c.bias_step : nullptr,
+        out + group * c.out_group + part * c.part_step, first_f,
+        c.p.count - first_p, c);
 }

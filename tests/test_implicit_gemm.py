@@ -179,15 +179,6 @@ def test_operands_that_are_not_aligned_are_read_one_by_one(xp):
         testing.assert_equal(got.astype("float64"), reference(op, wide, case))
 
 
-def test_more_blocks_than_a_grid_holds(xp, monkeypatch):
-    monkeypatch.setattr(contraction, "_MOST_BLOCKS", 3)
-    contraction._forward.cache_clear()
-    arrays = operands(ODD, "float32")
-    got = launched(xp, "forward", ODD, arrays.on(xp), How(32, 64))
-    contraction._forward.cache_clear()
-    testing.assert_equal(got, reference("forward", arrays, ODD))
-
-
 def test_a_result_with_gaps_is_summed_whole(xp):
     """Parts are added as runs of memory, which such a result is not."""
     arrays = operands(ODD, "float32")

@@ -25,7 +25,6 @@ from cuconv._cuda.variants import (
 from cuconv.arrays import Array, DType
 from cuconv.geometry import Axis
 
-_MOST_BLOCKS = 2**30
 _THREADS = 256
 _WORD = 16  # bytes of the widest copy
 
@@ -275,9 +274,9 @@ def _launch(
     by_filters = abs(sides.rows[1]) < abs(p.in_order(p.own_step)[-1])
     packed = (
         *(p.packed(tiling.terms), r.packed(tiling.terms)),
-        *(tiles, tiles_p, tiles_f, length, math.prod(sides.out.shape)),
-        *(*sides.groups, *sides.rows, filters, groups, parts, sides.has_bias),
-        *(_three(sides.size, 1), by_filters),
+        *(length, math.prod(sides.out.shape), *sides.groups, *sides.rows),
+        *(tiles_f, tiles_p, groups, filters, sides.has_bias),
+        *(_three(sides.size, 1), by_filters, 0),
     )
     variant = contraction_variant(
         *(dtype, sides.out.dtype, tiling),
@@ -288,7 +287,7 @@ def _launch(
         stages=3 if modern else 2,
     )
     value = np.array([packed], dtype=CONTRACTION)
-    return _Launch(variant, value, min(tiles, _MOST_BLOCKS), tiling.threads, parts)
+    return _Launch(variant, value, tiles, tiling.threads, parts)
 
 
 def _cut(terms: int, parts: int, tile: int, out: _View) -> tuple[int, int]:

@@ -36,14 +36,17 @@ _WALK = np.dtype(
         *[("first_fastest", "i4"), ("reserved", "i4")],
     ]
 )
-_TILES = "tiles", "tiles_p", "tiles_f", "part_length", "part_step"
-_STEPS = "x_group", "dense_group", "out_group", "dense_step", "out_step", "bias_step"
+_STEPS = (
+    *("part_length", "part_step", "x_group", "dense_group", "out_group"),
+    *("dense_step", "out_step", "bias_step"),
+)
+_COUNTS = "tiles_f", "tiles_p", "groups", "filters", "has_bias"
 CONTRACTION = np.dtype(
     [
         *[("p", _WALK), ("r", _WALK)],
-        *[(name, "i8") for name in (*_TILES, *_STEPS)],
-        *[(name, "i4") for name in ("filters", "groups", "parts", "has_bias")],
-        *[("size", "i4", 3), ("along_filters", "i4")],
+        *[(name, "i8") for name in _STEPS],
+        *[(name, "u4") for name in _COUNTS],
+        *[("size", "i4", 3), ("along_filters", "i4"), ("reserved", "i4")],
     ]
 )
 

@@ -35,6 +35,8 @@ from cuconv.strategies.base import (
 
 # The kernel counts cells along an axis in 32 bits, with room to add two of them.
 _LARGEST_REACH = 2**29
+# Of a grid, along its first axis.
+_MOST_BLOCKS = 2**31 - 1
 # Into how many parts a sum may be cut, how many blocks are enough without, and the
 # least terms of a part; not yet measured on a GPU.
 _PARTS = (1, 4, 16, 64)
@@ -63,6 +65,10 @@ class ImplicitGemm:
                 max(map(_reach, g.axes)) >= _LARGEST_REACH,
                 f"an axis spans more than {_LARGEST_REACH} cells",
             ),
+            (
+                _count_blocks(problem, tile_sizes(problem.operand)[-1]) > _MOST_BLOCKS,
+                f"its grid would have more than {_MOST_BLOCKS} blocks",
+            ),
         )
 
     def variants(self, problem: Problem) -> tuple[tuple[int, ...], ...]:
@@ -81,8 +87,7 @@ class ImplicitGemm:
         self, problem: Problem, size: tuple[int, int], parts: int
     ) -> bool:
         g = problem.geometry
-        rows, columns, terms = _extents(problem)
-        blocks = g.groups * -(-rows // size[0]) * -(-columns // size[1])
+        terms, blocks = _extents(problem)[-1], _count_blocks(problem, size)
         strided = problem.op == "input_grad" and not g.is_unit_stride
         few = blocks * parts <= _ENOUGH_BLOCKS and terms >= parts * _LEAST_TERMS
         return few and "out" in problem.direct and not strided
@@ -120,9 +125,8 @@ class ImplicitGemm:
 
     def work(self, problem: Problem, cut: Cut) -> Work:
         g = problem.geometry
-        rows, columns, terms = _extents(problem)
         tall, wide, parts = cut.variant
-        tiles = g.groups * -(-rows // tall) * -(-columns // wide)
+        terms, tiles = _extents(problem)[-1], _count_blocks(problem, (tall, wide))
         phases = math.prod(axis.stride for axis in g.axes)
         launches = phases if problem.op == "input_grad" else 1 + (parts > 1)
         sizes = g.images * (g.channels * g.cells + g.filters * g.positions)
@@ -208,6 +212,12 @@ def _extents(problem: Problem) -> tuple[int, int, int]:
         g.images * g.cells,
         max(g.group_filters * g.taps // jumps, 1),
     )
+
+
+def _count_blocks(problem: Problem, size: tuple[int, int]) -> int:
+    """Blocks of results of this size, in all groups."""
+    rows, columns, _ = _extents(problem)
+    return problem.geometry.groups * -(-rows // size[0]) * -(-columns // size[1])
 
 
 def _results(problem: Problem) -> int:
