@@ -7,7 +7,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import pytest
@@ -467,20 +467,13 @@ FOUND = {
         for m in (1.0, 4.0)
     ],
     "launch": [
-        {"strategy": "im2col", "eager_microseconds": 9.0, "not_captured": "why"},
-        {
-            "strategy": "tap_matmul",
-            "eager_microseconds": 9.0,
-            "captured_microseconds": 9.5,
-            "kernel_microseconds": 4.0,
-        },
-        {
-            "strategy": "auto",
-            "eager_microseconds": 9.0,
-            "captured_microseconds": 5.5,
-            "kernel_microseconds": 4.0,
-        },
-        {"strategy": "pointwise", "refused": "9 taps"},
+        {"layer": "a", "strategy": strategy, "eager_microseconds": 9.0, **more}
+        for strategy, more in (
+            ("im2col", {"not_captured": "why"}),
+            ("tap_matmul", {"captured_microseconds": 9.5, "kernel_microseconds": 4.0}),
+            ("auto", {"captured_microseconds": 5.5, "kernel_microseconds": 4.0}),
+            ("pointwise", {"refused": "9 taps"}),
+        )
     ],
     "col2im": [
         {
@@ -562,13 +555,13 @@ def test_the_tables_of_a_run() -> None:
     blocks = shown["im2col: milliseconds by the size of its blocks"]
     assert blocks.header[2:] == ["2 MiB", "8 MiB"]
     assert blocks.rows == [["a", "t", "3", "9"]]
-    launches = next(t for title, t in shown.items() if title.startswith("A call"))
+    launches = shown["Small calls, microseconds"]
     assert launches.rows == [
-        ["im2col", "9", "", ""],
-        ["tap_matmul", "9", "9.5", "4"],
-        ["auto", "9", "5.5", "4"],
+        ["a", "im2col", "9", "", ""],
+        ["a", "tap_matmul", "9", "9.5", "4"],
+        ["a", "auto", "9", "5.5", "4"],
     ]
-    assert launches.notes == ["im2col was not captured: why"]
+    assert launches.notes == ["a, im2col was not captured: why"]
     assert all("\n" not in line for t in shown.values() for line in show.as_text(t))
 
 
@@ -737,6 +730,69 @@ def test_times_are_those_of_calls_in_turn() -> None:
     calls = [partial(called.append, name) for name in "abc"]
     assert probes.milliseconds(device, calls, 4) >= 0
     assert "".join(called) == "abc" + "abcab"
+
+
+class FakeStream:
+    """Records calls, and notes how many each launch of a graph repeats."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+        self.launched: list[int] = []
+        self.is_capturing = False
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def synchronize(self) -> None:
+        assert not self.is_capturing
+
+    def begin_capture(self) -> None:
+        self.calls, self.is_capturing = 0, True
+
+    def end_capture(self) -> Any:
+        self.is_capturing = False
+        count = self.calls
+        return SimpleNamespace(launch=lambda _: self.launched.append(count))
+
+    def call(self) -> None:
+        self.calls += 1
+
+
+class SlowLaunches(HostDevice):
+    """A launch takes 5 µs and each call in its graph 2 µs."""
+
+    def __init__(self, stream: FakeStream) -> None:
+        self.stream = stream
+        cuda = SimpleNamespace(Stream=lambda non_blocking: stream)
+        self.xp = SimpleNamespace(cuda=cuda)
+
+    def seconds(self, call: Any) -> float:
+        before = len(self.stream.launched)
+        call()
+        return 1e-6 * sum(5 + 2 * count for count in self.stream.launched[before:])
+
+
+def test_replays_are_compared_with_kernels_alone() -> None:
+    stream = FakeStream()
+    device: Any = SlowLaunches(stream)
+    found = probes.captured(device, stream.call, replace(SMALL, captured=10))
+    assert found["captured_microseconds"] == pytest.approx(5 + 2)
+    assert found["kernel_microseconds"] == pytest.approx(5 / 10 + 2)
+    assert set(stream.launched) == {1, 10}
+
+
+def test_a_capture_that_fails_is_ended() -> None:
+    stream = FakeStream()
+
+    def fail() -> None:
+        raise ValueError("planted")
+
+    with pytest.raises(ValueError, match="planted"):
+        probes.graph(stream, fail, 1)
+    assert not stream.is_capturing
 
 
 # What kernels take.

@@ -27,13 +27,13 @@ from benchmarks.cases import Case
 from benchmarks.gpu.scale import ARITHMETICS, HALF_AND_WHOLE, Scale
 from benchmarks.peers.base import CupyDevice, cupy_device
 from benchmarks.peers.on_device import normal, operand, prepared
-from benchmarks.suites import Layer, layer
+from benchmarks.suites import Layer, depthwise, layer
 
 Findings = Iterator[dict[str, Any]]
 
 # Blocks as large as anyone asks for must fit, workspace included.
 AMPLE = "2 GiB"
-SMALL = layer(3, 8, 8, 3)
+SMALL = (layer(3, 8, 8, 3), depthwise(8, 8, 3))
 
 
 def milliseconds(
@@ -230,14 +230,15 @@ def block_row(case: Case, scale: Scale) -> dict[str, Any]:
 
 
 def launch(scale: Scale) -> Findings:
-    """A small call: as users make it, in a captured graph, and its kernels alone."""
+    """Small calls: as users make them, in a captured graph, and their kernels alone."""
     names = importlib.import_module("cuconv.strategies").strategies()
-    for strategy in ("auto", *names):
-        yield {"launch": [{"strategy": strategy, **launch_row(strategy, scale)}]}
+    for each, strategy in product(SMALL, ("auto", *names)):
+        row = {"layer": each.name, "strategy": strategy}
+        yield {"launch": [{**row, **launch_row(each, strategy, scale)}]}
 
 
-def launch_row(strategy: str, scale: Scale) -> dict[str, Any]:
-    device, case = cupy_device(), Case(SMALL, "forward", 1)
+def launch_row(each: Layer, strategy: str, scale: Scale) -> dict[str, Any]:
+    device, case = cupy_device(), Case(each, "forward", 1)
     x, w = (operand(device, case, name, 0) for name in ("x", "w"))
     out = device.xp.empty(case.result_shape, dtype=case.dtype)
     options = {**case.options, "strategy": strategy}

@@ -150,6 +150,7 @@ def launch_table(found: Rows) -> Table:
     names = [f"{name}_microseconds" for name in ("eager", "captured", "kernel")]
     rows = [
         [
+            row["layer"],
             row["strategy"],
             *(digits(row[name]) if name in row else "" for name in names),
         ]
@@ -157,9 +158,9 @@ def launch_table(found: Rows) -> Table:
         if "refused" not in row
     ]
     notes = [
-        f"{row['strategy']} was not captured: {row['not_captured']}"
+        f"{row['layer']}, {row['strategy']} was not captured: {row['not_captured']}"
         for row in found
         if "not_captured" in row
     ]
-    title = "A call on (1, 3, 8, 8) with 8 filters of 3×3, microseconds"
-    return Table(title, ["strategy", "eager", "captured", "kernels"], rows, notes=notes)
+    header = ["layer, N = 1", "strategy", "eager", "captured", "kernels"]
+    return Table("Small calls, microseconds", header, rows, notes=notes)
