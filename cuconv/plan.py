@@ -524,21 +524,29 @@ def _planned(
     leaves = leaves_of(xp)
     types = resolve_types(arrays, options.dtype)
     source = arrays["dy" if op == "input_grad" else "x"].dtype
+    operand = leaves.operand_type(types)
     problem = Problem(
         op=op,
         geometry=geometry,
         types=types,
-        operand=leaves.operand_type(types),
+        operand=operand,
         source=source,
         direct=_direct(op, geometry, arrays, out, types, leaves),
         has_bias="bias" in arrays,
         deterministic=options.deterministic is not False,
         precision=options.precision or "standard",
         module=xp.__name__,
+        uniform=_is_uniform(arrays, operand, types),
     )
     name = "auto" if options.strategy == "benchmark" else options.strategy
     decision = decide(problem, leaves, name, options.memory_limit, leaves.workers())
     return Plan(problem, decision, xp, options)
+
+
+def _is_uniform(arrays: dict[str, Array], operand: DType, types: Types) -> bool:
+    """Whether a kernel of one type can read every array and store the result."""
+    stored = types.result in (operand, types.accumulate)
+    return stored and all(array.dtype == operand for array in arrays.values())
 
 
 def plan_of_shapes(

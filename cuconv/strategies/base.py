@@ -36,7 +36,9 @@ class Problem:
     write where they lie: the right type, and strides that make a matrix.  ``source`` is
     the type of the array that is gathered.  ``flipped`` marks the forward pass over dy
     that an input gradient is: its weights are those of the caller, filters and channels
-    exchanged, taps in reverse, conjugated.
+    exchanged, taps in reverse, conjugated.  ``uniform`` means that every array given
+    has the operand type, whatever its strides, and that the result is stored in the
+    operand or the accumulation type.
     """
 
     op: str
@@ -50,6 +52,7 @@ class Problem:
     precision: str = "standard"
     module: str = "numpy"
     flipped: bool = False
+    uniform: bool = False
 
     @property
     def fast(self) -> bool:
