@@ -38,6 +38,72 @@ __device__ inline float widen(bfloat16_t b)
 template <typename T>
 __device__ inline T widen(T value) { return value; }
 
+// A sum as it is stored: halves are rounded to the nearest, ties to even.
+template <typename T>
+struct Stored {
+    __device__ static inline T of(T sum) { return sum; }
+};
+
+template <>
+struct Stored<float16_t> {
+    __device__ static inline float16_t of(float sum)
+    {
+        float16_t h;
+#ifdef HOST_SHIM
+        h.bits = host_float_to_half(sum);
+#else
+        asm("cvt.rn.f16.f32 %0, %1;" : "=h"(h.bits) : "f"(sum));
+#endif
+        return h;
+    }
+};
+
+template <>
+struct Stored<bfloat16_t> {
+    __device__ static inline bfloat16_t of(float sum)
+    {
+        // By its bits: the instruction came with sm_80.
+        const unsigned bits = __float_as_uint(sum);
+        const bool is_nan = (bits & 0x7fffffffu) > 0x7f800000u;
+        const unsigned rounded = bits + 0x7fffu + (bits >> 16 & 1u);
+        bfloat16_t b = {(unsigned short)(is_nan ? 0x7fffu : rounded >> 16)};
+        return b;
+    }
+};
+
+template <typename T>
+__device__ inline T conjugate(T value) { return value; }
+
+template <typename T>
+__device__ inline T conjugate_pair(T value)
+{
+    value.im = -value.im;
+    return value;
+}
+
+__device__ inline complex64_t conjugate(complex64_t value) { return conjugate_pair(value); }
+__device__ inline complex128_t conjugate(complex128_t value) { return conjugate_pair(value); }
+
+template <typename T>
+__device__ inline void add_product(T &sum, T a, T b) { sum += a * b; }
+
+template <typename T>
+__device__ inline void add_pairs(T &sum, T a, T b)
+{
+    sum.re += a.re * b.re - a.im * b.im;
+    sum.im += a.re * b.im + a.im * b.re;
+}
+
+__device__ inline void add_product(complex64_t &sum, complex64_t a, complex64_t b)
+{
+    add_pairs(sum, a, b);
+}
+
+__device__ inline void add_product(complex128_t &sum, complex128_t a, complex128_t b)
+{
+    add_pairs(sum, a, b);
+}
+
 __device__ inline void add_to(boolean_t &sum, boolean_t v) { sum.value |= v.value; }
 
 __device__ inline void add_to(complex64_t &sum, complex64_t v)

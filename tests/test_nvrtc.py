@@ -9,7 +9,14 @@ from cuconv._cuda.source import kernel_folder, kernel_source
 from cuconv._cuda.variants import Variant, all_variants
 
 ARCHITECTURES = (75, 80, 90, 100, 120)
-KERNELS = {"im2col": 30, "col2im_gather": 66, "col2im_scatter": 48, "matmul": 5}
+KERNELS = {
+    "im2col": 30,
+    "col2im_gather": 66,
+    "col2im_scatter": 48,
+    "matmul": 5,
+    "depthwise": 16,
+    "depthwise_weights": 16,
+}
 
 
 def _checked(answer):

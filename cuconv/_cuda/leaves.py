@@ -8,21 +8,56 @@ import cupy
 import numpy as np
 
 from cuconv._cuda.compiler import kernel
+from cuconv._cuda.direct import MOST_BLOCKS, DirectLaunch, pack_cells, pack_sums
 from cuconv._cuda.gemm import gemm
-from cuconv._cuda.structs import MOST_THREADS, Launch, pack
-from cuconv._cuda.variants import Variant, copy_variant, has_atomics, sum_variant
-from cuconv.arrays import Array, DType, Types, is_half
-from cuconv.geometry import Block, Range, Ranges, Tile, WindowGeometry
+from cuconv._cuda.structs import MOST_THREADS, Launch, pack, steps_of
+from cuconv._cuda.variants import (
+    Variant,
+    copy_variant,
+    direct_variant,
+    has_atomics,
+    sum_variant,
+)
+from cuconv.arrays import Array, DType, Types, accumulator, is_half
+from cuconv.geometry import Axis, Block, Range, Ranges, Tile, WindowGeometry
 from cuconv.memory import Buffer
 from cuconv.rates import CUDA_RATES
 
 _THREADS = 256
 
 
+class DirectKernels:
+    """See `cuconv.leaves.Direct`."""
+
+    def convolve(
+        self,
+        source: Array,
+        w: Array,
+        bias: Array | None,
+        out: Array,
+        axes: tuple[Axis, ...],
+        *,
+        adjoint: bool = False,
+    ) -> None:
+        sums, step = accumulator(source.dtype), 0
+        if bias is not None:
+            (step,) = steps_of(bias)
+        launch = pack_cells(source, w, out, axes, sums, step, adjoint=adjoint)
+        offset = np.uintp(0) if bias is None else bias
+        _launch_direct("depthwise", launch, source, w, offset, out)
+
+    def correlate(
+        self, x: Array, dy: Array, out: Array, axes: tuple[Axis, ...]
+    ) -> None:
+        launch = pack_sums(x, out, dy, axes, accumulator(x.dtype))
+        _launch_direct("depthwise_weights", launch, x, dy, out)
+
+
 class CudaLeaves:
     """See `cuconv.leaves.Leaves`."""
 
     xp: Any = cupy
+    direct = DirectKernels()
     # Large enough to fill a GPU, small beside its memory; not yet measured on one.
     block_bytes = 64 * 2**20
     default_memory_limit = 256 * 2**20
@@ -150,6 +185,15 @@ def _launch(
     blocks = -(-min(packed.items, MOST_THREADS) // _THREADS)
     arguments = (source, target, packed.geometry, *more)
     kernel(variant)((blocks,), (_THREADS,), arguments)
+
+
+def _launch_direct(name: str, launch: DirectLaunch, *arrays: Any) -> None:
+    source, out, share = arrays[0], arrays[-1], launch.share
+    if not out.size:
+        return
+    variant = direct_variant(name, source.dtype, out.dtype, wide=launch.wide)
+    grid = (min(share.blocks, MOST_BLOCKS),)
+    kernel(variant)(grid, (share.threads,), (*arrays, launch.packed))
 
 
 def _like(flat: Array, columns: Array) -> Array:

@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from cuconv._cuda.direct import DIRECT, images_at_once, taps_at_once
 from cuconv._cuda.structs import GEOMETRY, PRODUCT
 from cuconv.arrays import SUPPORTED_TYPES, DType
 
@@ -23,6 +24,11 @@ _ELEMENTS = {
     },
 }
 _SUMS = {"float16_t": "float32_t", "bfloat16_t": "float32_t"}
+# What the depthwise kernels take, and what they sum it in.
+_DIRECT_SUMS = {
+    **dict.fromkeys(("float16", "bfloat16"), "float32"),
+    **{name: name for name in ("float32", "float64", "complex64", "complex128")},
+}
 _HAS_ATOMICS = {
     *("word4_t", "word8_t", "float16_t", "bfloat16_t"),
     *("float32_t", "float64_t", "complex64_t", "complex128_t"),
@@ -58,6 +64,22 @@ def product_variant(dtype: DType) -> Variant:
     return Variant("matmul", macros)
 
 
+def direct_variant(
+    kernel: str, operand: DType, result: DType, *, wide: bool
+) -> Variant:
+    """`depthwise` or `depthwise_weights` for arrays and a result of these types."""
+    return _direct_variant(kernel, operand.name, result.name, wide=wide)
+
+
+def _direct_variant(kernel: str, operand: str, result: str, *, wide: bool) -> Variant:
+    name = _DIRECT_SUMS[operand]
+    sums = np.dtype(name)
+    types = f"ELEMENT={operand}_t", f"SUM={name}_t", f"RESULT={result}_t"
+    at_once = f"IMAGES={images_at_once(sums)}", f"TAPS={taps_at_once(sums)}"
+    size = f"DIRECT_BYTES={DIRECT(wide=wide).itemsize}"
+    return Variant(kernel, (*types, *at_once, f"WIDE_INDEX={int(wide)}", size))
+
+
 def _sum_variant(kernel: str, element: str, rank: int, *, wide: bool) -> Variant:
     macros = f"ELEMENT={element}", f"SUM={_SUMS.get(element, element)}"
     return Variant(kernel, (*macros, *_index_macros(rank, wide=wide)))
@@ -79,5 +101,10 @@ def all_variants(ranks: tuple[int, ...] = (1, 2, 3)) -> Iterator[Variant]:
                 yield _sum_variant("col2im_gather", element, rank, wide=wide)
                 if element in _HAS_ATOMICS:
                     yield _sum_variant("col2im_scatter", element, rank, wide=wide)
+    for operand, sums in _DIRECT_SUMS.items():
+        for result in dict.fromkeys((operand, sums)):
+            for wide in (False, True):
+                yield _direct_variant("depthwise", operand, result, wide=wide)
+                yield _direct_variant("depthwise_weights", operand, result, wide=wide)
     for name in ("bool", "uint8", "uint16", "uint32", "uint64"):
         yield product_variant(np.dtype(name))

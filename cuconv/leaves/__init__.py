@@ -14,10 +14,38 @@ from typing import Any, Protocol
 import numpy as np
 
 from cuconv.arrays import Array, DType, Types
-from cuconv.geometry import Block, Ranges, Tile, WindowGeometry
+from cuconv.geometry import Axis, Block, Ranges, Tile, WindowGeometry
 from cuconv.leaves.host import HostLeaves
 from cuconv.memory import Buffer
 from cuconv.rates import Rates
+
+
+class Direct(Protocol):
+    """Convolution of few channels in a group, with every array where it lies.
+
+    Nothing is copied or allocated.  Arrays have one type (the result may have that of
+    the sums), three spatial axes, and any strides.
+    """
+
+    def convolve(
+        self,
+        source: Array,
+        w: Array,
+        bias: Array | None,
+        out: Array,
+        axes: tuple[Axis, ...],
+        *,
+        adjoint: bool = False,
+    ) -> None:
+        """``out = conv(source, w) + bias`` or, adjoint, dx from dy, w conjugated.
+
+        Weights are (G, channels of the result in a group, those of the source, …).
+        """
+
+    def correlate(
+        self, x: Array, dy: Array, out: Array, axes: tuple[Axis, ...]
+    ) -> None:
+        """The gradient of the weights (G, K/G, C/G, …): the same bits on every run."""
 
 
 class Leaves(Protocol):
@@ -35,6 +63,10 @@ class Leaves(Protocol):
     needs_partial: bool
 
     def __hash__(self) -> int: ...
+
+    @property
+    def direct(self) -> Direct | None:
+        """Loops over channels that need no buffers; None where there are none."""
 
     def device_of(self, array: Array) -> AbstractContextManager[object]:
         """Make the device that holds the array the current one."""
@@ -189,7 +221,7 @@ def precompile(
     Examples
     --------
     >>> import cuconv
-    >>> cuconv.precompile(("float32",), ranks=(2,)) in (0, 3)
+    >>> cuconv.precompile(("float32",), ranks=(2,)) in (0, 5)
     True
     """
     from cuconv._cuda import working_cupy

@@ -5,6 +5,7 @@
 // the kernel has barriers: then each is a fibre that runs from barrier to barrier, and a
 // barrier that some threads miss is an error.
 
+#include <math.h>
 #include <stddef.h>
 #include <stdint.h>
 #include <stdio.h>
@@ -38,6 +39,13 @@ static inline float __uint_as_float(unsigned bits)
     return f;
 }
 
+static inline unsigned __float_as_uint(float f)
+{
+    unsigned bits;
+    memcpy(&bits, &f, sizeof bits);
+    return bits;
+}
+
 static inline float host_half_to_float(unsigned short bits)
 {
     const unsigned sign = (unsigned)(bits & 0x8000) << 16;
@@ -48,6 +56,18 @@ static inline float host_half_to_float(unsigned short bits)
     }
     const unsigned wide = exponent == 31 ? 255 : exponent + 112;
     return __uint_as_float(sign | wide << 23 | fraction << 13);
+}
+
+// Rounds to the nearest, ties to even, as the conversion of a GPU does.
+static inline unsigned short host_float_to_half(float f)
+{
+    const unsigned bits = __float_as_uint(f), size = bits & 0x7fffffff;
+    const unsigned sign = bits >> 16 & 0x8000;
+    if (size > 0x7f800000) return 0x7fff;
+    if (size >= 0x47800000) return sign | 0x7c00;  // from 2^16 on
+    if (size < 0x38800000)  // below 2^-14: a multiple of 2^-24
+        return sign | (unsigned)rintf(__uint_as_float(size) * 16777216.0f);
+    return sign | (size + 0xfff + (size >> 13 & 1) - 0x38000000) >> 13;
 }
 
 template <typename T>
