@@ -8,6 +8,7 @@ typedef unsigned short word2_t;
 typedef unsigned int word4_t;
 typedef unsigned long long word8_t;
 struct word16_t { unsigned long long low, high; };
+struct alignas(16) quadword_t { unsigned int part[4]; };  // moved by one instruction
 
 struct boolean_t { unsigned char value; };
 struct float16_t { unsigned short bits; };

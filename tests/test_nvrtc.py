@@ -10,7 +10,7 @@ from cuconv._cuda.variants import Variant, all_variants
 
 ARCHITECTURES = (75, 80, 90, 100, 120)
 KERNELS = {
-    "im2col": 30,
+    "im2col": 48,
     "col2im_gather": 66,
     "col2im_scatter": 48,
     "matmul": 5,

@@ -18,6 +18,7 @@ from cuconv._cuda.variants import (
     has_atomics,
     sum_variant,
 )
+from cuconv._cuda.words import Lie, words_of
 from cuconv.arrays import Array, DType, Types, accumulator, is_half
 from cuconv.geometry import Axis, Block, Range, Ranges, Tile, WindowGeometry
 from cuconv.memory import Buffer
@@ -113,8 +114,12 @@ class CudaLeaves:
             axis.first(start)
             for axis, (start, _) in zip(geometry.axes, block.output, strict=True)
         )
-        packed = pack(x, uncast, geometry.axes, firsts, over_output=True)
-        variant = copy_variant(x.dtype.itemsize, geometry.rank, wide=packed.wide)
+        size = x.dtype.itemsize
+        words = words_of(_lie(x), _lie(uncast), size)
+        packed = pack(x, uncast, geometry.axes, firsts, over_output=True, words=words)
+        variant = copy_variant(
+            size, geometry.rank, wide=packed.wide, words=packed.words
+        )
         _launch(variant, packed, x, uncast)
         if uncast is not columns:
             cupy.copyto(columns, uncast)
@@ -185,6 +190,10 @@ def _launch(
     blocks = -(-min(packed.items, MOST_THREADS) // _THREADS)
     arguments = (source, target, packed.geometry, *more)
     kernel(variant)((blocks,), (_THREADS,), arguments)
+
+
+def _lie(array: Array) -> Lie:
+    return Lie(array.shape, steps_of(array), array.data.ptr)
 
 
 def _launch_direct(name: str, launch: DirectLaunch, *arrays: Any) -> None:

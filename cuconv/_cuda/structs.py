@@ -11,11 +11,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from cuconv._cuda.words import Words
 from cuconv.arrays import Array, DType
 from cuconv.geometry import Axis
 
 # Threads of a launch at most: the grid stride must not carry an index past 2^31.
 MOST_THREADS = 2**24
+_SINGLE = Words()
 
 _MATRIX = np.dtype([(name, "i8") for name in ("image", "group", "row", "column")])
 PRODUCT = np.dtype(
@@ -68,6 +70,7 @@ class Launch(NamedTuple):
     geometry: Array
     items: int
     wide: bool
+    words: Words
 
 
 def divisor(value: int) -> tuple[int, int, int]:
@@ -95,11 +98,13 @@ def pack(
     firsts: tuple[int, ...],
     *,
     over_output: bool,
+    words: Words = _SINGLE,
 ) -> Launch:
     """Pack the geometry of x (N, G, C, *cells) and columns (N, G, C, *kernel, *out).
 
     ``firsts`` is, along each axis, the cell of ``x`` under tap 0 of the first output
-    of ``columns``.  One item per channel and output position, or per cell of x.
+    of ``columns``.  One item per word of channels and output positions, or per cell of
+    x.  With a wide index, items go one by one: no kernel is built for more.
     """
     rank = len(axes)
     cells, out = x.shape[3:], columns.shape[3 + rank :]
@@ -111,25 +116,45 @@ def pack(
         if over_output
         else (abs(x_steps[2]) < abs(x_steps[-1]))
     )
+    if wide:
+        words = _SINGLE
+    channels = x.shape[2] // words.channels
+    x_steps, c_steps = (_in_words(s, words.channels) for s in (x_steps, c_steps))
+    items //= words.channels * words.positions
     lengths = zip(cells, out, firsts, strict=True)
     steps = zip(x_steps[3:], c_steps[3 : 3 + rank], c_steps[3 + rank :], strict=True)
-    packed_axes = list(map(packed_axis, axes, lengths, steps))
-    head = (*x.shape[:3], *x_steps[:3], *c_steps[:3], items, int(fastest))
-    by = divisor(x.shape[1]), divisor(x.shape[2])
+    at_once = (*(1,) * (rank - 1), words.positions)
+    packed_axes = list(map(packed_axis, axes, lengths, steps, at_once))
+    head = (*x.shape[:2], channels, *x_steps[:3], *c_steps[:3], items, int(fastest))
+    by = divisor(x.shape[1]), divisor(channels)
     value: Any = (*head, *by, packed_axes)
-    return Launch(np.array([value], dtype=GEOMETRY(rank, wide=wide)), items, wide)
+    packed = np.array([value], dtype=GEOMETRY(rank, wide=wide))
+    return Launch(packed, items, wide, words)
+
+
+def _in_words(steps: tuple[int, ...], channels: int) -> tuple[int, ...]:
+    """Steps in words of several channels, which are neighbours."""
+    if channels == 1:
+        return steps
+    return (*(s // channels for s in steps[:2]), 1, *(s // channels for s in steps[3:]))
 
 
 def packed_axis(
-    axis: Axis, lengths: tuple[int, int, int], steps: tuple[int, int, int]
+    axis: Axis,
+    lengths: tuple[int, int, int],
+    steps: tuple[int, int, int],
+    at_once: int = 1,
 ) -> tuple[Any, ...]:
-    """``struct Axis``, for this many cells and outputs and this first cell."""
+    """``struct Axis``, for this many cells and outputs and this first cell.
+
+    An item is several outputs ``at_once``.
+    """
     size, out, first = lengths
     stride, dilation = _strides(axis, out)
     common = math.gcd(stride, dilation)
     apart = stride // common, dilation // common
     inverse = pow(apart[1], -1, apart[0])
-    by = size, out, dilation, common, *apart
+    by = size, out // at_once, dilation, common, *apart
     numbers = size, out, axis.kernel, stride, dilation, first, *steps, inverse
     return (*numbers, *map(divisor, by))
 

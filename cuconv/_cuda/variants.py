@@ -7,6 +7,7 @@ import numpy as np
 
 from cuconv._cuda.direct import DIRECT, images_at_once, taps_at_once
 from cuconv._cuda.structs import GEOMETRY, PRODUCT
+from cuconv._cuda.words import Words
 from cuconv.arrays import SUPPORTED_TYPES, DType
 
 # Signed and unsigned integers of one width add and multiply alike.
@@ -29,6 +30,12 @@ _DIRECT_SUMS = {
     **dict.fromkeys(("float16", "bfloat16"), "float32"),
     **{name: name for name in ("float32", "float64", "complex64", "complex128")},
 }
+# Item sizes, and words of several items for which there are kernels of their own.
+_SEVERAL = (
+    *((8, Words(channels=2)), (8, Words(positions=2)), (4, Words(positions=4))),
+    *((4, Words(positions=2)), (2, Words(positions=8)), (2, Words(positions=4))),
+)
+_SINGLE = Words()
 _HAS_ATOMICS = {
     *("word4_t", "word8_t", "float16_t", "bfloat16_t"),
     *("float32_t", "float64_t", "complex64_t", "complex128_t"),
@@ -46,11 +53,15 @@ def has_atomics(dtype: DType) -> bool:
     return _ELEMENTS[dtype.name] in _HAS_ATOMICS
 
 
-def copy_variant(itemsize: int, rank: int, *, wide: bool) -> Variant:
-    """`im2col` for items of this many bytes."""
-    return Variant(
-        "im2col", (f"ELEMENT=word{itemsize}_t", *_index_macros(rank, wide=wide))
-    )
+def copy_variant(
+    itemsize: int, rank: int, *, wide: bool, words: Words = _SINGLE
+) -> Variant:
+    """`im2col` for items of this many bytes, moved in such words."""
+    size = itemsize * words.channels
+    # An item of 16 bytes may lie at any multiple of 8.
+    element = "quadword_t" if size > max(itemsize, 8) else f"word{size}_t"
+    macros = f"ELEMENT={element}", f"VECTOR={words.positions}"
+    return Variant("im2col", (*macros, *_index_macros(rank, wide=wide)))
 
 
 def sum_variant(kernel: str, dtype: DType, rank: int, *, wide: bool) -> Variant:
@@ -94,6 +105,8 @@ def all_variants(ranks: tuple[int, ...] = (1, 2, 3)) -> Iterator[Variant]:
     """Every variant that the library can ask for."""
     elements = dict.fromkeys(_ELEMENTS.values())
     for rank in ranks:
+        for itemsize, words in _SEVERAL:
+            yield copy_variant(itemsize, rank, wide=False, words=words)
         for wide in (False, True):
             for itemsize in (1, 2, 4, 8, 16):
                 yield copy_variant(itemsize, rank, wide=wide)
@@ -101,10 +114,14 @@ def all_variants(ranks: tuple[int, ...] = (1, 2, 3)) -> Iterator[Variant]:
                 yield _sum_variant("col2im_gather", element, rank, wide=wide)
                 if element in _HAS_ATOMICS:
                     yield _sum_variant("col2im_scatter", element, rank, wide=wide)
+    yield from _direct_variants()
+    for name in ("bool", "uint8", "uint16", "uint32", "uint64"):
+        yield product_variant(np.dtype(name))
+
+
+def _direct_variants() -> Iterator[Variant]:
     for operand, sums in _DIRECT_SUMS.items():
         for result in dict.fromkeys((operand, sums)):
             for wide in (False, True):
                 yield _direct_variant("depthwise", operand, result, wide=wide)
                 yield _direct_variant("depthwise_weights", operand, result, wide=wide)
-    for name in ("bool", "uint8", "uint16", "uint32", "uint64"):
-        yield product_variant(np.dtype(name))
