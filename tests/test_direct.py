@@ -111,7 +111,9 @@ def test_wide_offsets(xp, op, dtype) -> None:
 # and neither holds the number itself; both round it up.
 MANY = {
     "forward": Case((1, 2, 5, 432), (2, 1, 5, 431), {"groups": 2}),
-    "input_grad": Case((1, 2, 1, 1), (2, 1, 5, 431), {"groups": 2, "padding": (4, 430)}),
+    "input_grad": Case(
+        (1, 2, 1, 1), (2, 1, 5, 431), {"groups": 2, "padding": (4, 430)}
+    ),
     "weight_grad": Case((1, 2, 5, 432), (2, 1, 1, 2), {"groups": 2}),
 }
 
