@@ -3,10 +3,12 @@
 //     x[n, g, c, i] (+)= sum of columns[n, g, c, t, o]
 //                        over all t, o with first + o * stride + t * dilation = i
 //
-// One thread owns one cell of x and visits the taps in order: no atomics, the same bits
-// on every run, and each cell is written once.  A tap reaches the cell only if the
-// stride divides its distance.  Neighbouring threads own neighbouring cells (or
-// channels, when these lie closer together), so their reads are coalesced at stride 1.
+// One thread owns one cell of x and visits the taps that reach it in order: no atomics,
+// the same bits on every run, and each cell is written once.  Along an axis, the taps that
+// reach a cell lie evenly apart, and so do their outputs (`taps_reaching`): no tap is
+// tried in vain, where a stride of 2 would waste three visits of four in a plane.
+// Neighbouring threads own neighbouring cells (or channels, when these lie closer
+// together), so their reads are coalesced at stride 1.
 //
 // ADD (a kernel argument) keeps what is in x; without it x is overwritten, and cells
 // that no window reaches become zero.
@@ -19,22 +21,6 @@
 #include "element.cuh"
 #include "index.cuh"
 
-// The output cells at which these taps meet the cell; false if there are none.
-__device__ inline bool column_over(
-    const Place &p, const INDEX (&tap)[RANK], const Geometry &g, INDEX &offset)
-{
-    offset = 0;
-    for (int r = 0; r < RANK; ++r) {
-        const Axis &axis = g.axis[r];
-        const INDEX distance = p.cell[r] - axis.first - tap[r] * axis.dilation;
-        if (distance < 0) return false;
-        const INDEX o = quotient(distance, axis.by_stride);
-        if (o >= axis.out || o * axis.stride != distance) return false;
-        offset += o * axis.out_step;
-    }
-    return true;
-}
-
 extern "C" __global__ void col2im_gather(
     const ELEMENT *__restrict__ columns, SUM *__restrict__ x, const Geometry g, int add)
 {
@@ -45,12 +31,23 @@ extern "C" __global__ void col2im_gather(
 #pragma unroll
         for (int r = 0; r < RANK; ++r) to += place.cell[r] * g.axis[r].x_step;
         SUM sum = add ? *to : SUM();
-        INDEX tap[RANK] = {};
-        do {
-            INDEX over;
-            if (column_over(place, tap, g, over))
-                add_to(sum, (SUM)widen(from[over + tap_offset(tap, g)]));
-        } while (next_tap(tap, g));
+        INDEX count[RANK], step[RANK], visited[RANK] = {};
+        bool reached = true;
+#pragma unroll
+        for (int r = 0; r < RANK; ++r) {
+            const Axis &axis = g.axis[r];
+            const Reach reach = taps_reaching(place.cell[r], axis);
+            from += reach.cell * axis.out_step + reach.tap * axis.tap_step;
+            step[r] = reach.cell_step * axis.out_step + reach.tap_step * axis.tap_step;
+            count[r] = reach.count;
+            reached = reached && reach.count;
+        }
+        if (reached) do {
+            INDEX offset = 0;
+#pragma unroll
+            for (int r = 0; r < RANK; ++r) offset += visited[r] * step[r];
+            add_to(sum, (SUM)widen(from[offset]));
+        } while (next_of(visited, count));
         *to = sum;
     }
 }

@@ -8,6 +8,7 @@ typedef unsigned short word2_t;
 typedef unsigned int word4_t;
 typedef unsigned long long word8_t;
 struct word16_t { unsigned long long low, high; };
+struct alignas(16) quadword_t { unsigned int part[4]; };  // moved by one instruction
 
 struct boolean_t { unsigned char value; };
 struct float16_t { unsigned short bits; };
@@ -38,25 +39,38 @@ __device__ inline float widen(bfloat16_t b)
 template <typename T>
 __device__ inline T widen(T value) { return value; }
 
-// Store a sum, rounded to nearest even where the result is a half.
-__device__ inline void put(float16_t *at, float sum)
-{
-#ifdef HOST_SHIM
-    at->bits = host_float_to_half(sum);
-#else
-    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(at->bits) : "f"(sum));
-#endif
-}
-
-__device__ inline void put(bfloat16_t *at, float sum)
-{
-    const unsigned bits = __float_as_uint(sum);
-    const unsigned half = 0x7FFF + (bits >> 16 & 1);
-    at->bits = sum == sum ? (bits + half) >> 16 : bits >> 16 | 0x40;
-}
-
+// A sum as it is stored: halves are rounded to the nearest, ties to even.
 template <typename T>
-__device__ inline void put(T *at, T sum) { *at = sum; }
+struct Stored {
+    __device__ static inline T of(T sum) { return sum; }
+};
+
+template <>
+struct Stored<float16_t> {
+    __device__ static inline float16_t of(float sum)
+    {
+        float16_t h;
+#ifdef HOST_SHIM
+        h.bits = host_float_to_half(sum);
+#else
+        asm("cvt.rn.f16.f32 %0, %1;" : "=h"(h.bits) : "f"(sum));
+#endif
+        return h;
+    }
+};
+
+template <>
+struct Stored<bfloat16_t> {
+    __device__ static inline bfloat16_t of(float sum)
+    {
+        // By its bits: the instruction came with sm_80.
+        const unsigned bits = __float_as_uint(sum);
+        const bool is_nan = (bits & 0x7fffffffu) > 0x7f800000u;
+        const unsigned rounded = bits + 0x7fffu + (bits >> 16 & 1u);
+        bfloat16_t b = {(unsigned short)(is_nan ? 0x7fffu : rounded >> 16)};
+        return b;
+    }
+};
 
 __device__ inline void add_to(boolean_t &sum, boolean_t v) { sum.value |= v.value; }
 

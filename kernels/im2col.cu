@@ -5,35 +5,58 @@
 // and zero where that cell lies outside x.  Each array has its own steps for every axis:
 // channels first or last, rows or columns, and any view of x are all the same kernel.
 //
-// One thread writes all taps of one channel at one output position.  Neighbouring
-// threads take neighbouring positions (or channels, when these lie closer together in
-// the columns), so that every write, and every read at stride 1, is coalesced; the taps
-// of a thread read what its neighbours have just brought into the cache.  Every cell of
-// the columns is written by exactly one thread.
+// One thread writes all taps of one channel at VECTOR neighbouring output positions, each
+// tap's as one aligned word.  Neighbouring threads take neighbouring words (or channels,
+// when these lie closer together in the columns), so that every write, and every read at
+// stride 1, is coalesced; the taps of a thread read what its neighbours have just brought
+// into the cache.  Every cell of the columns is written by exactly one thread.
 //
-// A copy knows no types: ELEMENT is a word of 1, 2, 4, 8 or 16 bytes.
+// Bytes: the columns are written once, taps times the bytes of x, which is read about
+// once from memory and once a tap from the cache.  So the writes decide; for a 4-byte item
+// each would cost its own index arithmetic, and too few would be on their way at a time.
+// VECTOR items share that arithmetic, and their reads do not wait for one another.  Reads
+// stay single: under most taps they are not aligned.  With channels fastest, the host
+// calls several neighbours one wider ELEMENT, in x and in the columns, where steps and
+// addresses allow: then reads are as wide as writes.
+//
+// A copy knows no types: ELEMENT is a word of 1, 2, 4, 8 or 16 bytes, or quadword_t.
 
 #ifndef ELEMENT
 #define ELEMENT word4_t
+#endif
+#ifndef VECTOR
+#define VECTOR 1
 #endif
 
 #include "element.cuh"
 #include "index.cuh"
 
+struct alignas(VECTOR > 1 ? VECTOR * sizeof(ELEMENT) : alignof(ELEMENT)) Word {
+    ELEMENT at[VECTOR];
+};
+
 extern "C" __global__ void im2col(
     const ELEMENT *__restrict__ x, ELEMENT *__restrict__ columns, const Geometry g)
 {
     for (INDEX item = first_item(); item < g.items; item += item_step()) {
-        const Place place = place_of<true>(item, g);
+        Place place = place_of<true>(item, g);
+        place.cell[RANK - 1] *= VECTOR;
         const ELEMENT *from = x + x_offset(place, g);
         ELEMENT *to = columns + column_offset(place, g);
 #pragma unroll
         for (int r = 0; r < RANK; ++r) to += place.cell[r] * g.axis[r].out_step;
         INDEX tap[RANK] = {};
         do {
-            INDEX cell;
-            const bool inside = cell_under(place, tap, g, cell);
-            to[tap_offset(tap, g)] = inside ? from[cell] : ELEMENT();
+            Word word;
+            Place at = place;
+#pragma unroll
+            for (int j = 0; j < VECTOR; ++j) {
+                INDEX cell;
+                const bool inside = cell_under(at, tap, g, cell);
+                word.at[j] = inside ? from[cell] : ELEMENT();
+                ++at.cell[RANK - 1];
+            }
+            *(Word *)(to + tap_offset(tap, g)) = word;
         } while (next_tap(tap, g));
     }
 }

@@ -477,7 +477,7 @@ __device__ inline void write_results(
             if (f >= c.filters || column >= columns) continue;
             SUM sum = stage[row * RESULT_PITCH + column];
             if (bias) add_to(sum, (SUM)widen(bias[f * c.bias_step]));
-            put(out + f * c.out_step + places[column].own, sum);
+            out[f * c.out_step + places[column].own] = Stored<RESULT>::of(sum);
         }
     }
 }

@@ -22,29 +22,41 @@ typedef unsigned long long UNSIGNED_INDEX;
 typedef int INDEX;
 typedef unsigned int UNSIGNED_INDEX;
 #endif
+// Coordinates along an axis, and the numbers of taps and steps between them.
+#ifndef CELL
+#define CELL INDEX
+#endif
 
 // Division by a number known before the launch (Granlund & Montgomery 1994, figure 4.1):
 // for 0 <= n < 2^31, n / value = (n * multiplier / 2^32) >> shift, with
 // multiplier = ceil(2^(32 + shift) / value) and 2^shift < value <= 2^(shift + 1).
-struct Divisor {
-    INDEX value;
+template <typename T>
+struct DivisorOf {
+    T value;
     unsigned int multiplier;
     unsigned int shift;
 };
+typedef DivisorOf<INDEX> Divisor;
 
-__device__ inline INDEX quotient(INDEX n, const Divisor &by)
+__device__ inline int quotient(int n, const DivisorOf<int> &by)
 {
-#if WIDE_INDEX
-    return n / by.value;
-#else
-    return by.value == 1 ? n : (INDEX)(__umulhi((unsigned)n, by.multiplier) >> by.shift);
-#endif
+    return by.value == 1 ? n : (int)(__umulhi((unsigned)n, by.multiplier) >> by.shift);
 }
 
+template <typename T>
+__device__ inline long long quotient(long long n, const DivisorOf<T> &by)
+{
+    return n / by.value;
+}
+
+// With `common` the greatest common divisor of stride and dilation: taps that reach one
+// cell lie `tap_apart` = stride / common apart, and the outputs under which they do
+// `out_apart` = dilation / common, whose inverse modulo `tap_apart` is `inverse`.
 struct Axis {
-    INDEX size, out, kernel, stride, dilation, first;
+    CELL size, out, kernel, stride, dilation, first;
     INDEX x_step, tap_step, out_step;
-    Divisor by_size, by_out, by_stride;
+    CELL inverse;
+    DivisorOf<CELL> by_size, by_out, by_dilation, by_common, by_tap_apart, by_out_apart;
 };
 
 struct Geometry {
@@ -67,10 +79,11 @@ struct Place {
     INDEX cell[RANK];
 };
 
-__device__ inline INDEX take(INDEX &rest, const Divisor &by)
+template <typename N, typename T>
+__device__ inline T take(N &rest, const DivisorOf<T> &by)
 {
-    const INDEX more = quotient(rest, by);
-    const INDEX digit = rest - more * by.value;
+    const N more = quotient(rest, by);
+    const T digit = (T)(rest - more * by.value);
     rest = more;
     return digit;
 }
@@ -110,6 +123,17 @@ __device__ inline bool next_tap(INDEX (&tap)[RANK], const Geometry &g)
     return false;
 }
 
+// The same for any counts.
+__device__ inline bool next_of(INDEX (&index)[RANK], const INDEX (&count)[RANK])
+{
+#pragma unroll
+    for (int r = RANK - 1; r >= 0; --r) {
+        if (++index[r] < count[r]) return true;
+        index[r] = 0;
+    }
+    return false;
+}
+
 // Where a tap of an output cell falls in x; false if it falls into the padding.
 __device__ inline bool cell_under(
     const Place &p, const INDEX (&tap)[RANK], const Geometry &g, INDEX &offset)
@@ -124,6 +148,49 @@ __device__ inline bool cell_under(
         offset += i * axis.x_step;
     }
     return inside;
+}
+
+// The taps of one axis that meet a cell, and the cells of the other array under them:
+// tap + k * tap_step and cell + k * cell_step for 0 <= k < count, first tap first.
+struct Reach {
+    CELL tap, tap_step, cell, cell_step, count;
+};
+
+template <typename T>
+__device__ inline T smaller(T a, T b) { return a < b ? a : b; }
+
+// The taps of output cell o that lie inside x.
+__device__ inline Reach taps_inside(CELL o, const Axis &a)
+{
+    const CELL base = a.first + o * a.stride;
+    const CELL low = base < 0 ? quotient(a.dilation - 1 - base, a.by_dilation) : 0;
+    if (base >= a.size || low >= a.kernel) return {};
+    const CELL cell = base + low * a.dilation;
+    if (cell >= a.size) return {};
+    const CELL more = quotient(a.size - 1 - cell, a.by_dilation);
+    return {low, 1, cell, a.dilation, smaller(more, a.kernel - 1 - low) + 1};
+}
+
+// The taps through which cell i of x reaches outputs: those of one residue alone.
+__device__ inline Reach taps_reaching(CELL i, const Axis &a)
+{
+    const CELL distance = i - a.first;  // o * stride + t * dilation
+    if (distance < 0) return {};
+    const CELL whole = quotient(distance, a.by_common), apart = a.by_tap_apart.value;
+    if (whole * a.by_common.value != distance) return {};
+    // whole = o * tap_apart + t * out_apart fixes t modulo tap_apart.
+    CELL rest = whole;
+    CELL turns = take(rest, a.by_tap_apart) * a.inverse;
+    const CELL tap = take(turns, a.by_tap_apart);
+    if (tap >= a.kernel) return {};
+    const CELL left = whole - tap * a.by_out_apart.value;
+    if (left < 0) return {};
+    const CELL o = quotient(left, a.by_tap_apart), back = a.by_out_apart.value;
+    const CELL skip = o < a.out ? 0 : quotient(o - a.out + back, a.by_out_apart);
+    const CELL last = smaller(
+        quotient(a.kernel - 1 - tap, a.by_tap_apart), quotient(o, a.by_out_apart));
+    if (last < skip) return {};
+    return {tap + skip * apart, apart, o - skip * back, -back, last - skip + 1};
 }
 
 __device__ inline INDEX tap_offset(const INDEX (&tap)[RANK], const Geometry &g)

@@ -22,6 +22,6 @@ extern "C" __global__ void sum_parts(
         SUM sum = parts[i];
         for (long long part = 1; part < number; ++part)
             add_to(sum, parts[part * count + i]);
-        put(out + i, sum);
+        out[i] = Stored<RESULT>::of(sum);
     }
 }

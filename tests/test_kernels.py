@@ -4,18 +4,20 @@ On a machine without a GPU this is the kernels' own text on the CPU; see `standi
 """
 
 import itertools
+import math
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from support import integers, to_host
 
-from cuconv._cuda import structs
+from cuconv._cuda import cuda_leaves, structs
 from cuconv._cuda.gemm import gemm
-from cuconv._cuda.leaves import CudaLeaves
+from cuconv._cuda.leaves import _lie
 from cuconv._cuda.structs import divisor, pack
 from cuconv._cuda.variants import all_variants, has_atomics
-from cuconv.arrays import SUPPORTED_TYPES, stored
+from cuconv._cuda.words import Lie, Words, words_of
+from cuconv.arrays import SUPPORTED_TYPES, grouped, stored
 from cuconv.geometry import ConvGeometry
 
 pytestmark = pytest.mark.parametrize("xp", ["cupy"], indirect=True)
@@ -123,7 +125,7 @@ def test_im2col(xp, rank, dtype, channels_first, joined, wide_index):
         pack(x, columns, geometry.axes, (0,) * rank, over_output=True).wide
         is wide_index
     )
-    CudaLeaves().gather(x, columns, geometry, whole(geometry), {})
+    cuda_leaves().gather(x, columns, geometry, whole(geometry), {})
     np.testing.assert_array_equal(to_host(columns), columns_by_loops(host, geometry))
 
 
@@ -139,7 +141,7 @@ def test_col2im(xp, rank, dtype, deterministic, add, wide_index):
     sums = "float32" if dtype in ("float16", "bfloat16") else dtype
     before = integers((*columns.shape[:3], *geometry.size), sums, seed=1)
     target = xp.asarray(before)
-    CudaLeaves().scatter(
+    cuda_leaves().scatter(
         columns,
         target,
         geometry,
@@ -179,6 +181,99 @@ def test_gemm(xp, dtype, add, transposed, shape):
     np.testing.assert_array_equal(to_host(out), expected)
 
 
+# Columns that are written in words
+
+WORDS = {
+    # channels, sizes, kernel, stride: the last output axis has 8, 6 or 7 positions.
+    "sixteen bytes of positions": (3, (4, 10), (2, 3), (1, 1), 8),
+    "eight bytes of positions": (3, (4, 8), (2, 3), (1, 1), 6),
+    "one by one": (3, (4, 9), (2, 3), (1, 1), 7),
+    "strides": (3, (4, 17), (2, 3), (2, 2), 8),
+}
+
+
+def columns_in_words(xp, dtype, channels, size, kernel, stride, *, first, shift=0):
+    """Columns of two images, and what loops give; ``shift`` items off alignment."""
+    groups = 2
+    x_shape = (2, groups * channels, *size) if first else (2, *size, groups * channels)
+    w_shape = (groups, channels, *kernel) if first else (*kernel, channels, groups)
+    geometry = ConvGeometry.of_weights(
+        *(x_shape, w_shape),
+        stride=stride,
+        padding=((0, 0), (1, -1)),
+        groups=groups,
+        layout="channels_first" if first else "channels_last",
+    )
+    whole_x = xp.asarray(integers((math.prod(x_shape) + 16,), dtype))
+    flat = whole_x[shift : shift + math.prod(x_shape)].reshape(x_shape)
+    x = grouped(flat, groups, len(size), channels_first=first, batched=True)
+    cells = 2 * geometry.positions * groups * channels * geometry.taps
+    columns = stored(
+        xp.empty(cells + 16, dtype=dtype)[shift:],
+        (2, groups, channels),
+        *(geometry.kernel, geometry.out),
+        channels_first=first,
+    ).cells
+    words = words_of(_lie(x), _lie(columns), np.dtype(dtype).itemsize)
+    cuda_leaves().gather(x, columns, geometry, whole(geometry), {})
+    expected = columns_by_loops(to_host(x), geometry)
+    np.testing.assert_array_equal(to_host(columns), expected)
+    return words
+
+
+@pytest.mark.parametrize("dtype", ["int8", "float16", "float32", "float64", "c16"])
+@pytest.mark.parametrize("name", WORDS)
+def test_im2col_in_words_of_positions(xp, dtype, name):
+    *shape, last = WORDS[name]
+    size = np.dtype(dtype).itemsize
+    wanted = next(
+        (w // size for w in (16, 8) if size in (2, 4, 8) and last % (w // size) == 0), 1
+    )
+    words = columns_in_words(xp, dtype, *shape, first=True)
+    assert words == (1, wanted)
+    # One item off: nothing is aligned, except 8 bytes of a word of 16.
+    words = columns_in_words(xp, dtype, *shape, first=True, shift=1)
+    assert words == (1, 1)
+
+
+@pytest.mark.parametrize("dtype", ["int8", "float16", "float32", "float64", "c16"])
+@pytest.mark.parametrize("channels", [1, 2, 4, 6, 8, 16])
+def test_im2col_in_words_of_channels(xp, dtype, channels):
+    size = np.dtype(dtype).itemsize
+    shape = channels, (5, 6), (2, 3), (1, 2)
+    fits = (w // size for w in (16, 8) if w > size and channels % (w // size) == 0)
+    words = columns_in_words(xp, dtype, *shape, first=False)
+    assert words == (next(fits, 1), 1)
+    assert columns_in_words(xp, dtype, *shape, first=False, shift=1) == (1, 1)
+
+
+def test_im2col_with_a_wide_index_moves_items_one_by_one(xp, monkeypatch):
+    monkeypatch.setattr(structs, "MOST_THREADS", 2**31)
+    for first in (True, False):
+        words = columns_in_words(xp, "f4", 4, (4, 10), (2, 3), (1, 1), first=first)
+        assert words == ((1, 4) if first else (4, 1))
+
+
+def test_words_need_steps_and_addresses_that_divide(xp):
+    x = Lie((2, 1, 8, 5, 6), (240, 240, 1, 48, 8), 4096)
+    columns = Lie((2, 1, 8, 1, 1, 5, 6), (240, 240, 1, 8, 8, 48, 8), 512)
+    assert words_of(x, columns, 4) == Words(channels=4)
+    assert words_of(x._replace(address=4104), columns, 4) == Words(channels=2)
+    assert words_of(x._replace(address=4100), columns, 4) == Words()
+    assert words_of(x._replace(steps=(240, 240, 1, 49, 8)), columns, 4) == Words()
+    assert words_of(x._replace(steps=(240, 240, 2, 48, 8)), columns, 4) == Words()
+    # The step of an axis of one cell does not matter.
+    assert words_of(x._replace(steps=(240, 3, 1, 48, 8)), columns, 4) == Words(4)
+    first = Lie((2, 1, 3, 1, 1, 5, 8), (120, 120, 40, 40, 40, 8, 1), 512)
+    assert words_of(x, first, 4) == Words(positions=4)
+    assert words_of(x, first._replace(address=520), 4) == Words(positions=2)
+    assert words_of(x, first, 1) == Words()
+    odd = first._replace(steps=(126, 120, 42, 40, 40, 8, 1))
+    assert words_of(x, odd, 4) == Words(positions=2)
+    backwards = first._replace(steps=(120, 120, 40, 40, 40, 8, -1))
+    assert words_of(x, backwards, 4) == Words()
+
+
 def test_products_of_halves_with_odd_strides_go_one_by_one(xp):
     if not getattr(xp, "IS_STAND_IN", False):
         pytest.skip("counts calls, which only the stand-in notes")
@@ -202,12 +297,12 @@ def test_offsets_past_31_bits(xp):
     item[...] = xp.asarray(host)
     columns = empty_columns(xp, geometry, "uint8", wide=False)
     assert pack(item, columns, geometry.axes, (0, 0), over_output=True).wide
-    CudaLeaves().gather(item, columns, geometry, whole(geometry), {})
+    cuda_leaves().gather(item, columns, geometry, whole(geometry), {})
     np.testing.assert_array_equal(to_host(columns), columns_by_loops(host, geometry))
     sums = xp.lib.stride_tricks.as_strided(buffer, (3, 1, 1, 2, 3), (far, 1, 1, 3, 1))
     cells = ((0, 2), (0, 3))
     block = whole(geometry)
-    CudaLeaves().scatter(
+    cuda_leaves().scatter(
         columns, sums, geometry, block, cells, add=False, deterministic=True
     )
     expected = sums_by_loops(columns_by_loops(host, geometry), geometry)

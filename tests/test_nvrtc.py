@@ -14,13 +14,15 @@ from cuconv._cuda.source import kernel_folder, kernel_source
 from cuconv._cuda.variants import MODERN, Variant, all_variants
 
 KERNELS = {
-    "im2col": 30,
+    "im2col": 48,
     "col2im_gather": 66,
     "col2im_scatter": 48,
     "matmul": 5,
     "transform_tiles": 24,
     "implicit_gemm": 212,
     "sum_parts": 11,
+    "depthwise": 16,
+    "depthwise_weights": 16,
 }
 # Where there are no tensor cores, or none that are used.
 OLDER = {"implicit_gemm": 172}

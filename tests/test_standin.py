@@ -179,10 +179,10 @@ def test_kernels_are_loaded_once_per_device(standin):
 
 
 def test_precompile(xp):
-    # For each rank: the copy, two sums; a product for integers; and for floats tiles
-    # of three sizes along one axis, and along two.
-    assert cuconv.precompile(("float32",), (2,)) == 3 + 6
-    assert cuconv.precompile(("float64",), (1,)) == 3 + 3
+    # For each rank: the copy, two sums; a product for integers; for floats two loops
+    # over channels, tiles of three sizes along one axis, and along two.
+    assert cuconv.precompile(("float32",), (2,)) == 3 + 2 + 6
+    assert cuconv.precompile(("float64",), (1,)) == 3 + 2 + 3
     assert cuconv.precompile(("int8",), (1, 2)) == 5
     with pytest.raises(TypeError, match="object"):
         cuconv.precompile((object,))

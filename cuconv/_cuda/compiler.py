@@ -11,6 +11,7 @@ from cuconv._cuda.source import kernel_source
 from cuconv._cuda.variants import (
     Variant,
     copy_variant,
+    direct_variant,
     has_atomics,
     product_variant,
     sum_variant,
@@ -47,6 +48,9 @@ def precompile(
         sums = accumulator(dtype)
         if dtype.kind in "biu":
             variants.add(product_variant(dtype))
+        else:
+            for name in ("depthwise", "depthwise_weights"):
+                variants.add(direct_variant(name, dtype, dtype, wide=False))
         variants.update(tile_variants(dtype, ranks, wide=False))
         for rank in ranks:
             variants.add(copy_variant(dtype.itemsize, rank, wide=False))

@@ -10,22 +10,58 @@ import numpy as np
 
 from cuconv._cuda.compiler import kernel
 from cuconv._cuda.device import gpu_of, is_capturing
+from cuconv._cuda.direct import MOST_BLOCKS, DirectLaunch, pack_cells, pack_sums
 from cuconv._cuda.gemm import gemm
-from cuconv._cuda.structs import MOST_THREADS, Launch, pack
+from cuconv._cuda.structs import MOST_THREADS, Launch, pack, steps_of
 from cuconv._cuda.tiles import CudaTiles
-from cuconv._cuda.variants import Variant, copy_variant, has_atomics, sum_variant
-from cuconv.arrays import Array, DType, Types, is_half
-from cuconv.geometry import Block, Range, Ranges, Tile, WindowGeometry
+from cuconv._cuda.variants import (
+    Variant,
+    copy_variant,
+    direct_variant,
+    has_atomics,
+    sum_variant,
+)
+from cuconv._cuda.words import Lie, words_of
+from cuconv.arrays import Array, DType, Types, accumulator, is_half
+from cuconv.geometry import Axis, Block, Range, Ranges, Tile, WindowGeometry
 from cuconv.memory import Buffer
 from cuconv.rates import cuda_block_bytes, cuda_rates
 
 _THREADS = 256
 
 
+class DirectKernels:
+    """See `cuconv.leaves.Direct`."""
+
+    def convolve(
+        self,
+        source: Array,
+        w: Array,
+        bias: Array | None,
+        out: Array,
+        axes: tuple[Axis, ...],
+        *,
+        adjoint: bool = False,
+    ) -> None:
+        sums, step = accumulator(source.dtype), 0
+        if bias is not None:
+            (step,) = steps_of(bias)
+        launch = pack_cells(source, w, out, axes, sums, step, adjoint=adjoint)
+        offset = np.uintp(0) if bias is None else bias
+        _launch_direct("depthwise", launch, source, w, offset, out)
+
+    def correlate(
+        self, x: Array, dy: Array, out: Array, axes: tuple[Axis, ...]
+    ) -> None:
+        launch = pack_sums(x, out, dy, axes, accumulator(x.dtype))
+        _launch_direct("depthwise_weights", launch, x, dy, out)
+
+
 class CudaLeaves:
     """See `cuconv.leaves.Leaves`; one for each device."""
 
     xp: Any = cupy
+    direct = DirectKernels()
     default_memory_limit = 256 * 2**20
     # cuBLAS takes its leading dimensions as 32-bit integers.
     largest_step = 2**31 - 1
@@ -109,8 +145,12 @@ class CudaLeaves:
             axis.first(start)
             for axis, (start, _) in zip(geometry.axes, block.output, strict=True)
         )
-        packed = pack(x, uncast, geometry.axes, firsts, over_output=True)
-        variant = copy_variant(x.dtype.itemsize, geometry.rank, wide=packed.wide)
+        size = x.dtype.itemsize
+        words = words_of(_lie(x), _lie(uncast), size)
+        packed = pack(x, uncast, geometry.axes, firsts, over_output=True, words=words)
+        variant = copy_variant(
+            size, geometry.rank, wide=packed.wide, words=packed.words
+        )
         _launch(variant, packed, x, uncast)
         if uncast is not columns:
             cupy.copyto(columns, uncast)
@@ -181,6 +221,19 @@ def _launch(
     blocks = -(-min(packed.items, MOST_THREADS) // _THREADS)
     arguments = (source, target, packed.geometry, *more)
     kernel(variant)((blocks,), (_THREADS,), arguments)
+
+
+def _lie(array: Array) -> Lie:
+    return Lie(array.shape, steps_of(array), array.data.ptr)
+
+
+def _launch_direct(name: str, launch: DirectLaunch, *arrays: Any) -> None:
+    source, out, share = arrays[0], arrays[-1], launch.share
+    if not out.size:
+        return
+    variant = direct_variant(name, source.dtype, out.dtype, wide=launch.wide)
+    grid = (min(share.blocks, MOST_BLOCKS),)
+    kernel(variant)(grid, (share.threads,), (*arrays, launch.packed))
 
 
 def _like(flat: Array, columns: Array) -> Array:

@@ -5,11 +5,13 @@ CuPy passes by value.  ``GEOMETRY_BYTES`` lets the compiler check that both side
 """
 
 import math
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from cuconv._cuda.words import Words
 from cuconv.arrays import Array, DType
 from cuconv.geometry import Axis
 
@@ -17,6 +19,7 @@ from cuconv.geometry import Axis
 MOST_THREADS = 2**24
 # Images, groups, channels, planes, and tiles along two axes.
 DIGITS = 6
+_SINGLE = Words()
 
 _MATRIX = np.dtype([(name, "i8") for name in ("image", "group", "row", "column")])
 PRODUCT = np.dtype(
@@ -51,17 +54,34 @@ CONTRACTION = np.dtype(
 )
 
 
+def divisor_type(index: str) -> DType:
+    """The type of ``struct Divisor``."""
+    fields = [("value", index), ("multiplier", "u4"), ("shift", "u4")]
+    return np.dtype(fields, align=True)
+
+
+def axis_type(index: str, cell: str) -> DType:
+    """The type of ``struct Axis``."""
+    divisor = divisor_type(cell)
+    lengths = ("size", "out", "kernel", "stride", "dilation", "first")
+    steps = ("x_step", "tap_step", "out_step")
+    apart = ("by_dilation", "by_common", "by_tap_apart", "by_out_apart")
+    return np.dtype(
+        [
+            *((name, cell) for name in lengths),
+            *((name, index) for name in steps),
+            ("inverse", cell),
+            *((name, divisor) for name in ("by_size", "by_out", *apart)),
+        ],
+        align=True,
+    )
+
+
 @lru_cache(maxsize=64)
 def GEOMETRY(rank: int, *, wide: bool) -> DType:  # noqa: N802 - names the C struct
     """The type of ``struct Geometry``."""
-    index, divisor = _index_types(wide=wide)
-    lengths = ("size", "out", "kernel", "stride", "dilation", "first")
-    steps = ("x_step", "tap_step", "out_step")
-    axis = np.dtype(
-        [(name, index) for name in (*lengths, *steps)]
-        + [(name, divisor) for name in ("by_size", "by_out", "by_stride")],
-        align=True,
-    )
+    index = "i8" if wide else "i4"
+    divisor, axis = divisor_type(index), axis_type(index, index)
     heads = ("images", "groups", "channels")
     x_steps = ("x_image", "x_group", "x_channel")
     c_steps = ("c_image", "c_group", "c_channel")
@@ -75,7 +95,8 @@ def GEOMETRY(rank: int, *, wide: bool) -> DType:  # noqa: N802 - names the C str
 @lru_cache(maxsize=64)
 def TRANSFORM(element: DType, rows: int, columns: int, *, wide: bool) -> DType:  # noqa: N802 - names the C struct
     """The type of ``struct Transform``."""
-    index, divisor = _index_types(wide=wide)
+    index = "i8" if wide else "i4"
+    divisor = divisor_type(index)
     steps = ("source", "target", "bias", "plane", "row", "column")
     digit = np.dtype([*((name, index) for name in steps), ("by", divisor)], align=True)
     names = ("first", "row_step", "column_step", "tall", "wide", "is_array")
@@ -93,19 +114,13 @@ def TRANSFORM(element: DType, rows: int, columns: int, *, wide: bool) -> DType: 
     )
 
 
-def _index_types(*, wide: bool) -> tuple[str, DType]:
-    """The types of an index and of ``struct Divisor``."""
-    index = "i8" if wide else "i4"
-    fields = [("value", index), ("multiplier", "u4"), ("shift", "u4")]
-    return index, np.dtype(fields, align=True)
-
-
 class Launch(NamedTuple):
     """What a kernel between x and its columns is launched with."""
 
     geometry: Array
     items: int
     wide: bool
+    words: Words
 
 
 def divisor(value: int) -> tuple[int, int, int]:
@@ -133,11 +148,13 @@ def pack(
     firsts: tuple[int, ...],
     *,
     over_output: bool,
+    words: Words = _SINGLE,
 ) -> Launch:
     """Pack the geometry of x (N, G, C, *cells) and columns (N, G, C, *kernel, *out).
 
     ``firsts`` is, along each axis, the cell of ``x`` under tap 0 of the first output
-    of ``columns``.  One item per channel and output position, or per cell of x.
+    of ``columns``.  One item per word of channels and output positions, or per cell of
+    x.  With a wide index, items go one by one: no kernel is built for more.
     """
     rank = len(axes)
     cells, out = x.shape[3:], columns.shape[3 + rank :]
@@ -149,35 +166,85 @@ def pack(
         if over_output
         else (abs(x_steps[2]) < abs(x_steps[-1]))
     )
-    packed_axes = [
-        (
-            *(cells[i], out[i], axis.kernel, axis.stride, axis.dilation, firsts[i]),
-            *(x_steps[3 + i], c_steps[3 + i], c_steps[3 + rank + i]),
-            *(divisor(cells[i]), divisor(out[i]), divisor(axis.stride)),
-        )
-        for i, axis in enumerate(axes)
-    ]
-    head = (*x.shape[:3], *x_steps[:3], *c_steps[:3], items, int(fastest))
-    by = divisor(x.shape[1]), divisor(x.shape[2])
+    if wide:
+        words = _SINGLE
+    channels = x.shape[2] // words.channels
+    x_steps, c_steps = (_in_words(s, words.channels) for s in (x_steps, c_steps))
+    items //= words.channels * words.positions
+    lengths = zip(cells, out, firsts, strict=True)
+    steps = zip(x_steps[3:], c_steps[3 : 3 + rank], c_steps[3 + rank :], strict=True)
+    at_once = (*(1,) * (rank - 1), words.positions)
+    packed_axes = list(map(packed_axis, axes, lengths, steps, at_once))
+    head = (*x.shape[:2], channels, *x_steps[:3], *c_steps[:3], items, int(fastest))
+    by = divisor(x.shape[1]), divisor(channels)
     value: Any = (*head, *by, packed_axes)
-    return Launch(np.array([value], dtype=GEOMETRY(rank, wide=wide)), items, wide)
+    packed = np.array([value], dtype=GEOMETRY(rank, wide=wide))
+    return Launch(packed, items, wide, words)
+
+
+def _in_words(steps: tuple[int, ...], channels: int) -> tuple[int, ...]:
+    """Steps in words of several channels, which are neighbours."""
+    if channels == 1:
+        return steps
+    return (*(s // channels for s in steps[:2]), 1, *(s // channels for s in steps[3:]))
+
+
+def packed_axis(
+    axis: Axis,
+    lengths: tuple[int, int, int],
+    steps: tuple[int, int, int],
+    at_once: int = 1,
+) -> tuple[Any, ...]:
+    """``struct Axis``, for this many cells and outputs and this first cell.
+
+    An item is several outputs ``at_once``.
+    """
+    size, out, first = lengths
+    stride, dilation = _strides(axis, out)
+    common = math.gcd(stride, dilation)
+    apart = stride // common, dilation // common
+    inverse = pow(apart[1], -1, apart[0])
+    by = size, out // at_once, dilation, common, *apart
+    numbers = size, out, axis.kernel, stride, dilation, first, *steps, inverse
+    return (*numbers, *map(divisor, by))
+
+
+def _strides(axis: Axis, out: int) -> tuple[int, int]:
+    """Stride and dilation; 1 where they move nothing: one output, one tap."""
+    return axis.stride if out > 1 else 1, axis.dilation if axis.kernel > 1 else 1
+
+
+def spans_of(
+    axes: tuple[Axis, ...],
+    firsts: Sequence[int],
+    sizes: Sequence[int],
+    outs: Sequence[int],
+) -> list[int]:
+    """The largest coordinate of x along each axis that a kernel computes on the way.
+
+    Coordinates run through the padding, on either side of the cells; a residue of the
+    stride is multiplied by an inverse below the stride.
+    """
+    spans = []
+    for axis, first, size, out in zip(axes, firsts, sizes, outs, strict=True):
+        stride, dilation = _strides(axis, out)
+        reach = max(size, out * stride + axis.extent)
+        spans.append(max(abs(first) + reach, stride**2 if dilation > 1 else 0))
+    return spans
+
+
+def reach_of(shape: Sequence[int], steps: Sequence[int]) -> int:
+    """The largest offset into an array of this shape."""
+    return sum(n * max(abs(s), 1) for n, s in zip(shape, steps, strict=True))
 
 
 def _reach(
     x: Array, columns: Array, axes: tuple[Axis, ...], firsts: tuple[int, ...]
 ) -> int:
     """The largest number that a kernel computes on the way to an address."""
-    rank = len(axes)
-    x_steps, c_steps = steps_of(x), steps_of(columns)
-    out = columns.shape[3 + rank :]
-    spans = [
-        # Coordinates run through the padding, on either side of the cells.
-        max(abs(first), abs(first) + outs * axis.stride + axis.extent, size)
-        for axis, first, outs, size in zip(axes, firsts, out, x.shape[3:], strict=True)
-    ]
-    x_sizes = (*x.shape[:3], *spans)
-    reach: int = max(
-        sum(n * max(abs(s), 1) for n, s in zip(x_sizes, x_steps, strict=True)),
-        sum(n * max(abs(s), 1) for n, s in zip(columns.shape, c_steps, strict=True)),
+    outs = columns.shape[3 + len(axes) :]
+    spans = spans_of(axes, firsts, x.shape[3:], outs)
+    return max(
+        reach_of((*x.shape[:3], *spans), steps_of(x)),
+        reach_of(columns.shape, steps_of(columns)),
     )
-    return reach

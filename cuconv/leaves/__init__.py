@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from cuconv.arrays import Array, DType, Types
-from cuconv.geometry import Block, Ranges, Tile, WindowGeometry
+from cuconv.geometry import Axis, Block, Ranges, Tile, WindowGeometry
 from cuconv.leaves.host import HostLeaves
 from cuconv.memory import Buffer
 from cuconv.rates import Rates
@@ -52,6 +52,34 @@ class TileTransforms(Protocol):
         """Write the cells that there are of every tile, plus a bias (1, G, C, 1)."""
 
 
+class Direct(Protocol):
+    """Convolution of few channels in a group, with every array where it lies.
+
+    Nothing is copied or allocated.  Arrays have one type (the result may have that of
+    the sums), three spatial axes, and any strides.
+    """
+
+    def convolve(
+        self,
+        source: Array,
+        w: Array,
+        bias: Array | None,
+        out: Array,
+        axes: tuple[Axis, ...],
+        *,
+        adjoint: bool = False,
+    ) -> None:
+        """``out = conv(source, w) + bias`` or, adjoint, dx from dy, w conjugated.
+
+        Weights are (G, channels of the result in a group, those of the source, …).
+        """
+
+    def correlate(
+        self, x: Array, dy: Array, out: Array, axes: tuple[Axis, ...]
+    ) -> None:
+        """The gradient of the weights (G, K/G, C/G, …): the same bits on every run."""
+
+
 class Leaves(Protocol):
     """The operations that know which module they serve."""
 
@@ -73,6 +101,10 @@ class Leaves(Protocol):
     @property
     def tiles(self) -> TileTransforms | None:
         """Winograd's transforms, where they are kernels and not products."""
+
+    @property
+    def direct(self) -> Direct | None:
+        """Loops over channels that need no buffers; None where there are none."""
 
     def device_of(self, array: Array) -> AbstractContextManager[object]:
         """Make the device that holds the array the current one."""
@@ -265,7 +297,7 @@ def precompile(
     Examples
     --------
     >>> import cuconv
-    >>> cuconv.precompile(("float32",), ranks=(2,)) in (0, 9)
+    >>> cuconv.precompile(("float32",), ranks=(2,)) in (0, 11)
     True
     """
     from cuconv._cuda import working_cupy

@@ -1,7 +1,9 @@
 """Few channels in a group: direct loops over one plane at a time, compiled.
 
-The sums of the definition, with nothing gathered and nothing multiplied by BLAS; see
-`cuconv.leaves.jit`.
+The sums of the definition, with nothing gathered and nothing multiplied by BLAS.  On
+NumPy arrays, loops of `cuconv.leaves.jit` over planes that are copied with their
+padding; on CuPy arrays, kernels that take every array where it lies
+(`cuconv.leaves.Direct`).
 """
 
 import math
@@ -48,7 +50,7 @@ class Depthwise(OneWay):
 
     def supports(self, problem: Problem) -> tuple[bool, str]:
         g = problem.geometry
-        missing = [n for n in _OPERANDS[problem.op] if n not in problem.direct]
+        own = _loops_refuse if problem.module == "numpy" else _kernels_refuse
         return verdict(
             (g.rank > 3, f"{g.rank} axes, 3 at most"),
             (g.groups == 1, "there is one group"),
@@ -56,19 +58,7 @@ class Depthwise(OneWay):
                 g.group_channels > _MOST_CHANNELS,
                 f"{g.group_channels} channels in a group, {_MOST_CHANNELS} at most",
             ),
-            (problem.module != "numpy", "its loops are written for NumPy so far"),
-            (
-                not jit_is_installed(),
-                "Numba is not installed, which compiles its loops",
-            ),
-            (
-                problem.operand.char not in "fd",
-                f"its loops would round {problem.operand}",
-            ),
-            (
-                bool(missing),
-                f"{' and '.join(missing)}: another type, or strides that are not even",
-            ),
+            *own(problem),
             (problem.flipped, "it spreads dy out for every stride"),
         )
 
@@ -89,7 +79,9 @@ class Depthwise(OneWay):
         return problem.geometry.pieces(cut.tile)
 
     def needs(self, problem: Problem, cut: Cut, leaves: Leaves) -> Needs:
-        del cut, leaves
+        del cut
+        if leaves.direct is not None:
+            return Needs()
         g, dtype = problem.geometry, problem.operand
         cells = math.prod(_scratch_shape(problem))
         own = (Buffer("scratch", cells, dtype), Buffer("sums", cells, dtype))
@@ -107,6 +99,9 @@ class Depthwise(OneWay):
     def work(self, problem: Problem, cut: Cut) -> Work:
         del cut
         g = problem.geometry
+        if problem.module != "numpy":
+            arrays = g.images * (g.channels * g.cells + g.filters * g.positions)
+            return Work(direct=g.multiplications, copy=arrays)
         cells = g.images * math.prod(_scratch_shape(problem)[1:])
         return Work(
             direct=cells * g.filters * g.patch,
@@ -115,6 +110,8 @@ class Depthwise(OneWay):
 
     def weights(self, job: Job, w: Array, kept: dict[str, Array]) -> Array:
         view = outer_view(filters_of(w, job.problem), job.problem.geometry.rank)
+        if job.leaves.direct is not None:
+            return view
         copy = kept["w"].reshape(view.shape)
         job.leaves.copy(view, copy)
         return copy
@@ -122,7 +119,12 @@ class Depthwise(OneWay):
     def forward(
         self, job: Job, x: Array, weights: Array, bias: Array | None, out: Array
     ) -> None:
-        g = job.problem.geometry
+        g, direct = job.problem.geometry, job.leaves.direct
+        if direct is not None:
+            x, out = _planes_of(x, g), _planes_of(out, g)
+            with stage("direct", self.name):
+                direct.convolve(x, weights, bias, out, three_axes(g))
+            return
         offset = job.shared["bias"][: g.filters]
         if bias is None:
             offset[...] = 0
@@ -133,7 +135,13 @@ class Depthwise(OneWay):
         self._run(job, "convolve", (x, weights, offset, y, _input_axes(g)))
 
     def input_grad(self, job: Job, dy: Array, weights: Array, out: Array) -> None:
-        g = job.problem.geometry
+        g, direct = job.problem.geometry, job.leaves.direct
+        if direct is not None:
+            dy, out = _planes_of(dy, g), _planes_of(out, g)
+            turned = weights.swapaxes(1, 2)
+            with stage("direct", self.name):
+                direct.convolve(dy, turned, None, out, three_axes(g), adjoint=True)
+            return
         zero = job.shared["bias"][: g.channels]
         zero[...] = 0
         flipped = weights.swapaxes(1, 2)[..., ::-1, ::-1, ::-1]
@@ -142,9 +150,13 @@ class Depthwise(OneWay):
         self._run(job, "convolve", (dy, flipped, zero, dx, _adjoint_axes(g)))
 
     def weight_grad(self, job: Job, dy: Array, x: Array, out: Array) -> None:
-        g = job.problem.geometry
+        g, direct = job.problem.geometry, job.leaves.direct
         x, dy = _planes_of(x, g), _planes_of(dy, g)
         view = outer_view(filters_of(out, job.problem), g.rank)
+        if direct is not None:
+            with stage("direct", self.name):
+                direct.correlate(x, dy, view, three_axes(g))
+            return
         sums = job.shared["w"].reshape(view.shape)
         axes = _input_axes(g), _spread_axes(g)
         self._run(job, "correlate", (dy, x, sums, *axes))
@@ -166,6 +178,35 @@ class Depthwise(OneWay):
                 loop(*arguments, scratch, sums, *task)
 
         job.each(tasks, body)
+
+
+def _loops_refuse(problem: Problem) -> tuple[tuple[bool, str], ...]:
+    """What the loops over NumPy arrays cannot do."""
+    missing = [n for n in _OPERANDS[problem.op] if n not in problem.direct]
+    return (
+        (not jit_is_installed(), "Numba is not installed, which compiles its loops"),
+        (problem.operand.char not in "fd", f"its loops would round {problem.operand}"),
+        (
+            bool(missing),
+            f"{' and '.join(missing)}: another type, or strides that are not even",
+        ),
+    )
+
+
+def _kernels_refuse(problem: Problem) -> tuple[tuple[bool, str], ...]:
+    """What the kernels over CuPy arrays cannot do."""
+    g = problem.geometry
+    # A kernel adds up a few such lengths; products of strides are the longest.
+    far = max(
+        *(abs(a.before) + a.size + a.stride * max(a.out, a.dilation) for a in g.axes),
+        *(axis.extent + axis.stride**2 * (axis.out > 1) for axis in g.axes),
+        *(g.images, g.channels, g.filters, g.taps),
+    )
+    return (
+        (problem.operand.kind in "biu", f"its kernels do not add {problem.operand}"),
+        (not problem.uniform, "the arrays have several types"),
+        (far >= 2**30, f"lengths of {far} cells, less than 2^30 at most"),
+    )
 
 
 def _channels(problem: Problem) -> int:

@@ -6,6 +6,7 @@
 // barrier that some threads miss is an error.  What a warp does together is a barrier of
 // its 32 lanes: each leaves what it brings, and goes on when all have.
 
+#include <math.h>
 #include <stddef.h>
 #include <stdint.h>
 #include <stdio.h>
@@ -48,20 +49,6 @@ static inline unsigned __float_as_uint(float f)
     return bits;
 }
 
-static inline unsigned short host_float_to_half(float f)
-{
-    const unsigned bits = __float_as_uint(f), sign = bits >> 16 & 0x8000;
-    const unsigned magnitude = bits & 0x7FFFFFFF;
-    if (magnitude > 0x7F800000) return (unsigned short)(sign | 0x7E00);
-    if (magnitude >= 0x477FF000) return (unsigned short)(sign | 0x7C00);  // >= 65520
-    if (magnitude < 0x38800000) {  // below 2^-14: the sum rounds to a multiple of 2^-24
-        const float shifted = __uint_as_float(magnitude) + 0.5f;
-        return (unsigned short)(sign | (__float_as_uint(shifted) - 0x3F000000));
-    }
-    const unsigned rounded = magnitude + 0xFFF + (magnitude >> 13 & 1);
-    return (unsigned short)(sign | (rounded - 0x38000000) >> 13);
-}
-
 static inline float host_half_to_float(unsigned short bits)
 {
     const unsigned sign = (unsigned)(bits & 0x8000) << 16;
@@ -72,6 +59,18 @@ static inline float host_half_to_float(unsigned short bits)
     }
     const unsigned wide = exponent == 31 ? 255 : exponent + 112;
     return __uint_as_float(sign | wide << 23 | fraction << 13);
+}
+
+// Rounds to the nearest, ties to even, as the conversion of a GPU does.
+static inline unsigned short host_float_to_half(float f)
+{
+    const unsigned bits = __float_as_uint(f), size = bits & 0x7fffffff;
+    const unsigned sign = bits >> 16 & 0x8000;
+    if (size > 0x7f800000) return 0x7fff;
+    if (size >= 0x47800000) return sign | 0x7c00;  // from 2^16 on
+    if (size < 0x38800000)  // below 2^-14: a multiple of 2^-24
+        return sign | (unsigned)rintf(__uint_as_float(size) * 16777216.0f);
+    return sign | (size + 0xfff + (size >> 13 & 1) - 0x38000000) >> 13;
 }
 
 template <typename T>
