@@ -31,9 +31,9 @@ from support import (
 
 import cuconv
 from cuconv import testing
-from cuconv._cuda import contraction
-from cuconv._cuda.contraction import How, _Walk
-from cuconv._cuda.variants import tile_sizes
+from cuconv._cuda import cuda_leaves
+from cuconv._cuda.contraction import _Walk
+from cuconv._cuda.tilings import How, tile_sizes
 from cuconv.arrays import SUPPORTED_TYPES, accumulator
 from cuconv.geometry import ConvGeometry
 from cuconv.memory import MemoryLimitError
@@ -98,13 +98,14 @@ def launched(
     shape = {"forward": g.y_shape, "weight_grad": g.w_shape}[op]
     out = xp.empty(shape, arrays.x.dtype) if out is None else out
     parts = xp.empty(how.parts * math.prod(shape), accumulator(arrays.x.dtype))
+    kernels = cuda_leaves().contraction
     if op == "forward":
         w, x = filters_of(arrays.w, problem), in_groups(arrays.x, g)
-        contraction.convolve(w, x, None, in_groups(out, g), g.axes, how, parts)
+        kernels.convolve(w, x, None, in_groups(out, g), g.axes, how, parts)
     else:
         dy, x = in_groups(arrays.dy, g), in_groups(arrays.x, g)
         into = filters_of(out, problem)
-        contraction.correlate(dy, x, into, g.axes, how, parts)
+        kernels.correlate(dy, x, into, g.axes, how, parts)
     return to_host(out)
 
 
@@ -253,6 +254,47 @@ def test_tensor_cores_read_no_bank_twice(xp):
     assert conflicts["implicit_gemm"] == 0
 
 
+@pytest.mark.parametrize("prepares", [False, True])
+@pytest.mark.parametrize(
+    ("dtype", "precision"), [("float16", "strict"), ("float32", "fast")]
+)
+@pytest.mark.parametrize("op", OPERATIONS)
+def test_operands_turned_so_that_channels_come_last(xp, op, dtype, precision, prepares):
+    """Every candidate, in place and turned, over strides and groups."""
+    case = ALIGNED
+    host = operands(case, dtype)
+    arrays = host.on(xp)
+    wanted = reference(op, Operands(*(a.astype("float64") for a in host)), case)
+    plan = plan_of(op, case, dtype, device="cuda", precision=precision, **MINE)
+    turned = [c for c in plan._decision.candidates if c.cut.variant[-1]]
+    assert len(turned) == len(plan._decision.candidates) / 2 > 0
+    for choice in turned:
+        own = plan._on(choice)
+        assert "channels turned last" in choice.label
+        if prepares and op != "weight_grad":
+            got = own.prepare(arrays.w)(
+                *(a for a in of(op, arrays) if a is not arrays.w)
+            )
+        else:
+            got = own(*of(op, arrays))
+        testing.assert_equal(to_host(got).astype("float64"), wanted)
+        taken = device_peak(xp, lambda own=own: own(*of(op, arrays)))
+        assert 0 < taken <= choice.workspace_bytes
+
+
+def test_only_tensor_cores_have_operands_turned(xp):
+    def lies(dtype: str, **options: Any) -> set[int]:
+        plan = plan_of("forward", ALIGNED, dtype, device="cuda", **MINE, **options)
+        return {c.cut.variant[-1] for c in plan._decision.candidates}
+
+    assert lies("float16") == lies("float32", precision="fast") == {0, 1}
+    assert lies("float32") == lies("float64") == {0}
+    assert lies("float16", memory_limit=0) == {0}
+    last = ALIGNED.in_layout("channels_last")
+    plan = plan_of("forward", last, "float16", device="cuda", **MINE)
+    assert {c.cut.variant[-1] for c in plan._decision.candidates} == {0}
+
+
 # What it takes, and what it rounds
 
 
@@ -281,7 +323,7 @@ def test_parts_take_what_they_say_and_never_more_than_allowed(xp):
     parts = []
     for limit in limits:
         plan = plan_of("weight_grad", case, device="cuda", memory_limit=limit, **MINE)
-        parts.append(plan._choice.cut.variant[-1])
+        parts.append(plan._choice.cut.variant[2])
         got = plan(*of("weight_grad", arrays))
         testing.assert_equal(to_host(got), wanted)
         taken = device_peak(xp, lambda plan=plan: plan(*of("weight_grad", arrays)))
@@ -407,4 +449,4 @@ def test_blocks_fit_the_filters(xp):
         assert tall < 2 * filters or tall == 32
         seen.add(tall)
     assert len(seen) > 1
-    assert implicit_gemm.ImplicitGemm().describe((128, 64, 4)).endswith("in 4 parts")
+    assert implicit_gemm.ImplicitGemm().describe((128, 64, 4, 0)).endswith("in 4 parts")

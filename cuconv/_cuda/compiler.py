@@ -7,9 +7,9 @@ from typing import Any
 import cupy
 import numpy as np
 
+from cuconv._cuda.elements import Variant
 from cuconv._cuda.source import kernel_source
 from cuconv._cuda.variants import (
-    Variant,
     copy_variant,
     direct_variant,
     has_atomics,
