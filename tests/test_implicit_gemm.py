@@ -33,8 +33,8 @@ import cuconv
 from cuconv import testing
 from cuconv._cuda import cuda_leaves
 from cuconv._cuda.contraction import _Walk
-from cuconv._cuda.tilings import How, tile_sizes
 from cuconv.arrays import SUPPORTED_TYPES, accumulator
+from cuconv.blocking import Blocking, block_sizes
 from cuconv.geometry import ConvGeometry
 from cuconv.memory import MemoryLimitError
 from cuconv.strategies import implicit_gemm
@@ -88,7 +88,7 @@ def geometry_of(case: Case) -> ConvGeometry:
 
 
 def launched(
-    xp: Any, op: str, case: Case, arrays: Operands, how: How, out: Any = None
+    xp: Any, op: str, case: Case, arrays: Operands, how: Blocking, out: Any = None
 ) -> Any:
     """One launch of the kernel, with blocks and parts of the test's choosing."""
     g = geometry_of(case)
@@ -147,7 +147,7 @@ def test_exact_for_any_geometry(xp, op, case, seed):
 BLOCKS = [
     (dtype, fast, size)
     for dtype, fast in (("float32", 0), ("float32", 1), ("float16", 0), ("float64", 0))
-    for size in tile_sizes(np.dtype(dtype))
+    for size in block_sizes(np.dtype(dtype))
 ]
 
 
@@ -159,7 +159,7 @@ def test_every_block_size_and_sums_in_parts(xp, parts, op, dtype, fast, size, la
     case = ALIGNED.in_layout(layout)
     arrays = operands(case, dtype)
     wide = Operands(*(a.astype("float64") for a in arrays))
-    how = How(*size, parts, fast=bool(fast))
+    how = Blocking(*size, parts, fast=bool(fast))
     got = launched(xp, op, case, arrays.on(xp), how)
     testing.assert_equal(got.astype("float64"), reference(op, wide, case))
 
@@ -176,7 +176,7 @@ def test_operands_that_are_not_aligned_are_read_one_by_one(xp):
     arrays = Operands(*map(moved, host))
     wide = Operands(*(a.astype("float64") for a in host))
     for op in ("forward", "weight_grad"):
-        got = launched(xp, op, case, arrays, How(64, 64))
+        got = launched(xp, op, case, arrays, Blocking(64, 64))
         testing.assert_equal(got.astype("float64"), reference(op, wide, case))
 
 
@@ -185,7 +185,7 @@ def test_a_result_with_gaps_is_summed_whole(xp):
     arrays = operands(ODD, "float32")
     shape = geometry_of(ODD).y_shape
     out = xp.zeros((*shape[:-1], 2 * shape[-1]), "float32")[..., ::2]
-    got = launched(xp, "forward", ODD, arrays.on(xp), How(64, 64, 4), out)
+    got = launched(xp, "forward", ODD, arrays.on(xp), Blocking(64, 64, 4), out)
     testing.assert_equal(got, reference("forward", arrays, ODD))
 
 
@@ -247,10 +247,10 @@ def test_tensor_cores_read_no_bank_twice(xp):
     conflicts = xp._kernels.bank_conflicts
     for layout, dtype in product(LAYOUTS, HALVES):
         case = ALIGNED.in_layout(layout)
-        for size in tile_sizes(np.dtype(dtype)):
+        for size in block_sizes(np.dtype(dtype)):
             arrays = operands(case, dtype).on(xp)
             for op in ("forward", "weight_grad"):
-                launched(xp, op, case, arrays, How(*size))
+                launched(xp, op, case, arrays, Blocking(*size))
     assert conflicts["implicit_gemm"] == 0
 
 

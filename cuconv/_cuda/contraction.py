@@ -16,7 +16,6 @@ from cuconv._cuda.elements import Variant
 from cuconv._cuda.structs import CONTRACTION, MATRICES, steps_of
 from cuconv._cuda.tilings import (
     MODERN,
-    How,
     Operand,
     Tiling,
     contraction_variant,
@@ -25,6 +24,7 @@ from cuconv._cuda.tilings import (
 )
 from cuconv._cuda.variants import transpose_variant
 from cuconv.arrays import Array, DType
+from cuconv.blocking import Blocking
 from cuconv.geometry import Axis
 
 _THREADS = 256
@@ -129,7 +129,7 @@ class CudaContraction:
         bias: Array | None,
         out: Array,
         axes: tuple[Axis, ...],
-        how: How,
+        how: Blocking,
         parts: Array,
     ) -> None:
         views = (_view(w), _view(x), _view(out), None if bias is None else _view(bias))
@@ -142,7 +142,7 @@ class CudaContraction:
         x: Array,
         out: Array,
         axes: tuple[Axis, ...],
-        how: How,
+        how: Blocking,
         parts: Array,
     ) -> None:
         views = _view(dy), _view(x), _view(out)
@@ -198,7 +198,7 @@ def _forward(
     out: _View,
     bias: _View | None,
     axes: tuple[Axis, ...],
-    how: How,
+    how: Blocking,
     architecture: int,
 ) -> _Launch:
     walks = _Walks(_positions(x, out, axes), _terms(x, w, axes), sums_terms=True)
@@ -214,7 +214,7 @@ def _backward(
     x: _View,
     out: _View,
     axes: tuple[Axis, ...],
-    how: How,
+    how: Blocking,
     architecture: int,
 ) -> _Launch:
     walks = _Walks(_positions(x, dy, axes), _terms(x, out, axes), sums_terms=False)
@@ -259,7 +259,11 @@ def _terms(x: _View, w: _View, axes: tuple[Axis, ...]) -> _Walk:
 
 
 def _launch(
-    walks: _Walks, sides: _Sides, rows: tuple[int, ...], how: How, architecture: int
+    walks: _Walks,
+    sides: _Sides,
+    rows: tuple[int, ...],
+    how: Blocking,
+    architecture: int,
 ) -> _Launch:
     p, r, dtype = walks.p, walks.r, sides.x.dtype
     groups, filters = rows

@@ -8,6 +8,7 @@ import numpy as np
 from cuconv._cuda.elements import ELEMENTS, SUMS, Variant
 from cuconv._cuda.structs import CONTRACTION
 from cuconv.arrays import DType, accumulator, is_half
+from cuconv.blocking import block_sizes
 
 # The first architecture whose tensor cores and asynchronous copies are used.
 MODERN = 80
@@ -15,19 +16,6 @@ MODERN = 80
 _PLACE_BYTES, _DIGITS_BYTES = 32, 16
 # Such a block has many copies for each thread.
 _FEW_THREADS = 64
-
-
-class How(NamedTuple):
-    """The choices of a plan: results of a block, and how often the sum is cut.
-
-    ``conjugated`` is 1 where the dense operand is, 2 where ``x`` is.
-    """
-
-    filters: int
-    columns: int
-    parts: int = 1
-    fast: bool = False
-    conjugated: int = 0
 
 
 class Operand(NamedTuple):
@@ -96,13 +84,6 @@ def _is_alone(dtype: DType, side: Operand) -> bool:
     return side.vector * dtype.itemsize in (4, 8, 16) and dtype.itemsize < 16
 
 
-def tile_sizes(dtype: DType) -> tuple[tuple[int, int], ...]:
-    """Filters and columns of the blocks of `implicit_gemm`, the largest first."""
-    if accumulator(dtype).itemsize > 4:
-        return (64, 64), (32, 64), (16, 32)
-    return (128, 128), (64, 128), (64, 64), (32, 64)
-
-
 def contraction_variant(
     dtype: DType,
     result: DType,
@@ -155,7 +136,7 @@ def usual_variants(
     tensor = modern and uses_tensor_cores(dtype, fast=fast)
     stages = 3 if modern else 2
     seen = set()
-    for size in tile_sizes(dtype):
+    for size in block_sizes(dtype):
         tiling = Tiling.of(dtype, *size, tensor=tensor)
         for op, sides in _usual_operands(dtype, tensor=tensor):
             conjugated = op if dtype.kind == "c" else 0

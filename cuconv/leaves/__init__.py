@@ -13,8 +13,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from cuconv._cuda.tilings import How
 from cuconv.arrays import Array, DType, Types
+from cuconv.blocking import Blocking
 from cuconv.geometry import Axis, Block, Ranges, Tile, WindowGeometry
 from cuconv.leaves.host import HostLeaves
 from cuconv.memory import Buffer
@@ -96,7 +96,7 @@ class Contraction(Protocol):
         bias: Array | None,
         out: Array,
         axes: tuple[Axis, ...],
-        how: How,
+        how: Blocking,
         parts: Array,
     ) -> None:
         """``out = conv(x, w) + bias``."""
@@ -107,7 +107,7 @@ class Contraction(Protocol):
         x: Array,
         out: Array,
         axes: tuple[Axis, ...],
-        how: How,
+        how: Blocking,
         parts: Array,
     ) -> None:
         """``out`` becomes the gradient of the weights."""

@@ -19,8 +19,8 @@ import itertools
 import math
 from collections.abc import Iterator
 
-from cuconv._cuda.tilings import How, tile_sizes
 from cuconv.arrays import Array, flattened
+from cuconv.blocking import Blocking, block_sizes
 from cuconv.geometry import Axis, Block, Tile
 from cuconv.leaves import Contraction, Leaves
 from cuconv.memory import Buffer
@@ -70,14 +70,14 @@ class ImplicitGemm:
                 f"an axis spans more than {_LARGEST_REACH} cells",
             ),
             (
-                _count_blocks(problem, tile_sizes(problem.operand)[-1]) > _MOST_BLOCKS,
+                _count_blocks(problem, block_sizes(problem.operand)[-1]) > _MOST_BLOCKS,
                 f"its grid would have more than {_MOST_BLOCKS} blocks",
             ),
         )
 
     def variants(self, problem: Problem) -> tuple[tuple[int, ...], ...]:
         """Filters and columns of a block, parts of its sum, and how operands lie."""
-        sizes = tile_sizes(problem.operand)
+        sizes = block_sizes(problem.operand)
         rows, _, _ = _extents(problem)
         wide = [size for size in sizes if size[0] < 2 * rows] or sizes[-1:]
         lies = (IN_PLACE, TURNED) if _can_turn(problem) else (IN_PLACE,)
@@ -259,9 +259,10 @@ def _vectors(problem: Problem, lie: int) -> tuple[int, int]:
     return wide if by_rows else 1, wide if last and problem.op == "weight_grad" else 1
 
 
-def _how(job: Job, conjugated: int = 0) -> How:
+def _how(job: Job, conjugated: int = 0) -> Blocking:
     filters, columns, parts, _ = job.cut.variant
-    return How(filters, columns, parts, fast=job.problem.fast, conjugated=conjugated)
+    fast = job.problem.fast
+    return Blocking(filters, columns, parts, fast=fast, conjugated=conjugated)
 
 
 def _reach(axis: Axis) -> int:
