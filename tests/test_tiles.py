@@ -14,6 +14,7 @@ from support import Case, integers, operands, reference, to_host
 
 import cuconv
 from cuconv._cuda import tiles as module
+from cuconv._cuda.gemm import gemm
 from cuconv._cuda.tiles import CudaTiles
 from cuconv._cuda.variants import TILE_SIZES, all_variants
 from cuconv.strategies import winograd
@@ -247,3 +248,17 @@ def test_products_of_all_frequencies_and_groups_are_one_batch(xp):
         np.testing.assert_array_equal(np.rint(to_host(got)), wanted)
         batches[layout] = [batch for *_, batch, _, _ in blas.calls[before:]]
     assert all(found in ([2 * 36], [2 * 16]) for found in batches.values()), batches
+
+
+def test_halves_are_batched_along_the_axis_that_is_aligned(xp):
+    """Groups 24 bytes apart, and images 48: merged, no batch would be possible."""
+    if not getattr(xp, "IS_STAND_IN", False):
+        pytest.skip("counts calls, which only the stand-in notes")
+    calls = xp.cuda.cublas.calls
+    before = len(calls)
+    host = integers((4, 2, 3, 4), "float16", largest=2)
+    a = xp.asarray(host)
+    out = xp.empty((4, 2, 3, 8), dtype="float16")[..., :3]
+    gemm(a, a.swapaxes(-1, -2), out)
+    np.testing.assert_array_equal(to_host(out), host @ host.swapaxes(-1, -2))
+    assert [batch for *_, batch, _, _ in calls[before:]] == [4, 4]
