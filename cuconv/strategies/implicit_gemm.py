@@ -44,6 +44,8 @@ _MOST_BLOCKS = 2**31 - 1
 # least terms of a part; not yet measured on a GPU.
 _PARTS = (1, 4, 16, 64)
 _ENOUGH_BLOCKS, _LEAST_TERMS = 512, 256
+# What turning two operands costs beside the copies, in blocks of im2col; not measured.
+_TURNING = 0.5
 # Operands where they lie, or turned so that channels come last.
 IN_PLACE, TURNED = 0, 1
 _WORD = 16  # bytes of the widest copy
@@ -156,7 +158,7 @@ class ImplicitGemm:
             loads=float(tiles) * terms * (tall / by_dense + wide / by_x),
             copy=sizes * (1 + lie) + (2 * parts * _results(problem) * (parts > 1)),
             tiles=tiles * parts,
-            blocks=launches + 2 * lie,
+            blocks=launches + _TURNING * lie,
         )
 
     def weights(self, job: Job, w: Array, kept: dict[str, Array]) -> Array:
