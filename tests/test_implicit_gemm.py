@@ -41,6 +41,7 @@ from cuconv.strategies.base import filters_of, in_groups
 
 pytestmark = pytest.mark.parametrize("xp", ["cupy"], indirect=True)
 MINE = {"strategy": "implicit_gemm"}
+_COUNTS = "images", "channels", "filters"
 
 # Channels and filters that fill a copy of 16 bytes, or two, and tiles that they do not
 # fill; sizes, kernels, strides, dilations and pads that all differ.
@@ -418,6 +419,19 @@ def test_refusals_say_why(xp):
     far = 2**30
     with pytest.raises(ValueError, match="spans more than"):
         cuconv.conv(x, w, padding=far, stride=far, **MINE)
+
+
+@pytest.mark.parametrize("op", OPERATIONS)
+@pytest.mark.parametrize("axis", _COUNTS)
+def test_counts_past_32_bits_are_refused(xp, op, axis):
+    """Each is a digit of 32 bits in the kernel; the arrays need no memory to be asked."""
+    far = 2**31
+    images, channels, filters = (far if axis == n else 1 for n in _COUNTS)
+    shapes = (images, channels, 1), (filters, channels, 1)
+    options = {"op": op, "dtype": "int8", "device": "cuda"}
+    with pytest.raises(ValueError, match=f"{2**30} images, channels or filters"):
+        cuconv.plan_conv(*shapes, **options, **MINE)
+    assert cuconv.plan_conv(*shapes, **options).strategy != "implicit_gemm"
 
 
 def test_a_limit_too_small_for_other_strategies_is_none_for_it(xp):

@@ -36,8 +36,10 @@ from cuconv.strategies.base import (
     verdict,
 )
 
-# The kernel counts cells along an axis in 32 bits, with room to add two of them.
+# The kernel counts cells along an axis in 32 bits, with room to add two of them; and
+# images, channels and filters, with room for a block of results.
 _LARGEST_REACH = 2**29
+_LARGEST_COUNT = 2**30
 # Of a grid, along its first axis.
 _MOST_BLOCKS = 2**31 - 1
 # Into how many parts a sum may be cut, how many blocks are enough without, and the
@@ -70,6 +72,10 @@ class ImplicitGemm:
             (
                 max(map(_reach, g.axes)) >= _LARGEST_REACH,
                 f"an axis spans more than {_LARGEST_REACH} cells",
+            ),
+            (
+                max(g.images, g.channels, g.filters) >= _LARGEST_COUNT,
+                f"{_LARGEST_COUNT} images, channels or filters, or more",
             ),
             (
                 _count_blocks(problem, block_sizes(problem.operand)[-1]) > _MOST_BLOCKS,
