@@ -391,6 +391,23 @@ def test_what_is_not_finite_stays_where_it_is(xp, op):
         np.testing.assert_array_equal(got[finite], wanted[finite])
 
 
+@pytest.mark.parametrize("op", OPERATIONS)
+def test_complex_numbers_may_lie_at_any_multiple_of_their_parts(xp, op):
+    """A complex128 has 16 bytes and may begin at 8: no copy of 16 may be used."""
+
+    def askew(array: np.ndarray) -> Any:
+        parts = np.concatenate([np.zeros(1), array.ravel().view("float64")])
+        flat = xp.asarray(parts)[1:].view("complex128")
+        assert flat.data.ptr % 16 == 8
+        return flat.reshape(array.shape)
+
+    arrays = operands(ODD, "complex128")
+    mine = Operands(*map(askew, arrays))
+    out = askew(np.zeros_like(reference(op, arrays, ODD)))
+    got = to_host(run(op, mine, ODD, out=out, **MINE))
+    testing.assert_equal(got, reference(op, arrays, ODD))
+
+
 def test_same_bits_every_time(xp):
     case = ALIGNED
     rng = np.random.default_rng(0)
