@@ -441,7 +441,7 @@ def test_refusals_say_why(xp):
 @pytest.mark.parametrize("op", OPERATIONS)
 @pytest.mark.parametrize("axis", _COUNTS)
 def test_counts_past_32_bits_are_refused(xp, op, axis):
-    """Each is a digit of 32 bits in the kernel; the arrays need no memory to be asked."""
+    """Each is a digit of 32 bits in the kernel; a plan takes no memory for them."""
     far = 2**31
     images, channels, filters = (far if axis == n else 1 for n in _COUNTS)
     shapes = (images, channels, 1), (filters, channels, 1)
