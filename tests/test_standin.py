@@ -230,10 +230,11 @@ def test_kernels_are_loaded_once_per_device(standin):
 
 def test_precompile(xp):
     # For each rank: the copy, two sums; a product for integers; for floats two loops
-    # over channels, tiles of three sizes along one axis, and along two.
-    assert cuconv.precompile(("float32",), (2,)) == 3 + 2 + 6
-    assert cuconv.precompile(("float64",), (1,)) == 3 + 2 + 3
-    assert cuconv.precompile(("int8",), (1, 2)) == 5
+    # over channels, tiles of three sizes along one axis, and along two; and products
+    # without columns, for blocks of four sizes (three of doubles).
+    assert cuconv.precompile(("float32",), (2,)) == 3 + 2 + 6 + 4 * 4
+    assert cuconv.precompile(("float64",), (1,)) == 3 + 2 + 3 + 3 * 4
+    assert cuconv.precompile(("int8",), (1, 2)) == 5 + 4 * 4
     with pytest.raises(TypeError, match="object"):
         cuconv.precompile((object,))
 
