@@ -297,6 +297,24 @@ def test_operands_turned_so_that_channels_come_last(xp, op, dtype, precision, pr
         assert 0 < taken <= choice.workspace_bytes
 
 
+@pytest.mark.parametrize("op", OPERATIONS)
+def test_views_whose_channels_lie_last_need_no_turning(xp, op):
+    """A plan takes them for matrices as well, by columns instead of by rows."""
+    case = ALIGNED
+    host = operands(case, "float16")
+
+    def viewed(array: np.ndarray) -> Any:
+        last = np.ascontiguousarray(np.moveaxis(array, 1, -1))
+        return xp.asarray(last).transpose(0, 3, 1, 2)
+
+    arrays = Operands(viewed(host.x), xp.asarray(host.w), viewed(host.dy))
+    plan = plan_of(op, case, "float16", device="cuda", **MINE)
+    turned = [c for c in plan._decision.candidates if c.cut.variant[-1]]
+    assert turned
+    got = plan._on(turned[0])(*of(op, arrays))
+    testing.assert_equal(to_host(got).astype("float64"), wanted_of(op, case))
+
+
 def test_only_tensor_cores_have_operands_turned(xp):
     def lies(dtype: str, **options: Any) -> set[int]:
         plan = plan_of("forward", ALIGNED, dtype, device="cuda", **MINE, **options)

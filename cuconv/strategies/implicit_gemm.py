@@ -234,8 +234,10 @@ def _operand(job: Job, name: str, array: Array) -> Array:
     if job.cut.variant[-1] == IN_PLACE:
         return array
     images, groups, channels, *cells = array.shape
-    copy = job.shared[name].reshape(images, groups, *cells, channels)
     source = flattened(array, len(cells))
+    if source.shape[-1] > 1 and source.strides[-1] != source.itemsize:
+        return array  # a view whose channels lie last already
+    copy = job.shared[name].reshape(images, groups, *cells, channels)
     with stage("gather", ImplicitGemm.name):
         _kernels(job).transpose(source, _rows_of(copy))
     return copy.transpose(0, 1, len(cells) + 2, *range(2, len(cells) + 2))
