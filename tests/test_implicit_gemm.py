@@ -469,6 +469,14 @@ def test_counts_past_32_bits_are_refused(xp, op, axis):
     assert cuconv.plan_conv(*shapes, **options).strategy != "implicit_gemm"
 
 
+def test_sums_past_32_bits_of_tiles_are_refused(xp):
+    shapes = (2**17, 1, 2**17), (1, 1, 1)
+    options = {"op": "weight_grad", "dtype": "int8", "device": "cuda"}
+    with pytest.raises(ValueError, match=f"sums of more than {2**33} terms"):
+        cuconv.plan_conv(*shapes, **options, **MINE)
+    assert cuconv.plan_conv(*shapes, **options).strategy != "implicit_gemm"
+
+
 def test_a_limit_too_small_for_other_strategies_is_none_for_it(xp):
     x, w = xp.ones((1, 4, 9, 9), "float32"), xp.ones((3, 4, 3, 3), "float32")
     with pytest.raises(MemoryLimitError):

@@ -40,6 +40,8 @@ from cuconv.strategies.base import (
 # images, channels and filters, with room for a block of results.
 _LARGEST_REACH = 2**29
 _LARGEST_COUNT = 2**30
+# It counts the tiles of a sum in 32 bits, each of 8 terms at least.
+_MOST_TERMS = 2**33
 # Of a grid, along its first axis.
 _MOST_BLOCKS = 2**31 - 1
 # Into how many parts a sum may be cut, how many blocks are enough without, and the
@@ -76,6 +78,10 @@ class ImplicitGemm:
             (
                 max(g.images, g.channels, g.filters) >= _LARGEST_COUNT,
                 f"{_LARGEST_COUNT} images, channels or filters, or more",
+            ),
+            (
+                _extents(problem)[-1] > _MOST_TERMS,
+                f"sums of more than {_MOST_TERMS} terms",
             ),
             (
                 _count_blocks(problem, block_sizes(problem.operand)[-1]) > _MOST_BLOCKS,
