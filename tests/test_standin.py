@@ -9,11 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 from support import (
+    LAYOUTS,
     OPERATIONS,
     Case,
     device_allocations,
     integers,
     normal,
+    operands,
     run,
     to_host,
 )
@@ -312,6 +314,21 @@ def test_precompiled_kernels_are_those_that_run(standin):
     x, w = standin.ones((1, 2, 5, 5), "float16"), standin.ones((3, 2, 3, 3), "float16")
     y = cuconv.conv(x, w)
     cuconv.conv_backward(y, x, w)
+    assert _loaded.cache_info().misses == before
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_products_without_columns_are_precompiled_too(standin, layout):
+    """Real numbers are not conjugated: all three operations find their kernels."""
+    from cuconv._cuda.compiler import _loaded
+
+    case = Case((2, 8, 5, 6), (16, 8, 3, 2), {}).in_layout(layout)
+    arrays = operands(case, "float32").on(standin)
+    _loaded.cache_clear()
+    cuconv.precompile(("float32",), (2,))
+    before = _loaded.cache_info().misses
+    for op in OPERATIONS:
+        run(op, arrays, case, strategy="implicit_gemm")
     assert _loaded.cache_info().misses == before
 
 

@@ -114,7 +114,7 @@ def contraction_variant(
         "WARP_P": tiling.warp_columns,
         "STAGES": stages,
         "BLOCKS": blocks,
-        "CONJUGATED": conjugated,
+        "CONJUGATED": conjugated if dtype.kind == "c" else 0,
         "DENSE_ALONG_R": int(dense.along_terms),
         "DENSE_VECTOR": dense.vector,
         "X_ALONG_R": int(x.along_terms),
@@ -139,9 +139,8 @@ def usual_variants(
     for size in block_sizes(dtype):
         tiling = Tiling.of(dtype, *size, tensor=tensor)
         for op, sides in _usual_operands(dtype, tensor=tensor):
-            conjugated = op if dtype.kind == "c" else 0
             variant = contraction_variant(
-                *(dtype, dtype, tiling, *sides), conjugated=conjugated, stages=stages
+                *(dtype, dtype, tiling, *sides), conjugated=op, stages=stages
             )
             if variant not in seen:
                 seen.add(variant)
