@@ -471,7 +471,9 @@ class Plan:
         """The arrays that do not lie in memory as the plan assumed."""
         p = self.problem
         lie = _direct(p.op, p.geometry, given, out, p.types, self._leaves)
-        return sorted(p.direct - lie - ({"w"} if self._weights is not None else set()))
+        # Sums that were to be cut are formed whole where the result has gaps.
+        fine = {"run"} if self._weights is None else {"run", "w"}
+        return sorted(p.direct - lie - fine)
 
     def __str__(self) -> str:
         return "\n".join(f"{name:<14}{text}" for name, text in self.rows())
@@ -614,7 +616,10 @@ def _direct(
     types: Types,
     leaves: Leaves,
 ) -> frozenset[str]:
-    """The arrays that can be multiplied, or written, where they lie."""
+    """The arrays that can be multiplied, or written, where they lie.
+
+    And ``run`` where the result is one run of memory.
+    """
     operand = leaves.operand_type(types)
     ready = set()
     for name, array in arrays.items():
@@ -630,6 +635,8 @@ def _direct(
             ready.add(name)
     if _is_direct_out(op, geometry, out, types, leaves):
         ready.add("out")
+    if out is None or out.flags.c_contiguous:
+        ready.add("run")
     return frozenset(ready)
 
 

@@ -108,6 +108,9 @@ _MEMORY_STEPS = (
 # Multiprocessors with half as many float32 lanes as all others have.
 _HALF_AS_WIDE = ("70", "72", "75", "80")
 
+# The first compute capability whose tensor cores `implicit_gemm` uses.
+_TENSOR = 80
+
 # Columns of one block, as a share of the L2 cache: the rest is for what is read and
 # written on the way, so that columns never travel to device memory.  Not yet measured.
 _L2_SHARE = 0.5
@@ -151,6 +154,8 @@ def cuda_rates(gpu: Gpu) -> Rates:
         multiply=CUDA_RATES.multiply / faster,
         loads=CUDA_RATES.loads / faster,
         processors=gpu.multiprocessors or CUDA_RATES.processors,
+        # Those of older devices are not used by the kernels of ours.
+        tensor=CUDA_RATES.tensor if int(gpu.compute_capability) >= _TENSOR else 1,
         **moved,
     )
 

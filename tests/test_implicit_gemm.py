@@ -36,6 +36,7 @@ from cuconv.arrays import SUPPORTED_TYPES, accumulator
 from cuconv.blocking import Blocking, block_sizes
 from cuconv.geometry import ConvGeometry
 from cuconv.memory import MemoryLimitError
+from cuconv.plan import Options, bind
 from cuconv.strategies import implicit_gemm
 from cuconv.strategies.base import filters_of, in_groups
 
@@ -363,6 +364,22 @@ def test_parts_take_what_they_say_and_never_more_than_allowed(xp):
             assert taken <= choice.workspace_bytes <= limit
             assert (taken > 0) == (choice.cut.variant[2] > 1)
     assert parts == {0: {1}, 2**14: {1}, 2**20: {1, 4}}
+
+
+def test_sums_are_cut_only_where_the_result_is_one_run(xp):
+    x, w = xp.ones((2, 64, 7, 7), "float32"), xp.ones((32, 64, 5, 5), "float32")
+    big = xp.empty((2, 64, 7, 7), "float32")
+    options = {"padding": 2, **MINE}
+    seen = {}
+    for name, out in (
+        ("run", xp.empty((2, 32, 7, 7), "float32")),
+        ("gaps", big[:, :32]),
+    ):
+        arrays = {"x": x, "w": w}
+        geometry = ConvGeometry.of_weights(x.shape, w.shape, padding=2)
+        plan = bind("forward", geometry, arrays, out, Options(**options)).plan
+        seen[name] = {c.cut.variant[2] for c in plan._decision.candidates}
+    assert seen["gaps"] == {1} < seen["run"]
 
 
 def test_halves_are_summed_in_float32(xp):

@@ -44,7 +44,8 @@ class Problem:
     """Everything that a plan depends on; two equal problems have equal plans.
 
     ``direct`` names the arrays (``x``, ``w``, ``dy``, ``out``) that BLAS can read or
-    write where they lie: the right type, and strides that make a matrix.  ``source`` is
+    write where they lie: the right type, and strides that make a matrix; ``run`` is
+    among them where the result is one run of memory.  ``source`` is
     the type of the array that is gathered, and ``foreign`` names all arrays whose type
     is not that of the operands.  ``flipped`` marks the forward pass over dy
     that an input gradient is: its weights are those of the caller, filters and channels

@@ -109,7 +109,7 @@ class ImplicitGemm:
         terms, blocks = _extents(problem)[-1], _count_blocks(problem, size)
         strided = problem.op == "input_grad" and not g.is_unit_stride
         few = blocks * parts <= _ENOUGH_BLOCKS and terms >= parts * _LEAST_TERMS
-        return few and "out" in problem.direct and not strided
+        return few and "run" in problem.direct and not strided
 
     def describe(self, variant: tuple[int, ...]) -> str:
         filters, columns, parts, lie = variant
@@ -161,7 +161,7 @@ class ImplicitGemm:
         g = problem.geometry
         tall, wide, parts, lie = cut.variant
         terms, tiles = _extents(problem)[-1], _count_blocks(problem, (tall, wide))
-        phases = math.prod(axis.stride for axis in g.axes)
+        phases = math.prod(min(axis.stride, max(axis.size, 1)) for axis in g.axes)
         launches = phases if problem.op == "input_grad" else 1 + (parts > 1)
         sizes = g.images * (g.channels * g.cells + g.filters * g.positions)
         by_dense, by_x = _vectors(problem, lie)
