@@ -12,7 +12,8 @@ from typing import Any, Unpack
 import numpy as np
 
 from cuconv.arrays import Array, DType
-from cuconv.conv import ConvOptions, conv, conv_backward
+from cuconv.calls import ConvOptions
+from cuconv.conv import conv, conv_backward
 from cuconv.geometry import Sizes, channels_are_first
 from cuconv.leaves import default_array_module
 

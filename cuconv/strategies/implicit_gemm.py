@@ -147,32 +147,36 @@ class ImplicitGemm:
     ) -> None:
         g = job.problem.geometry
         views = filters_of(weights, job.problem), in_groups(x, g)
-        how = _how(job)
+        how = _how(job, conjugated=int(job.problem.conjugates_weights))
         with stage("product", self.name):
             _kernels().convolve(
                 *views, bias, in_groups(out, g), g.axes, how, job.shared["parts"]
             )
 
-    def input_grad(self, job: Job, dy: Array, weights: Array, out: Array) -> None:
+    def input_grad(
+        self, job: Job, dy: Array, weights: Array, bias: Array | None, out: Array
+    ) -> None:
         g = job.problem.geometry
         w = filters_of(weights, job.problem).swapaxes(1, 2)
         dy, dx = in_groups(dy, g), in_groups(out, g)
-        how = _how(job, conjugated=1)
+        how = _how(job, conjugated=int(job.problem.conjugates_weights))
+        # Where no tap reaches, a sum is its beginning: channels beside their cells.
+        start = 0 if bias is None else bias.reshape(g.groups, -1, *(1,) * g.rank)
         for number, phase in enumerate(g.phases()):
             cells = dx[(..., *phase.cells)]
             with stage("product", self.name, number):
                 if phase.geometry is None:
-                    cells[...] = 0
+                    cells[...] = start
                     continue
                 taps = w[(..., *phase.taps)]
                 _kernels().convolve(
-                    *(taps, dy, None, cells, phase.geometry.axes, how),
+                    *(taps, dy, bias, cells, phase.geometry.axes, how),
                     job.shared["parts"],
                 )
 
     def weight_grad(self, job: Job, dy: Array, x: Array, out: Array) -> None:
         g = job.problem.geometry
-        how = _how(job, conjugated=2)
+        how = _how(job, conjugated=2 if job.problem.operand.kind == "c" else 0)
         views = in_groups(dy, g), in_groups(x, g), filters_of(out, job.problem)
         with stage("product", self.name):
             _kernels().correlate(*views, g.axes, how, job.shared["parts"])
