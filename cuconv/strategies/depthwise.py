@@ -229,10 +229,10 @@ def _planes_of(array: Array, geometry: ConvGeometry) -> Array:
 def _scratch_shape(problem: Problem) -> tuple[int, int, int, int]:
     """(planes taken together, outer, rows, last), padding included."""
     axes: tuple[Axis, ...] = three_axes(problem.geometry)
-    if problem.op == "input_grad":
-        depth, height, width = (axis.size + axis.extent - 1 for axis in axes)
-    else:
-        depth, height, width = (axis.padded for axis in axes)
+    adjoint = problem.op == "input_grad"
+    lengths = (a.size + a.extent - 1 if adjoint else a.padded for a in axes)
+    # None is left of an axis without cells, and nothing is computed then.
+    depth, height, width = (max(length, 1) for length in lengths)
     several = max(1, _RUN // (depth * height * width))
     return min(several, problem.geometry.images), depth, height, width
 
