@@ -239,6 +239,118 @@ def conv_transpose_reference(
     return _settled(view.back(y), dtype)
 
 
+def conv_transpose_input_grad_reference(
+    dy: Array,
+    w: Array,
+    x_shape: Sequence[int],
+    *,
+    stride: Sizes = 1,
+    padding: Padding = 0,
+    output_padding: Sizes = 0,
+    output_size: Sizes | None = None,
+    dilation: Sizes = 1,
+    groups: int = 1,
+    layout: str = "channels_first",
+) -> Host:
+    """The gradient of `conv_transpose_reference` for its input, by the same loops.
+
+    Parameters
+    ----------
+    dy
+        Gradient for the result, (N, K, *out).
+    w
+        Weights, (C, K / groups, *kernel); conjugated where complex, as in PyTorch.
+    x_shape
+        Shape of the input.
+    stride, padding, output_padding, output_size, dilation, groups, layout
+        As for `cuconv.conv_transpose`.
+
+    Returns
+    -------
+    numpy.ndarray
+        Of shape ``x_shape``, in complex128, int64 or float64.
+
+    Raises
+    ------
+    ValueError
+        If the channels do not match, or ``dy`` has not the shape of the result.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from cuconv.testing import conv_transpose_input_grad_reference
+    >>> dy, w = np.arange(4), np.array([[[1, 10, 100]]])
+    >>> conv_transpose_input_grad_reference(dy.reshape(1, 1, 4), w, (1, 1, 2))
+    array([[[210, 321]]])
+    """
+    dtype, (gradient, weights) = _as_numbers(dy, w)
+    view = _View(layout, batched=len(x_shape) == w.ndim)
+    dx = np.zeros(x_shape, dtype=object)
+    cells, filters = view.of_images(dx), view.of_filters(weights)
+    spread = _Spread.of(cells.shape, filters.shape, stride, dilation, groups)
+    spread = spread.cut(padding, output_padding, output_size)
+    results = spread.checked(view.of_images(gradient))
+    for at_x, at_w, at_y in spread:
+        cells[at_x] += results[at_y] * filters[at_w].conjugate()
+    return _settled(dx, dtype)
+
+
+def conv_transpose_weight_grad_reference(
+    dy: Array,
+    x: Array,
+    w_shape: Sequence[int],
+    *,
+    stride: Sizes = 1,
+    padding: Padding = 0,
+    output_padding: Sizes = 0,
+    output_size: Sizes | None = None,
+    dilation: Sizes = 1,
+    groups: int = 1,
+    layout: str = "channels_first",
+) -> Host:
+    """The gradient of `conv_transpose_reference` for its weights, by the same loops.
+
+    Parameters
+    ----------
+    dy
+        Gradient for the result, (N, K, *out).
+    x
+        Input, (N, C, *spatial); conjugated where complex, as in PyTorch.
+    w_shape
+        Shape of the weights.
+    stride, padding, output_padding, output_size, dilation, groups, layout
+        As for `cuconv.conv_transpose`.
+
+    Returns
+    -------
+    numpy.ndarray
+        Of shape ``w_shape``, in complex128, int64 or float64.
+
+    Raises
+    ------
+    ValueError
+        If the channels do not match, or ``dy`` has not the shape of the result.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from cuconv.testing import conv_transpose_weight_grad_reference
+    >>> dy, x = np.arange(4), np.array([[[1, 10]]])
+    >>> conv_transpose_weight_grad_reference(dy.reshape(1, 1, 4), x, (1, 1, 3))
+    array([[[10, 21, 32]]])
+    """
+    dtype, (gradient, inputs) = _as_numbers(dy, x)
+    view = _View(layout, batched=x.ndim == len(w_shape))
+    dw = np.zeros(tuple(w_shape), dtype=object)
+    images, weights = view.of_images(inputs), view.of_filters(dw)
+    spread = _Spread.of(images.shape, weights.shape, stride, dilation, groups)
+    spread = spread.cut(padding, output_padding, output_size)
+    results = spread.checked(view.of_images(gradient))
+    for at_x, at_w, at_y in spread:
+        weights[at_w] += results[at_y] * images[at_x].conjugate()
+    return _settled(dw, dtype)
+
+
 class _View(NamedTuple):
     """Any layout seen as (N, channels, *spatial) and (K, C / groups, *kernel)."""
 
@@ -380,6 +492,11 @@ class _Spread:
     @property
     def y_shape(self) -> Index:
         return (self.x_shape[0], self.w_shape[1] * self.groups, *self.out)
+
+    def checked(self, y: Host) -> Host:
+        if y.shape != self.y_shape:
+            raise ValueError(f"dy is {y.shape} and the result {self.y_shape}")
+        return y
 
     def __iter__(self) -> Iterator[tuple[Index, Index, Index]]:
         images, channels, *size = self.x_shape
@@ -719,7 +836,9 @@ __all__ = [
     "check_adjoint",
     "conv_input_grad_reference",
     "conv_reference",
+    "conv_transpose_input_grad_reference",
     "conv_transpose_reference",
+    "conv_transpose_weight_grad_reference",
     "conv_weight_grad_reference",
     "numerical_gradient",
     "relative_error",
