@@ -31,7 +31,7 @@ TRANSPOSED = {
     "weight_grad": "transpose_weight_grad",
 }
 # Why a strategy refuses an input gradient as such.
-OVER_DY = "its input gradient is a forward pass over dy, for stride 1"
+OVER_DY = "it runs forward alone, as an input gradient does at stride 1"
 
 # OpenBLAS gives products up to this size to one thread, whatever it was told.
 _LIGHT_PRODUCT = 2**18
