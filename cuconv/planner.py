@@ -107,14 +107,19 @@ def decide(
         return _decision(problem, leaves, name, error.smallest, workers)
 
 
+def check_strategy_name(name: str) -> None:
+    """Refuse a word that names no strategy, and is none of the others."""
+    words = "auto", "benchmark", *strategies()
+    if name not in words:
+        quoted = ", ".join(map(repr, words))
+        raise ValueError(f"strategy must be one of {quoted}; got {name!r}")
+
+
 def _check_strategy(problem: Problem, name: str) -> None:
-    known = strategies()
+    check_strategy_name(name)
     if name == "auto":
         return
-    if name not in known:
-        words = ", ".join(map(repr, ("auto", "benchmark", *known)))
-        raise ValueError(f"strategy must be one of {words}; got {name!r}")
-    reason = _refusal(known[name], problem)
+    reason = _refusal(strategies()[name], problem)
     if reason:
         what = NAMES[problem.call]
         raise ValueError(f"strategy {name!r} cannot run {what} here: {reason}")
