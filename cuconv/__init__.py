@@ -14,6 +14,7 @@ from cuconv.conv import (
     conv_weight_grad,
     plan_conv,
 )
+from cuconv.interchange import asarray
 from cuconv.leaves import default_array_module, precompile, release_memory
 from cuconv.memory import MemoryLimitError
 from cuconv.plan import Plan
@@ -33,6 +34,7 @@ __all__ = [
     "MemoryLimitError",
     "Plan",
     "array_module",
+    "asarray",
     "col2im",
     "config",
     "conv",

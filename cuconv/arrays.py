@@ -75,17 +75,15 @@ def array_module(*arrays: Array) -> Any:
 def module_of(arrays: dict[str, Array]) -> Any:
     """`array_module` with the arguments' names for its messages."""
     cupy = sys.modules.get("cupy")
-    device_type = getattr(cupy, "ndarray", ())
     on_device = []
     on_host = []
     for name, array in arrays.items():
-        if isinstance(array, np.ndarray) and not isinstance(array, np.ma.MaskedArray):
+        if _is_on_host(array):
             on_host.append(name)
-        elif isinstance(array, device_type):
+        elif _is_on_device(array):
             on_device.append(name)
         else:
-            kind = f"{type(array).__module__}.{type(array).__qualname__}"
-            raise TypeError(f"{name} must be a NumPy or CuPy array; got {kind}")
+            raise TypeError(f"{name} must be a NumPy or CuPy array; {_instead(array)}")
     if on_host and on_device:
         raise TypeError(
             f"host and device arrays are mixed: {', '.join(on_host)} in NumPy, "
@@ -95,6 +93,35 @@ def module_of(arrays: dict[str, Array]) -> Any:
         return np
     _check_devices({name: arrays[name] for name in on_device})
     return cupy
+
+
+def is_array(array: object) -> bool:
+    """Whether it is an array of one of the two modules."""
+    return _is_on_host(array) or _is_on_device(array)
+
+
+def _is_on_host(array: object) -> bool:
+    masked = isinstance(array, np.ma.MaskedArray)
+    return isinstance(array, np.ndarray) and not masked
+
+
+def _is_on_device(array: object) -> bool:
+    # A CuPy array can only exist where CuPy was imported.
+    device_type = getattr(sys.modules.get("cupy"), "ndarray", ())
+    return isinstance(array, device_type)
+
+
+# What `cuconv.asarray` can look through.
+_SHARED = "__dlpack__", "__cuda_array_interface__", "__array_interface__"
+
+
+def _instead(array: object) -> str:
+    """What came in place of an array, and which call makes one of it."""
+    kind = f"{type(array).__module__}.{type(array).__qualname__}"
+    masked = isinstance(array, np.ma.MaskedArray)
+    if not masked and any(hasattr(array, name) for name in _SHARED):
+        return f"got {kind}, of which cuconv.asarray makes one without a copy"
+    return f"got {kind}"
 
 
 def _check_devices(arrays: dict[str, Array]) -> None:

@@ -17,6 +17,7 @@ from cuconv.arrays import Array, DType, array_module
 from cuconv.calls import ConvGradients, ConvOptions, chosen_options
 from cuconv.conv import conv, conv_backward
 from cuconv.geometry import Sizes, channels_are_first
+from cuconv.interchange import asarray
 from cuconv.leaves import default_array_module
 from cuconv.plan import Options
 from cuconv.planner import check_strategy_name
@@ -112,8 +113,8 @@ class Layer(ABC):
         Parameters
         ----------
         state
-            One array for each parameter, in PyTorch's layout: of NumPy or CuPy, or what
-            `numpy.asarray` takes, such as a PyTorch tensor on the CPU.
+            One array for each parameter, in PyTorch's layout: what `cuconv.asarray`
+            takes, PyTorch's tensors among them.
 
         Raises
         ------
@@ -731,7 +732,7 @@ def _moved(array: Array, xp: Any) -> Array:
 
 def _fitting(name: str, value: Any, into: Array) -> Array:
     """A value for a parameter, on the host; refused if it does not fit."""
-    host = value.get() if hasattr(value, "get") else np.asarray(value)
+    host = _moved(asarray(value), np)
     if host.dtype.kind == "V" and host.dtype.itemsize == into.dtype.itemsize:
         # A file of NumPy's does not say that it holds bfloat16.
         host = host.view(into.dtype)

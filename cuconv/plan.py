@@ -334,6 +334,7 @@ class Plan:
                 plain(w), dtype=self.problem.operand, order="C", copy=True
             )
         prepared = Plan(self.problem, self._decision, self._leaves, self.options)
+        prepared._choice, prepared._is_plain = self._choice, self._is_plain
         prepared._weights = prepared._prepared(own)
         return prepared
 

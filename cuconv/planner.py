@@ -365,7 +365,8 @@ class _Fit:
 def price(work: Work, rates: Rates, workers: int) -> float:
     """Nanoseconds that the rates give for this work."""
     short = 1 + rates.short / max(work.short_side, 1)
-    product = work.multiply * rates.multiply * short * _rounded(work, rates)
+    product = work.multiply * rates.multiply * short + work.loads * rates.loads
+    product *= _rounded(work, rates)
     alone = sum(getattr(work, name) * getattr(rates, name) for name in _SHARED_OUT)
     together = sum(getattr(work, name) * getattr(rates, name) for name in _CROWDED)
     own = (product + alone + work.blocks * rates.block) / workers

@@ -28,6 +28,8 @@ class Rates(NamedTuple):
     fourier: float
     # A cell multiplied and added by a direct loop.
     direct: float
+    # A copy from device memory into that of a multiprocessor, of 1 to 16 bytes.
+    loads: float
     # A matrix product, however small.
     products: float
     # How much a second worker adds to the rate of steps that wait for memory.
@@ -58,6 +60,7 @@ HOST_RATES = Rates(
     reread=0.3,
     fourier=0.25,
     direct=0.035,
+    loads=0,
     products=1_000,
     crowding=0.5,
     block=60_000,
@@ -69,8 +72,8 @@ HOST_RATES = Rates(
 
 # From data sheets of an H200 and not yet measured on one: float32 products at 45
 # TFLOP/s, copies at 4 TB/s, 5 µs for a launch; a direct loop reads two cells for a
-# multiply-add, of 32 in each clock of 132 processors at 1.8 GHz.  Other GPUs get them
-# in proportion.
+# multiply-add, of 32 in each clock of 132 processors at 1.8 GHz; a copy takes eight
+# instructions, of 128 in each clock.  Other GPUs get them in proportion.
 CUDA_RATES = Rates(
     multiply=4.4e-5,
     short=64,
@@ -83,6 +86,7 @@ CUDA_RATES = Rates(
     reread=1e-3,
     fourier=4e-3,
     direct=3e-4,
+    loads=2.6e-4,
     products=0,
     crowding=0,
     block=15_000,
@@ -145,6 +149,7 @@ def cuda_rates(gpu: Gpu) -> Rates:
     moved = {name: getattr(CUDA_RATES, name) / wider for name in _MEMORY_STEPS}
     return CUDA_RATES._replace(
         multiply=CUDA_RATES.multiply / faster,
+        loads=CUDA_RATES.loads / faster,
         processors=gpu.multiprocessors or CUDA_RATES.processors,
         **moved,
     )

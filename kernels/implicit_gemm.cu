@@ -170,11 +170,13 @@ struct Tile {
     static const int EACH = (COPIES + THREADS - 1) / THREADS;
     static const bool IS_ONE_FREE = !ALONG_R && THREADS % LINE == 0;
     static const int BYTES = VECTOR * sizeof(ELEMENT);
+    // What copies are aligned to: complex128 lies at any multiple of 8.
+    static const int GRAIN = sizeof(ELEMENT) == 16 ? 8 : BYTES;
     static const bool IS_ALONE =
         COPIES_ALONE && (BYTES == 4 || BYTES == 8 || BYTES == 16);
     // Addresses worked out side by side take registers; copies by themselves can wait.
     static const int AT_ONCE = IS_ALONE && EACH > 2 ? 2 : EACH;
-    typedef typename WordOf<BYTES>::type Word;
+    typedef typename WordOf<BYTES, GRAIN>::type Word;
 
     __device__ static inline int at(int i) { return threadIdx.x + i * THREADS; }
     __device__ static inline bool is_mine(int i)
@@ -217,7 +219,10 @@ struct Copies {
     {
         typename T::Word nothing = {};
         if (T::IS_ALONE)
-            copy_alone<T::BYTES>(target(i, tile), from, is_there);
+#pragma unroll
+            for (int b = 0; b < T::BYTES; b += T::GRAIN)
+                copy_alone<T::GRAIN>(
+                    (char *)target(i, tile) + b, (const char *)from + b, is_there);
         else
             held[i] = is_there ? *(const typename T::Word *)from : nothing;
     }

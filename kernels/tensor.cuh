@@ -14,12 +14,14 @@
 #define SHARED_MEMORY(name) extern __shared__ __align__(16) unsigned char name[]
 #endif
 
-template <int BYTES> struct WordOf;
-template <> struct WordOf<1> { typedef unsigned char type; };
-template <> struct WordOf<2> { typedef unsigned short type; };
-template <> struct WordOf<4> { typedef unsigned int type; };
-template <> struct WordOf<8> { typedef unsigned long long type; };
-template <> struct WordOf<16> { typedef uint4 type; };
+// As many bytes at a multiple of ALIGNMENT.
+template <int BYTES, int ALIGNMENT> struct WordOf;
+template <> struct WordOf<1, 1> { typedef unsigned char type; };
+template <> struct WordOf<2, 2> { typedef unsigned short type; };
+template <> struct WordOf<4, 4> { typedef unsigned int type; };
+template <> struct WordOf<8, 8> { typedef unsigned long long type; };
+template <> struct WordOf<16, 16> { typedef uint4 type; };
+template <> struct WordOf<16, 8> { typedef word16_t type; };
 
 #ifndef HOST_SHIM
 __device__ inline unsigned shared_address(const void *at)

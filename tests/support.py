@@ -164,6 +164,11 @@ def forget_arenas() -> None:
     host._ARENAS.clear()
 
 
+def with_buffers_on(xp: Any) -> dict[str, str]:
+    """Options with which calls need buffers: on a device, few strategies do."""
+    return {} if xp is np else {"strategy": "im2col"}
+
+
 def smallest_limit(call: Callable[..., Any]) -> int:
     """The least memory limit of a call, by its own word."""
     try:

@@ -27,6 +27,7 @@ from support import (
     spread_over,
     to_device,
     to_host,
+    with_buffers_on,
 )
 
 import cuconv
@@ -112,8 +113,9 @@ def test_equals_the_loops_for_any_geometry(xp, op, case, seed) -> None:
 def test_equals_the_loops_under_any_limit(xp, op, case, extra) -> None:
     arrays = operands(case, "float32")
     mine = arrays.on(xp)
-    limit = smallest_limit(partial(run, op, mine, case)) + extra * 256
-    expect(op, arrays, case, np.float32, run(op, mine, case, memory_limit=limit))
+    chunked = partial(run, op, mine, case, **with_buffers_on(xp))
+    limit = smallest_limit(chunked) + extra * 256
+    expect(op, arrays, case, np.float32, chunked(memory_limit=limit))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "int8", "complex64"])
@@ -124,18 +126,18 @@ def test_every_chunking_gives_the_same_numbers(xp, choices, op, layout, dtype) -
     for case in each_in(layout):
         arrays = operands(case, dtype)
         mine = arrays.on(xp)
-        smallest = smallest_limit(partial(run, op, mine, case))
+        chunked = partial(run, op, mine, case, **with_buffers_on(xp))
+        smallest = smallest_limit(chunked)
         with_buffers += smallest > 0
         wanted = reference(op, arrays, case).astype(dtype)
         for extra in (0, 512, 1536, 4096, 2**14, 2**20):
-            actual = run(op, mine, case, memory_limit=smallest + extra)
+            actual = chunked(memory_limit=smallest + extra)
             testing.assert_equal(actual, wanted, dtype=dtype)
             checked += 1
     assert checked == 6 * len(CASES)
     # Buffers come in units of 512 bytes, which hold more of the smaller types.
     most = 1.5 if np.dtype(dtype).itemsize > 1 else 1.1
     cuts = {(choice.problem, choice.cut) for choice in choices}
-    # What needs no buffer at all is never cut.
     assert with_buffers > len(CASES) // 2
     assert len(cuts) > most * with_buffers, "the limits did not lead to other chunks"
 

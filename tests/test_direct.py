@@ -239,6 +239,14 @@ def test_prepared_weights_are_a_copy(xp) -> None:
     testing.assert_equal(to_host(prepared(xp.asarray(x))), wanted.astype("f4"))
 
 
+def test_a_plan_counts_its_launches(xp) -> None:
+    """All images are one launch, and one chunk of the plan."""
+    options = {"groups": 6, "device": "cuda", "strategy": "depthwise"}
+    plan = cuconv.plan_conv((5, 6, 7, 8), (6, 1, 3, 2), **options)
+    assert plan.chunks == 1
+    assert "1 of 5×5×7 positions" in str(plan)
+
+
 # Edges
 
 

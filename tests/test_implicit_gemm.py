@@ -14,7 +14,6 @@ from geometries import cases
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support import (
-    HALVES,
     LAYOUTS,
     OPERATIONS,
     Case,
@@ -31,10 +30,10 @@ from support import (
 
 import cuconv
 from cuconv import testing
-from cuconv._cuda import contraction
-from cuconv._cuda.contraction import How, _Walk
-from cuconv._cuda.variants import tile_sizes
+from cuconv._cuda import cuda_leaves
+from cuconv._cuda.contraction import _Walk
 from cuconv.arrays import SUPPORTED_TYPES, accumulator
+from cuconv.blocking import Blocking, block_sizes
 from cuconv.geometry import ConvGeometry
 from cuconv.memory import MemoryLimitError
 from cuconv.strategies import implicit_gemm
@@ -42,6 +41,7 @@ from cuconv.strategies.base import filters_of, in_groups
 
 pytestmark = pytest.mark.parametrize("xp", ["cupy"], indirect=True)
 MINE = {"strategy": "implicit_gemm"}
+_COUNTS = "images", "channels", "filters"
 
 # Channels and filters that fill a copy of 16 bytes, or two, and tiles that they do not
 # fill; sizes, kernels, strides, dilations and pads that all differ.
@@ -65,7 +65,7 @@ ONE_AXIS = Case(
 )
 THREE_AXES = Case(
     (2, 8, 4, 5, 6),
-    (9, 4, 2, 3, 2),
+    (10, 4, 2, 3, 2),
     {
         "groups": 2,
         "stride": (1, 2, 3),
@@ -74,6 +74,7 @@ THREE_AXES = Case(
     },
 )
 POINTWISE = Case((2, 64, 5, 7), (130, 64, 1, 1), {})
+SIGNED = [t for t in SUPPORTED_TYPES if t != "bool" and not t.startswith("u")]
 CASES = {
     "aligned": ALIGNED,
     "odd": ODD,
@@ -83,12 +84,23 @@ CASES = {
 }
 
 
+_KNOWN: dict[tuple[str, str, str], np.ndarray] = {}
+
+
+def wanted_of(op: str, case: Case, kind: Any = float, seed: int = 0) -> np.ndarray:
+    """The reference for `operands`, computed once for all types that hold the same."""
+    key = op, repr((case, seed)), np.dtype(kind).name
+    if key not in _KNOWN:
+        _KNOWN[key] = reference(op, operands(case, kind, seed), case)
+    return _KNOWN[key]
+
+
 def geometry_of(case: Case) -> ConvGeometry:
     return ConvGeometry.of_weights(case.x_shape, case.w_shape, **case.options)
 
 
 def launched(
-    xp: Any, op: str, case: Case, arrays: Operands, how: How, out: Any = None
+    xp: Any, op: str, case: Case, arrays: Operands, how: Blocking, out: Any = None
 ) -> Any:
     """One launch of the kernel, with blocks and parts of the test's choosing."""
     g = geometry_of(case)
@@ -98,13 +110,14 @@ def launched(
     shape = {"forward": g.y_shape, "weight_grad": g.w_shape}[op]
     out = xp.empty(shape, arrays.x.dtype) if out is None else out
     parts = xp.empty(how.parts * math.prod(shape), accumulator(arrays.x.dtype))
+    kernels = cuda_leaves().contraction
     if op == "forward":
         w, x = filters_of(arrays.w, problem), in_groups(arrays.x, g)
-        contraction.convolve(w, x, None, in_groups(out, g), g.axes, how, parts)
+        kernels.convolve(w, x, None, in_groups(out, g), g.axes, how, parts)
     else:
         dy, x = in_groups(arrays.dy, g), in_groups(arrays.x, g)
         into = filters_of(out, problem)
-        contraction.correlate(dy, x, into, g.axes, how, parts)
+        kernels.correlate(dy, x, into, g.axes, how, parts)
     return to_host(out)
 
 
@@ -114,27 +127,34 @@ def launched(
 def test_exact_on_small_integers(xp, op, name, layout):
     case = CASES[name].in_layout(layout)
     arrays = operands(case, "float32")
-    wanted = reference(op, arrays, case)
+    wanted = wanted_of(op, case)
     testing.assert_equal(to_host(run(op, arrays.on(xp), case, **MINE)), wanted)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("dtype", SUPPORTED_TYPES)
+@pytest.mark.parametrize("dtype", SIGNED)
 @pytest.mark.parametrize("op", OPERATIONS)
 def test_every_type(xp, op, dtype, layout):
     case = ALIGNED.in_layout(layout)
     arrays = operands(case, dtype)
     kind = complex if np.dtype(dtype).kind == "c" else float
-    # Integers wrap, booleans are or-ed: the cast does both.
-    wanted = reference(op, Operands(*(a.astype(kind) for a in arrays)), case)
-    if np.dtype(dtype).kind in "iu":
-        wanted = wanted.astype("int64")
     got = to_host(run(op, arrays.on(xp), case, **MINE))
     assert got.dtype == dtype
-    testing.assert_equal(got.astype(kind), wanted.astype(dtype).astype(kind))
+    testing.assert_equal(got.astype(kind), wanted_of(op, case, kind).astype(dtype))
 
 
-@settings(max_examples=40)
+@pytest.mark.parametrize("dtype", ["bool", "uint8", "uint16", "uint32", "uint64"])
+@pytest.mark.parametrize("op", OPERATIONS)
+def test_integers_wrap_and_booleans_are_ored(xp, op, dtype):
+    arrays = operands(ODD, dtype)
+    wide = Operands(*(a.astype("int64") for a in arrays))
+    wanted = reference(op, wide, ODD)
+    wanted = wanted.astype(bool) if dtype == "bool" else wanted.astype("int64")
+    got = to_host(run(op, arrays.on(xp), ODD, **MINE))
+    testing.assert_equal(got, wanted.astype(dtype), dtype=dtype)
+
+
+@settings(max_examples=30)
 @given(case=cases(), seed=st.integers(0, 99))
 @pytest.mark.parametrize("op", OPERATIONS)
 def test_exact_for_any_geometry(xp, op, case, seed):
@@ -146,7 +166,7 @@ def test_exact_for_any_geometry(xp, op, case, seed):
 BLOCKS = [
     (dtype, fast, size)
     for dtype, fast in (("float32", 0), ("float32", 1), ("float16", 0), ("float64", 0))
-    for size in tile_sizes(np.dtype(dtype))
+    for size in block_sizes(np.dtype(dtype))
 ]
 
 
@@ -156,11 +176,9 @@ BLOCKS = [
 @pytest.mark.parametrize("parts", [1, 3])
 def test_every_block_size_and_sums_in_parts(xp, parts, op, dtype, fast, size, layout):
     case = ALIGNED.in_layout(layout)
-    arrays = operands(case, dtype)
-    wide = Operands(*(a.astype("float64") for a in arrays))
-    how = How(*size, parts, fast=bool(fast))
-    got = launched(xp, op, case, arrays.on(xp), how)
-    testing.assert_equal(got.astype("float64"), reference(op, wide, case))
+    how = Blocking(*size, parts, fast=bool(fast))
+    got = launched(xp, op, case, operands(case, dtype).on(xp), how)
+    testing.assert_equal(got.astype("float64"), wanted_of(op, case))
 
 
 def test_operands_that_are_not_aligned_are_read_one_by_one(xp):
@@ -173,10 +191,9 @@ def test_operands_that_are_not_aligned_are_read_one_by_one(xp):
         return buffer[1:].reshape(array.shape)
 
     arrays = Operands(*map(moved, host))
-    wide = Operands(*(a.astype("float64") for a in host))
     for op in ("forward", "weight_grad"):
-        got = launched(xp, op, case, arrays, How(64, 64))
-        testing.assert_equal(got.astype("float64"), reference(op, wide, case))
+        got = launched(xp, op, case, arrays, Blocking(64, 64))
+        testing.assert_equal(got.astype("float64"), wanted_of(op, case))
 
 
 def test_a_result_with_gaps_is_summed_whole(xp):
@@ -184,7 +201,7 @@ def test_a_result_with_gaps_is_summed_whole(xp):
     arrays = operands(ODD, "float32")
     shape = geometry_of(ODD).y_shape
     out = xp.zeros((*shape[:-1], 2 * shape[-1]), "float32")[..., ::2]
-    got = launched(xp, "forward", ODD, arrays.on(xp), How(64, 64, 4), out)
+    got = launched(xp, "forward", ODD, arrays.on(xp), Blocking(64, 64, 4), out)
     testing.assert_equal(got, reference("forward", arrays, ODD))
 
 
@@ -244,13 +261,53 @@ def test_tensor_cores_read_no_bank_twice(xp):
     if not getattr(xp, "IS_STAND_IN", False):
         pytest.skip("only the shim counts conflicts")
     conflicts = xp._kernels.bank_conflicts
-    for layout, dtype in product(LAYOUTS, HALVES):
+    for layout, size in product(LAYOUTS, ((128, 128), (32, 64))):
         case = ALIGNED.in_layout(layout)
-        for size in tile_sizes(np.dtype(dtype)):
-            arrays = operands(case, dtype).on(xp)
-            for op in ("forward", "weight_grad"):
-                launched(xp, op, case, arrays, How(*size))
+        arrays = operands(case, "float16").on(xp)
+        for op in ("forward", "weight_grad"):
+            launched(xp, op, case, arrays, Blocking(*size))
     assert conflicts["implicit_gemm"] == 0
+
+
+@pytest.mark.parametrize("prepares", [False, True])
+@pytest.mark.parametrize(
+    ("dtype", "precision"), [("float16", "strict"), ("float32", "fast")]
+)
+@pytest.mark.parametrize("op", OPERATIONS)
+def test_operands_turned_so_that_channels_come_last(xp, op, dtype, precision, prepares):
+    """Every candidate, in place and turned, over strides and groups."""
+    case = ALIGNED
+    host = operands(case, dtype)
+    arrays = host.on(xp)
+    wanted = wanted_of(op, case)
+    plan = plan_of(op, case, dtype, device="cuda", precision=precision, **MINE)
+    turned = [c for c in plan._decision.candidates if c.cut.variant[-1]]
+    assert len(turned) == len(plan._decision.candidates) / 2 > 0
+    for choice in turned:
+        own = plan._on(choice)
+        assert "channels turned last" in choice.label
+        if prepares and op != "weight_grad":
+            got = own.prepare(arrays.w)(
+                *(a for a in of(op, arrays) if a is not arrays.w)
+            )
+        else:
+            got = own(*of(op, arrays))
+        testing.assert_equal(to_host(got).astype("float64"), wanted)
+        taken = device_peak(xp, lambda own=own: own(*of(op, arrays)))
+        assert 0 < taken <= choice.workspace_bytes
+
+
+def test_only_tensor_cores_have_operands_turned(xp):
+    def lies(dtype: str, **options: Any) -> set[int]:
+        plan = plan_of("forward", ALIGNED, dtype, device="cuda", **MINE, **options)
+        return {c.cut.variant[-1] for c in plan._decision.candidates}
+
+    assert lies("float16") == lies("float32", precision="fast") == {0, 1}
+    assert lies("float32") == lies("float64") == {0}
+    assert lies("float16", memory_limit=0) == {0}
+    last = ALIGNED.in_layout("channels_last")
+    plan = plan_of("forward", last, "float16", device="cuda", **MINE)
+    assert {c.cut.variant[-1] for c in plan._decision.candidates} == {0}
 
 
 # What it takes, and what it rounds
@@ -274,19 +331,20 @@ def device_peak_of(xp: Any, call: Any) -> int:
 
 
 def test_parts_take_what_they_say_and_never_more_than_allowed(xp):
-    case = Case((4, 16, 24, 25), (16, 16, 3, 3), {"padding": 1})
+    case = Case((4, 8, 17, 16), (16, 8, 3, 3), {"padding": 1})
     arrays = operands(case, "float32").on(xp)
-    wanted = reference("weight_grad", operands(case, "float32"), case)
-    limits = (0, 2**16, 2**20)
-    parts = []
-    for limit in limits:
+    wanted = wanted_of("weight_grad", case)
+    parts: dict[int, set[int]] = {}
+    for limit in (0, 2**14, 2**20):
         plan = plan_of("weight_grad", case, device="cuda", memory_limit=limit, **MINE)
-        parts.append(plan._choice.cut.variant[-1])
-        got = plan(*of("weight_grad", arrays))
-        testing.assert_equal(to_host(got), wanted)
-        taken = device_peak(xp, lambda plan=plan: plan(*of("weight_grad", arrays)))
-        assert taken == plan.workspace_bytes or taken <= plan.workspace_bytes <= limit
-    assert parts[0] == 1 < parts[-1]
+        for choice in plan._decision.candidates:
+            own = plan._on(choice)
+            parts.setdefault(limit, set()).add(choice.cut.variant[2])
+            testing.assert_equal(to_host(own(*of("weight_grad", arrays))), wanted)
+            taken = device_peak(xp, lambda own=own: own(*of("weight_grad", arrays)))
+            assert taken <= choice.workspace_bytes <= limit
+            assert (taken > 0) == (choice.cut.variant[2] > 1)
+    assert parts == {0: {1}, 2**14: {1}, 2**20: {1, 4}}
 
 
 def test_halves_are_summed_in_float32(xp):
@@ -333,6 +391,23 @@ def test_what_is_not_finite_stays_where_it_is(xp, op):
         np.testing.assert_array_equal(got[finite], wanted[finite])
 
 
+@pytest.mark.parametrize("op", OPERATIONS)
+def test_complex_numbers_may_lie_at_any_multiple_of_their_parts(xp, op):
+    """A complex128 has 16 bytes and may begin at 8: no copy of 16 may be used."""
+
+    def askew(array: np.ndarray) -> Any:
+        parts = np.concatenate([np.zeros(1), array.ravel().view("float64")])
+        flat = xp.asarray(parts)[1:].view("complex128")
+        assert flat.data.ptr % 16 == 8
+        return flat.reshape(array.shape)
+
+    arrays = operands(ODD, "complex128")
+    mine = Operands(*map(askew, arrays))
+    out = askew(np.zeros_like(reference(op, arrays, ODD)))
+    got = to_host(run(op, mine, ODD, out=out, **MINE))
+    testing.assert_equal(got, reference(op, arrays, ODD))
+
+
 def test_same_bits_every_time(xp):
     case = ALIGNED
     rng = np.random.default_rng(0)
@@ -361,6 +436,19 @@ def test_refusals_say_why(xp):
     far = 2**30
     with pytest.raises(ValueError, match="spans more than"):
         cuconv.conv(x, w, padding=far, stride=far, **MINE)
+
+
+@pytest.mark.parametrize("op", OPERATIONS)
+@pytest.mark.parametrize("axis", _COUNTS)
+def test_counts_past_32_bits_are_refused(xp, op, axis):
+    """Each is a digit of 32 bits in the kernel; a plan takes no memory for them."""
+    far = 2**31
+    images, channels, filters = (far if axis == n else 1 for n in _COUNTS)
+    shapes = (images, channels, 1), (filters, channels, 1)
+    options = {"op": op, "dtype": "int8", "device": "cuda"}
+    with pytest.raises(ValueError, match=f"{2**30} images, channels or filters"):
+        cuconv.plan_conv(*shapes, **options, **MINE)
+    assert cuconv.plan_conv(*shapes, **options).strategy != "implicit_gemm"
 
 
 def test_a_limit_too_small_for_other_strategies_is_none_for_it(xp):
@@ -407,4 +495,4 @@ def test_blocks_fit_the_filters(xp):
         assert tall < 2 * filters or tall == 32
         seen.add(tall)
     assert len(seen) > 1
-    assert implicit_gemm.ImplicitGemm().describe((128, 64, 4)).endswith("in 4 parts")
+    assert implicit_gemm.ImplicitGemm().describe((128, 64, 4, 0)).endswith("in 4 parts")

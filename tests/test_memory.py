@@ -26,6 +26,7 @@ from support import (
     run,
     smallest_limit,
     to_device,
+    with_buffers_on,
 )
 from test_conv import CASES, PLACES
 
@@ -87,7 +88,9 @@ def test_the_peak_is_within_the_limit(xp, op, dtype, layout) -> None:
     checked = 0
     for written in volumes(xp).values():
         case = written.in_layout(layout)
-        call = partial(run, op, big_arrays(xp, case, dtype), case)
+        call = partial(
+            run, op, big_arrays(xp, case, dtype), case, **with_buffers_on(xp)
+        )
         # The smallest limits run one position at a time: not for the largest cases.
         for extra in (2**15, 2**18, 2**20) if xp is np else (2**12, 2**15, 2**18):
             assert_within(xp, call, smallest_limit(call) + extra)
@@ -107,7 +110,7 @@ def test_the_peak_is_within_the_limit_wherever_inputs_lie(xp, op, place) -> None
                 for array in big_arrays(xp, case, dtype)
             )
         )
-        call = partial(run, op, arrays, case)
+        call = partial(run, op, arrays, case, **with_buffers_on(xp))
         for extra in (2**15, 2**19):
             assert_within(xp, call, smallest_limit(call) + extra)
 
@@ -124,7 +127,7 @@ def test_any_geometry_stays_within_the_smallest_limit(
 ) -> None:
     plain = operands(case, dtype)
     arrays = Operands(*(PLACES[p](xp, a) for p, a in zip(places, plain, strict=True)))
-    call = partial(run, op, arrays, case)
+    call = partial(run, op, arrays, case, **with_buffers_on(xp))
     assert_within(xp, call, smallest_limit(call) + extra)
 
 
@@ -134,7 +137,7 @@ def test_the_peak_is_within_the_limit_when_types_change(xp, op, result) -> None:
     case = volumes(xp)["two axes"]
     dtype = "int8" if result == "int32" else "float32"
     arrays = big_arrays(xp, case, dtype)
-    call = partial(run, op, arrays, case, dtype=result)
+    call = partial(run, op, arrays, case, dtype=result, **with_buffers_on(xp))
     for extra in (2**14, 2**18):
         assert_within(xp, call, smallest_limit(call) + extra)
 
@@ -151,7 +154,7 @@ def test_the_peak_is_within_the_limit_with_out(xp, op) -> None:
         spaced[tuple(slice(None, None, 2) for _ in shape)],
     )
     for out in places:
-        call = partial(run, op, arrays, case, out=out)
+        call = partial(run, op, arrays, case, out=out, **with_buffers_on(xp))
         limit = smallest_limit(call) + 2**17
 
         def nothing(call: Any = call, limit: int = limit) -> None:
@@ -194,7 +197,7 @@ def test_the_smallest_limit_that_is_named_works_and_one_less_fails(
         case = written.in_layout(layout)
         for dtype in ("float32", "float16"):
             arrays = operands(case, dtype).on(xp)
-            call = partial(run, op, arrays, case)
+            call = partial(run, op, arrays, case, **with_buffers_on(xp))
             smallest = smallest_limit(call)
             if smallest == 0:
                 continue
@@ -232,14 +235,14 @@ def test_thousands_of_chunks_are_not_listed_beforehand(xp, op) -> None:
     arrays = Operands(
         *(xp.ones(s, np.float32) for s in ((1, 1, 9001), (1, 1, 2), (1, 1, 9000)))
     )
-    call = partial(run, op, arrays, case)
+    call = partial(run, op, arrays, case, **with_buffers_on(xp))
     assert_within(xp, call, smallest_limit(call))
 
 
 def test_a_limit_in_words_is_the_limit_in_bytes(xp) -> None:
     case = volumes(xp)["two axes"]
     arrays = big_arrays(xp, case, "float32")
-    call = partial(run, "forward", arrays, case)
+    call = partial(run, "forward", arrays, case, **with_buffers_on(xp))
     assert peak(xp, partial(call, memory_limit="1 MiB")) <= 2**20
     with pytest.raises(MemoryLimitError, match="of 1024 bytes"):
         call(memory_limit="1 KiB")
@@ -294,7 +297,7 @@ def test_more_memory_is_never_needed_for_more_images(xp, op) -> None:
 def test_any_larger_limit_works(xp, case, op) -> None:
     """What fits in less fits in more: no gap above the smallest limit."""
     arrays = operands(case, "float32").on(xp)
-    call = partial(run, op, arrays, case)
+    call = partial(run, op, arrays, case, **with_buffers_on(xp))
     smallest = smallest_limit(call)
     for extra in range(0, 4096, 171):
         call(memory_limit=smallest + extra)

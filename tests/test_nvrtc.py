@@ -10,8 +10,10 @@ from benchmarks.nvrtc import (
     compile_variant,
     log_of,
 )
+from cuconv._cuda.elements import Variant
 from cuconv._cuda.source import kernel_folder, kernel_source
-from cuconv._cuda.variants import MODERN, Variant, all_variants
+from cuconv._cuda.tilings import MODERN
+from cuconv._cuda.variants import all_variants
 
 KERNELS = {
     "im2col": 48,
@@ -21,6 +23,7 @@ KERNELS = {
     "transform_tiles": 24,
     "implicit_gemm": 212,
     "sum_parts": 11,
+    "transpose": 2,
     "depthwise": 16,
     "depthwise_weights": 16,
 }

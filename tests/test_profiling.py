@@ -7,7 +7,15 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
-from support import OPERATIONS, Case, forget_plans, operands, run, smallest_limit
+from support import (
+    OPERATIONS,
+    Case,
+    forget_plans,
+    operands,
+    run,
+    smallest_limit,
+    with_buffers_on,
+)
 
 import cuconv
 from cuconv import plan as planning
@@ -111,10 +119,11 @@ def test_pointwise_convolutions_gather_and_scatter_nothing(xp, domain, op) -> No
 @pytest.mark.parametrize("op", OPERATIONS)
 def test_the_payload_counts_the_chunks(xp, domain, op) -> None:
     arrays = operands(PADDED, "float32").on(xp)
-    limit = smallest_limit(partial(run, op, arrays, PADDED))
+    call = partial(run, op, arrays, PADDED, **with_buffers_on(xp))
+    limit = smallest_limit(call)
     domain.ranges.clear()
     domain.pops = 0
-    run(op, arrays, PADDED, memory_limit=limit)
+    call(memory_limit=limit)
     domain.assert_balanced()
     chunks = domain.payloads("gemm im2col")
     assert len(chunks) > 4
@@ -164,7 +173,7 @@ def test_every_worker_closes_its_ranges(domain, monkeypatch) -> None:
 def test_ranges_close_when_something_fails(xp, domain, monkeypatch) -> None:
     x, w, _ = operands(PADDED, "float32").on(xp)
     with pytest.raises(MemoryError):
-        cuconv.conv(x, w, padding=1, memory_limit=1)
+        cuconv.conv(x, w, padding=1, memory_limit=1, **with_buffers_on(xp))
     leaves = type(planning.leaves_of(xp))
 
     def gather(*arguments: Any, **options: Any) -> None:
@@ -172,7 +181,7 @@ def test_ranges_close_when_something_fails(xp, domain, monkeypatch) -> None:
 
     monkeypatch.setattr(leaves, "gather", gather)
     with pytest.raises(RuntimeError, match="in the gather"):
-        cuconv.conv(x, w, padding=1)
+        cuconv.conv(x, w, padding=1, **with_buffers_on(xp))
     domain.assert_balanced()
 
 

@@ -2,11 +2,21 @@
 
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
-from support import device_allocations, integers, to_host
+from support import (
+    OPERATIONS,
+    Case,
+    device_allocations,
+    integers,
+    normal,
+    run,
+    to_host,
+)
 
 import cuconv
 
@@ -26,6 +36,14 @@ extern "C" __global__ void count(unsigned *n) { atomicAdd(n, 1u + threadIdx.x % 
 """
 DIVERGENT = """
 extern "C" __global__ void divergent(float *x) { if (threadIdx.x < 3) __syncthreads(); }
+"""
+# Every thread takes the next number, and tells no one.
+RACE = """
+extern "C" __global__ void race(float *x)
+{
+    if (blockDim.x == 1) __syncthreads();
+    x[1 + threadIdx.x] = x[0]++;
+}
 """
 
 
@@ -63,6 +81,38 @@ def test_a_barrier_that_some_threads_miss_is_an_error(standin):
     )
     assert done.returncode != 0
     assert "reached by some threads only" in done.stderr
+
+
+def in_orders(monkeypatch: pytest.MonkeyPatch, run: Callable[[], Any]) -> list[bytes]:
+    """The bits of a result, with the threads of a block in several orders."""
+    found = []
+    for seed in ("0", "1", "2"):
+        monkeypatch.setenv("CUCONV_SHIM_ORDER", seed)
+        found.append(to_host(run()).tobytes())
+    return found
+
+
+def test_a_race_shows_in_another_order_of_threads(standin, monkeypatch):
+    def launched(source: str, name: str) -> Any:
+        x = standin.zeros(65, "float32")
+        standin.RawKernel(source, name)((1,), (64,), (x,))
+        return x
+
+    bits = in_orders(monkeypatch, lambda: launched(RACE, "race"))
+    assert len(set(bits)) == len(bits) == 3
+    bits = in_orders(monkeypatch, lambda: launched(REVERSE, "reverse"))
+    assert len(set(bits)) == 1
+
+
+@pytest.mark.parametrize("op", OPERATIONS)
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("strategy", ["implicit_gemm", "depthwise"])
+def test_threads_of_a_block_do_not_race(standin, monkeypatch, strategy, dtype, op):
+    """Whatever the order of warps and lanes, and whenever copies arrive."""
+    case = Case((2, 6, 9, 11), (12, 2, 3, 2), {"groups": 3, "padding": (2, 1)})
+    arrays = normal(case, dtype).on(standin)
+    bits = in_orders(monkeypatch, lambda: run(op, arrays, case, strategy=strategy))
+    assert len(set(bits)) == 1
 
 
 @pytest.mark.parametrize(
@@ -180,10 +230,11 @@ def test_kernels_are_loaded_once_per_device(standin):
 
 def test_precompile(xp):
     # For each rank: the copy, two sums; a product for integers; for floats two loops
-    # over channels, tiles of three sizes along one axis, and along two.
-    assert cuconv.precompile(("float32",), (2,)) == 3 + 2 + 6
-    assert cuconv.precompile(("float64",), (1,)) == 3 + 2 + 3
-    assert cuconv.precompile(("int8",), (1, 2)) == 5
+    # over channels, tiles of three sizes along one axis, and along two; and products
+    # without columns, for blocks of four sizes (three of doubles).
+    assert cuconv.precompile(("float32",), (2,)) == 3 + 2 + 6 + 4 * 4
+    assert cuconv.precompile(("float64",), (1,)) == 3 + 2 + 3 + 3 * 4
+    assert cuconv.precompile(("int8",), (1, 2)) == 5 + 4 * 4
     with pytest.raises(TypeError, match="object"):
         cuconv.precompile((object,))
 

@@ -232,7 +232,7 @@ def test_rates_follow_from_properties() -> None:
         n: rate / getattr(CUDA_RATES, n) for n, rate in found.items() if n not in UNITS
     }
     assert ratios.pop("processors") == 1 / 2
-    assert len(ratios) == 10
+    assert len(ratios) == 11
     assert set(ratios.values()) == {2}
     assert all(found[name] == getattr(CUDA_RATES, name) for name in UNITS)
     assert cuda_block_bytes(halved) == 7 * 2**19

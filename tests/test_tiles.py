@@ -5,6 +5,7 @@ be for a convolution is tested in `test_winograd`.
 """
 
 import itertools
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,6 +14,7 @@ from support import Case, integers, operands, reference, to_host
 
 import cuconv
 from cuconv._cuda import tiles as module
+from cuconv._cuda.gemm import gemm
 from cuconv._cuda.tiles import CudaTiles
 from cuconv._cuda.variants import TILE_SIZES, all_variants
 from cuconv.strategies import winograd
@@ -38,11 +40,12 @@ class Tiled(NamedTuple):
 
 
 def tiled(n: int, axes: int, kind: str) -> Tiled:
-    """Tiles that overlap, like the input's; that fit; and one alone, like a filter."""
-    taken = {"overlapping": (n, n), "apart": (n - 2, n - 1), "alone": (2, 3)}[kind]
-    steps = {"overlapping": (n - 2, n - 1), "apart": taken, "alone": (1, 1)}[kind]
+    """Tiles that overlap, as the input's do; that lie side by side; or with gaps."""
+    taken = (n, n) if kind == "overlapping" else (n - 2, n - 1)
+    more = {"overlapping": (-2, -1), "side by side": (0, 0), "gaps": (2, 1)}[kind]
+    steps = taken[0] + more[0], taken[1] + more[1]
     if axes == 1:
-        taken, steps = (1, taken[1]), (1, steps[1])
+        taken, steps = (1, taken[1]), (1 + (kind == "gaps"), steps[1])
     return Tiled(n, taken, steps)
 
 
@@ -59,15 +62,15 @@ def placed(xp: Any, host: np.ndarray, place: str) -> Any:
 PLACES = ("plain", "channels last", "flipped")
 
 
-def windows(cells: np.ndarray, tile: Tiled, firsts: tuple[int, int, int]) -> np.ndarray:
-    """Every tile (n, g, c, d, th, tw, a, b), zero outside the cells."""
-    found = np.zeros((*HEAD, *COUNTS, *tile.taken), dtype=cells.dtype)
-    for d, th, tw, a, b in itertools.product(*map(range, found.shape[3:])):
+def met(
+    tile: Tiled, firsts: tuple[int, int, int], sizes: tuple[int, ...]
+) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """Every cell of a tile (d, th, tw, a, b), and where it lies, if it does."""
+    for d, th, tw, a, b in itertools.product(*map(range, (*COUNTS, *tile.taken))):
         row, column = th * tile.steps[0] + a, tw * tile.steps[1] + b
         place = firsts[0] + d, firsts[1] + row, firsts[2] + column
-        if all(0 <= i < n for i, n in zip(place, cells.shape[3:], strict=True)):
-            found[:, :, :, d, th, tw, a, b] = cells[(..., *place)]
-    return found
+        if all(0 <= i < n for i, n in zip(place, sizes, strict=True)):
+            yield (d, th, tw, a, b), place
 
 
 def room(xp: Any, tile: Tiled, dtype: str, place: str) -> Any:
@@ -103,35 +106,38 @@ def variants(monkeypatch):
     return seen
 
 
-KINDS = ("overlapping", "apart", "alone")
-EACH = [
-    pytest.mark.parametrize("n", TILE_SIZES),
-    pytest.mark.parametrize("axes", [1, 2]),
-    pytest.mark.parametrize("dtype", ["float32", "float64"]),
-    pytest.mark.parametrize("kind", KINDS),
-]
+KINDS = ("overlapping", "side by side", "gaps")
 
 
-def over_each(test: Any) -> Any:
-    for mark in EACH:
-        test = mark(test)
+def over_tiles(test: Any) -> Any:
+    for name, values in (
+        ("n", TILE_SIZES),
+        ("axes", [1, 2]),
+        ("dtype", ["float32", "float64"]),
+    ):
+        test = pytest.mark.parametrize(name, values)(test)
     return test
 
 
-@over_each
+@pytest.mark.parametrize("kind", KINDS)
+@over_tiles
 def test_split(xp, n, axes, dtype, kind, wide_index, variants):
     tile = tiled(n, axes, kind)
     left, right = tile.matrices()
     cells = integers((*HEAD, 3, 9, 14), dtype)
+    lefts = np.ones((1, 1)) if left is None else left
     for place, firsts in zip(
         PLACES, [(0, 0, 0), (-1, -3, -2), (1, 4, -5)], strict=True
     ):
         into = room(xp, tile, dtype, place)
         matrices = (None if left is None else left.astype(dtype), right.astype(dtype))
-        source = placed(xp, cells, place)
+        found = np.zeros((*HEAD, *COUNTS, *tile.taken))
+        # NaN where no tile lies: zeros of a matrix times those must not be added.
+        only_read = np.full_like(cells, np.nan)
+        for index, where in met(tile, firsts, cells.shape[3:]):
+            found[(..., *index)] = only_read[(..., *where)] = cells[(..., *where)]
+        source = placed(xp, only_read, place)
         CudaTiles().split(source, into, matrices, firsts, tile.steps)
-        found = windows(cells, tile, firsts)
-        lefts = np.ones((1, 1)) if left is None else left
         wanted = np.einsum("ia,jb,ngcdtwab->ijngcdtw", lefts, right, found)
         np.testing.assert_array_equal(to_host(into), wanted)
     rows = 1 if axes == 1 else n
@@ -141,47 +147,39 @@ def test_split(xp, n, axes, dtype, kind, wide_index, variants):
     assert len(variants) == len(PLACES)
 
 
-@over_each
+@pytest.mark.parametrize("kind", KINDS[1:])
+@over_tiles
 def test_join(xp, n, axes, dtype, kind, wide_index):
-    """Cells that tiles reach are written, those beyond the array and others are not."""
+    """Cells of a tile that the array has are written, those between and around not."""
     tile = tiled(n, axes, kind)
-    left, right = (m if m is None else m.T for m in tile.matrices())
-    height, width = (
-        (count - 1) * step + taken - 1
+    left, right = (None if m is None else m.T.astype(dtype) for m in tile.matrices())
+    bias = integers((1, *HEAD[1:], 1), dtype, seed=4)
+    sums = integers(room(xp, tile, dtype, "plain").shape, dtype, seed=3)
+    lefts = np.ones((1, 1)) if left is None else left
+    cells = np.einsum("ai,bj,ijngcdtw->ngcdtwab", lefts, right, sums)
+    size = tuple(
+        (count - 1) * step + max(taken - 1, 1)
         for count, step, taken in zip(COUNTS[1:], tile.steps, tile.taken, strict=True)
     )
-    if kind != "apart":
-        # A single tile: overlapping ones would write one cell several times.
-        height, width = tile.taken
-    counts = COUNTS if kind == "apart" else (COUNTS[0], 1, 1)
-    sums = integers(room(xp, tile, dtype, "plain").shape, dtype, seed=3)
-    bias = integers((1, *HEAD[1:], 1), dtype, seed=4)
-    lefts = np.ones((1, 1)) if left is None else left
     for place, offset in itertools.product(PLACES, (None, bias)):
         source = room(xp, tile, dtype, place)
         source[...] = xp.asarray(sums)
-        source = source[(..., *map(slice, counts))]
-        around = np.full((*HEAD, COUNTS[0], max(height, 1) + 2, width + 3), 77, dtype)
+        around = np.full((*HEAD, COUNTS[0], size[0] + 2, size[1] + 3), 77, dtype)
         target = placed(xp, around, place)
-        inside = target[..., 1:-1, 2:-1]
-        matrices = (None if left is None else left.astype(dtype), right.astype(dtype))
         given = None if offset is None else xp.asarray(offset)
-        CudaTiles().join(source, inside, matrices, tile.steps, given)
-        tiles = np.einsum(
-            "ai,bj,ijngcdtw->ngcdtawb", lefts, right, to_host(source).astype(float)
-        )
-        flat = tiles.reshape(*tiles.shape[:4], counts[1] * tile.taken[0], -1)
-        wanted = around.copy()
-        shape = inside.shape[-2:]
-        plus = 0 if offset is None else bias.reshape(1, *HEAD[1:], 1, 1, 1)
-        wanted[..., 1:-1, 2:-1] = flat[..., : shape[0], : shape[1]] + plus
-        np.testing.assert_array_equal(to_host(target), wanted)
+        inside = target[..., 1:-1, 2:-1]
+        CudaTiles().join(source, inside, (left, right), tile.steps, given)
+        plus = 0 if offset is None else bias.reshape(1, *HEAD[1:])
+        for index, (d, row, column) in met(tile, (0, 0, 0), inside.shape[3:]):
+            found = cells[(slice(None),) * 3 + index] + plus
+            around[:, :, :, d, 1 + row, 2 + column] = found
+        np.testing.assert_array_equal(to_host(target), around)
 
 
 @pytest.mark.parametrize("n", TILE_SIZES)
 def test_split_and_join_are_adjoint(xp, n):
     """⟨split c, t⟩ = ⟨c, join t⟩ where tiles do not overlap, tails included."""
-    tile = tiled(n, 2, "apart")
+    tile = tiled(n, 2, "side by side")
     left, right = tile.matrices()
     for tail in (0, 1):
         sizes = (
@@ -250,3 +248,17 @@ def test_products_of_all_frequencies_and_groups_are_one_batch(xp):
         np.testing.assert_array_equal(np.rint(to_host(got)), wanted)
         batches[layout] = [batch for *_, batch, _, _ in blas.calls[before:]]
     assert all(found in ([2 * 36], [2 * 16]) for found in batches.values()), batches
+
+
+def test_halves_are_batched_along_the_axis_that_is_aligned(xp):
+    """Groups 24 bytes apart, and images 48: merged, no batch would be possible."""
+    if not getattr(xp, "IS_STAND_IN", False):
+        pytest.skip("counts calls, which only the stand-in notes")
+    calls = xp.cuda.cublas.calls
+    before = len(calls)
+    host = integers((4, 2, 3, 4), "float16", largest=2)
+    a = xp.asarray(host)
+    out = xp.empty((4, 2, 3, 8), dtype="float16")[..., :3]
+    gemm(a, a.swapaxes(-1, -2), out)
+    np.testing.assert_array_equal(to_host(out), host @ host.swapaxes(-1, -2))
+    assert [batch for *_, batch, _, _ in calls[before:]] == [4, 4]

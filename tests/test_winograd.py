@@ -253,6 +253,24 @@ def test_a_result_with_odd_strides(xp, op) -> None:
             assert (to_host(around) == 77).all()
 
 
+@pytest.mark.parametrize("name", ["in groups", "cropped", "pads beyond the input"])
+def test_gradients_are_adjoint(xp, name) -> None:
+    """⟨conv(x, w), dy⟩ = ⟨x, dx⟩ = ⟨w, dw⟩."""
+    for layout in LAYOUTS:
+        case = CASES[name].in_layout(layout)
+        host = normal(case, "float64")
+        arrays = host.on(xp)
+        results = (
+            to_host(run(op, arrays, case, precision="fast", **WINOGRAD))
+            for op in OPERATIONS
+        )
+        partners = host.dy, host.x, host.w
+        sums = [(a * b).sum() for a, b in zip(results, partners, strict=True)]
+        scale = np.abs(host.dy).sum()
+        assert np.ptp(sums) <= 1e-12 * scale
+        assert abs(sums[0]) > 1e-3 * scale
+
+
 # The types of x, w and dy, and of the result.
 MIXED = [
     ("int8", "float32", "float64", None),

@@ -1,15 +1,16 @@
 """Kernels, compiled when first needed and kept for each device."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cache
 from typing import Any
 
 import cupy
 import numpy as np
 
+from cuconv._cuda.elements import Variant
 from cuconv._cuda.source import kernel_source
+from cuconv._cuda.tilings import MODERN, usual_variants
 from cuconv._cuda.variants import (
-    Variant,
     copy_variant,
     direct_variant,
     has_atomics,
@@ -17,7 +18,7 @@ from cuconv._cuda.variants import (
     sum_variant,
     tile_variants,
 )
-from cuconv.arrays import accumulator, check_type
+from cuconv.arrays import DType, accumulator, check_type
 
 _SHARED_WITHOUT_ASKING = 48 * 1024
 
@@ -42,22 +43,27 @@ def precompile(
     dtypes: Sequence[Any] = ("float32",), ranks: Sequence[int] = (1, 2, 3)
 ) -> int:
     """See `cuconv.precompile`."""
-    variants = set()
+    variants: set[Variant] = set()
+    modern = int(cupy.cuda.Device().compute_capability) >= MODERN
     for dtype in map(np.dtype, dtypes):
         check_type("dtype", dtype)
-        sums = accumulator(dtype)
+        variants.update(usual_variants(dtype, modern=modern))
+        variants.update(tile_variants(dtype, ranks, wide=False))
         if dtype.kind in "biu":
             variants.add(product_variant(dtype))
         else:
             for name in ("depthwise", "depthwise_weights"):
                 variants.add(direct_variant(name, dtype, dtype, wide=False))
-        variants.update(tile_variants(dtype, ranks, wide=False))
         for rank in ranks:
-            variants.add(copy_variant(dtype.itemsize, rank, wide=False))
-            for own in {dtype, sums}:
-                variants.add(sum_variant("col2im_gather", own, rank, wide=False))
-                if has_atomics(own):
-                    variants.add(sum_variant("col2im_scatter", own, rank, wide=False))
+            variants.update(_column_variants(dtype, rank))
     for variant in variants:
         kernel(variant)
     return len(variants)
+
+
+def _column_variants(dtype: DType, rank: int) -> Iterator[Variant]:
+    yield copy_variant(dtype.itemsize, rank, wide=False)
+    for own in {dtype, accumulator(dtype)}:
+        yield sum_variant("col2im_gather", own, rank, wide=False)
+        if has_atomics(own):
+            yield sum_variant("col2im_scatter", own, rank, wide=False)

@@ -12,36 +12,26 @@ import cupy
 import numpy as np
 
 from cuconv._cuda.compiler import kernel
-from cuconv._cuda.structs import CONTRACTION, steps_of
-from cuconv._cuda.variants import (
+from cuconv._cuda.elements import Variant
+from cuconv._cuda.structs import CONTRACTION, MATRICES, steps_of
+from cuconv._cuda.tilings import (
     MODERN,
     Operand,
     Tiling,
-    Variant,
     contraction_variant,
     parts_variant,
     uses_tensor_cores,
 )
+from cuconv._cuda.variants import transpose_variant
 from cuconv.arrays import Array, DType
+from cuconv.blocking import Blocking
 from cuconv.geometry import Axis
 
 _THREADS = 256
+_TILE, _MOST_BLOCKS = 32, 2**20
 _WORD = 16  # bytes of the widest copy
 
 Steps = tuple[int, ...]
-
-
-class How(NamedTuple):
-    """The choices of a plan: results of a block, and how often the sum is cut.
-
-    ``conjugated`` is 1 where the dense operand is, 2 where ``x`` is.
-    """
-
-    filters: int
-    columns: int
-    parts: int = 1
-    fast: bool = False
-    conjugated: int = 0
 
 
 class _View(NamedTuple):
@@ -129,34 +119,43 @@ class _Launch(NamedTuple):
     parts: int
 
 
-def convolve(
-    w: Array,
-    x: Array,
-    bias: Array | None,
-    out: Array,
-    axes: tuple[Axis, ...],
-    how: How,
-    parts: Array | None = None,
-) -> None:
-    """``out = conv(x, w) + bias``: w (G, F, C, *kernel), x (N, G, C, *size).
+class CudaContraction:
+    """See `cuconv.leaves.Contraction`."""
 
-    ``out`` is (N, G, F, *out).  ``parts`` holds `How.parts` sums of every result.
-    """
-    key = (_view(w), _view(x), _view(out), None if bias is None else _view(bias))
-    _run(_forward(*key, axes, how, _architecture()), w, x, bias, out, parts)
+    def convolve(
+        self,
+        w: Array,
+        x: Array,
+        bias: Array | None,
+        out: Array,
+        axes: tuple[Axis, ...],
+        how: Blocking,
+        parts: Array,
+    ) -> None:
+        views = (_view(w), _view(x), _view(out), None if bias is None else _view(bias))
+        launch = _forward(*views, axes, how, _architecture())
+        _run(launch, w, x, bias, out, parts)
 
+    def correlate(
+        self,
+        dy: Array,
+        x: Array,
+        out: Array,
+        axes: tuple[Axis, ...],
+        how: Blocking,
+        parts: Array,
+    ) -> None:
+        views = _view(dy), _view(x), _view(out)
+        launch = _backward(*views, axes, how, _architecture())
+        _run(launch, dy, x, None, out, parts)
 
-def correlate(
-    dy: Array,
-    x: Array,
-    out: Array,
-    axes: tuple[Axis, ...],
-    how: How,
-    parts: Array | None = None,
-) -> None:
-    """``out``, as (G, F, C, *kernel), becomes the gradient of the weights."""
-    launch = _backward(_view(dy), _view(x), _view(out), axes, how, _architecture())
-    _run(launch, dy, x, None, out, parts)
+    def transpose(self, source: Array, target: Array) -> None:
+        images, groups, rows, columns = source.shape
+        tiles = images * groups * -(-rows // _TILE) * -(-columns // _TILE)
+        steps = (*steps_of(source)[:3], *steps_of(target)[:3])
+        packed = np.array([(groups, rows, columns, tiles, *steps)], dtype=MATRICES)
+        run = kernel(transpose_variant(source.dtype.itemsize))
+        run((min(tiles, _MOST_BLOCKS),), (_THREADS,), (source, target, packed))
 
 
 def _run(
@@ -165,7 +164,7 @@ def _run(
     x: Array,
     bias: Array | None,
     out: Array,
-    parts: Array | None,
+    parts: Array,
 ) -> None:
     variant = launch.variant
     into = out if launch.parts == 1 else parts
@@ -199,7 +198,7 @@ def _forward(
     out: _View,
     bias: _View | None,
     axes: tuple[Axis, ...],
-    how: How,
+    how: Blocking,
     architecture: int,
 ) -> _Launch:
     walks = _Walks(_positions(x, out, axes), _terms(x, w, axes), sums_terms=True)
@@ -215,7 +214,7 @@ def _backward(
     x: _View,
     out: _View,
     axes: tuple[Axis, ...],
-    how: How,
+    how: Blocking,
     architecture: int,
 ) -> _Launch:
     walks = _Walks(_positions(x, dy, axes), _terms(x, out, axes), sums_terms=False)
@@ -260,7 +259,11 @@ def _terms(x: _View, w: _View, axes: tuple[Axis, ...]) -> _Walk:
 
 
 def _launch(
-    walks: _Walks, sides: _Sides, rows: tuple[int, ...], how: How, architecture: int
+    walks: _Walks,
+    sides: _Sides,
+    rows: tuple[int, ...],
+    how: Blocking,
+    architecture: int,
 ) -> _Launch:
     p, r, dtype = walks.p, walks.r, sides.x.dtype
     groups, filters = rows

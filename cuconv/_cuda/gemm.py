@@ -1,6 +1,6 @@
 """Matrix products into place: cuBLAS for floats, a kernel of ours for integers."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import product
 from typing import NamedTuple
@@ -77,7 +77,7 @@ def _merged(*matrices: Array) -> list[Array]:
         if size == 1:
             continue
         count, inner = axes[-1] if axes else (0, [])
-        if axes and outer == [count * step for step in inner]:
+        if axes and outer == [count * step for step in inner] and _fit(matrices, inner):
             axes[-1] = size * count, inner
         else:
             axes.append((size, outer))
@@ -97,10 +97,10 @@ def _batches(a: Array, b: Array, out: Array) -> Iterator[tuple[Array, Array, Arr
     sizes = out.shape[:-2]
     axis = sizes.index(max(sizes))
     picks: list[list[int | slice]] = [list(range(size)) for size in sizes]
-    if is_half(a.dtype) and not all(_is_aligned(m, axis) for m in (a, b, out)):
-        picks[axis] = [slice(i, i + 1) for i in range(sizes[axis])]
-    else:
+    if _fit((a, b, out), (m.strides[axis] for m in (a, b, out))):
         picks[axis] = [slice(None)]
+    else:
+        picks[axis] = [slice(i, i + 1) for i in range(sizes[axis])]
     for place in product(*picks):
         yield a[place], b[place], out[place]
 
@@ -109,12 +109,13 @@ def _is_row_major(matrix: Array) -> bool:
     return bool(matrix.shape[-1] == 1 or matrix.strides[-1] == matrix.dtype.itemsize)
 
 
-def _is_aligned(matrix: Array, axis: int) -> bool:
-    """Whether every matrix of a batch is aligned as the first is.
+def _fit(matrices: Sequence[Array], strides: Iterable[int]) -> bool:
+    """Whether matrices this far apart may be one batch.
 
-    cuBLAS chooses a kernel by the alignment of the first pointer.
+    cuBLAS chooses a kernel by the alignment of the first pointer, so that every matrix
+    of halves must be aligned as the first is.
     """
-    return bool(matrix.strides[axis] % 16 == 0)
+    return not is_half(matrices[0].dtype) or all(s % 16 == 0 for s in strides)
 
 
 def _as_cublas(matrix: Array) -> _Matrix:

@@ -9,13 +9,14 @@ import cupy
 import numpy as np
 
 from cuconv._cuda.compiler import kernel
+from cuconv._cuda.contraction import CudaContraction
 from cuconv._cuda.device import gpu_of, is_capturing
 from cuconv._cuda.direct import MOST_BLOCKS, DirectLaunch, pack_cells, pack_sums
+from cuconv._cuda.elements import Variant
 from cuconv._cuda.gemm import gemm
 from cuconv._cuda.structs import MOST_THREADS, Launch, pack, steps_of
 from cuconv._cuda.tiles import CudaTiles
 from cuconv._cuda.variants import (
-    Variant,
     copy_variant,
     direct_variant,
     has_atomics,
@@ -68,6 +69,7 @@ class CudaLeaves:
     # cuBLAS takes its leading dimensions as 32-bit integers.
     largest_step = 2**31 - 1
     tiles = CudaTiles()
+    contraction = CudaContraction()
     needs_partial = False
 
     def __init__(self, device: int) -> None:

@@ -26,6 +26,13 @@ PRODUCT = np.dtype(
     [(name, "i8") for name in ("groups", "rows", "columns", "inner", "tiles", "add")]
     + [(name, _MATRIX) for name in ("a", "b", "out")]
 )
+_COUNTS_OF_MATRICES = "groups", "rows", "columns", "tiles"
+_STEPS_OF_MATRICES = tuple(
+    f"{side}_{step}" for side in ("in", "out") for step in ("image", "group", "row")
+)
+MATRICES = np.dtype(
+    [(name, "i8") for name in (*_COUNTS_OF_MATRICES, *_STEPS_OF_MATRICES)]
+)
 _WALK = np.dtype(
     [
         *[

@@ -7,8 +7,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from cuconv._cuda.compiler import kernel
+from cuconv._cuda.elements import Variant
 from cuconv._cuda.structs import MOST_THREADS, TRANSFORM, divisor, steps_of
-from cuconv._cuda.variants import Variant, tile_variant
+from cuconv._cuda.variants import tile_variant
 from cuconv.arrays import Array, DType
 
 _THREADS = 256

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from cuconv.arrays import Array, DType, Types
+from cuconv.blocking import Blocking
 from cuconv.geometry import Axis, Block, Ranges, Tile, WindowGeometry
 from cuconv.leaves.host import HostLeaves
 from cuconv.memory import Buffer
@@ -82,6 +83,41 @@ class Direct(Protocol):
         """The gradient of the weights (G, K/G, C/G, …): the same bits on every run."""
 
 
+class Contraction(Protocol):
+    """Products that gather their columns as they go, with every array where it lies.
+
+    Arrays have one type (the result may have that of the sums) and any strides; x and
+    y are (N, G, C, *cells), weights (G, K/G, C/G, *kernel).  ``parts`` has room for as
+    many sums of every result as the plan cuts each sum into.
+    """
+
+    def convolve(
+        self,
+        w: Array,
+        x: Array,
+        bias: Array | None,
+        out: Array,
+        axes: tuple[Axis, ...],
+        how: Blocking,
+        parts: Array,
+    ) -> None:
+        """``out = conv(x, w) + bias``."""
+
+    def correlate(
+        self,
+        dy: Array,
+        x: Array,
+        out: Array,
+        axes: tuple[Axis, ...],
+        how: Blocking,
+        parts: Array,
+    ) -> None:
+        """``out`` becomes the gradient of the weights."""
+
+    def transpose(self, source: Array, target: Array) -> None:
+        """Copy (N, G, rows, columns) to (N, G, columns, rows), both along the last."""
+
+
 class Leaves(Protocol):
     """The operations that know which module they serve."""
 
@@ -103,6 +139,10 @@ class Leaves(Protocol):
     @property
     def tiles(self) -> TileTransforms | None:
         """Winograd's transforms, where they are kernels and not products."""
+
+    @property
+    def contraction(self) -> Contraction | None:
+        """The kernel of `implicit_gemm`; None where there is none."""
 
     @property
     def direct(self) -> Direct | None:
@@ -299,7 +339,7 @@ def precompile(
     Examples
     --------
     >>> import cuconv
-    >>> cuconv.precompile(("float32",), ranks=(2,)) in (0, 11)
+    >>> cuconv.precompile(("float32",), ranks=(2,)) in (0, 27)
     True
     """
     from cuconv._cuda import working_cupy

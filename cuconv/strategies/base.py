@@ -245,6 +245,7 @@ class Work(NamedTuple):
     reread: float = 0
     fourier: float = 0
     direct: float = 0
+    loads: float = 0
     products: float = 0
     blocks: float = 1
     tiles: float = 0

@@ -68,8 +68,11 @@ class Depthwise(OneWay):
 
     def tile(self, problem: Problem, positions: int, variant: tuple[int, ...]) -> Tile:
         del positions, variant
-        # Planes are never cut; the work is shared out by channels.
-        return Tile(1, tuple(max(n, 1) for n in problem.geometry.out))
+        # Planes are never cut; the work is shared out by channels.  On CUDA one launch
+        # takes all images.
+        g = problem.geometry
+        images = 1 if problem.module == "numpy" else max(g.images, 1)
+        return Tile(images, tuple(max(n, 1) for n in g.out))
 
     def lanes(self, problem: Problem, variant: tuple[int, ...]) -> int:
         del problem, variant

@@ -1,25 +1,28 @@
 """One kernel that gathers columns while it multiplies them, and never writes them.
 
 The sums of `cuconv.strategies.im2col` without its buffer, on CUDA: a tile of the
-columns lives in the memory of a multiprocessor while it is needed there.  Nothing is
-allocated, unless a sum is cut into parts because there are too few results to keep the
-device busy.
+columns lives in the memory of a multiprocessor while it is needed there.
 
     forward        Y  = W · X
     input_grad     a forward pass over dy for each phase of the strides
     weight_grad    dW = dY · Xᴴ
 
+Nothing is allocated, unless a sum is cut into parts because there are too few results
+to keep the device busy, or operands are turned: tensor cores want halves eight at a
+time, which lie side by side where channels come last.  Results are written where they
+lie in either case.
+
 The kernel's text, ``implicit_gemm.cu``, says how one product serves all three.
 """
 
+import itertools
 import math
 from collections.abc import Iterator
-from typing import Any
 
-from cuconv._cuda.variants import tile_sizes
-from cuconv.arrays import Array
+from cuconv.arrays import Array, flattened
+from cuconv.blocking import Blocking, block_sizes
 from cuconv.geometry import Axis, Block, Tile
-from cuconv.leaves import Leaves
+from cuconv.leaves import Contraction, Leaves
 from cuconv.memory import Buffer
 from cuconv.profiling import stage
 from cuconv.strategies.base import (
@@ -33,16 +36,21 @@ from cuconv.strategies.base import (
     verdict,
 )
 
-# The kernel counts cells along an axis in 32 bits, with room to add two of them.
+# The kernel counts cells along an axis in 32 bits, with room to add two of them; and
+# images, channels and filters, with room for a block of results.
 _LARGEST_REACH = 2**29
+_LARGEST_COUNT = 2**30
 # Of a grid, along its first axis.
 _MOST_BLOCKS = 2**31 - 1
 # Into how many parts a sum may be cut, how many blocks are enough without, and the
 # least terms of a part; not yet measured on a GPU.
 _PARTS = (1, 4, 16, 64)
 _ENOUGH_BLOCKS, _LEAST_TERMS = 512, 256
-# Cells of the halo of a tile: what its operands cost beside its product.
-_HALO = 16
+# What turning two operands costs beside the copies, in blocks of im2col; not measured.
+_TURNING = 0.5
+# Operands where they lie, or turned so that channels come last.
+IN_PLACE, TURNED = 0, 1
+_WORD = 16  # bytes of the widest copy
 
 
 class ImplicitGemm:
@@ -66,19 +74,24 @@ class ImplicitGemm:
                 f"an axis spans more than {_LARGEST_REACH} cells",
             ),
             (
-                _count_blocks(problem, tile_sizes(problem.operand)[-1]) > _MOST_BLOCKS,
+                max(g.images, g.channels, g.filters) >= _LARGEST_COUNT,
+                f"{_LARGEST_COUNT} images, channels or filters, or more",
+            ),
+            (
+                _count_blocks(problem, block_sizes(problem.operand)[-1]) > _MOST_BLOCKS,
                 f"its grid would have more than {_MOST_BLOCKS} blocks",
             ),
         )
 
     def variants(self, problem: Problem) -> tuple[tuple[int, ...], ...]:
-        """Filters and columns of a block of results, and the parts of its sum."""
-        sizes = tile_sizes(problem.operand)
+        """Filters and columns of a block, parts of its sum, and how operands lie."""
+        sizes = block_sizes(problem.operand)
         rows, _, _ = _extents(problem)
         wide = [size for size in sizes if size[0] < 2 * rows] or sizes[-1:]
+        lies = (IN_PLACE, TURNED) if _can_turn(problem) else (IN_PLACE,)
         return tuple(
-            (*size, parts)
-            for size in wide
+            (*size, parts, lie)
+            for size, lie in itertools.product(wide, lies)
             for parts in _PARTS
             if parts == 1 or self._is_worth_cutting(problem, size, parts)
         )
@@ -93,9 +106,13 @@ class ImplicitGemm:
         return few and "out" in problem.direct and not strided
 
     def describe(self, variant: tuple[int, ...]) -> str:
-        filters, columns, parts = variant
-        words = f"blocks of {filters}×{columns}"
-        return words if parts == 1 else f"{words}, sums in {parts} parts"
+        filters, columns, parts, lie = variant
+        words = [f"blocks of {filters}×{columns}"]
+        if parts > 1:
+            words.append(f"sums in {parts} parts")
+        if lie == TURNED:
+            words.append("channels turned last")
+        return ", ".join(words)
 
     def preferred(self, problem: Problem, leaves: Leaves) -> int:
         del leaves
@@ -115,9 +132,20 @@ class ImplicitGemm:
 
     def needs(self, problem: Problem, cut: Cut, leaves: Leaves) -> Needs:
         del leaves
-        *_, parts = cut.variant
+        *_, parts, lie = cut.variant
+        g, own = problem.geometry, problem.operand
         cells = 0 if parts == 1 else parts * _results(problem)
-        return Needs((), (Buffer("parts", cells, problem.types.accumulate),))
+        shared = [Buffer("parts", cells, problem.types.accumulate)]
+        if lie == IN_PLACE:
+            return Needs((), tuple(shared))
+        y = Buffer("dy", g.images * g.filters * g.positions, own)
+        if problem.op == "input_grad":
+            shared.append(y)
+        else:
+            shared.append(Buffer("x", g.images * g.channels * g.cells, own))
+        if problem.op == "weight_grad":
+            return Needs((), (*shared, y))
+        return Needs((Buffer("w", g.filters * g.patch, own),), tuple(shared))
 
     def pieces(self, problem: Problem, cut: Cut) -> int:
         del problem, cut
@@ -125,40 +153,56 @@ class ImplicitGemm:
 
     def work(self, problem: Problem, cut: Cut) -> Work:
         g = problem.geometry
-        tall, wide, parts = cut.variant
+        tall, wide, parts, lie = cut.variant
         terms, tiles = _extents(problem)[-1], _count_blocks(problem, (tall, wide))
         phases = math.prod(axis.stride for axis in g.axes)
         launches = phases if problem.op == "input_grad" else 1 + (parts > 1)
         sizes = g.images * (g.channels * g.cells + g.filters * g.positions)
-        halo = 1 + _HALO / tall + _HALO / wide
+        by_dense, by_x = _vectors(problem, lie)
         return Work(
-            multiply=float(tiles) * tall * wide * terms * halo,
-            copy=sizes + (2 * parts * _results(problem) if parts > 1 else 0),
+            multiply=float(tiles) * tall * wide * terms,
+            loads=float(tiles) * terms * (tall / by_dense + wide / by_x),
+            copy=sizes * (1 + lie) + (2 * parts * _results(problem) * (parts > 1)),
             tiles=tiles * parts,
-            blocks=launches,
+            blocks=launches + _TURNING * lie,
         )
 
     def weights(self, job: Job, w: Array, kept: dict[str, Array]) -> Array:
-        del job, kept
-        return w
+        """(G, K/G, C/G, *kernel), or its exchange: the terms' channels come third."""
+        view = filters_of(w, job.problem)
+        if job.problem.op == "input_grad":
+            view = view.swapaxes(1, 2)
+        if job.cut.variant[-1] == IN_PLACE:
+            return view
+        g = job.problem.geometry
+        flat = w.reshape(g.groups, g.group_filters, g.group_channels, g.taps)
+        kernel_last = kept["w"].reshape(
+            *(g.groups, view.shape[1], *g.kernel, view.shape[2])
+        )
+        if job.problem.op == "input_grad":
+            # (G, K/G, C/G · taps) becomes (G, C/G · taps, K/G).
+            flat = flat.reshape(1, g.groups, g.group_filters, g.patch)
+        with stage("weights", self.name):
+            turned = kept["w"].reshape(*flat.shape[:2], flat.shape[3], flat.shape[2])
+            _kernels(job).transpose(flat, turned)
+        return kernel_last.transpose(0, 1, g.rank + 2, *range(2, g.rank + 2))
 
     def forward(
         self, job: Job, x: Array, weights: Array, bias: Array | None, out: Array
     ) -> None:
         g = job.problem.geometry
-        views = filters_of(weights, job.problem), in_groups(x, g)
+        x, y = _operand(job, "x", in_groups(x, g)), in_groups(out, g)
         how = _how(job, conjugated=int(job.problem.conjugates_weights))
         with stage("product", self.name):
-            _kernels().convolve(
-                *views, bias, in_groups(out, g), g.axes, how, job.shared["parts"]
+            _kernels(job).convolve(
+                *(weights, x, bias, y, g.axes, how), job.shared["parts"]
             )
 
     def input_grad(
         self, job: Job, dy: Array, weights: Array, bias: Array | None, out: Array
     ) -> None:
         g = job.problem.geometry
-        w = filters_of(weights, job.problem).swapaxes(1, 2)
-        dy, dx = in_groups(dy, g), in_groups(out, g)
+        dy, dx = _operand(job, "dy", in_groups(dy, g)), in_groups(out, g)
         how = _how(job, conjugated=int(job.problem.conjugates_weights))
         # Where no tap reaches, a sum is its beginning: channels beside their cells.
         start = 0 if bias is None else bias.reshape(g.groups, -1, *(1,) * g.rank)
@@ -168,31 +212,71 @@ class ImplicitGemm:
                 if phase.geometry is None:
                     cells[...] = start
                     continue
-                taps = w[(..., *phase.taps)]
-                _kernels().convolve(
+                taps = weights[(..., *phase.taps)]
+                _kernels(job).convolve(
                     *(taps, dy, bias, cells, phase.geometry.axes, how),
                     job.shared["parts"],
                 )
 
     def weight_grad(self, job: Job, dy: Array, x: Array, out: Array) -> None:
         g = job.problem.geometry
-        how = _how(job, conjugated=2 if job.problem.operand.kind == "c" else 0)
-        views = in_groups(dy, g), in_groups(x, g), filters_of(out, job.problem)
+        x = _operand(job, "x", in_groups(x, g))
+        dy = _operand(job, "dy", in_groups(dy, g))
+        is_complex = job.problem.operand.kind == "c"
+        dw, how = filters_of(out, job.problem), _how(job, conjugated=2 * is_complex)
         with stage("product", self.name):
-            _kernels().correlate(*views, g.axes, how, job.shared["parts"])
+            _kernels(job).correlate(dy, x, dw, g.axes, how, job.shared["parts"])
 
 
-def _kernels() -> Any:
-    """The launches; CuPy is imported when one is first made."""
-    from cuconv._cuda import contraction  # noqa: PLC0415
+def _kernels(job: Job) -> Contraction:
+    found = job.leaves.contraction
+    if found is None:
+        raise RuntimeError(f"{job.leaves.device} has no kernel for implicit_gemm")
+    return found
 
-    return contraction
+
+def _operand(job: Job, name: str, array: Array) -> Array:
+    """An array (N, G, C, *cells) where it lies, or a copy whose channels come last."""
+    if job.cut.variant[-1] == IN_PLACE:
+        return array
+    images, groups, channels, *cells = array.shape
+    copy = job.shared[name].reshape(images, groups, *cells, channels)
+    source = flattened(array, len(cells))
+    with stage("gather", ImplicitGemm.name):
+        _kernels(job).transpose(source, _rows_of(copy))
+    return copy.transpose(0, 1, len(cells) + 2, *range(2, len(cells) + 2))
 
 
-def _how(job: Job, conjugated: int = 0) -> Any:
-    filters, columns, parts = job.cut.variant
+def _rows_of(array: Array) -> Array:
+    """View (N, G, *cells, C) as (N, G, positions, C)."""
+    images, groups, *cells, channels = array.shape
+    return array.reshape(images, groups, math.prod(cells), channels)
+
+
+def _can_turn(problem: Problem) -> bool:
+    """Whether channels lie apart, would fill whole copies, and feed tensor cores."""
+    g = problem.geometry
+    needed = {"forward": {"x", "w"}, "input_grad": {"dy", "w"}}
+    direct = needed.get(problem.op, {"dy", "x"}) <= problem.direct
+    terms = {"input_grad": g.group_filters}.get(problem.op, g.group_channels)
+    whole = terms % (_WORD // problem.operand.itemsize) == 0
+    return problem.is_for_tensor_cores and g.channels_first and direct and whole
+
+
+def _vectors(problem: Problem, lie: int) -> tuple[int, int]:
+    """Elements in one copy of the dense operand, and of ``x``."""
+    wide = max(_WORD // problem.operand.itemsize, 1)
+    last = lie == TURNED or not problem.geometry.channels_first
+    if problem.is_for_tensor_cores:
+        return wide, wide if last else 1
+    by_rows = last and problem.op != "input_grad"
+    return wide if by_rows else 1, wide if last and problem.op == "weight_grad" else 1
+
+
+def _how(job: Job, conjugated: int = 0) -> Blocking:
+    filters, columns, parts, _ = job.cut.variant
     fast = job.problem.fast
-    return _kernels().How(filters, columns, parts, fast=fast, conjugated=conjugated)
+    return Blocking(filters, columns, parts, fast=fast, conjugated=conjugated)
 
 
 def _reach(axis: Axis) -> int:

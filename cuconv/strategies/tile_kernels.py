@@ -155,11 +155,13 @@ def kernels_work(problem: Problem, cut: Cut, shape: Shape) -> Work:
     blocks, sizes = g.count_blocks(cut.tile), _sizes(problem, cut, shape)
     cells = g.images * (g.channels * g.cells + g.filters * g.positions)
     weights = shape.weight_cells(g) + g.filters * g.patch
-    outer = cut.tile.cells[0] if g.rank > len(cut.variant) else 1
+    products = cut.tile.cells[0] if g.rank > len(cut.variant) else 1
+    if problem.op == "forward":
+        # A batch along whichever is longer: the outer axis, or frequencies and groups.
+        products = min(products, shape.frequencies * g.groups)
     return Work(
         transform=(blocks * (sizes["v"] + sizes["m"]) + cells + weights) / 2,
-        # Two transforms, and a product for each cell of the outer axis.
-        blocks=(blocks * (2 + outer) + 1) / _LAUNCHES,
+        blocks=(blocks * (2 + products) + 1) / _LAUNCHES,
     )
 
 

@@ -5,6 +5,11 @@
 // the kernel has barriers: then each is a fibre that runs from barrier to barrier, and a
 // barrier that some threads miss is an error.  What a warp does together is a barrier of
 // its 32 lanes: each leaves what it brings, and goes on when all have.
+//
+// A kernel whose threads race gives another result in another order: the environment
+// variable CUCONV_SHIM_ORDER is a seed of it.  0, the default, takes warps and lanes as
+// they are counted, and lets copies arrive when they are waited for; 1 takes them
+// backwards, and lets copies arrive at once; others draw both.
 
 #include <math.h>
 #include <stddef.h>
@@ -93,7 +98,14 @@ static unsigned char *dynamic_memory;
 namespace shim {
 const unsigned STACK = 131072, WARP = 32, DEPOSIT = 32;
 enum State { READY, AT_BARRIER, WITH_WARP, DONE };
-struct Copy { void *to; const void *from; int bytes; bool is_there; unsigned group; };
+struct Copy {
+    void *to;
+    const void *from;
+    int bytes;
+    bool is_there;
+    unsigned group;
+    bool has_arrived = false;
+};
 struct Fibre {
     ucontext_t context;
     State state;
@@ -109,11 +121,32 @@ static void (*body)();
 // What the lanes of the running warp bring; two, as the first lanes may be one ahead.
 alignas(16) static unsigned char deposits[2][WARP][DEPOSIT];
 static unsigned long long bank_conflicts;
+static unsigned long long seed;  // see CUCONV_SHIM_ORDER
+static unsigned long long draws;
 
 [[noreturn]] static void fail(const char *what)
 {
     fprintf(stderr, "%s\n", what);
     abort();
+}
+
+// Some number below a bound, another one each time (splitmix64).
+static unsigned drawn(unsigned bound)
+{
+    unsigned long long bits = (draws += 0x9e3779b97f4a7c15) ^ seed;
+    bits = (bits ^ bits >> 30) * 0xbf58476d1ce4e5b9;
+    bits = (bits ^ bits >> 27) * 0x94d049bb133111eb;
+    return (unsigned)((bits ^ bits >> 31) >> 32) % bound;
+}
+
+// 0 … number - 1, in the order in which they have their turn.
+static std::vector<unsigned> turns(unsigned number)
+{
+    std::vector<unsigned> order(number);
+    for (unsigned i = 0; i < number; ++i) order[i] = seed == 1 ? number - 1 - i : i;
+    for (unsigned i = number; seed > 1 && i > 1; --i)
+        std::swap(order[i - 1], order[drawn(i)]);
+    return order;
 }
 
 static void leave(State state)
@@ -145,7 +178,8 @@ static void release(unsigned first, unsigned last, State state)
 static void run_warp(unsigned first, unsigned last)
 {
     while (count(first, last, READY)) {
-        for (unsigned t = first; t < last; ++t) {
+        for (unsigned lane : turns(last - first)) {
+            const unsigned t = first + lane;
             if (fibres[t].state != READY) continue;
             current = t;
             threadIdx.x = t;
@@ -173,8 +207,10 @@ static void run_block(unsigned threads, void (*kernel)())
         makecontext(&fibre.context, enter, 0);
     }
     while (count(0, threads, DONE) < threads) {
-        for (unsigned first = 0; first < threads; first += WARP)
+        for (unsigned warp : turns((threads + WARP - 1) / WARP)) {
+            const unsigned first = warp * WARP;
             run_warp(first, first + WARP < threads ? first + WARP : threads);
+        }
         if (count(0, threads, DONE) && count(0, threads, AT_BARRIER))
             fail("a barrier was reached by some threads only");
         release(0, threads, AT_BARRIER);
@@ -202,13 +238,26 @@ static Value brought(const unsigned char (*all)[DEPOSIT], unsigned lane)
     return value;
 }
 
-// Copies are made when they are waited for, and not before.
+static void arrive(const Copy &copy)
+{
+    if (copy.is_there)
+        memcpy(copy.to, copy.from, copy.bytes);
+    else
+        memset(copy.to, 0, copy.bytes);
+}
+
+// Copies are made when they are waited for, or at once.
 static void copy_later(void *to, const void *from, int bytes, bool is_there)
 {
     if ((uintptr_t)to % bytes || (is_there && (uintptr_t)from % bytes))
         fail("a copy is not aligned");
     Fibre &mine = fibres[current];
     mine.copies.push_back({to, from, bytes, is_there, mine.group});
+    // What arrives early arrives once: it must find its place free, and stay there.
+    if (seed == 1 || (seed > 1 && drawn(2))) {
+        arrive(mine.copies.back());
+        mine.copies.back().has_arrived = true;
+    }
 }
 
 static void end_group() { ++fibres[current].group; }
@@ -218,13 +267,10 @@ static void wait_for_copies(unsigned groups)
     Fibre &mine = fibres[current];
     std::vector<Copy> later;
     for (const Copy &copy : mine.copies) {
-        if (copy.group + groups >= mine.group) {
+        if (copy.group + groups >= mine.group)
             later.push_back(copy);
-        } else if (copy.is_there) {
-            memcpy(copy.to, copy.from, copy.bytes);
-        } else {
-            memset(copy.to, 0, copy.bytes);
-        }
+        else if (!copy.has_arrived)
+            arrive(copy);
     }
     mine.copies.swap(later);
 }
@@ -334,6 +380,9 @@ void launch(
     static void **with;
     called = kernel;
     with = arguments;
+    const char *order = getenv("CUCONV_SHIM_ORDER");
+    seed = order ? strtoull(order, nullptr, 10) : 0;
+    draws = 0;
     fibres = std::vector<Fibre>(block);
     stacks = (char *)malloc((size_t)block * STACK);
 #endif

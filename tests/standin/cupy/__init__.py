@@ -12,6 +12,7 @@ from ._arrays import (
     asnumpy,
     copyto,
     empty,
+    from_dlpack,
     full,
     may_share_memory,
     ndarray,

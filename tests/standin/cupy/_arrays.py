@@ -294,7 +294,14 @@ def array(value, dtype=None, copy=True, order="K"):
 
 
 def asarray(value, dtype=None):
+    if hasattr(value, "__cuda_array_interface__"):
+        value = from_dlpack(value)
     return array(value, dtype, copy=False)
+
+
+def from_dlpack(value):
+    """A view of foreign device memory, which here is an array that the object owns."""
+    return value.owner[...]
 
 
 def asnumpy(value):
