@@ -178,6 +178,7 @@ def test_equals_the_loops_for_any_geometry(xp, call, case, dtype) -> None:
     expect(call, arrays, case, np.dtype(dtype), run(call, arrays.on(xp), case))
 
 
+@settings(max_examples=25)
 @given(case=transposed_cases(), dtype=st.sampled_from(["float64", "complex128"]))
 def test_it_is_the_adjoint_of_the_convolution_with_the_same_weights(
     xp, case, dtype
@@ -317,7 +318,7 @@ def test_every_chunking_gives_the_same_numbers(xp, choices, layout, dtype) -> No
 
 
 @pytest.mark.parametrize("call", CALLS)
-@settings(max_examples=25)
+@settings(max_examples=15)
 @given(
     case=transposed_cases(),
     dtype=st.sampled_from(["float32", "float16", "int8", "complex64"]),
@@ -333,6 +334,16 @@ def test_the_peak_is_within_the_limit(xp, call, case, dtype, extra, places) -> N
     bound = partial(run, call, arrays, case)
     limit = smallest_limit(bound) + extra
     assert peak(xp, partial(bound, memory_limit=limit)) <= limit
+
+
+def test_the_sum_for_the_bias_is_within_the_limit(xp) -> None:
+    """As many sums as the result has channels, not x."""
+    x, w = xp.ones((1, 1, 3)), xp.ones((1, 3000, 2))
+    dy = xp.ones((1, 3000, 4))
+    call = partial(cuconv.conv_transpose_backward, dy, x, w, needs=("bias",))
+    smallest = smallest_limit(call)
+    assert smallest >= 3000 * 8
+    assert peak(xp, partial(call, memory_limit=smallest)) <= smallest
 
 
 def test_a_large_one_stays_within_a_small_limit(xp) -> None:
