@@ -1,147 +1,31 @@
 """Convolution and its gradients: validate, plan, run."""
 
-import inspect
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, ParamSpec, TypedDict, TypeVar, Unpack
+from collections.abc import Sequence
+from typing import Any, Unpack
 
-import numpy as np
-
-from cuconv.arrays import (
-    Array,
-    Types,
-    check_overlap,
-    module_of,
-    plain,
-    resolve_types,
+from cuconv.arrays import Array
+from cuconv.calls import (
+    GRADIENTS,
+    ConvGradients,
+    ConvOptions,
+    carry_out,
+    check_needs,
+    chosen_options,
+    gradients,
+    inputs,
+    shows_options,
 )
-from cuconv.config import settings
-from cuconv.geometry import ConvGeometry, Padding, Sizes
-from cuconv.leaves import Leaves, leaves_of, leaves_on, refuse_capture
-from cuconv.memory import Buffer, MemoryLimit, MemoryLimitError
-from cuconv.plan import (
-    OPERANDS,
-    Call,
-    Options,
-    Plan,
-    bind,
-    check_shape,
-    plan_of_shapes,
-    signature,
-)
-from cuconv.strategies.base import in_groups
-
-GRADIENTS = ("x", "w", "bias")
+from cuconv.geometry import Sizes
+from cuconv.leaves import leaves_on
+from cuconv.plan import ROLES, Call, Plan, bind, check_shape, plan_of_shapes
 
 _BACKWARD_ALLOCATES = (
     "conv_backward allocates its results: call conv_input_grad and conv_weight_grad "
     "with out=, and sum dy for the bias"
 )
 
-P = ParamSpec("P")
-R = TypeVar("R")
 
-
-class ConvOptions(TypedDict, total=False):
-    """The keyword options that every convolution takes; see `conv`."""
-
-    stride: Sizes
-    padding: Padding
-    dilation: Sizes
-    groups: int
-    layout: str
-    dtype: Any
-    strategy: str
-    precision: str | None
-    deterministic: bool | None
-    memory_limit: MemoryLimit
-
-
-class ConvGradients(NamedTuple):
-    """The gradients of one convolution; None where one was not asked for."""
-
-    x: Array | None = None
-    w: Array | None = None
-    bias: Array | None = None
-
-
-def _chosen(options: ConvOptions) -> Options:
-    """The options with their defaults; an unknown one is refused by its name."""
-    unknown = sorted(set(options) - set(Options._fields))
-    if unknown:
-        known = ", ".join(Options._fields)
-        raise TypeError(f"there is no option {unknown[0]!r}; the options are {known}")
-    return Options(**options)
-
-
-def _shows_options(function: Callable[P, R]) -> Callable[P, R]:
-    """Spell ``**options`` out in the signature that `help` and editors show."""
-    signature = inspect.signature(function)
-    own = [p for p in signature.parameters.values() if p.kind != p.VAR_KEYWORD]
-    spelled = [
-        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default)
-        for name, default in Options._field_defaults.items()
-        if name not in signature.parameters
-    ]
-    function.__signature__ = signature.replace(  # type: ignore[attr-defined]
-        parameters=[*own, *spelled]
-    )
-    return function
-
-
-# Calls that have been checked and planned before, by everything that they depend on.
-_SEEN: dict[tuple[object, ...], Plan] = {}
-_MOST_SEEN = 1024
-
-
-def _call(
-    op: str,
-    arrays: tuple[Array | None, ...],
-    out: Array | None,
-    options: ConvOptions,
-    bound: Callable[[], Call],
-    shape: object = None,
-) -> Array:
-    """Run a call: at once if one like it has been seen, else as ``bound`` finds it."""
-    key = _key(op, arrays, out, options, shape)
-    plan = None if key is None else _SEEN.get(key)
-    if plan is None or not (plan.is_light or plan.threads == leaves_of(np).workers()):
-        call = bound()
-        if key is not None and call.plan.options.strategy != "benchmark":
-            if len(_SEEN) >= _MOST_SEEN:
-                _SEEN.clear()
-            _SEEN[key] = call.plan
-        return call.run()
-    if out is not None:
-        named = zip(OPERANDS[op], arrays, strict=False)
-        check_overlap(np, out, {name: a for name, a in named if a is not None})
-    return plan.run(arrays, out)
-
-
-def _key(
-    op: str,
-    arrays: tuple[Array | None, ...],
-    out: Array | None,
-    options: ConvOptions,
-    shape: object,
-) -> tuple[object, ...] | None:
-    """What a plan depends on; None where arrays are not plain NumPy's."""
-    lies = signature((*arrays, out))
-    if lies is None:
-        return None
-    # As text: 1, 1.0 and True are equal, and not the same option.  An object that
-    # shows its address says nothing: another may have it later.
-    text = repr((shape, options))
-    return None if " at 0x" in text else (op, settings(), lies, text)
-
-
-def _inputs(bias: Array | None = None, **arrays: Array) -> dict[str, Array]:
-    if bias is not None:
-        arrays["bias"] = bias
-    module_of(arrays)
-    return {name: plain(array) for name, array in arrays.items()}
-
-
-@_shows_options
+@shows_options
 def conv(
     x: Array,
     w: Array,
@@ -233,14 +117,14 @@ def conv(
     """
 
     def bound() -> Call:
-        chosen = _chosen(options)
-        arrays = _inputs(x=x, w=w, bias=bias)
+        chosen = chosen_options(options)
+        arrays = inputs(x=x, w=w, bias=bias)
         geometry = chosen.geometry(x.shape, w.shape)
         if bias is not None:
             check_shape("bias", bias, (geometry.filters,))
         return bind("forward", geometry, arrays, out, chosen)
 
-    return _call("forward", (x, w, bias), out, options, bound)
+    return carry_out("forward", (x, w, bias), out, options, bound)
 
 
 def _conv_of_rank(rank: int, x: Array, w: Array, *rest: Any, **options: Any) -> Array:
@@ -250,7 +134,7 @@ def _conv_of_rank(rank: int, x: Array, w: Array, *rest: Any, **options: Any) -> 
     return conv(x, w, *rest, **options)
 
 
-@_shows_options
+@shows_options
 def conv1d(
     x: Array,
     w: Array,
@@ -272,7 +156,7 @@ def conv1d(
     return _conv_of_rank(1, x, w, bias, out=out, **options)
 
 
-@_shows_options
+@shows_options
 def conv2d(
     x: Array,
     w: Array,
@@ -295,7 +179,7 @@ def conv2d(
     return _conv_of_rank(2, x, w, bias, out=out, **options)
 
 
-@_shows_options
+@shows_options
 def conv3d(
     x: Array,
     w: Array,
@@ -318,7 +202,7 @@ def conv3d(
     return _conv_of_rank(3, x, w, bias, out=out, **options)
 
 
-@_shows_options
+@shows_options
 def conv_input_grad(
     dy: Array,
     w: Array,
@@ -365,16 +249,16 @@ def conv_input_grad(
     """
 
     def bound() -> Call:
-        chosen = _chosen(options)
-        arrays = _inputs(dy=dy, w=w)
+        chosen = chosen_options(options)
+        arrays = inputs(dy=dy, w=w)
         geometry = chosen.geometry(x_shape, w.shape)
         check_shape("dy", dy, geometry.y_shape)
         return bind("input_grad", geometry, arrays, out, chosen)
 
-    return _call("input_grad", (dy, w), out, options, bound, x_shape)
+    return carry_out("input_grad", (dy, w), out, options, bound, x_shape)
 
 
-@_shows_options
+@shows_options
 def conv_weight_grad(
     dy: Array,
     x: Array,
@@ -420,16 +304,16 @@ def conv_weight_grad(
     """
 
     def bound() -> Call:
-        chosen = _chosen(options)
-        arrays = _inputs(dy=dy, x=x)
+        chosen = chosen_options(options)
+        arrays = inputs(dy=dy, x=x)
         geometry = chosen.geometry(x.shape, w_shape)
         check_shape("dy", dy, geometry.y_shape)
         return bind("weight_grad", geometry, arrays, out, chosen)
 
-    return _call("weight_grad", (dy, x), out, options, bound, w_shape)
+    return carry_out("weight_grad", (dy, x), out, options, bound, w_shape)
 
 
-@_shows_options
+@shows_options
 def conv_backward(
     dy: Array,
     x: Array,
@@ -473,74 +357,15 @@ def conv_backward(
     (array([[[[4., 4.],
              [4., 4.]]]]), array([4.]), None)
     """
-    chosen = _chosen(options)
-    arrays = _inputs(dy=dy, x=x, w=w)
-    refuse_capture(leaves_of(module_of(arrays), dy), _BACKWARD_ALLOCATES)
-    several = isinstance(needs, (tuple, list, set, frozenset))
-    if not several or any(name not in GRADIENTS for name in needs):
-        raise ValueError(f"needs must be several of {GRADIENTS}; got {needs!r}")
+    chosen = chosen_options(options)
+    arrays = inputs(dy=dy, x=x, w=w)
+    check_needs(needs, arrays, _BACKWARD_ALLOCATES)
     geometry = chosen.geometry(x.shape, w.shape)
     check_shape("dy", dy, geometry.y_shape)
-    dy, x, w = arrays.values()
-    # Every call is planned before the first one runs: errors come first.
-    calls = {
-        "x": lambda: bind("input_grad", geometry, {"dy": dy, "w": w}, None, chosen),
-        "w": lambda: bind("weight_grad", geometry, {"dy": dy, "x": x}, None, chosen),
-        "bias": lambda: _bias_grad(geometry, dy, chosen),
-    }
-    planned = _prepare_all({name: calls[name] for name in GRADIENTS if name in needs})
-    return ConvGradients(**{name: call.run() for name, call in planned.items()})
+    return gradients(arrays, needs, geometry, chosen)
 
 
-def _prepare_all(calls: dict[str, Callable[[], Any]]) -> dict[str, Any]:
-    """Prepare every call, or name the memory limit that would do for all."""
-    planned, errors = {}, []
-    for name, planning in calls.items():
-        try:
-            planned[name] = planning()
-        except MemoryLimitError as error:
-            errors.append(error)
-    if errors:
-        raise max(errors, key=lambda error: error.smallest)
-    return planned
-
-
-class _BiasGrad(NamedTuple):
-    """The gradient for the bias: the sum of dy over images and positions."""
-
-    geometry: ConvGeometry
-    dy: Array
-    types: Types
-    leaves: Leaves
-
-    def run(self) -> Array:
-        cells = in_groups(self.dy, self.geometry)
-        axes = (0, *range(3, cells.ndim))
-        sums = []
-
-        def body(worker: int) -> None:
-            del worker
-            sums.append(cells.sum(axis=axes, dtype=self.types.accumulate))
-
-        with self.leaves.device_of(self.dy):
-            self.leaves.parallel(body, 1)
-            return sums[0].reshape(-1).astype(self.types.result, copy=False)
-
-
-def _bias_grad(geometry: ConvGeometry, dy: Array, options: Options) -> _BiasGrad:
-    options = options.settled()
-    types = resolve_types({"dy": dy}, options.dtype)
-    leaves = leaves_of(module_of({"dy": dy}), dy)
-    itemsize = types.accumulate.itemsize
-    sums = Buffer("sums", geometry.filters, types.accumulate)
-    needed = leaves.overhead(1, itemsize) + sums.nbytes
-    limit = options.memory_limit
-    if isinstance(limit, int) and limit < needed:
-        raise MemoryLimitError(limit, needed, "the gradient of the bias")
-    return _BiasGrad(geometry, dy, types, leaves)
-
-
-@_shows_options
+@shows_options
 def plan_conv(
     x_shape: Sequence[int],
     w_shape: Sequence[int],
@@ -548,6 +373,8 @@ def plan_conv(
     op: str = "forward",
     bias: bool = False,
     device: str = "cpu",
+    output_padding: Sizes = 0,
+    output_size: Sizes | None = None,
     **options: Unpack[ConvOptions],
 ) -> Plan:
     """Plan a convolution without running it: which strategy, why, and what it costs.
@@ -557,12 +384,16 @@ def plan_conv(
     x_shape, w_shape
         Shapes of input and weights, as for `conv`.
     op
-        ``"forward"``, ``"input_grad"`` or ``"weight_grad"``.
+        ``"forward"``, ``"input_grad"`` or ``"weight_grad"``; or, with the shapes of
+        `conv_transpose`, ``"transpose"``, ``"transpose_input_grad"`` or
+        ``"transpose_weight_grad"``.
     bias
         Whether there is one.
     device
         ``"cpu"`` for NumPy; for CuPy ``"cuda"``, the current device, or one by its
         number: ``"cuda:1"``.
+    output_padding, output_size
+        As for `conv_transpose`, and for it alone.
     **options
         As for `conv`; ``dtype`` is the type of all arrays, float32 by default.
 
@@ -592,13 +423,17 @@ def plan_conv(
     >>> prepared(x).shape
     (8, 64, 56, 56)
     """
-    chosen = _chosen({"dtype": "float32", **options})
-    if op not in OPERANDS:
-        words = ", ".join(map(repr, OPERANDS))
+    chosen = chosen_options({"dtype": "float32", **options})
+    if not isinstance(op, str) or op not in ROLES:
+        words = ", ".join(map(repr, ROLES))
         raise ValueError(f"op must be one of {words}; got {op!r}")
-    geometry = chosen.geometry(x_shape, w_shape)
-    shapes = {"x": geometry.x_shape, "w": geometry.w_shape, "dy": geometry.y_shape}
-    shapes = {name: shapes[name] for name in OPERANDS[op] if name != "bias"}
-    if bias and op == "forward":
-        shapes["bias"] = (geometry.filters,)
-    return plan_of_shapes(op, shapes, leaves_on(device), geometry, chosen)
+    if op.startswith("transpose"):
+        more = output_padding, output_size
+        geometry = chosen.transposed_geometry(x_shape, w_shape, *more)
+    elif output_size is not None or output_padding != 0:
+        raise ValueError(
+            f"output_padding and output_size are for op='transpose'; got op={op!r}"
+        )
+    else:
+        geometry = chosen.geometry(x_shape, w_shape)
+    return plan_of_shapes(op, geometry, leaves_on(device), chosen, bias=bias)

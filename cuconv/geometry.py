@@ -5,7 +5,8 @@ Along one axis, output cell ``o`` and kernel tap ``t`` read the input cell
     i = o * stride + t * dilation - before
 
 where ``before`` is the padding in front of the axis (negative padding crops) and
-cells outside ``0 <= i < size`` read as zero.  Everything below follows from this line.
+cells outside ``0 <= i < size`` read as zero.  Everything below follows from this line;
+a transposed convolution goes along it the other way, from ``o`` to ``i``.
 """
 
 import itertools
@@ -489,6 +490,47 @@ class ConvGeometry(WindowGeometry):
             yield Phase(cells, taps, other)
 
     @classmethod
+    def of_transposed(
+        cls,
+        x_shape: Sequence[int],
+        w_shape: Sequence[int],
+        *,
+        stride: Sizes = 1,
+        padding: Padding = 0,
+        output_padding: Sizes = 0,
+        output_size: Sizes | None = None,
+        dilation: Sizes = 1,
+        groups: int = 1,
+        layout: str = "channels_first",
+    ) -> "ConvGeometry":
+        """Geometry of the convolution whose input gradient is ``conv_transpose(x, w)``.
+
+        Its ``y_shape`` is ``x_shape``, and its ``x_shape`` is that of the result; see
+        `cuconv.conv_transpose`.
+
+        Examples
+        --------
+        >>> from cuconv.geometry import ConvGeometry
+        >>> g = ConvGeometry.of_transposed((8, 64, 28, 28), (64, 3, 4, 4), stride=2)
+        >>> g.x_shape
+        (8, 3, 58, 58)
+        """
+        channels_are_first(layout)
+        return _transposed_geometry(
+            _shape("x", x_shape),
+            _shape("w", w_shape),
+            _frozen("stride", stride),
+            _Ends(
+                _frozen("padding", padding),
+                _frozen("output_padding", output_padding),
+                None if output_size is None else _frozen("output_size", output_size),
+            ),
+            _frozen("dilation", dilation),
+            _index("groups", groups),
+            layout,
+        )
+
+    @classmethod
     def of_weights(
         cls,
         x_shape: Sequence[int],
@@ -745,6 +787,28 @@ def _check_channels(channels: int, expected: int, filters: int, groups: int) -> 
         raise ValueError(f"groups {groups} do not divide the {filters} filters of w")
 
 
+def _rank_of(w_shape: tuple[int, ...]) -> int:
+    rank = len(w_shape) - 2
+    if rank < 1:
+        raise ValueError(
+            f"w has {len(w_shape)} axes; it needs at least 3: filters, channels, space"
+        )
+    return rank
+
+
+class _Weights(NamedTuple):
+    filters: int
+    channels: int
+    kernel: tuple[int, ...]
+
+
+def _split_weights(w_shape: tuple[int, ...], *, channels_first: bool) -> _Weights:
+    """Filters, channels of a group and taps, from either layout."""
+    if channels_first:
+        return _Weights(w_shape[0], w_shape[1], w_shape[2:])
+    return _Weights(w_shape[-1], w_shape[-2], w_shape[:-2])
+
+
 @lru_cache(maxsize=4096)
 def _conv_geometry(
     x_shape: tuple[int, ...],
@@ -755,14 +819,10 @@ def _conv_geometry(
     groups: int,
     layout: str,
 ) -> ConvGeometry:
-    rank = len(w_shape) - 2
-    if rank < 1:
-        raise ValueError(
-            f"w has {len(w_shape)} axes; it needs at least 3: filters, channels, space"
-        )
-    split = _split_shape(x_shape, rank, layout)
-    filters, channels = w_shape[:2] if split.channels_first else w_shape[:-3:-1]
-    kernel = w_shape[2:] if split.channels_first else w_shape[:-2]
+    split = _split_shape(x_shape, _rank_of(w_shape), layout)
+    filters, channels, kernel = _split_weights(
+        w_shape, channels_first=split.channels_first
+    )
     _check_channels(split.channels, channels, filters, groups)
     axes = _axes(split.sizes, kernel, stride, padding, dilation)
     return ConvGeometry(
@@ -772,5 +832,151 @@ def _conv_geometry(
         split.channels_first,
         split.batched,
         filters,
+        groups,
+    )
+
+
+def _check_transposed_channels(channels: int, expected: int, groups: int) -> None:
+    if groups < 1:
+        raise ValueError(f"groups must be at least 1; got {groups}")
+    if expected != channels:
+        raise ValueError(
+            f"channels do not match: x has {channels} and w expects {expected}"
+        )
+    if channels % groups:
+        raise ValueError(f"groups {groups} do not divide the {channels} channels of x")
+
+
+class _Ends(NamedTuple):
+    """What says how large the result of a transposed convolution is."""
+
+    padding: object
+    output_padding: object
+    output_size: object
+
+    @property
+    def word(self) -> str | None:
+        """``"same"`` or ``"same_lower"``, if one of them is the padding."""
+        is_word = isinstance(self.padding, str) and self.padding in PADDING_WORDS[1:]
+        return str(self.padding) if is_word else None
+
+
+class _Source(NamedTuple):
+    """One axis of the input of a transposed convolution, and how it is spread."""
+
+    axis: int
+    size: int
+    kernel: int
+    stride: int
+    dilation: int
+
+    @property
+    def reach(self) -> int:
+        """Cells from the first one that a tap writes to the last, both counted."""
+        return (self.size - 1) * self.stride + self.dilation * (self.kernel - 1) + 1
+
+    @property
+    def most_more(self) -> int:
+        """The largest output_padding."""
+        return max(self.stride, self.dilation) - 1
+
+    def checked(self, more: int) -> int:
+        """An output_padding that is not too large."""
+        if more > self.most_more:
+            raise ValueError(
+                f"output_padding of spatial axis {self.axis} is {more}; it must be "
+                f"less than stride {self.stride} or dilation {self.dilation}, "
+                "whichever is larger"
+            )
+        return more
+
+    def padded(self, pads: Range, more: int) -> Axis:
+        """The axis of the convolution that leads back here."""
+        before, after = pads
+        size = self.reach - before - after + more
+        if size < 0:
+            raise ValueError(
+                f"the result has {size} cells on spatial axis {self.axis}: x has "
+                f"{self.size}, which reach {self.reach} (kernel {self.kernel}, stride "
+                f"{self.stride}, dilation {self.dilation}), less padding {before} and "
+                f"{after}, plus output_padding {more}"
+            )
+        # A whole stride more would be room for another window: it is cropped.
+        after -= more - more % self.stride
+        return Axis(size, self.kernel, self.stride, self.dilation, before, after)
+
+    def of_word(self, word: str, wanted: int | None) -> Axis:
+        """The axis whose padding a word names: ``wanted`` cells, or size · stride."""
+        most = self.size * self.stride
+        least = max(most - self.stride + 1, 0)
+        size = most if wanted is None else wanted
+        self._check_size(size, least, most)
+        pads = _same_pads(word, size, self.kernel, self.stride, self.dilation)
+        return Axis(size, self.kernel, self.stride, self.dilation, *pads)
+
+    def of_size(self, pads: Range, wanted: int) -> Axis:
+        """The axis with the output_padding that makes ``wanted`` cells."""
+        least = self.reach - sum(pads)
+        self._check_size(wanted, least, least + self.most_more)
+        return self.padded(pads, wanted - least)
+
+    def _check_size(self, size: int, least: int, most: int) -> None:
+        if not least <= size <= most:
+            raise ValueError(
+                f"output_size of spatial axis {self.axis} is {size}; it can be "
+                f"{least} … {most}"
+            )
+
+
+def _transposed_axes(sources: list[_Source], ends: _Ends) -> tuple[Axis, ...]:
+    rank, word = len(sources), ends.word
+    more = _per_axis("output_padding", ends.output_padding, rank, 0)
+    sized = word is not None or ends.output_size is not None
+    if any(more) and sized:
+        other = f"padding {word!r}" if word else f"output_size {ends.output_size}"
+        raise ValueError(
+            f"output_padding {ends.output_padding} and {other} both say how large the "
+            "result is: give one of them"
+        )
+    more = tuple(s.checked(cells) for s, cells in zip(sources, more, strict=True))
+    wanted: tuple[int | None, ...] = (None,) * rank
+    if ends.output_size is not None:
+        wanted = _per_axis("output_size", ends.output_size, rank, 0)
+    if word is not None:
+        pairs = zip(sources, wanted, strict=True)
+        return tuple(source.of_word(word, size) for source, size in pairs)
+    _, sizes, kernel, strides, dilations = zip(*sources, strict=True)
+    pads = _pads(ends.padding, sizes, kernel, strides, dilations)
+    return tuple(
+        source.padded(pair, cells) if size is None else source.of_size(pair, size)
+        for source, pair, cells, size in zip(sources, pads, more, wanted, strict=True)
+    )
+
+
+@lru_cache(maxsize=4096)
+def _transposed_geometry(
+    x_shape: tuple[int, ...],
+    w_shape: tuple[int, ...],
+    stride: object,
+    ends: _Ends,
+    dilation: object,
+    groups: int,
+    layout: str,
+) -> ConvGeometry:
+    rank = _rank_of(w_shape)
+    split = _split_shape(x_shape, rank, layout)
+    weights = _split_weights(w_shape, channels_first=split.channels_first)
+    _check_transposed_channels(split.channels, weights.filters, groups)
+    _per_axis("kernel_size", weights.kernel, rank, 1)
+    strides = _per_axis("stride", stride, rank, 1)
+    dilations = _per_axis("dilation", dilation, rank, 1)
+    each = zip(split.sizes, weights.kernel, strides, dilations, strict=True)
+    return ConvGeometry(
+        split.images,
+        weights.channels * groups,
+        _transposed_axes([_Source(i, *axis) for i, axis in enumerate(each)], ends),
+        split.channels_first,
+        split.batched,
+        weights.filters,
         groups,
     )

@@ -1,6 +1,7 @@
 """From arrays and options to a `Plan`: what will run, why, and running it."""
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -8,7 +9,6 @@ import numpy as np
 from cuconv.arrays import (
     Array,
     DType,
-    Types,
     check_out,
     check_overlap,
     is_aligned,
@@ -18,7 +18,7 @@ from cuconv.arrays import (
     resolve_types,
 )
 from cuconv.config import check_deterministic, check_precision, settings
-from cuconv.geometry import ConvGeometry, Padding, Sizes
+from cuconv.geometry import Axis, ConvGeometry, Padding, Sizes
 from cuconv.leaves import Leaves, leaves_of, refuse_capture
 from cuconv.memory import (
     MemoryLimit,
@@ -31,7 +31,7 @@ from cuconv.memory import (
 from cuconv.planner import NAMES, Choice, Decision, decide
 from cuconv.profiling import stage
 from cuconv.strategies import Job, Problem
-from cuconv.strategies.base import Buffers, in_groups
+from cuconv.strategies.base import TRANSPOSED, Buffers, in_groups
 from cuconv.tuning import Winner, fastest, recall, remember
 
 # The largest workspace that a plan keeps for itself.  NumPy's own buffers for arrays
@@ -44,12 +44,17 @@ NEEDS_OUT = (
     "array for the result as out="
 )
 
-# The arrays of each operation, in the order in which they are given.
-OPERANDS = {
-    "forward": ("x", "w", "bias"),
-    "input_grad": ("dy", "w"),
-    "weight_grad": ("dy", "x"),
+# The arrays of each operation, in the order in which they are given, and what each is
+# to the convolution that the strategies run.
+ROLES = {
+    "forward": {"x": "x", "w": "w", "bias": "bias"},
+    "input_grad": {"dy": "dy", "w": "w"},
+    "weight_grad": {"dy": "dy", "x": "x"},
+    "transpose": {"x": "dy", "w": "w", "bias": "bias"},
+    "transpose_input_grad": {"dy": "x", "w": "w"},
+    "transpose_weight_grad": {"dy": "x", "x": "dy"},
 }
+_CONVOLUTION = {call: op for op, call in TRANSPOSED.items()}
 
 
 class Options(NamedTuple):
@@ -72,6 +77,25 @@ class Options(NamedTuple):
             w_shape,
             stride=self.stride,
             padding=self.padding,
+            dilation=self.dilation,
+            groups=self.groups,
+            layout=self.layout,
+        )
+
+    def transposed_geometry(
+        self,
+        x_shape: Sequence[int],
+        w_shape: Sequence[int],
+        output_padding: Sizes,
+        output_size: Sizes | None,
+    ) -> ConvGeometry:
+        return ConvGeometry.of_transposed(
+            x_shape,
+            w_shape,
+            stride=self.stride,
+            padding=self.padding,
+            output_padding=output_padding,
+            output_size=output_size,
             dilation=self.dilation,
             groups=self.groups,
             layout=self.layout,
@@ -219,7 +243,7 @@ class Plan:
         key = signature((*arrays, out))
         if key is not None and key == self._accepted and out is None:
             return self.run(self._with_weights(arrays), None)
-        names = list(OPERANDS[self.problem.op])
+        names = list(ROLES[self.problem.call])
         if self._weights is not None:
             names.remove("w")
         given = {
@@ -231,8 +255,8 @@ class Plan:
         captured = self._leaves.is_capturing()
         self.check_result(out, given, captured=captured)
         if not self._fits(given, out, captured=captured):
-            op, geometry = self.problem.op, self.problem.geometry
-            return bind(op, geometry, given, out, self.options).run()
+            call, geometry = self.problem.call, self.problem.geometry
+            return bind(call, geometry, given, out, self.options).run()
         self._accepted = key
         return self.run(self._with_weights(arrays), out)
 
@@ -300,7 +324,7 @@ class Plan:
         >>> prepared(np.ones((1, 1, 4), dtype=np.float32))
         array([[[2., 2., 2.]]], dtype=float32)
         """
-        if "w" not in OPERANDS[self.problem.op]:
+        if "w" not in ROLES[self.problem.call]:
             raise ValueError("the gradient of the weights has no weights to prepare")
         self._check(["w"], (w,), {"w": w})
         refuse_capture(self._leaves, "weights are prepared before that")
@@ -381,7 +405,7 @@ class Plan:
         ) as raw:
             job, space = _job(choice, self._leaves, raw, kept)
             if self.problem.op == "weight_grad":
-                strategy.weight_grad(job, first, second, out)
+                self._execute_weight_grad(job, first, second, out)
                 return
             weights = second
             if self._weights is None:
@@ -389,7 +413,18 @@ class Plan:
             if choice.problem.op == "forward":
                 strategy.forward(job, first, weights, bias, out)
             else:
-                strategy.input_grad(job, first, weights, out)
+                strategy.input_grad(job, first, weights, bias, out)
+
+    def _execute_weight_grad(self, job: Job, dy: Array, x: Array, out: Array) -> None:
+        strategy = self._choice.strategy
+        if not self.problem.transposed:
+            strategy.weight_grad(job, dy, x, out)
+            return
+        # Σ dy · x̄ of the caller's is the conjugate of what the strategy sums, which
+        # takes the one for the other.
+        strategy.weight_grad(job, x, dy, out)
+        if self.problem.operand.kind == "c":
+            self._xp.conjugate(out, out=out)
 
     def _execute_plainly(self, x: Array, w: Array, out: Array) -> None:
         """Run a plain job in buffers of its own, which wait for the next call."""
@@ -428,7 +463,6 @@ class Plan:
         out: Array | None = None,
     ) -> None:
         """Refuse arrays that this plan was not made for."""
-        g = self.problem.geometry
         needed = [name for name in names if name != "bias"]
         if self.problem.has_bias and "bias" in names:
             needed.append("bias")
@@ -443,12 +477,7 @@ class Plan:
         mine = self._leaves.device
         if place != mine:
             raise ValueError(f"the arrays lie on {place} and the plan is for {mine}")
-        shapes = {
-            "x": g.x_shape,
-            "w": g.w_shape,
-            "dy": g.y_shape,
-            "bias": (g.filters,),
-        }
+        shapes = shapes_of(self.problem.call, self.problem.geometry)
         planned = self.options.dtype and np.dtype(self.options.dtype)
         for name, array in given.items():
             check_shape(name, array, shapes[name])
@@ -468,12 +497,13 @@ class Plan:
         check_overlap(self._xp, out, arrays)
 
     def _misplaced(self, given: dict[str, Array], out: Array | None) -> list[str]:
-        """The arrays that do not lie in memory as the plan assumed."""
-        p = self.problem
-        lie = _direct(p.op, p.geometry, given, out, p.types, self._leaves)
-        # Sums that were to be cut are formed whole where the result has gaps.
-        fine = {"run"} if self._weights is None else {"run", "w"}
-        return sorted(p.direct - lie - fine)
+        """The arrays that do not lie in memory as the plan assumed, by their names."""
+        p, roles = self.problem, ROLES[self.problem.call]
+        in_roles = {roles[name]: array for name, array in given.items()}
+        missing = p.direct - _direct(p, in_roles, out, self._leaves)
+        if self._weights is not None:
+            missing -= {"w"}
+        return sorted(n for n in (*roles, "out") if roles.get(n, n) in missing)
 
     def __str__(self) -> str:
         return "\n".join(f"{name:<14}{text}" for name, text in self.rows())
@@ -484,10 +514,13 @@ class Plan:
         tile = choice.cut.tile
         cells = "×".join(map(str, (tile.images, *tile.cells)))
         last = "" if self.chunks == 1 else ", the last may be smaller"
-        yield "plan", f"{NAMES[p.op]}, {p.types.result.name}, {p.module}"
-        yield "x", f"{g.x_shape}, w {g.w_shape}, y {g.y_shape}"
+        x_shape, y_shape = g.x_shape, g.y_shape
+        if p.transposed:
+            x_shape, y_shape = y_shape, x_shape
+        yield "plan", f"{NAMES[p.call]}, {p.types.result.name}, {p.module}"
+        yield "x", f"{x_shape}, w {g.w_shape}, y {y_shape}"
         for index, axis in enumerate(g.axes):
-            yield f"axis {index}", _axis_text(axis)
+            yield f"axis {index}", _axis_text(axis, transposed=p.transposed)
         yield "groups", f"{g.groups}"
         yield "strategy", f"{choice.label}, precision {p.precision}"
         yield "chunks", f"{self.chunks} of {cells} positions{last}"
@@ -537,7 +570,7 @@ class Call(NamedTuple):
 
 
 def bind(
-    op: str,
+    call: str,
     geometry: ConvGeometry,
     arrays: dict[str, Array],
     out: Array | None,
@@ -549,13 +582,13 @@ def bind(
     arrays = {name: plain(array) for name, array in arrays.items()}
     with stage("plan"):
         leaves = leaves_of(xp, next(iter(arrays.values())))
-        plan = _planned(op, geometry, arrays, out, options, leaves)
+        plan = _planned(call, geometry, arrays, out, options, leaves)
     plan.check_result(out, arrays, captured=plan.problem.captured)
     return Call(plan, tuple(arrays.values()), out)
 
 
 def _planned(
-    op: str,
+    call: str,
     geometry: ConvGeometry,
     arrays: dict[str, Array],
     out: Array | None,
@@ -564,38 +597,56 @@ def _planned(
 ) -> Plan:
     types = resolve_types(arrays, options.dtype)
     operand = leaves.operand_type(types)
-    source = arrays["dy" if op == "input_grad" else "x"].dtype
-    foreign = (name for name, array in arrays.items() if array.dtype != operand)
+    op = _CONVOLUTION.get(call, call)
+    in_roles = {ROLES[call][name]: array for name, array in arrays.items()}
+    foreign = (role for role, array in in_roles.items() if array.dtype != operand)
     problem = Problem(
         op=op,
         geometry=geometry,
         types=types,
         operand=operand,
-        source=source,
-        direct=_direct(op, geometry, arrays, out, types, leaves),
+        source=in_roles["dy" if op == "input_grad" else "x"].dtype,
+        direct=frozenset(),
         foreign=frozenset(foreign),
         has_bias="bias" in arrays,
         deterministic=options.deterministic is not False,
         precision=options.precision or "standard",
         module=leaves.xp.__name__,
         captured=leaves.is_capturing(),
+        transposed=call != op,
     )
+    problem = replace(problem, direct=_direct(problem, in_roles, out, leaves))
     name = "auto" if options.strategy == "benchmark" else options.strategy
     decision = decide(problem, leaves, name, options.memory_limit, leaves.workers())
     return Plan(problem, decision, leaves, options)
 
 
+def shapes_of(call: str, geometry: ConvGeometry) -> dict[str, tuple[int, ...]]:
+    """The shapes of an operation's arrays by their names."""
+    channels = geometry.channels if call in _CONVOLUTION else geometry.filters
+    own = {
+        "x": geometry.x_shape,
+        "w": geometry.w_shape,
+        "dy": geometry.y_shape,
+        "bias": (channels,),
+    }
+    return {name: own[role] for name, role in ROLES[call].items()}
+
+
 def plan_of_shapes(
-    op: str,
-    shapes: dict[str, tuple[int, ...]],
-    leaves: Leaves,
+    call: str,
     geometry: ConvGeometry,
+    leaves: Leaves,
     options: Options,
+    *,
+    bias: bool,
 ) -> Plan:
-    """The plan for C-contiguous arrays of these shapes and one type."""
-    own = np.dtype(options.dtype)
+    """The plan for C-contiguous arrays of one type."""
+    own, shapes = np.dtype(options.dtype), shapes_of(call, geometry)
+    if not bias:
+        shapes.pop("bias", None)
     arrays = {name: _untouched(shape, own) for name, shape in shapes.items()}
-    return _planned(op, geometry, arrays, None, options.settled(), leaves)
+    return _planned(call, geometry, arrays, None, options.settled(), leaves)
 
 
 def _untouched(shape: tuple[int, ...], dtype: DType) -> Array:
@@ -609,46 +660,39 @@ def _untouched(shape: tuple[int, ...], dtype: DType) -> Array:
 
 
 def _direct(
-    op: str,
-    geometry: ConvGeometry,
-    arrays: dict[str, Array],
-    out: Array | None,
-    types: Types,
-    leaves: Leaves,
+    problem: Problem, in_roles: dict[str, Array], out: Array | None, leaves: Leaves
 ) -> frozenset[str]:
     """The arrays that can be multiplied, or written, where they lie.
 
     And ``run`` where the result is one run of memory.
     """
-    operand = leaves.operand_type(types)
-    ready = set()
-    for name, array in arrays.items():
-        if array.dtype != operand or name == "bias":
+    geometry, ready = problem.geometry, set()
+    for role, array in in_roles.items():
+        if array.dtype != problem.operand or role == "bias":
             continue
-        if name == "w":
-            conjugated = op == "input_grad" and operand.kind == "c"
-            fits = array.flags.c_contiguous and is_aligned(array) and not conjugated
+        if role == "w":
+            fits = array.flags.c_contiguous and is_aligned(array)
+            fits = fits and not problem.conjugates_weights
         else:
             cells = in_groups(array, geometry)
             fits = is_matrix_ready(cells, geometry.rank, leaves.largest_step)
         if fits:
-            ready.add(name)
-    if _is_direct_out(op, geometry, out, types, leaves):
+            ready.add(role)
+    if _is_direct_out(problem, out, leaves):
         ready.add("out")
     if out is None or out.flags.c_contiguous:
         ready.add("run")
     return frozenset(ready)
 
 
-def _is_direct_out(
-    op: str, geometry: ConvGeometry, out: Array | None, types: Types, leaves: Leaves
-) -> bool:
+def _is_direct_out(problem: Problem, out: Array | None, leaves: Leaves) -> bool:
     """Whether products can be written to the result where it lies."""
+    geometry, types = problem.geometry, problem.types
     if not leaves.can_store(types, types.result):
         return False
     if out is None:
         return geometry.positions <= leaves.largest_step
-    if op == "weight_grad":
+    if problem.op == "weight_grad":
         return bool(out.flags.c_contiguous) and is_aligned(out)
     cells = in_groups(plain(out), geometry)
     return is_matrix_ready(cells, geometry.rank, leaves.largest_step)
@@ -700,7 +744,10 @@ def _winner(choice: Choice) -> Winner:
     return Winner(choice.strategy.name, choice.cut.variant, choice.problem.flipped)
 
 
-def _axis_text(axis: Any) -> str:
+def _axis_text(axis: Axis, *, transposed: bool) -> str:
     pads = f"padding {axis.before} and {axis.after}"
     steps = f"stride {axis.stride}, dilation {axis.dilation}"
-    return f"{axis.size} cells, {axis.kernel} taps, {steps}, {pads}, {axis.out} out"
+    size, out = axis.size, axis.out
+    if transposed:
+        size, out = out, size
+    return f"{size} cells, {axis.kernel} taps, {steps}, {pads}, {out} out"

@@ -32,6 +32,9 @@ NAMES = {
     "forward": "the forward pass",
     "input_grad": "the gradient of the input",
     "weight_grad": "the gradient of the weights",
+    "transpose": "the transposed convolution",
+    "transpose_input_grad": "the gradient of a transposed convolution's input",
+    "transpose_weight_grad": "the gradient of a transposed convolution's weights",
 }
 
 
@@ -63,7 +66,7 @@ class Choice:
         """The strategy's name, with what the name leaves open."""
         words = self.strategy.describe(self.cut.variant)
         name = self.strategy.name + (f" ({words})" if words else "")
-        return f"{name} over dy" if self.problem.flipped else name
+        return f"{name} {_over(self.problem)}" if self.problem.flipped else name
 
 
 @dataclass(frozen=True)
@@ -104,16 +107,21 @@ def decide(
         return _decision(problem, leaves, name, error.smallest, workers)
 
 
+def check_strategy_name(name: str) -> None:
+    """Refuse a word that names no strategy, and is none of the others."""
+    words = "auto", "benchmark", *strategies()
+    if name not in words:
+        quoted = ", ".join(map(repr, words))
+        raise ValueError(f"strategy must be one of {quoted}; got {name!r}")
+
+
 def _check_strategy(problem: Problem, name: str) -> None:
-    known = strategies()
+    check_strategy_name(name)
     if name == "auto":
         return
-    if name not in known:
-        words = ", ".join(map(repr, ("auto", "benchmark", *known)))
-        raise ValueError(f"strategy must be one of {words}; got {name!r}")
-    reason = _refusal(known[name], problem)
+    reason = _refusal(strategies()[name], problem)
     if reason:
-        what = NAMES[problem.op]
+        what = NAMES[problem.call]
         raise ValueError(f"strategy {name!r} cannot run {what} here: {reason}")
 
 
@@ -123,6 +131,11 @@ def _forms(problem: Problem) -> list[Problem]:
     return [problem] if other is None else [problem, other]
 
 
+def _over(problem: Problem) -> str:
+    """What a forward pass for an input gradient goes over."""
+    return "over x" if problem.transposed else "over dy"
+
+
 def _refusal(strategy: Strategy, problem: Problem) -> str:
     """Why a strategy runs the problem in none of its forms; empty if it can."""
     if problem.captured and not strategy.capturable:
@@ -130,7 +143,7 @@ def _refusal(strategy: Strategy, problem: Problem) -> str:
     answers = [strategy.supports(form) for form in _forms(problem)]
     if any(able for able, _ in answers):
         return ""
-    return "; over dy: ".join(reason for _, reason in answers)
+    return f"; {_over(problem)}: ".join(reason for _, reason in answers)
 
 
 def _decision(
@@ -159,7 +172,7 @@ def _decision(
     if not found:
         if problem.captured:
             raise ValueError(_nothing_to_capture(problem, reasons))
-        raise MemoryLimitError(limit, min(least.values()), NAMES[problem.op])
+        raise MemoryLimitError(limit, min(least.values()), NAMES[problem.call])
     found.sort(key=lambda choice: choice.rank)
     return Decision(found[0], limit, _passed_over(found, reasons), tuple(found))
 
@@ -174,9 +187,9 @@ def _nothing_to_capture(problem: Problem, reasons: dict[str, str]) -> str:
     able = (repr(s.name) for s in strategies().values() if s.capturable)
     words = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
     return (
-        f"{NAMES[problem.op]} cannot be captured in a CUDA graph here ({words}): call "
-        f"it outside the capture, or so that {' or '.join(able)} can run it without "
-        "workspace"
+        f"{NAMES[problem.call]} cannot be captured in a CUDA graph here ({words}): "
+        f"call it outside the capture, or so that {' or '.join(able)} can run it "
+        "without workspace"
     )
 
 
@@ -276,7 +289,7 @@ class _Fit:
     def _check(self) -> None:
         smallest = min(map(self._bytes, self._extremes()))
         if smallest > self._limit:
-            raise MemoryLimitError(self._limit, smallest, NAMES[self._problem.op])
+            raise MemoryLimitError(self._limit, smallest, NAMES[self._problem.call])
 
     def _shared(self, pieces: int, lanes: int) -> Cut | None:
         """A cut that leaves room for a second worker, if its blocks are not tiny."""

@@ -7,8 +7,8 @@ is an integer (exact, wrapped modulo 2^64 as NumPy's are), else float64.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from itertools import count
+from dataclasses import dataclass, replace
+from itertools import count, product
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
@@ -180,6 +180,177 @@ def conv_weight_grad_reference(
     return _settled(dw, dtype)
 
 
+def conv_transpose_reference(
+    x: Array,
+    w: Array,
+    bias: Array | None = None,
+    *,
+    stride: Sizes = 1,
+    padding: Padding = 0,
+    output_padding: Sizes = 0,
+    output_size: Sizes | None = None,
+    dilation: Sizes = 1,
+    groups: int = 1,
+    layout: str = "channels_first",
+) -> Host:
+    """Spread cells as `cuconv.conv_transpose` does, by loops over scalars.
+
+    Every cell of x is written, times every weight of its channel, to a canvas without
+    end; the result is the part of it that padding and output_padding leave.
+
+    Parameters
+    ----------
+    x
+        Input, (N, C, *spatial), or (C, *spatial).
+    w
+        Weights, (C, K / groups, *kernel).
+    bias
+        (K,).
+    stride, padding, output_padding, output_size, dilation, groups, layout
+        As for `cuconv.conv_transpose`.
+
+    Returns
+    -------
+    numpy.ndarray
+        (N, K, *out), in complex128, int64 or float64.
+
+    Raises
+    ------
+    ValueError
+        If the channels do not match.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from cuconv.testing import conv_transpose_reference
+    >>> conv_transpose_reference(np.array([[[1, 2]]]), np.array([[[1, 10, 100]]]))
+    array([[[  1,  12, 120, 200]]])
+    """
+    dtype, (inputs, weights, *offset) = _as_numbers(x, w, bias)
+    view = _View(layout, batched=x.ndim == w.ndim)
+    images, filters = view.of_images(inputs), view.of_filters(weights)
+    spread = _Spread.of(images.shape, filters.shape, stride, dilation, groups)
+    spread = spread.cut(padding, output_padding, output_size)
+    y = np.zeros(spread.y_shape, dtype=object)
+    for each in offset:
+        y += each.reshape(-1, *(1,) * len(spread.out))
+    for at_x, at_w, at_y in spread:
+        y[at_y] += images[at_x] * filters[at_w]
+    return _settled(view.back(y), dtype)
+
+
+def conv_transpose_input_grad_reference(
+    dy: Array,
+    w: Array,
+    x_shape: Sequence[int],
+    *,
+    stride: Sizes = 1,
+    padding: Padding = 0,
+    output_padding: Sizes = 0,
+    output_size: Sizes | None = None,
+    dilation: Sizes = 1,
+    groups: int = 1,
+    layout: str = "channels_first",
+) -> Host:
+    """The gradient of `conv_transpose_reference` for its input, by the same loops.
+
+    Parameters
+    ----------
+    dy
+        Gradient for the result, (N, K, *out).
+    w
+        Weights, (C, K / groups, *kernel); conjugated where complex, as in PyTorch.
+    x_shape
+        Shape of the input.
+    stride, padding, output_padding, output_size, dilation, groups, layout
+        As for `cuconv.conv_transpose`.
+
+    Returns
+    -------
+    numpy.ndarray
+        Of shape ``x_shape``, in complex128, int64 or float64.
+
+    Raises
+    ------
+    ValueError
+        If the channels do not match, or ``dy`` has not the shape of the result.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from cuconv.testing import conv_transpose_input_grad_reference
+    >>> dy, w = np.arange(4), np.array([[[1, 10, 100]]])
+    >>> conv_transpose_input_grad_reference(dy.reshape(1, 1, 4), w, (1, 1, 2))
+    array([[[210, 321]]])
+    """
+    dtype, (gradient, weights) = _as_numbers(dy, w)
+    view = _View(layout, batched=len(x_shape) == w.ndim)
+    dx = np.zeros(x_shape, dtype=object)
+    cells, filters = view.of_images(dx), view.of_filters(weights)
+    spread = _Spread.of(cells.shape, filters.shape, stride, dilation, groups)
+    spread = spread.cut(padding, output_padding, output_size)
+    results = spread.checked(view.of_images(gradient))
+    for at_x, at_w, at_y in spread:
+        cells[at_x] += results[at_y] * filters[at_w].conjugate()
+    return _settled(dx, dtype)
+
+
+def conv_transpose_weight_grad_reference(
+    dy: Array,
+    x: Array,
+    w_shape: Sequence[int],
+    *,
+    stride: Sizes = 1,
+    padding: Padding = 0,
+    output_padding: Sizes = 0,
+    output_size: Sizes | None = None,
+    dilation: Sizes = 1,
+    groups: int = 1,
+    layout: str = "channels_first",
+) -> Host:
+    """The gradient of `conv_transpose_reference` for its weights, by the same loops.
+
+    Parameters
+    ----------
+    dy
+        Gradient for the result, (N, K, *out).
+    x
+        Input, (N, C, *spatial); conjugated where complex, as in PyTorch.
+    w_shape
+        Shape of the weights.
+    stride, padding, output_padding, output_size, dilation, groups, layout
+        As for `cuconv.conv_transpose`.
+
+    Returns
+    -------
+    numpy.ndarray
+        Of shape ``w_shape``, in complex128, int64 or float64.
+
+    Raises
+    ------
+    ValueError
+        If the channels do not match, or ``dy`` has not the shape of the result.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from cuconv.testing import conv_transpose_weight_grad_reference
+    >>> dy, x = np.arange(4), np.array([[[1, 10]]])
+    >>> conv_transpose_weight_grad_reference(dy.reshape(1, 1, 4), x, (1, 1, 3))
+    array([[[10, 21, 32]]])
+    """
+    dtype, (gradient, inputs) = _as_numbers(dy, x)
+    view = _View(layout, batched=x.ndim == len(w_shape))
+    dw = np.zeros(tuple(w_shape), dtype=object)
+    images, weights = view.of_images(inputs), view.of_filters(dw)
+    spread = _Spread.of(images.shape, weights.shape, stride, dilation, groups)
+    spread = spread.cut(padding, output_padding, output_size)
+    results = spread.checked(view.of_images(gradient))
+    for at_x, at_w, at_y in spread:
+        weights[at_w] += results[at_y] * images[at_x].conjugate()
+    return _settled(dw, dtype)
+
+
 class _View(NamedTuple):
     """Any layout seen as (N, channels, *spatial) and (K, C / groups, *kernel)."""
 
@@ -272,6 +443,72 @@ class _Loops:
                 i = tuple(a * s + b * d - before for a, s, b, d, before in each)
                 if all(0 <= j < n for j, n in zip(i, self.x_shape[2:], strict=True)):
                     yield o, t, i
+
+
+@dataclass(frozen=True)
+class _Spread:
+    """Who writes where: iterating gives the indices of x, w and y of every product."""
+
+    x_shape: Index
+    w_shape: Index
+    stride: Index
+    dilation: Index
+    groups: int
+    before: Index = ()
+    out: Index = ()
+
+    @classmethod
+    def of(
+        cls, x_shape: Index, w_shape: Index, stride: Sizes, dilation: Sizes, groups: int
+    ) -> "_Spread":
+        if x_shape[1] != w_shape[0] or x_shape[1] % groups:
+            raise ValueError(
+                f"x {x_shape}, w {w_shape} and groups {groups} do not match"
+            )
+        rank = len(w_shape) - 2
+        return cls(x_shape, w_shape, _each(stride, rank), _each(dilation, rank), groups)
+
+    def cut(self, padding: Any, more: Sizes, wanted: Sizes | None) -> "_Spread":
+        """With the part of the canvas that is the result."""
+        rank = len(self.stride)
+        found = []
+        for axis, extra in enumerate(_each(more, rank)):
+            step, taps = self.stride[axis], self.w_shape[2 + axis]
+            span = self.dilation[axis] * (taps - 1) + 1
+            cells = self.x_shape[2 + axis]
+            size = None if wanted is None else _each(wanted, rank)[axis]
+            if padding in ("same", "same_lower"):
+                size = cells * step if size is None else size
+                found.append((_word_pads(padding, size, span, step)[0], size))
+                continue
+            pair = 0 if padding == "valid" else _each(padding, rank)[axis]
+            before, after = (pair, pair) if isinstance(pair, int) else pair
+            written = (cells - 1) * step + span
+            left = written - before - after + extra
+            found.append((before, left if size is None else size))
+        before, out = zip(*found, strict=True)
+        return replace(self, before=before, out=out)
+
+    @property
+    def y_shape(self) -> Index:
+        return (self.x_shape[0], self.w_shape[1] * self.groups, *self.out)
+
+    def checked(self, y: Host) -> Host:
+        if y.shape != self.y_shape:
+            raise ValueError(f"dy is {y.shape} and the result {self.y_shape}")
+        return y
+
+    def __iter__(self) -> Iterator[tuple[Index, Index, Index]]:
+        images, channels, *size = self.x_shape
+        _, filters, *kernel = self.w_shape
+        cells = list(product(np.ndindex(*size), np.ndindex(*kernel)))
+        for n, c, k in np.ndindex(images, channels, filters):
+            first = c // (channels // self.groups) * filters
+            for o, t in cells:
+                each = zip(o, self.stride, t, self.dilation, self.before, strict=True)
+                i = tuple(a * s + b * d - before for a, s, b, d, before in each)
+                if all(0 <= j < size for j, size in zip(i, self.out, strict=True)):
+                    yield (n, c, *o), (c, k, *t), (n, first + k, *i)
 
 
 def _each(value: Any, rank: int) -> tuple[Any, ...]:
@@ -599,6 +836,9 @@ __all__ = [
     "check_adjoint",
     "conv_input_grad_reference",
     "conv_reference",
+    "conv_transpose_input_grad_reference",
+    "conv_transpose_reference",
+    "conv_transpose_weight_grad_reference",
     "conv_weight_grad_reference",
     "numerical_gradient",
     "relative_error",

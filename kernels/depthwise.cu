@@ -1,9 +1,10 @@
 // Depthwise convolution and its input gradient, for few channels in a group.
 //
 //     y[n, g, k, o]  = bias[g, k] + sum over c, t of w[g, k, c, t] * x[n, g, c, i]
-//     dx[n, g, c, i] = sum over k, t, o of conj(w[g, k, c, t]) * dy[n, g, k, o]
+//     dx[n, g, c, i] = bias[g, c] + sum over k, t, o of w[g, k, c, t] * dy[n, g, k, o]
 //
-// with i = first + o * stride + t * dilation; no array is copied, and cells outside x are
+// with i = first + o * stride + t * dilation, and w conjugated where that is asked, as
+// in a gradient; no array is copied, and cells outside x are
 // passed over, not multiplied by zero.  direct.cuh says how arrays are addressed.
 //
 // One thread owns one cell of the result in one channel, and IMAGES images of it.  The
@@ -77,7 +78,7 @@ __device__ inline void sum_up(
 #pragma unroll 1
                 for (CELL t = 0; t < walk.count[2]; ++t) {
                     const SUM own = widen(w[with]);
-                    const SUM weight = d.adjoint ? conjugate(own) : own;
+                    const SUM weight = d.conjugated ? conjugate(own) : own;
 #pragma unroll
                     for (int m = 0; m < COUNT; ++m) {
                         const SUM value = widen(source[from + m * d.source_image]);

@@ -28,6 +28,7 @@ struct Direct {
     CELL each;              // images of an item, 1 or IMAGES
     CELL channels_fastest;  // neighbouring threads: channels if set, else cells
     CELL adjoint;
+    CELL conjugated;        // the weights are
     CELL taps_each, lanes;  // of a block, for the gradient of the weights
     DivisorOf<CELL> by_lanes, by_own;  // channels of the result: all, and of a group
     INDEX source_image, source_group, source_channel;

@@ -56,6 +56,37 @@ def cases(draw: st.DrawFn, ranks: tuple[int, ...] = (1, 2, 3)) -> Case:
 
 
 @st.composite
+def transposed_cases(draw: st.DrawFn, ranks: tuple[int, ...] = (1, 2, 3)) -> Case:
+    """A valid transposed convolution: x spread over a result of at least one cell."""
+    rank = draw(st.sampled_from(ranks))
+    kernel, stride, dilation, _ = _window(draw, rank)
+    size = _distinct(draw, 1, 5 if rank < 3 else 3, rank)
+    pads, more = [], []
+    for n, k, s, d in zip(size, kernel, stride, dilation, strict=True):
+        extra = draw(st.integers(0, max(s, d) - 1))
+        # So much is left out at the end that a cell remains.
+        before = draw(st.integers(-2, 4))
+        most = (n - 1) * s + d * (k - 1) + extra - before
+        pads.append((before, draw(st.integers(min(-2, most), min(4, most)))))
+        more.append(extra)
+    groups = draw(st.integers(1, 3))
+    channels, filters = draw(st.integers(1, 3)), draw(st.integers(1, 3))
+    images = draw(st.sampled_from([(), (1,), (2,), (3,)]))
+    case = Case(
+        (*images, channels * groups, *size),
+        (channels * groups, filters, *kernel),
+        {
+            "stride": tuple(stride),
+            "padding": tuple(pads),
+            "output_padding": tuple(more),
+            "dilation": tuple(dilation),
+            "groups": groups,
+        },
+    )
+    return case.in_layout(draw(st.sampled_from(LAYOUTS)))
+
+
+@st.composite
 def tiled_cases(draw: st.DrawFn, most: int = 7) -> Case:
     """A convolution that Winograd's tiles can take, or whose tails they hardly can.
 

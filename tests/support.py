@@ -11,13 +11,10 @@ import ml_dtypes  # noqa: F401 - gives NumPy the name bfloat16
 import numpy as np
 
 import cuconv
-from cuconv import planner, testing
+from cuconv import calls, planner, testing
 from cuconv.arrays import SUPPORTED_TYPES
 from cuconv.leaves import host
 from cuconv.memory import MemoryLimitError
-
-# The module; the function of its name hides it.
-calls = sys.modules["cuconv.conv"]
 
 OPERATIONS = ("forward", "input_grad", "weight_grad")
 LAYOUTS = ("channels_first", "channels_last")

@@ -230,6 +230,22 @@ def test_07_same_with_even_kernels_and_strides(xp) -> None:
     assert checked == 144
 
 
+def test_08_output_padding_of_strides_but_less_than_dilation(xp) -> None:
+    options = {"stride": (1, 2), "dilation": (3, 5), "output_padding": (2, 4)}
+    x, w = integers((2, 3, 4, 5)), integers((3, 2, 2, 3), seed=1)
+    y = cuconv.conv_transpose(to_device(xp, x), to_device(xp, w), **options)
+    assert y.shape == (2, 2, 3 + 3 + 2 + 1, 8 + 10 + 4 + 1)
+    testing.assert_equal(y, testing.conv_transpose_reference(x, w, **options))
+    dy = integers(y.shape, seed=2)
+    dx, dw, _ = cuconv.conv_transpose_backward(
+        *(to_device(xp, array) for array in (dy, x, w)), **options
+    )
+    wanted = testing.conv_transpose_input_grad_reference(dy, w, x.shape, **options)
+    testing.assert_equal(dx, wanted)
+    wanted = testing.conv_transpose_weight_grad_reference(dy, x, w.shape, **options)
+    testing.assert_equal(dw, wanted)
+
+
 def test_09_pads_larger_than_the_kernel_and_crops_larger_than_the_input(xp) -> None:
     pads = [
         (5, 0),

@@ -101,7 +101,7 @@ class Direct(OneWay):
     def forward(self, job: Any, x: Any, weights: Any, bias: Any, out: Any) -> None:
         self._launch(job, 0, x, weights, out)
 
-    def input_grad(self, job: Any, dy: Any, weights: Any, out: Any) -> None:
+    def input_grad(self, job: Any, dy: Any, weights: Any, bias: Any, out: Any) -> None:
         self._launch(job, 1, dy, weights, out)
 
     def weight_grad(self, job: Any, dy: Any, x: Any, out: Any) -> None:

@@ -24,23 +24,24 @@ from support import (
 from test_conv import CASES
 
 import cuconv
-from cuconv import planner, rates, testing
+from cuconv import calls, planner, rates, testing
 from cuconv.strategies import register, strategies
 
-calls = sys.modules["cuconv.conv"]
+# The module; the function of its name hides it.
+convolutions = sys.modules["cuconv.conv"]
 
 
 @pytest.fixture
 def planned(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """One item for each call that was checked and planned, and not known before."""
     seen: list[Any] = []
-    original = calls.bind
+    original = convolutions.bind
 
     def spy(*arguments: Any, **options: Any) -> Any:
         seen.append(arguments[0])
         return original(*arguments, **options)
 
-    monkeypatch.setattr(calls, "bind", spy)
+    monkeypatch.setattr(convolutions, "bind", spy)
     forget_plans()
     return seen
 

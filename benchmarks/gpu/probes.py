@@ -209,7 +209,7 @@ def blocks(scale: Scale) -> Findings:
 def forget_plans() -> None:
     """Plan every call anew: no key of a plan knows of the size of blocks."""
     importlib.import_module("cuconv.planner").decide.cache_clear()
-    importlib.import_module("cuconv.conv")._SEEN.clear()  # noqa: SLF001
+    importlib.import_module("cuconv.calls")._SEEN.clear()  # noqa: SLF001
 
 
 def block_row(case: Case, scale: Scale) -> dict[str, Any]:

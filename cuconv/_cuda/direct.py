@@ -71,7 +71,7 @@ def DIRECT(*, wide: bool) -> DType:  # noqa: N802 - names the C struct
     index = "i8" if wide else "i4"
     cells = (
         *("images", "groups", "own", "inner"),
-        *("each", "fastest", "adjoint", "taps_each", "lanes"),
+        *("each", "fastest", "adjoint", "conjugated", "taps_each", "lanes"),
     )
     steps = (
         *("source_image", "source_group", "source_channel"),
@@ -145,12 +145,13 @@ def pack_cells(
     bias_step: int = 0,
     *,
     adjoint: bool,
+    conjugated: bool = False,
 ) -> DirectLaunch:
     """For `depthwise.cu`: y from x or, adjoint, dx from dy."""
     images, groups, own, *cells = out.shape
     lanes = groups * own
     share = share_cells(images, lanes * math.prod(cells), images_at_once(sums))
-    flags = _channels_are_closer(out), adjoint
+    flags = _channels_are_closer(out), adjoint, conjugated
     by = divisor(lanes), divisor(own)
     return _packed((source, w, out), axes, share, flags, by, bias_step)
 
@@ -173,7 +174,7 @@ def pack_sums(
         lanes=lanes,
     )
     by = divisor(1), divisor(1)
-    return _packed((x, w, dy), axes, share, (lanes > 1, False), by)
+    return _packed((x, w, dy), axes, share, (lanes > 1, False, False), by)
 
 
 def _channels_are_closer(array: Array) -> bool:
@@ -188,19 +189,18 @@ def _packed(
     arrays: tuple[Array, Array, Array],
     axes: tuple[Axis, ...],
     share: Share,
-    flags: tuple[bool, bool],
+    flags: tuple[bool, bool, bool],
     by: tuple[tuple[int, int, int], tuple[int, int, int]],
     bias_step: int = 0,
 ) -> DirectLaunch:
     """Source, weights and result (or dy) with the windows between them."""
     source, _, out = arrays
-    fastest, adjoint = map(int, flags)
     steps = list(map(steps_of, arrays))
     lengths = [(axis.size, axis.out, -axis.before) for axis in axes]
     wide = _reach(arrays, axes, share, bias_step) >= 2**31
     spatial = zip(*(each[3:] for each in steps), strict=True)
     packed_axes = list(map(packed_axis, axes, lengths, spatial))
-    counts = (*out.shape[:3], source.shape[2], share.each, fastest, adjoint)
+    counts = (*out.shape[:3], source.shape[2], share.each, *map(int, flags))
     heads = [step for each in steps for step in each[:3]]
     value: Any = (
         *(*counts, share.taps_each, share.lanes, *by),

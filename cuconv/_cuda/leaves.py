@@ -43,11 +43,13 @@ class DirectKernels:
         axes: tuple[Axis, ...],
         *,
         adjoint: bool = False,
+        conjugated: bool = False,
     ) -> None:
         sums, step = accumulator(source.dtype), 0
         if bias is not None:
             (step,) = steps_of(bias)
-        launch = pack_cells(source, w, out, axes, sums, step, adjoint=adjoint)
+        how = {"adjoint": adjoint, "conjugated": conjugated}
+        launch = pack_cells(source, w, out, axes, sums, step, **how)
         offset = np.uintp(0) if bias is None else bias
         _launch_direct("depthwise", launch, source, w, offset, out)
 

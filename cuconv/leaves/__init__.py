@@ -69,10 +69,12 @@ class Direct(Protocol):
         axes: tuple[Axis, ...],
         *,
         adjoint: bool = False,
+        conjugated: bool = False,
     ) -> None:
-        """``out = conv(source, w) + bias`` or, adjoint, dx from dy, w conjugated.
+        """``out = conv(source, w) + bias`` or, adjoint, dx from dy, plus a bias.
 
         Weights are (G, channels of the result in a group, those of the source, …).
+        ``conjugated``: they are multiplied so.
         """
 
     def correlate(

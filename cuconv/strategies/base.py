@@ -23,8 +23,15 @@ from cuconv.leaves import Leaves
 from cuconv.memory import Buffer
 
 OPERATIONS = ("forward", "input_grad", "weight_grad")
+# What a transposed convolution and its gradients are to the convolution that leads
+# back: y of one is x of the other, and the weights are the same.
+TRANSPOSED = {
+    "input_grad": "transpose",
+    "forward": "transpose_input_grad",
+    "weight_grad": "transpose_weight_grad",
+}
 # Why a strategy refuses an input gradient as such.
-OVER_DY = "its input gradient is a forward pass over dy, for stride 1"
+OVER_DY = "it runs forward alone, as an input gradient does at stride 1"
 
 # OpenBLAS gives products up to this size to one thread, whatever it was told.
 _LIGHT_PRODUCT = 2**18
@@ -49,8 +56,10 @@ class Problem:
     the type of the array that is gathered, and ``foreign`` names all arrays whose type
     is not that of the operands.  ``flipped`` marks the forward pass over dy
     that an input gradient is: its weights are those of the caller, filters and channels
-    exchanged, taps in reverse, conjugated.  ``captured``: the call is recorded into a
-    CUDA graph, which holds launches of kernels and no memory of its own.
+    exchanged, taps in reverse.  ``captured``: the call is recorded into a CUDA graph,
+    which holds launches of kernels and no memory of its own.  ``transposed``: it is one
+    of `TRANSPOSED`, where the arrays have the roles of the convolution that leads back;
+    a transposed convolution is an input gradient, but for what is conjugated.
     """
 
     op: str
@@ -66,6 +75,25 @@ class Problem:
     module: str = "numpy"
     flipped: bool = False
     captured: bool = False
+    transposed: bool = False
+
+    @property
+    def call(self) -> str:
+        """The operation by its public name."""
+        op = "input_grad" if self.flipped else self.op
+        return TRANSPOSED[op] if self.transposed else op
+
+    @property
+    def conjugates_weights(self) -> bool:
+        """Whether weights are multiplied conjugated: complex ones, in a gradient."""
+        backward = self.flipped or self.op == "input_grad"
+        return self.operand.kind == "c" and backward != self.transposed
+
+    @property
+    def result_channels(self) -> int:
+        """Channels of x or y, whichever is the result: as many as a bias has cells."""
+        g = self.geometry
+        return g.channels if self.op == "input_grad" else g.filters
 
     @property
     def fast(self) -> bool:
@@ -270,8 +298,10 @@ class Strategy(Protocol):
     ) -> None:
         """Write ``conv(x, w) + bias`` to ``out``."""
 
-    def input_grad(self, job: Job, dy: Array, weights: Array, out: Array) -> None:
-        """Write the gradient for ``x`` to ``out``."""
+    def input_grad(
+        self, job: Job, dy: Array, weights: Array, bias: Array | None, out: Array
+    ) -> None:
+        """Write the gradient for ``x``, plus a bias for its channels, to ``out``."""
 
     def weight_grad(self, job: Job, dy: Array, x: Array, out: Array) -> None:
         """Write the gradient for ``w`` to ``out``."""
@@ -341,7 +371,7 @@ def take_weights(job: Job, w: Array, kept: dict[str, Array]) -> Array:
     into = filters_of(copy, replace(problem, flipped=False))
     source = filters_of(w, problem)
     turn(job, source, into)
-    if copy.dtype.kind == "c" and (problem.flipped or problem.op == "input_grad"):
+    if problem.conjugates_weights:
         job.leaves.xp.conjugate(copy, out=copy)
     return weight_matrix(copy, geometry)
 
@@ -375,17 +405,16 @@ def take_bias(job: Job, bias: Array | None) -> Array | None:
     """The bias as (1, G, K/G, 1), in the type of the running sum."""
     if bias is None:
         return None
-    geometry = job.problem.geometry
     copy = job.shared["bias"]
     job.leaves.copy(bias, copy)
-    return copy.reshape(1, geometry.groups, geometry.group_filters, 1)
+    return copy.reshape(1, job.problem.geometry.groups, -1, 1)
 
 
 def bias_buffer(problem: Problem) -> tuple[Buffer, ...]:
     """Room for `take_bias`."""
     if not problem.has_bias:
         return ()
-    return (Buffer("bias", problem.geometry.filters, problem.types.accumulate),)
+    return (Buffer("bias", problem.result_channels, problem.types.accumulate),)
 
 
 def output_cells(array: Array, block: Block) -> Array:

@@ -91,9 +91,7 @@ class Depthwise(OneWay):
         weights = Buffer("w", g.filters * g.patch, dtype)
         if problem.op == "weight_grad":
             return Needs((), (weights,), own)
-        return Needs(
-            (weights,), (Buffer("bias", max(g.filters, g.channels), dtype),), own
-        )
+        return Needs((weights,), (Buffer("bias", problem.result_channels, dtype),), own)
 
     def pieces(self, problem: Problem, cut: Cut) -> int:
         del cut
@@ -123,34 +121,30 @@ class Depthwise(OneWay):
         self, job: Job, x: Array, weights: Array, bias: Array | None, out: Array
     ) -> None:
         g, direct = job.problem.geometry, job.leaves.direct
-        if direct is not None:
-            x, out = _planes_of(x, g), _planes_of(out, g)
-            with stage("direct", self.name):
-                direct.convolve(x, weights, bias, out, three_axes(g))
-            return
-        offset = job.shared["bias"][: g.filters]
-        if bias is None:
-            offset[...] = 0
-        else:
-            job.leaves.copy(bias, offset)
         x, y = _planes_of(x, g), _planes_of(out, g)
-        offset = offset.reshape(g.groups, g.group_filters)
+        if direct is not None:
+            conjugated = job.problem.conjugates_weights
+            with stage("direct", self.name):
+                direct.convolve(
+                    x, weights, bias, y, three_axes(g), conjugated=conjugated
+                )
+            return
+        offset = _offset(job, bias)
         self._run(job, "convolve", (x, weights, offset, y, _input_axes(g)))
 
-    def input_grad(self, job: Job, dy: Array, weights: Array, out: Array) -> None:
+    def input_grad(
+        self, job: Job, dy: Array, weights: Array, bias: Array | None, out: Array
+    ) -> None:
         g, direct = job.problem.geometry, job.leaves.direct
-        if direct is not None:
-            dy, out = _planes_of(dy, g), _planes_of(out, g)
-            turned = weights.swapaxes(1, 2)
-            with stage("direct", self.name):
-                direct.convolve(dy, turned, None, out, three_axes(g), adjoint=True)
-            return
-        zero = job.shared["bias"][: g.channels]
-        zero[...] = 0
-        flipped = weights.swapaxes(1, 2)[..., ::-1, ::-1, ::-1]
         dy, dx = _planes_of(dy, g), _planes_of(out, g)
-        zero = zero.reshape(g.groups, g.group_channels)
-        self._run(job, "convolve", (dy, flipped, zero, dx, _adjoint_axes(g)))
+        turned = weights.swapaxes(1, 2)
+        if direct is not None:
+            how = {"adjoint": True, "conjugated": job.problem.conjugates_weights}
+            with stage("direct", self.name):
+                direct.convolve(dy, turned, bias, dx, three_axes(g), **how)
+            return
+        flipped, offset = turned[..., ::-1, ::-1, ::-1], _offset(job, bias)
+        self._run(job, "convolve", (dy, flipped, offset, dx, _adjoint_axes(g)))
 
     def weight_grad(self, job: Job, dy: Array, x: Array, out: Array) -> None:
         g, direct = job.problem.geometry, job.leaves.direct
@@ -220,6 +214,16 @@ def _channels(problem: Problem) -> int:
     return g.filters if problem.op == "forward" else g.channels
 
 
+def _offset(job: Job, bias: Array | None) -> Array:
+    """What every sum begins with: (G, K/G), or (G, C/G) for the input gradient."""
+    offset = job.shared["bias"]
+    if bias is None:
+        offset[...] = 0
+    else:
+        job.leaves.copy(bias, offset)
+    return offset.reshape(job.problem.geometry.groups, -1)
+
+
 def _planes_of(array: Array, geometry: ConvGeometry) -> Array:
     """View x or y as (N, G, C/G, outer, rows, last)."""
     return outer_view(in_groups(array, geometry), geometry.rank)
@@ -228,10 +232,10 @@ def _planes_of(array: Array, geometry: ConvGeometry) -> Array:
 def _scratch_shape(problem: Problem) -> tuple[int, int, int, int]:
     """(planes taken together, outer, rows, last), padding included."""
     axes: tuple[Axis, ...] = three_axes(problem.geometry)
-    if problem.op == "input_grad":
-        depth, height, width = (axis.size + axis.extent - 1 for axis in axes)
-    else:
-        depth, height, width = (axis.padded for axis in axes)
+    adjoint = problem.op == "input_grad"
+    lengths = (a.size + a.extent - 1 if adjoint else a.padded for a in axes)
+    # None is left of an axis without cells, and nothing is computed then.
+    depth, height, width = (max(length, 1) for length in lengths)
     several = max(1, _RUN // (depth * height * width))
     return min(several, problem.geometry.images), depth, height, width
 

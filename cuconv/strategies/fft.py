@@ -238,7 +238,9 @@ class Fft(OneWay):
 
         job.each(job.blocks, body)
 
-    def input_grad(self, job: Job, dy: Array, weights: Array, out: Array) -> None:
+    def input_grad(
+        self, job: Job, dy: Array, weights: Array, bias: Array | None, out: Array
+    ) -> None:
         raise NotImplementedError  # refused by `supports`
 
     def weight_grad(self, job: Job, dy: Array, x: Array, out: Array) -> None:

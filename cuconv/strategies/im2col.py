@@ -118,7 +118,8 @@ class Im2col:
         if problem.op == "input_grad":
             columns = _column_buffer(problem, tile, problem.types.accumulate)
             own = (*_dy_buffer(problem, tile), *_dx_buffer(problem, cut.region))
-            return Needs(weight_buffer(problem), (), (columns, *own))
+            shared = bias_buffer(problem)
+            return Needs(weight_buffer(problem), shared, (columns, *own))
         gathered = self.column_buffers(problem, cut, leaves)
         if problem.op == "weight_grad":
             sums, own = _sum_buffers(problem, cut, leaves)
@@ -222,13 +223,19 @@ class Im2col:
         parts = parts_of(geometry.group_filters, job.cut.lanes)
         job.each(((block, part) for block in job.blocks for part in parts), body)
 
-    def input_grad(self, job: Job, dy: Array, weights: Array, out: Array) -> None:
+    def input_grad(
+        self, job: Job, dy: Array, weights: Array, bias: Array | None, out: Array
+    ) -> None:
         geometry = job.problem.geometry
+        offset = take_bias(job, bias)
+        if offset is not None:
+            offset = offset.reshape(*offset.shape[:3], *(1,) * geometry.rank)
         dy, dx = in_groups(dy, geometry), in_groups(out, geometry)
 
         def body(number: int, region: Region, buffers: dict[str, Array]) -> None:
             del number
-            _write_region(job, weights.swapaxes(-1, -2), dy, dx, region, buffers)
+            turned = weights.swapaxes(-1, -2)
+            _write_region(job, turned, dy, offset, dx, region, buffers)
 
         job.each(geometry.regions(job.cut.region), body)
 
@@ -387,6 +394,7 @@ def _write_region(
     job: Job,
     weights: Array,
     dy: Array,
+    bias: Array | None,
     dx: Array,
     region: Region,
     buffers: dict[str, Array],
@@ -419,6 +427,8 @@ def _write_region(
                 deterministic=job.problem.deterministic,
             )
         images = block.images
+    if bias is not None:
+        job.leaves.xp.add(target, bias, out=target)
     if target is not cells:
         job.leaves.copy(target, cells)
 

@@ -198,24 +198,29 @@ class ImplicitGemm:
     ) -> None:
         g = job.problem.geometry
         x, y = _operand(job, "x", in_groups(x, g)), in_groups(out, g)
+        how = _how(job, conjugated=int(job.problem.conjugates_weights))
         with stage("product", self.name):
             _kernels(job).convolve(
-                *(weights, x, bias, y, g.axes, _how(job)), job.shared["parts"]
+                *(weights, x, bias, y, g.axes, how), job.shared["parts"]
             )
 
-    def input_grad(self, job: Job, dy: Array, weights: Array, out: Array) -> None:
+    def input_grad(
+        self, job: Job, dy: Array, weights: Array, bias: Array | None, out: Array
+    ) -> None:
         g = job.problem.geometry
         dy, dx = _operand(job, "dy", in_groups(dy, g)), in_groups(out, g)
-        how = _how(job, conjugated=1)
+        how = _how(job, conjugated=int(job.problem.conjugates_weights))
+        # Where no tap reaches, a sum is its beginning: channels beside their cells.
+        start = 0 if bias is None else bias.reshape(g.groups, -1, *(1,) * g.rank)
         for number, phase in enumerate(g.phases()):
             cells = dx[(..., *phase.cells)]
             with stage("product", self.name, number):
                 if phase.geometry is None:
-                    cells[...] = 0
+                    cells[...] = start
                     continue
                 taps = weights[(..., *phase.taps)]
                 _kernels(job).convolve(
-                    *(taps, dy, None, cells, phase.geometry.axes, how),
+                    *(taps, dy, bias, cells, phase.geometry.axes, how),
                     job.shared["parts"],
                 )
 
@@ -223,7 +228,8 @@ class ImplicitGemm:
         g = job.problem.geometry
         x = _operand(job, "x", in_groups(x, g))
         dy = _operand(job, "dy", in_groups(dy, g))
-        dw, how = filters_of(out, job.problem), _how(job, conjugated=2)
+        is_complex = job.problem.operand.kind == "c"
+        dw, how = filters_of(out, job.problem), _how(job, conjugated=2 * is_complex)
         with stage("product", self.name):
             _kernels(job).correlate(dy, x, dw, g.axes, how, job.shared["parts"])
 

@@ -16,9 +16,11 @@ from cuconv.strategies.base import (
     Needs,
     Problem,
     Work,
+    bias_buffer,
     in_groups,
     output_cells,
     parts_of,
+    take_bias,
     weight_buffer,
 )
 from cuconv.strategies.im2col import (
@@ -82,7 +84,7 @@ class Pointwise(Im2col):
 
     def needs(self, problem: Problem, cut: Cut, leaves: Leaves) -> Needs:
         if problem.op == "input_grad" and _lies_ready(problem):
-            return Needs(weight_buffer(problem))
+            return Needs(weight_buffer(problem), bias_buffer(problem))
         return super().needs(problem, cut, leaves)
 
     def pieces(self, problem: Problem, cut: Cut) -> int:
@@ -118,11 +120,14 @@ class Pointwise(Im2col):
             return super().columns(job, x, block, buffers, chunk)
         return flattened(output_cells(x, block), job.problem.geometry.rank)
 
-    def input_grad(self, job: Job, dy: Array, weights: Array, out: Array) -> None:
+    def input_grad(
+        self, job: Job, dy: Array, weights: Array, bias: Array | None, out: Array
+    ) -> None:
         if not _lies_ready(job.problem):
-            super().input_grad(job, dy, weights, out)
+            super().input_grad(job, dy, weights, bias, out)
             return
         geometry, fast = job.problem.geometry, job.problem.fast
+        offset = take_bias(job, bias)
         dy, dx = in_groups(dy, geometry), in_groups(out, geometry)
 
         def body(
@@ -134,7 +139,8 @@ class Pointwise(Im2col):
             columns = flattened(output_cells(dy, block), geometry.rank)
             with stage("gemm", self.name, chunk):
                 some = weights.swapaxes(-1, -2)[:, :, part]
-                job.leaves.gemm(some, columns, cells, fast=fast)
+                own = offset if offset is None else offset[:, :, part]
+                job.leaves.gemm(some, columns, cells, bias=own, fast=fast)
 
         parts = parts_of(geometry.group_channels, job.cut.lanes)
         job.each(((block, part) for block in job.blocks for part in parts), body)

@@ -91,7 +91,7 @@ class TapMatmul(OneWay):
             dy = Buffer("dy", positions * g.filters, problem.operand)
             product = Buffer("product", positions * g.channels, wide)
             dx = Buffer("dx", cut.tile.images * g.channels * g.cells, wide)
-            return Needs((weights,), (), (dy, product, dx))
+            return Needs((weights,), bias_buffer(problem), (dy, product, dx))
         product = Buffer("product", positions * g.filters, wide)
         y = Buffer("y", positions * g.filters, wide)
         return Needs((weights,), bias_buffer(problem), (x, product, y))
@@ -125,9 +125,7 @@ class TapMatmul(OneWay):
         g = job.problem.geometry
         copy = kept["w"].reshape(*g.kernel, g.groups, g.group_filters, g.group_channels)
         turn(job, filters_of(w, job.problem), _taps_last(copy, g.rank))
-        if copy.dtype.kind == "c" and (
-            job.problem.flipped or job.problem.op != "forward"
-        ):
+        if job.problem.conjugates_weights:
             job.leaves.xp.conjugate(copy, out=copy)
         return copy
 
@@ -135,14 +133,12 @@ class TapMatmul(OneWay):
         self, job: Job, x: Array, weights: Array, bias: Array | None, out: Array
     ) -> None:
         g = job.problem.geometry
-        offset = take_bias(job, bias)
+        offset = _start(job, bias)
         x, y = in_groups(x, g), in_groups(out, g)
 
         def body(chunk: int, block: Block, buffers: dict[str, Array]) -> None:
             total = _staged(buffers["y"], g, block, g.group_filters, block.shape).cells
-            total[...] = 0
-            if offset is not None:
-                total += offset.reshape(*offset.shape[:3], *(1,) * g.rank)
+            total[...] = offset
             cells = x[slice(*block.images)]
             for met in _meetings(g, block):
                 with stage("gather", self.name, chunk):
@@ -165,14 +161,17 @@ class TapMatmul(OneWay):
 
         job.each(job.blocks, body)
 
-    def input_grad(self, job: Job, dy: Array, weights: Array, out: Array) -> None:
+    def input_grad(
+        self, job: Job, dy: Array, weights: Array, bias: Array | None, out: Array
+    ) -> None:
         g = job.problem.geometry
+        offset = _start(job, bias)
         dy, dx = in_groups(dy, g), in_groups(out, g)
 
         def body(chunk: int, block: Block, buffers: dict[str, Array]) -> None:
             cells = dx[slice(*block.images)]
             total = _staged(buffers["dx"], g, block, g.group_channels, g.size).cells
-            total[...] = 0
+            total[...] = offset
             gradients = output_cells(dy, block)
             for met in _meetings(g, block):
                 source = gradients[(..., *met.outputs)]
@@ -223,6 +222,14 @@ class TapMatmul(OneWay):
         job.each(range(lanes), body)
         add_lanes(job, list(sums))
         turn(job, _taps_last(sums[0], g.rank), filters_of(out, job.problem))
+
+
+def _start(job: Job, bias: Array | None) -> Array | int:
+    """What a sum begins with: zero, or the bias beside (N, G, C, *spatial)."""
+    offset = take_bias(job, bias)
+    if offset is None:
+        return 0
+    return offset.reshape(*offset.shape[:3], *(1,) * job.problem.geometry.rank)
 
 
 class _Meeting(NamedTuple):

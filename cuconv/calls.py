@@ -1,0 +1,206 @@
+"""What all convolutions share: options, calls seen before, and gradients together."""
+
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, ParamSpec, TypedDict, TypeVar
+
+import numpy as np
+
+from cuconv.arrays import Array, Types, check_overlap, module_of, plain, resolve_types
+from cuconv.config import settings
+from cuconv.geometry import ConvGeometry, Padding, Sizes
+from cuconv.leaves import Leaves, leaves_of, refuse_capture
+from cuconv.memory import Buffer, MemoryLimit, MemoryLimitError
+from cuconv.plan import ROLES, Call, Options, Plan, bind, signature
+from cuconv.strategies.base import in_groups
+
+GRADIENTS = ("x", "w", "bias")
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+class ConvOptions(TypedDict, total=False):
+    """The keyword options that every convolution takes; see `conv`."""
+
+    stride: Sizes
+    padding: Padding
+    dilation: Sizes
+    groups: int
+    layout: str
+    dtype: Any
+    strategy: str
+    precision: str | None
+    deterministic: bool | None
+    memory_limit: MemoryLimit
+
+
+class ConvGradients(NamedTuple):
+    """The gradients of one convolution; None where one was not asked for."""
+
+    x: Array | None = None
+    w: Array | None = None
+    bias: Array | None = None
+
+
+def chosen_options(options: ConvOptions) -> Options:
+    """The options with their defaults; an unknown one is refused by its name."""
+    unknown = sorted(set(options) - set(Options._fields))
+    if unknown:
+        known = ", ".join(Options._fields)
+        raise TypeError(f"there is no option {unknown[0]!r}; the options are {known}")
+    return Options(**options)
+
+
+def shows_options(function: Callable[P, R]) -> Callable[P, R]:
+    """Spell ``**options`` out in the signature that `help` and editors show."""
+    signature = inspect.signature(function)
+    own = [p for p in signature.parameters.values() if p.kind != p.VAR_KEYWORD]
+    spelled = [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default)
+        for name, default in Options._field_defaults.items()
+        if name not in signature.parameters
+    ]
+    function.__signature__ = signature.replace(  # type: ignore[attr-defined]
+        parameters=[*own, *spelled]
+    )
+    return function
+
+
+# Calls that have been checked and planned before, by everything that they depend on.
+_SEEN: dict[tuple[object, ...], Plan] = {}
+_MOST_SEEN = 1024
+
+
+def carry_out(
+    op: str,
+    arrays: tuple[Array | None, ...],
+    out: Array | None,
+    options: ConvOptions,
+    bound: Callable[[], Call],
+    shape: object = None,
+) -> Array:
+    """Run a call: at once if one like it has been seen, else as ``bound`` finds it."""
+    key = _key(op, arrays, out, options, shape)
+    plan = None if key is None else _SEEN.get(key)
+    if plan is None or not (plan.is_light or plan.threads == leaves_of(np).workers()):
+        call = bound()
+        if key is not None and call.plan.options.strategy != "benchmark":
+            if len(_SEEN) >= _MOST_SEEN:
+                _SEEN.clear()
+            _SEEN[key] = call.plan
+        return call.run()
+    if out is not None:
+        named = zip(ROLES[op], arrays, strict=False)
+        check_overlap(np, out, {name: a for name, a in named if a is not None})
+    return plan.run(arrays, out)
+
+
+def _key(
+    op: str,
+    arrays: tuple[Array | None, ...],
+    out: Array | None,
+    options: ConvOptions,
+    shape: object,
+) -> tuple[object, ...] | None:
+    """What a plan depends on; None where arrays are not plain NumPy's."""
+    lies = signature((*arrays, out))
+    if lies is None:
+        return None
+    # As text: 1, 1.0 and True are equal, and not the same option.  An object that
+    # shows its address says nothing: another may have it later.
+    text = repr((shape, options))
+    return None if " at 0x" in text else (op, settings(), lies, text)
+
+
+def inputs(bias: Array | None = None, **arrays: Array) -> dict[str, Array]:
+    """Arrays of one module by their names, the bias last if there is one."""
+    if bias is not None:
+        arrays["bias"] = bias
+    module_of(arrays)
+    return {name: plain(array) for name, array in arrays.items()}
+
+
+def check_needs(needs: Sequence[str], arrays: dict[str, Array], why: str) -> None:
+    """Refuse names that are no gradients, and a capture for the reason ``why``."""
+    refuse_capture(leaves_of(module_of(arrays), arrays["dy"]), why)
+    several = isinstance(needs, (tuple, list, set, frozenset))
+    if not several or any(name not in GRADIENTS for name in needs):
+        raise ValueError(f"needs must be several of {GRADIENTS}; got {needs!r}")
+
+
+def gradients(
+    arrays: dict[str, Array],
+    needs: Sequence[str],
+    geometry: ConvGeometry,
+    options: Options,
+    *,
+    transposed: bool = False,
+) -> ConvGradients:
+    """The gradients that are needed, from (dy, x, w) by their names."""
+    dy = arrays["dy"]
+    prefix = "transpose_" if transposed else ""
+
+    def bound(op: str, other: str) -> Call:
+        both = {"dy": dy, other: arrays[other]}
+        return bind(prefix + op, geometry, both, None, options)
+
+    channels = geometry.channels if transposed else geometry.filters
+    # Every call is planned before the first one runs: errors come first.
+    calls: dict[str, Callable[[], Any]] = {
+        "x": lambda: bound("input_grad", "w"),
+        "w": lambda: bound("weight_grad", "x"),
+        "bias": lambda: _bias_grad(geometry, channels, dy, options),
+    }
+    planned = _prepare_all({name: calls[name] for name in GRADIENTS if name in needs})
+    return ConvGradients(**{name: call.run() for name, call in planned.items()})
+
+
+def _prepare_all(calls: dict[str, Callable[[], Any]]) -> dict[str, Any]:
+    """Prepare every call, or name the memory limit that would do for all."""
+    planned, errors = {}, []
+    for name, planning in calls.items():
+        try:
+            planned[name] = planning()
+        except MemoryLimitError as error:
+            errors.append(error)
+    if errors:
+        raise max(errors, key=lambda error: error.smallest)
+    return planned
+
+
+class _BiasGrad(NamedTuple):
+    """The gradient for the bias: the sum of dy over images and positions."""
+
+    geometry: ConvGeometry
+    dy: Array
+    types: Types
+    leaves: Leaves
+
+    def run(self) -> Array:
+        cells = in_groups(self.dy, self.geometry)
+        axes = (0, *range(3, cells.ndim))
+        sums = []
+
+        def body(worker: int) -> None:
+            del worker
+            sums.append(cells.sum(axis=axes, dtype=self.types.accumulate))
+
+        with self.leaves.device_of(self.dy):
+            self.leaves.parallel(body, 1)
+            return sums[0].reshape(-1).astype(self.types.result, copy=False)
+
+
+def _bias_grad(
+    geometry: ConvGeometry, channels: int, dy: Array, options: Options
+) -> _BiasGrad:
+    options = options.settled()
+    types = resolve_types({"dy": dy}, options.dtype)
+    leaves = leaves_of(module_of({"dy": dy}), dy)
+    itemsize = types.accumulate.itemsize
+    sums = Buffer("sums", channels, types.accumulate)
+    needed = leaves.overhead(1, itemsize) + sums.nbytes
+    limit = options.memory_limit
+    if isinstance(limit, int) and limit < needed:
+        raise MemoryLimitError(limit, needed, "the gradient of the bias")
+    return _BiasGrad(geometry, dy, types, leaves)
