@@ -117,7 +117,7 @@ class Axis(NamedTuple):
         """How many cells lie under so many neighbouring outputs, at most."""
         return min(self.size, (outputs - 1) * self.stride + self.extent)
 
-    def count(self, output: int, *, padding: bool) -> int:
+    def taps_of(self, output: int, *, padding: bool) -> int:
         """Taps of an output that meet cells or, if it counts, padding."""
         low = -max(self.before, 0) if padding else 0
         high = self.size + self.after if padding else self.end
@@ -172,6 +172,8 @@ class EvenAxis(Axis):
     @classmethod
     def of(cls, size: int, windows: int) -> Axis:
         """Windows with a stride where the axis can be shared out in equal parts."""
+        if not size:
+            return Axis(0, 1, 1, 1, 0, 0)
         if windows and size % windows == 0:
             each = size // windows
             return Axis(size, max(each, 1), max(each, 1), 1, 0, 0)
@@ -204,7 +206,7 @@ class EvenAxis(Axis):
     def span(self, outputs: int) -> int:
         return min(self.size, -(-outputs * self.size // self.windows) + 1)
 
-    def count(self, output: int, *, padding: bool) -> int:
+    def taps_of(self, output: int, *, padding: bool) -> int:
         del padding
         return self.last(output) - self.first(output)
 

@@ -1,6 +1,6 @@
 """What a pooling call is: windows, and what is made of the cells under each."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from cuconv.arrays import Array, DType
@@ -30,6 +30,17 @@ class Pooling:
     norm: float = 1.0
 
     @property
+    def is_search(self) -> bool:
+        """Whether only the indices are wanted: see `search`."""
+        return self.with_indices and self.values is not None
+
+    @property
+    def search(self) -> "Pooling":
+        """Of a gradient that must find its cells, the call that finds them."""
+        own = dict.fromkeys(("source", "accumulate", "result"), self.values)
+        return replace(self, is_gradient=False, with_indices=True, **own)
+
+    @property
     def common_divisor(self) -> int | None:
         """What every sum is divided by; None where windows have different counts."""
         axes = self.geometry.axes
@@ -41,7 +52,7 @@ class Pooling:
 
     def count(self, axis: int, output: int) -> int:
         """Cells along an axis that the divisor of an output counts, at least one."""
-        found = self.geometry.axes[axis].count(output, padding=self.counts_padding)
+        found = self.geometry.axes[axis].taps_of(output, padding=self.counts_padding)
         return max(found, 1)
 
 

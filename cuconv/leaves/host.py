@@ -19,6 +19,7 @@ from cuconv.arrays import Array, DType, Types, stored
 from cuconv.config import settings
 from cuconv.geometry import Axis, Block, Ranges, Tile, WindowGeometry
 from cuconv.leaves.machine import host_machine
+from cuconv.leaves.pools import HostPools
 from cuconv.memory import Buffer
 from cuconv.profiling import stage
 from cuconv.rates import HOST_RATES
@@ -56,6 +57,10 @@ class HostLeaves:
     largest_step = 2**62
     tiles = None
     needs_partial = True
+
+    @property
+    def pools(self) -> HostPools:
+        return HostPools(self, _STOPPING.check)
 
     def device_of(self, array: Array) -> AbstractContextManager[object]:
         del array
