@@ -87,7 +87,7 @@ class Axis(NamedTuple):
     @property
     def is_identity(self) -> bool:
         """Whether every window is the one cell of its own place."""
-        plain = self.kernel == self.stride == 1
+        plain = self.kernel == self.stride == 1 and not self.windows
         return plain and self.before == self.after == 0
 
     @property
