@@ -117,10 +117,15 @@ class Axis(NamedTuple):
         """How many cells lie under so many neighbouring outputs, at most."""
         return min(self.size, (outputs - 1) * self.stride + self.extent)
 
+    def counted(self, *, padding: bool) -> Range:
+        """The cells that a mean divides by, and the padding if that counts."""
+        if not padding:
+            return 0, self.end
+        return -max(self.before, 0), self.size + self.after
+
     def taps_of(self, output: int, *, padding: bool) -> int:
-        """Taps of an output that meet cells or, if it counts, padding."""
-        low = -max(self.before, 0) if padding else 0
-        high = self.size + self.after if padding else self.end
+        """Taps of an output that meet what is `counted`."""
+        low, high = self.counted(padding=padding)
         first, d = self.first(output), self.dilation
         below = max(-((first - low) // d), 0)
         return max(min((high - 1 - first) // d + 1, self.kernel) - below, 0)

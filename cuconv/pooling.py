@@ -114,7 +114,8 @@ def max_pool(
     padding
         Cells around the input that count as the least value: an integer, one for each
         axis, (before, after) pairs, or ``"valid"``, ``"same"``, ``"same_lower"``, all
-        as for `cuconv.conv`.  Negative numbers crop.  More than half a kernel is allowed.
+        as for `cuconv.conv`.  Negative numbers crop.  More than half a kernel is
+        allowed.
     dilation
         Step between taps.
     ceil_mode

@@ -6,6 +6,7 @@ from typing import NamedTuple
 import numpy as np
 
 from cuconv._cuda.direct import DIRECT, images_at_once, taps_at_once
+from cuconv._cuda.pools import pool_variants
 from cuconv._cuda.structs import CONTRACTION, GEOMETRY, PRODUCT, TRANSFORM
 from cuconv._cuda.words import Words
 from cuconv.arrays import SUPPORTED_TYPES, DType, accumulator, is_half
@@ -302,7 +303,8 @@ def _index_macros(rank: int, *, wide: bool) -> tuple[str, ...]:
 def all_variants(architecture: int = 90) -> Iterator[Variant]:
     """Every variant that the library can ask for on a device.
 
-    Of `implicit_gemm`, those that arrays without gaps lead to.
+    Of `implicit_gemm`, those that arrays without gaps lead to; of pooling, those
+    whose results have the type that they have by default.
     """
     ranks = (1, 2, 3)
     elements = dict.fromkeys(_ELEMENTS.values())
@@ -320,6 +322,7 @@ def all_variants(architecture: int = 90) -> Iterator[Variant]:
         for wide in (False, True):
             yield from tile_variants(np.dtype(name), (1, 2), wide=wide)
     yield from _direct_variants()
+    yield from (Variant(*named) for named in pool_variants())
     for name in ("bool", "uint8", "uint16", "uint32", "uint64"):
         yield product_variant(np.dtype(name))
     yield from _contractions(modern=architecture >= MODERN)

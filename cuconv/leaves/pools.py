@@ -260,7 +260,9 @@ class _Worker:
             if by_tap:
                 np.maximum(place, places, out=place)
             else:
-                np.maximum.reduce(places, 2 + axis, None, place, keepdims=True)
+                np.maximum.reduce(
+                    places, 2 + axis, None, place, keepdims=True, initial=0
+                )
 
     def _has_nan(self, values: Array) -> bool:
         if values.dtype.kind in "biu":
