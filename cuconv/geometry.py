@@ -177,15 +177,15 @@ class EvenAxis(Axis):
     @classmethod
     def of(cls, size: int, windows: int) -> Axis:
         """Windows with a stride where the axis can be shared out in equal parts."""
-        if not size:
-            return Axis(0, 1, 1, 1, 0, 0)
-        if windows and size % windows == 0:
+        if not windows:
+            return Axis(size, 1, 1, 1, 0, -size)
+        if size % windows == 0:
             each = size // windows
-            return Axis(size, max(each, 1), max(each, 1), 1, 0, 0)
+            return Axis(size, each, each, 1, 0, 0)
         lengths = {
             -(-(o + 1) * size // windows) - o * size // windows for o in range(windows)
         }
-        return cls(size, max(lengths, default=1), 1, 1, 0, 0, 0, windows)
+        return cls(size, max(lengths), 1, 1, 0, 0, 0, windows)
 
     @property
     def out(self) -> int:

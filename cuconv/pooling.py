@@ -290,7 +290,7 @@ def avg_pool(
     >>> cuconv.avg_pool(x, 2, padding=1, count_include_pad=False)
     array([[[2., 5., 8.]]])
     """
-    geometry = _geometry(x, kernel_size, options)
+    geometry = _geometry(x, kernel_size, options, MeanOptions)
     return _mean(x, geometry, _divided(options), dtype, out, memory_limit)
 
 
@@ -342,7 +342,7 @@ def avg_pool_backward(
     >>> cuconv.avg_pool_backward(np.ones((1, 1, 2)), (1, 1, 5), 2)
     array([[[0.5, 0.5, 0.5, 0.5, 0. ]]])
     """
-    geometry = _geometry(x_shape, kernel_size, options)
+    geometry = _geometry(x_shape, kernel_size, options, MeanOptions)
     return _mean_gradient(dy, geometry, _divided(options), out, memory_limit)
 
 
@@ -917,7 +917,7 @@ def avg_pool1d(
     >>> cuconv.avg_pool1d(np.zeros((1, 2, 8)), 2).shape
     (1, 2, 4)
     """
-    geometry = _geometry(x, _of_rank(1, x, kernel_size), options)
+    geometry = _geometry(x, _of_rank(1, x, kernel_size), options, MeanOptions)
     return _mean(x, geometry, _divided(options), dtype, out, memory_limit)
 
 
@@ -940,7 +940,7 @@ def avg_pool2d(
     >>> cuconv.avg_pool2d(np.zeros((1, 2, 8, 6)), 2).shape
     (1, 2, 4, 3)
     """
-    geometry = _geometry(x, _of_rank(2, x, kernel_size), options)
+    geometry = _geometry(x, _of_rank(2, x, kernel_size), options, MeanOptions)
     return _mean(x, geometry, _divided(options), dtype, out, memory_limit)
 
 
@@ -963,7 +963,7 @@ def avg_pool3d(
     >>> cuconv.avg_pool3d(np.zeros((1, 2, 4, 8, 6)), 2).shape
     (1, 2, 2, 4, 3)
     """
-    geometry = _geometry(x, _of_rank(3, x, kernel_size), options)
+    geometry = _geometry(x, _of_rank(3, x, kernel_size), options, MeanOptions)
     return _mean(x, geometry, _divided(options), dtype, out, memory_limit)
 
 
@@ -981,12 +981,13 @@ def _of_rank(rank: int, x: Array, kernel_size: Sizes) -> Sizes:
 
 
 def _geometry(
-    x: Array | Sequence[int], kernel_size: Sizes, options: Any
+    x: Array | Sequence[int], kernel_size: Sizes, options: Any, kind: type = PoolOptions
 ) -> WindowGeometry:
     """The windows over an array, or one of this shape."""
-    unknown = sorted(set(options) - set(_DEFAULTS))
+    names = list(kind.__annotations__)
+    unknown = sorted(set(options) - set(names))
     if unknown:
-        known = ", ".join(_DEFAULTS)
+        known = ", ".join(names)
         raise TypeError(f"there is no option {unknown[0]!r}; the options are {known}")
     stride = options.get("stride")
     return WindowGeometry.of(

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from cuconv.leaves.host import HostLeaves
 
 # Cells of x in a piece; with what an axis leaves of them they fill a cache.
-_PIECE = 2**17
+_PIECE = 2**18
 # Below this many cells a second worker costs more than it saves.
 _WORTH_WORKERS = 2**17
 _INDEX, _BOOL = np.dtype(np.int64), np.dtype(bool)
@@ -141,10 +141,12 @@ class _Worker:
         pooling = self._pooling
         target = y if y.dtype == pooling.accumulate else self._view("y", y.shape)
         if pooling.kind == MAXIMUM:
-            start = _least(y.dtype)
-            sources = self._sweep(np.maximum, block, window, target, start, indices)
-            if indices is not None:
-                self._find(block, sources, indices)
+            # To compare with a NaN is no mistake, though bfloat16 says that it is one.
+            with np.errstate(invalid="ignore"):
+                least = _least(y.dtype)
+                seen = self._sweep(np.maximum, block, window, target, least, indices)
+                if indices is not None:
+                    self._find(block, seen, indices)
         elif pooling.kind == MEAN:
             self._sweep(np.add, block, window, target, 0)
             np.divide(target, self._divisor(block.output), out=target)
