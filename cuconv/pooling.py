@@ -23,7 +23,7 @@ from cuconv.arrays import (
 )
 from cuconv.geometry import Padding, Sizes, WindowGeometry
 from cuconv.leaves import Leaves, leaves_of, refuse_capture
-from cuconv.memory import MemoryLimit, parse_memory_limit
+from cuconv.memory import MemoryLimit, MemoryLimitError, parse_memory_limit
 from cuconv.plan import NEEDS_OUT, check_shape
 from cuconv.profiling import stage
 from cuconv.reduction import MAXIMUM, MEAN, NORM, Given, PoolCut, Pooling
@@ -356,9 +356,9 @@ def lp_pool(
     memory_limit: MemoryLimit = None,
     **options: Unpack[PoolOptions],
 ) -> Array:
-    """The p-norm of the cells under every window, (Σ |x|^p)^(1/p).
+    """The p-norm of the cells under every window, ``(Σ |x|^p)^(1/p)``.
 
-    PyTorch sums x^p without the absolute value, which differs for odd p where x is
+    PyTorch sums ``x^p`` without the absolute value, which differs for odd p where x is
     negative (and is NaN where such a sum is), and it scales what hangs over
     (``ceil_mode``) up to a whole window.  Here it is the norm of the cells there are.
 
@@ -429,7 +429,7 @@ def lp_pool_backward(
     memory_limit: MemoryLimit = None,
     **options: Unpack[PoolOptions],
 ) -> Array:
-    """The gradient of `lp_pool` for its input: dy · y^(1 - p) · |x|^(p - 1) · sign(x).
+    """The gradient of `lp_pool`: ``dy · y^(1 - p) · |x|^(p - 1) · sign(x)``.
 
     Parameters
     ----------
@@ -1181,9 +1181,14 @@ def _prepare(
         check_out(array, shape, dtype)
         check_overlap(xp, array, inputs)
         inputs[name] = array
-    default = leaves.default_memory_limit
-    limit = default if memory_limit is None else parse_memory_limit(memory_limit)
-    return leaves, leaves.pools.cut(pooling, limit)
+    if memory_limit is not None:
+        return leaves, leaves.pools.cut(pooling, parse_memory_limit(memory_limit))
+    try:
+        cut = leaves.pools.cut(pooling, leaves.default_memory_limit)
+    except MemoryLimitError as error:
+        # Without a limit of the caller's, the least that will do.
+        cut = leaves.pools.cut(pooling, error.smallest)
+    return leaves, cut
 
 
 def _reduced(pooling: Pooling, x: Array, out: Any, memory_limit: MemoryLimit) -> Array:

@@ -467,6 +467,12 @@ def test_memory_is_bounded_and_changes_nothing(name, dtype) -> None:
         call(x, memory_limit=least - 1)
 
 
+def test_without_a_limit_the_least_that_will_do(monkeypatch) -> None:
+    x = integers((2, 3, 41, 90))
+    monkeypatch.setattr(host.HostLeaves, "default_memory_limit", 1000)
+    equal(CALLS["mean"](x), CALLS["mean"](x, memory_limit="1 MiB"))
+
+
 @pytest.mark.parametrize("name", CALLS)
 def test_kernels_take_no_memory(name) -> None:
     cupy = pytest.importorskip("cupy")
