@@ -21,6 +21,7 @@ from cuconv.arrays import (
     plain,
     resolve_types,
 )
+from cuconv.config import settings
 from cuconv.geometry import Padding, Sizes, WindowGeometry
 from cuconv.leaves import Leaves, leaves_of, refuse_capture
 from cuconv.memory import MemoryLimit, MemoryLimitError, parse_memory_limit
@@ -1181,8 +1182,11 @@ def _prepare(
         check_out(array, shape, dtype)
         check_overlap(xp, array, inputs)
         inputs[name] = array
+    limit = settings().memory_limit
     if memory_limit is not None:
-        return leaves, leaves.pools.cut(pooling, parse_memory_limit(memory_limit))
+        limit = parse_memory_limit(memory_limit)
+    if limit is not None:
+        return leaves, leaves.pools.cut(pooling, limit)
     try:
         cut = leaves.pools.cut(pooling, leaves.default_memory_limit)
     except MemoryLimitError as error:

@@ -4,12 +4,13 @@ On a machine without a GPU, CuPy's side is the kernels' own text on the CPU.
 """
 
 import inspect
+from functools import partial
 from typing import Any
 
 import numpy as np
 import pytest
 from geometries import Pool, even_pools, pools
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from support import (
     HALVES,
@@ -21,6 +22,7 @@ from support import (
     spread_over,
     to_host,
 )
+from test_errors import assert_refused, large
 
 import cuconv
 from cuconv import testing
@@ -100,8 +102,17 @@ def check_mean(xp: Any, pool: Pool, dtype: Any, **more: Any) -> None:
     close(to_host(back), expected, rtol=tolerance, atol=atol, dtype=kind)
 
 
+# Windows beside the cells along one axis, over rows that do not begin with the first.
+BESIDE = Pool(
+    (2, 3, 4, 1),
+    (3, 1),
+    {"stride": (2, 3), "padding": ((1, 2), (3, 1)), "dilation": (3, 2)},
+)
+
+
 @settings(max_examples=80)
 @given(pool=pools(), dtype=st.sampled_from(REAL))
+@example(pool=BESIDE, dtype="float32")
 def test_maxima_and_their_places(xp, pool, dtype) -> None:
     check_max(xp, pool, dtype)
 
@@ -174,6 +185,16 @@ def test_adaptive(xp, pool, dtype) -> None:
     expected = testing.pool_grad_reference(dy, x, kind="mean", **more)
     back = cuconv.adaptive_avg_pool_backward(dy, x.shape, size, **options)
     close(to_host(back), expected, rtol=1e-13, atol=1e-13)
+
+
+@pytest.mark.parametrize("padding", ["valid", "same", "same_lower"])
+def test_words_for_padding(xp, padding) -> None:
+    """With even kernels, strides that leave cells over, and a kernel's own stride."""
+    options = {"padding": padding, "ceil_mode": False}
+    for stride in ((2, 3), None):
+        pool = Pool((2, 3, 7, 9), (2, 4), {**options, "stride": stride})
+        check_max(xp, pool, "float32")
+        check_mean(xp, pool, "float64", count_include_pad=False)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -467,6 +488,15 @@ def test_memory_is_bounded_and_changes_nothing(name, dtype) -> None:
         call(x, memory_limit=least - 1)
 
 
+def test_a_limit_for_all_calls() -> None:
+    x = integers((2, 3, 41, 90))
+    with (
+        cuconv.config(memory_limit="1 KiB"),
+        pytest.raises(MemoryLimitError, match="limit of 1024 bytes"),
+    ):
+        CALLS["mean"](x)
+
+
 def test_without_a_limit_the_least_that_will_do(monkeypatch) -> None:
     x = integers((2, 3, 41, 90))
     monkeypatch.setattr(host.HostLeaves, "default_memory_limit", 1000)
@@ -727,6 +757,29 @@ def test_refused(xp, name) -> None:
     call, error, words = REFUSED[name]
     with pytest.raises(error, match=words):
         call(xp)
+
+
+def test_nothing_is_allocated_before_a_refusal(xp) -> None:
+    """Of arrays that would take terabytes."""
+    x, y = large(xp, 2**10, 2**10, 2**10, 2**10), large(xp, 2**10, 2**10, 2**9, 2**10)
+    index = large(xp, *y.shape, dtype="int32")
+    refused = [
+        (lambda: cuconv.max_pool(x, 1025), ValueError, "1025", "1024"),
+        (lambda: cuconv.avg_pool(x, 2, dtype="int8"), TypeError, "int8"),
+        (lambda: cuconv.avg_pool_backward(y, x.shape, 2), ValueError, "512", "1024"),
+        (
+            lambda: cuconv.max_pool_backward(y, index, x.shape, (2, 1)),
+            TypeError,
+            "int32",
+        ),
+        (lambda: cuconv.lp_pool(x, -1, 2), ValueError, "-1"),
+        (lambda: cuconv.max_pool(x, 1, out=x), ValueError, "out"),
+    ]
+    if xp is np:
+        limited = partial(cuconv.max_pool, x, 2, memory_limit=10)
+        refused.append((limited, MemoryLimitError, "10 bytes", "smallest"))
+    for call, error, *words in refused:
+        assert_refused(xp, call, error, *words)
 
 
 def test_out_that_overlaps(xp) -> None:
