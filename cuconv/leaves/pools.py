@@ -37,8 +37,10 @@ from cuconv.reduction import MAXIMUM, MEAN, NORM, Given, PoolCut, Pooling
 if TYPE_CHECKING:
     from cuconv.leaves.host import HostLeaves
 
-# Cells of x in a piece; with what an axis leaves of them they fill a cache.
-_PIECE = 2**18
+# Cells of x in a piece.  (8, 64, 112, 112), float32, 3×3 of stride 2, one core of an AMD
+# EPYC with 32 MiB of L3, busy with other work too: pieces of 2^16, 2^17, 2^18 and 2^19
+# took 10.8, 9.0, 8.2 and 7.5 ms for maxima, 8.3, 6.4, 5.4 and 4.8 for their gradient.
+_PIECE = 2**19
 # Below this many cells a second worker costs more than it saves.
 _WORTH_WORKERS = 2**17
 _INDEX, _BOOL = np.dtype(np.int64), np.dtype(bool)
@@ -58,7 +60,7 @@ class HostPools:
         cells = geometry.images * geometry.channels * max(geometry.cells, 1)
         workers = self._leaves.workers() if cells > _WORTH_WORKERS else 1
         for count in sorted({workers, 1}, reverse=True):
-            budget = _PIECE
+            budget = _PIECE if count == 1 else min(_PIECE, cells // (2 * count))
             while budget:
                 cut = _cut(pooling, budget, count)
                 if self._bytes(pooling, cut) <= limit:
@@ -337,59 +339,74 @@ class _Worker:
         """Add dy where the indices say; an index out of the plane names no cell."""
         indices = self._indices(region, given, span)
         dy = given.dy[_place(region.images, span, region.output)]
-        share, places = self._view("share", dy.shape), self._view("at", dy.shape)
-        np.copyto(share, dy)
         target = dx
-        if dx.dtype != share.dtype or not _runs_upward(dx):
+        if dx.dtype != self._pooling.accumulate or not _runs_upward(dx):
             target = self._view("sum", dx.shape)
         target[...] = 0
         steps = [step // target.itemsize for step in target.strides]
-        self._locate(region, indices, places, share, steps[2:])
-        for axis in range(2):
-            ahead = self._buffers["ahead"][: dx.shape[axis]]
-            _count_up(ahead, 0, steps[axis])
-            ahead = ahead.reshape(-1, *(1,) * (places.ndim - 1 - axis))
-            np.add(places, ahead, out=places)
-        # In the order of memory, which both share: neither is copied.
-        where, what = (self._buffers[name][: dy.size] for name in ("at", "share"))
+        outside = self._locate(region, indices, dx.shape, steps)
+        what = self._shares(dy, outside)
         reach = zip(target.shape, steps, strict=True)
         length = 1 + sum((n - 1) * step for n, step in reach)
-        np.add.at(as_strided(target, (length,), (target.itemsize,)), where, what)
+        cells = as_strided(target, (length,), (target.itemsize,))
+        np.add.at(cells, self._buffers["at"][: dy.size], what)
         if target is not dx:
             np.copyto(dx, target, casting="unsafe")
 
     def _locate(
-        self,
-        region: Region,
-        indices: Array,
-        places: Array,
-        share: Array,
-        steps: Sequence[int],
-    ) -> None:
-        """Indices in the plane as places in a region; none outside gets a share."""
+        self, region: Region, indices: Array, shape: Sequence[int], steps: list[int]
+    ) -> Array | None:
+        """Write to the buffer ``at`` where in a region the cells of indices lie.
+
+        And which of them lie elsewhere, if any do.
+        """
+        places, heads = self._view("at", indices.shape), self._heads(shape, steps)
         size = self._geometry.size
-        step = merged_stride(size, steps)
-        whole = all(span == (0, n) for span, n in zip(region.cells, size, strict=True))
-        inside = indices.min() >= 0 and indices.max() < self._geometry.cells
-        if whole and inside and step is not None:
-            np.multiply(indices, step, out=places)
-            return
+        step = merged_stride(size, steps[2:])
+        # As unsigned numbers, those below zero are the largest.
+        inside = indices.view(np.uint64).max() < self._geometry.cells
+        if inside and tuple(shape[2:]) == size and step is not None:
+            if step != 1:
+                indices = np.multiply(indices, step, out=places)
+            np.add(indices, heads, out=places)
+            return None
         rest, cell = (self._view(name, places.shape) for name in ("rest", "cell"))
         outside = np.less(indices, 0, out=self._view("mask", places.shape))
         beyond = self._view("nan", places.shape)
         np.copyto(rest, indices)
-        places[...] = 0
+        np.copyto(places, heads)
         for axis in reversed(range(len(size))):
             start, stop = region.cells[axis]
             np.remainder(rest, size[axis], out=cell)
             np.floor_divide(rest, size[axis], out=rest)
             np.logical_or(outside, np.less(cell, start, out=beyond), out=outside)
             np.logical_or(outside, np.greater_equal(cell, stop, out=beyond), outside)
-            np.multiply(np.subtract(cell, start, out=cell), steps[axis], out=cell)
+            np.multiply(np.subtract(cell, start, out=cell), steps[2 + axis], out=cell)
             np.add(places, cell, out=places)
         np.logical_or(outside, np.not_equal(rest, 0, out=beyond), out=outside)
         np.copyto(places, 0, where=outside)
-        np.copyto(share, 0, where=outside)
+        return outside
+
+    def _heads(self, shape: Sequence[int], steps: Sequence[int]) -> Array:
+        """Where every plane of a piece begins."""
+        images, channels = (self._buffers[name] for name in ("images", "channels"))
+        for axis, numbers in enumerate((images, channels)):
+            _count_up(numbers[: shape[axis]], 0, steps[axis])
+        heads = self._buffers["heads"][: shape[0] * shape[1]].reshape(shape[:2])
+        np.add(images[: shape[0], None], channels[: shape[1]], out=heads)
+        return heads.reshape(*heads.shape, *(1,) * self._geometry.rank)
+
+    def _shares(self, dy: Array, outside: Array | None) -> Array:
+        """What is given, in the order of the buffers; nothing to what lies outside."""
+        share = self._view("share", dy.shape)
+        run = zip(dy.shape, dy.strides, share.strides, strict=True)
+        same = all(n == 1 or one == two for n, one, two in run)
+        if same and outside is None and dy.dtype == share.dtype and is_aligned(dy):
+            return as_strided(dy, (dy.size,), (dy.itemsize,))
+        np.copyto(share, dy)
+        if outside is not None:
+            np.copyto(share, 0, where=outside)
+        return cast("Array", self._buffers["share"][: dy.size])
 
     def _indices(self, region: Region, given: Given, span: Range) -> Array:
         """The indices of the windows over a region, given or found in x."""
@@ -507,7 +524,8 @@ def _buffers(pooling: Pooling, cut: PoolCut) -> tuple[Buffer, ...]:
         found.append(Buffer("sum", cells, sums))
     if pooling.kind == MAXIMUM:
         found += (Buffer(name, outputs, _INDEX) for name in ("at", "rest", "cell"))
-        found.append(Buffer("ahead", max(tile.images, cut.channels), _INDEX))
+        heads = {"images": tile.images, "channels": cut.channels, "heads": head}
+        found += (Buffer(name, count, _INDEX) for name, count in heads.items())
         if pooling.values is None:
             return (*found, *(Buffer(name, outputs, _BOOL) for name in ("mask", "nan")))
         found.append(Buffer("indices", outputs, _INDEX))
