@@ -542,6 +542,16 @@ def test_wide_offsets(dtype, monkeypatch) -> None:
     equal(y, wanted.astype(dtype))
 
 
+def test_planes_of_more_than_two_to_the_31_cells(xp) -> None:
+    """Of one cell in memory; the last place is past 2^31, and so is the last image."""
+    x = large(xp, 2, 1, 2**16, 2**16, dtype="int8")
+    y, indices = cuconv.max_pool(x, 1, stride=2**15, return_indices=True)
+    assert y.shape == (2, 1, 2, 2)
+    last = 2**31 + 2**15
+    wanted = [[[[0, 2**15], [2**31, last]]]] * 2
+    equal(to_host(indices), wanted, dtype=np.int64)
+
+
 def test_offsets_are_wide_where_they_must_be() -> None:
     """Planes past 2^31 cells, or strides past it, in a struct that nobody launches."""
 
