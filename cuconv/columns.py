@@ -20,6 +20,7 @@ from cuconv.arrays import (
 )
 from cuconv.geometry import Block, Padding, Region, Sizes, Tile, WindowGeometry
 from cuconv.leaves import Leaves, leaves_of, refuse_capture
+from cuconv.leaves.sharing import Shared
 from cuconv.memory import (
     Buffer,
     MemoryLimit,
@@ -31,7 +32,6 @@ from cuconv.memory import (
 from cuconv.plan import NEEDS_OUT
 from cuconv.planner import most
 from cuconv.profiling import stage
-from cuconv.strategies.base import Shared
 
 # Bytes of columns above which a second thread pays: on two AMD EPYC cores im2col took
 # 0.96 times as long on one core as on both at 3.4 MiB, and 1.75 times at 7.0 MiB.

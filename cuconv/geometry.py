@@ -34,8 +34,22 @@ Range: TypeAlias = tuple[int, int]
 Ranges: TypeAlias = tuple[Range, ...]
 
 
+class Meeting(NamedTuple):
+    """Cells of an input interval and the outputs of an interval that they are under.
+
+    As many of each, or one output over all the cells.
+    """
+
+    cells: slice
+    outputs: slice
+
+
 class Axis(NamedTuple):
-    """One spatial axis: input size, kernel taps, and how they meet."""
+    """One spatial axis: input size, kernel taps, and how they meet.
+
+    ``overhang`` are cells under the last window beyond the padding (`rounded_up`), and
+    ``windows`` is how many windows an `EvenAxis` has.
+    """
 
     size: int
     kernel: int
@@ -43,6 +57,8 @@ class Axis(NamedTuple):
     dilation: int
     before: int
     after: int
+    overhang: int = 0
+    windows: int = 0
 
     @property
     def extent(self) -> int:
@@ -51,7 +67,29 @@ class Axis(NamedTuple):
 
     @property
     def padded(self) -> int:
-        return self.size + self.before + self.after
+        return self.size + self.before + self.after + self.overhang
+
+    @property
+    def end(self) -> int:
+        """Where the cells that windows may read end: negative padding crops."""
+        return max(self.size + min(self.after, 0), 0)
+
+    @property
+    def rounded_up(self) -> "Axis":
+        """With a window more for the cells that strides leave over at the end.
+
+        There is none where it would start in the padding after the input.
+        """
+        rest = (self.padded - self.extent) % self.stride
+        if not rest or self.out * self.stride >= self.size + self.before:
+            return self
+        return self._replace(overhang=self.stride - rest)
+
+    @property
+    def is_identity(self) -> bool:
+        """Whether every window is the one cell of its own place."""
+        plain = self.kernel == self.stride == 1 and not self.windows
+        return plain and self.before == self.after == 0
 
     @property
     def out(self) -> int:
@@ -71,6 +109,120 @@ class Axis(NamedTuple):
         highest = (stop - 1 + self.before) // self.stride
         first = min(max(lowest, 0), self.out)
         return first, max(first, min(highest + 1, self.out))
+
+    def reach(self, cells: int) -> int:
+        """How many windows meet so many neighbouring cells, at most."""
+        return min(self.out, (cells + self.extent - 2) // self.stride + 1)
+
+    def span(self, outputs: int) -> int:
+        """How many cells lie under so many neighbouring outputs, at most."""
+        return min(self.size, (outputs - 1) * self.stride + self.extent)
+
+    def counted(self, *, padding: bool) -> Range:
+        """The cells that a mean divides by, and the padding if that counts."""
+        if not padding:
+            return 0, self.end
+        return -max(self.before, 0), self.size + self.after
+
+    def taps_of(self, output: int, *, padding: bool) -> int:
+        """Taps of an output that meet what is `counted`."""
+        low, high = self.counted(padding=padding)
+        first, d = self.first(output), self.dilation
+        below = max(-((first - low) // d), 0)
+        return max(min((high - 1 - first) // d + 1, self.kernel) - below, 0)
+
+    def goes_by_tap(self, outputs: int) -> bool:
+        """Whether `meetings` takes tap by tap, or output by output: what is fewer."""
+        return self.kernel <= outputs
+
+    def meetings(self, outputs: Range, cells: Range) -> Iterator[Meeting]:
+        """Who meets whom between an interval of outputs and one of cells."""
+        if self.goes_by_tap(outputs[1] - outputs[0]):
+            for tap in range(self.kernel):
+                meeting = self.hits(tap, outputs, cells)
+                if meeting.cells.stop > meeting.cells.start:
+                    yield meeting
+            return
+        for index, output in enumerate(range(*outputs)):
+            under = self.cells_under(output, cells)
+            if under.stop > under.start:
+                yield Meeting(under, slice(index, index + 1))
+
+    def hits(self, tap: int, outputs: Range, cells: Range) -> Meeting:
+        """Where a tap of these outputs falls within ``cells``."""
+        offset = tap * self.dilation - self.before
+        start = max(outputs[0], -((offset - cells[0]) // self.stride))
+        stop = max(start, min(outputs[1], (cells[1] - 1 - offset) // self.stride + 1))
+        first = start * self.stride + offset - cells[0]
+        last = first + (stop - start - 1) * self.stride
+        inside = slice(first, last + 1, self.stride) if stop > start else slice(0, 0)
+        return Meeting(inside, slice(start - outputs[0], stop - outputs[0]))
+
+    def cells_under(self, output: int, cells: Range) -> slice:
+        """The cells of an interval that the taps of one output meet."""
+        first, step = self.first(output) - cells[0], self.dilation
+        start = first + max(-(first // step), 0) * step
+        stop = min(first + self.extent, cells[1] - cells[0])
+        return slice(start, max(start, stop), step)
+
+
+class EvenAxis(Axis):
+    """Windows that share an axis out as evenly as can be: adaptive pooling.
+
+    Window ``o`` of ``m`` over ``n`` cells goes from ``floor(o n / m)`` up to
+    ``ceil((o + 1) n / m)``; neighbours may share a cell.  ``kernel`` is the longest.
+    """
+
+    __slots__ = ()
+
+    @classmethod
+    def of(cls, size: int, windows: int) -> Axis:
+        """Windows with a stride where the axis can be shared out in equal parts."""
+        if not windows:
+            return Axis(size, 1, 1, 1, 0, -size)
+        if size % windows == 0:
+            each = size // windows
+            return Axis(size, each, each, 1, 0, 0)
+        lengths = {
+            -(-(o + 1) * size // windows) - o * size // windows for o in range(windows)
+        }
+        return cls(size, max(lengths), 1, 1, 0, 0, 0, windows)
+
+    @property
+    def out(self) -> int:
+        return self.windows
+
+    def first(self, output: int) -> int:
+        return output * self.size // self.windows
+
+    def last(self, output: int) -> int:
+        """One past the last cell of a window."""
+        return -(-(output + 1) * self.size // self.windows)
+
+    def window(self, start: int, stop: int) -> Range:
+        return self.first(start), self.last(stop - 1)
+
+    def reached_from(self, start: int, stop: int) -> Range:
+        high = -(-stop * self.windows // self.size)
+        return start * self.windows // self.size, high
+
+    def reach(self, cells: int) -> int:
+        return min(self.windows, -(-cells * self.windows // self.size) + 1)
+
+    def span(self, outputs: int) -> int:
+        return min(self.size, -(-outputs * self.size // self.windows) + 1)
+
+    def taps_of(self, output: int, *, padding: bool) -> int:
+        del padding
+        return self.last(output) - self.first(output)
+
+    def goes_by_tap(self, outputs: int) -> bool:
+        del outputs
+        return False
+
+    def cells_under(self, output: int, cells: Range) -> slice:
+        start = max(self.first(output) - cells[0], 0)
+        return slice(start, max(start, min(self.last(output), cells[1]) - cells[0]))
 
 
 class Tile(NamedTuple):
@@ -225,7 +377,7 @@ class WindowGeometry:
     @cached_property
     def is_pointwise(self) -> bool:
         """Whether the column matrix is the input itself."""
-        return all(axis[1:] == (1, 1, axis.dilation, 0, 0) for axis in self.axes)
+        return all(axis[1:6] == (1, 1, axis.dilation, 0, 0) for axis in self.axes)
 
     @cached_property
     def x_shape(self) -> tuple[int, ...]:
@@ -300,15 +452,13 @@ class WindowGeometry:
 
     def reach(self, tile: Tile) -> int:
         """Output positions whose windows meet a region of this tile, at most."""
-        return tile.images * math.prod(
-            min(axis.out, (cells + axis.extent - 2) // axis.stride + 1)
-            for axis, cells in zip(self.axes, tile.cells, strict=True)
-        )
+        each = zip(self.axes, tile.cells, strict=True)
+        return tile.images * math.prod(axis.reach(cells) for axis, cells in each)
 
     def block(self, images: Range, output: Ranges) -> Block:
         """The block that computes these images and output cells."""
         clipped = [
-            _clip(*axis.window(start, stop), axis.size)
+            _clip(*axis.window(start, stop), axis.end)
             for axis, (start, stop) in zip(self.axes, output, strict=True)
         ]
         window, padding = zip(*clipped, strict=True) if clipped else ((), ())
@@ -376,12 +526,14 @@ class WindowGeometry:
         stride: Sizes = 1,
         padding: Padding = 0,
         dilation: Sizes = 1,
+        ceil_mode: bool = False,
         layout: str = "channels_first",
     ) -> "WindowGeometry":
         """Geometry of windows over an array of shape ``x_shape``.
 
         A ``kernel_size`` of several numbers fixes the rank, and ``x_shape`` may then
-        lack the batch axis; a single number means a batched array.
+        lack the batch axis; a single number means a batched array.  ``ceil_mode`` adds
+        a window along every axis that has cells left over (`Axis.rounded_up`).
 
         Raises
         ------
@@ -396,7 +548,57 @@ class WindowGeometry:
             _frozen("padding", padding),
             _frozen("dilation", dilation),
             layout,
+            ceil_mode,
         )
+
+    @classmethod
+    def of_even(
+        cls,
+        x_shape: Sequence[int],
+        output_size: Sequence[int | None] | int | None,
+        *,
+        layout: str = "channels_first",
+    ) -> "WindowGeometry":
+        """Geometry of windows that share every axis out evenly: `EvenAxis`.
+
+        ``output_size`` has one number for each spatial axis, and None to keep a size;
+        a single one means a batched array.
+
+        Examples
+        --------
+        >>> from cuconv.geometry import WindowGeometry
+        >>> WindowGeometry.of_even((2, 3, 7, 9), (4, None)).out
+        (4, 9)
+        """
+        shape = _shape("x", x_shape)
+        if output_size is None or isinstance(output_size, int):
+            output_size = (output_size,) * (len(shape) - 2)
+        split = _split_shape(shape, len(output_size), layout)
+        wanted = [
+            size if windows is None else _index("output_size", windows)
+            for size, windows in zip(split.sizes, output_size, strict=True)
+        ]
+        axes = map(_even_axis, range(len(wanted)), split.sizes, wanted)
+        return cls(
+            split.images,
+            split.channels,
+            tuple(axes),
+            split.channels_first,
+            split.batched,
+        )
+
+
+def _even_axis(index: int, size: int, windows: int) -> Axis:
+    if not 0 <= windows <= LARGEST_PARAMETER:
+        raise ValueError(
+            f"output_size of spatial axis {index} is {windows}; "
+            f"it must lie in 0 … {LARGEST_PARAMETER}"
+        )
+    if windows and not size:
+        raise ValueError(
+            f"spatial axis {index} has 0 cells, too few for output_size {windows}"
+        )
+    return EvenAxis.of(size, windows)
 
 
 @dataclass(frozen=True)
@@ -709,6 +911,8 @@ def _axes(
     stride: object,
     padding: object,
     dilation: object,
+    *,
+    ceil_mode: bool = False,
 ) -> tuple[Axis, ...]:
     rank = len(sizes)
     _per_axis("kernel_size", kernel, rank, 1)
@@ -721,6 +925,8 @@ def _axes(
             sizes, kernel, strides, dilations, pads, strict=True
         )
     )
+    if ceil_mode:
+        axes = tuple(axis.rounded_up for axis in axes)
     for index, axis in enumerate(axes):
         _check_fits(index, axis, padding)
     return axes
@@ -758,6 +964,7 @@ def _window_geometry(
     padding: object,
     dilation: object,
     layout: str,
+    ceil_mode: bool,  # noqa: FBT001 - the key of a cache
 ) -> WindowGeometry:
     if isinstance(kernel_size, str):
         raise TypeError(f"kernel_size must be integers; got {kernel_size!r}")
@@ -769,7 +976,9 @@ def _window_geometry(
             "a kernel_size of one number needs a batch and a channel axis beside them"
         )
     split = _split_shape(x_shape, len(kernel_size), layout)
-    axes = _axes(split.sizes, kernel_size, stride, padding, dilation)
+    axes = _axes(
+        split.sizes, kernel_size, stride, padding, dilation, ceil_mode=ceil_mode
+    )
     return WindowGeometry(
         split.images, split.channels, axes, split.channels_first, split.batched
     )

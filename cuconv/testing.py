@@ -561,6 +561,223 @@ def _on_host(array: Array) -> Host:
     return host
 
 
+class PoolReference(NamedTuple):
+    """What `pool_reference` finds: values, and the places of maxima in their planes."""
+
+    y: Host
+    indices: Host
+
+
+def pool_reference(x: Array, kernel_size: Sequence[int] = (), **options: Any) -> Any:
+    """Pool as `cuconv.max_pool` and its kin do, by loops over scalars.
+
+    Parameters
+    ----------
+    x
+        Input, (N, C, *spatial), or (C, *spatial).
+    kernel_size
+        Taps along each axis; empty where ``output_size`` is given.
+    **options
+        ``kind``, one of ``"max"``, ``"mean"``, ``"norm"``; ``stride``, ``padding``,
+        ``dilation``, ``ceil_mode``, ``count_include_pad``, ``divisor_override``,
+        ``norm_type`` and ``layout`` as in the library; and ``output_size`` for
+        adaptive pooling, one number for each axis.
+
+    Returns
+    -------
+    PoolReference
+        Values in complex128 or float64, for maxima of integers in int64, and the place
+        of every maximum: the first of equal ones, -1 where there is none.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from cuconv.testing import pool_reference
+    >>> pool_reference(np.array([[[3, 1, 4, 1, 5]]]), (2,), stride=(1,)).y
+    array([[[3, 4, 4, 5]]])
+    """
+    pool = _Pool(**options)
+    images, axes = pool.of(x, kernel_size)
+    shape = (*images.shape[:2], *map(len, axes))
+    exact = pool.kind == "max" and x.dtype.kind in "biu"
+    kind = "c" if x.dtype.kind == "c" else "i" if exact else "f"
+    y, indices = np.zeros(shape, dtype=f"{kind}{16 if kind == 'c' else 8}"), []
+    for at in np.ndindex(*shape):
+        windows = [axis[o] for axis, o in zip(axes, at[2:], strict=True)]
+        value, index = pool.value(images[at[:2]], windows)
+        y[at] = value
+        indices.append(index)
+    places = np.array(indices, dtype=np.int64).reshape(shape)
+    view = _View(pool.layout, batched=x.ndim == len(axes) + 2)
+    return PoolReference(view.back(y), view.back(places))
+
+
+def pool_grad_reference(
+    dy: Array, x: Array, kernel_size: Sequence[int] = (), **options: Any
+) -> Host:
+    """The gradient of pooling for its input, by loops over scalars.
+
+    Parameters
+    ----------
+    dy
+        Gradient for the output.
+    x
+        The input.
+    kernel_size, **options
+        As for `pool_reference`.
+
+    Returns
+    -------
+    numpy.ndarray
+        Of the shape of ``x``, in complex128 or float64.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from cuconv.testing import pool_grad_reference
+    >>> dy, x = np.ones((1, 1, 4)), np.array([[[3, 1, 4, 1, 5]]])
+    >>> pool_grad_reference(dy, x, (2,), stride=(1,))
+    array([[[1., 0., 2., 0., 1.]]])
+    """
+    pool = _Pool(**options)
+    images, axes = pool.of(x, kernel_size)
+    view = _View(pool.layout, batched=x.ndim == len(axes) + 2)
+    outputs = view.of_images(_wide(_on_host(dy)))
+    dx = np.zeros(images.shape, dtype=outputs.dtype)
+    for at in np.ndindex(*outputs.shape):
+        windows = [axis[o] for axis, o in zip(axes, at[2:], strict=True)]
+        for cell, slope in pool.slopes(images[at[:2]], windows):
+            dx[(*at[:2], *cell)] += outputs[at] * slope
+    return view.back(dx)
+
+
+class _Window(NamedTuple):
+    """The cells under one window along one axis, and how many a mean counts."""
+
+    cells: list[int]
+    counted: int
+
+
+@dataclass(frozen=True)
+class _Pool:
+    """Options of a pooling, and what they say of one window."""
+
+    kind: str = "max"
+    stride: Any = None
+    padding: Any = 0
+    dilation: Any = 1
+    ceil_mode: bool = False
+    count_include_pad: bool = True
+    divisor_override: int | None = None
+    norm_type: float = 2
+    layout: str = "channels_first"
+    output_size: Sequence[int] = ()
+
+    def of(self, x: Array, kernel: Sequence[int]) -> tuple[Host, list[list[_Window]]]:
+        """The images of an array, and the windows along every axis of them."""
+        rank = len(kernel or self.output_size)
+        host = _on_host(x)
+        images = _View(self.layout, batched=x.ndim == rank + 2).of_images(host)
+        sizes = images.shape[2:]
+        if self.output_size:
+            pairs = zip(sizes, self.output_size, strict=True)
+            return images, [_even_windows(*pair) for pair in pairs]
+        steps = _each(kernel if self.stride is None else self.stride, rank)
+        dilations = _each(self.dilation, rank)
+        spans = [d * (k - 1) + 1 for d, k in zip(dilations, kernel, strict=True)]
+        if isinstance(self.padding, str):
+            each = zip(sizes, spans, steps, strict=True)
+            pads = [_word_pads(self.padding, *axis) for axis in each]
+        else:
+            given = _each(self.padding, rank)
+            pads = [(p, p) if isinstance(p, int) else p for p in given]
+        whole = zip(sizes, kernel, steps, dilations, pads, strict=True)
+        return images, [self._windows(*axis) for axis in whole]
+
+    def _windows(
+        self, size: int, taps: int, step: int, apart: int, pads: tuple[int, int]
+    ) -> list[_Window]:
+        """Slide a window along an axis until it would leave it."""
+        found: list[_Window] = []
+        end, start = size + pads[1], -pads[0]
+        while True:
+            under = [start + tap * apart for tap in range(taps)]
+            left_over = under[-1] - step < end - 1 and start < size
+            if under[-1] >= end and not (self.ceil_mode and left_over):
+                return found
+            cells = [i for i in under if 0 <= i < min(size, end)]
+            padded = [i for i in under if i < end]
+            found.append(
+                _Window(cells, len(padded if self.count_include_pad else cells))
+            )
+            start += step
+
+    def value(self, plane: Host, windows: list[_Window]) -> tuple[Any, int]:
+        """The value of one window, and where its maximum lies."""
+        cells = list(product(*(window.cells for window in windows)))
+        values = [plane[cell].item() for cell in cells]
+        if self.kind == "mean":
+            return sum(values) / self._divisor(windows), -1
+        if self.kind == "norm":
+            powers = [abs(value) ** self.norm_type for value in values]
+            return sum(powers) ** (1 / self.norm_type), -1
+        best = self._best(values)
+        if best is None:
+            return _least(plane.dtype), -1
+        return values[best], int(np.ravel_multi_index(cells[best], plane.shape))
+
+    def slopes(
+        self, plane: Host, windows: list[_Window]
+    ) -> Iterator[tuple[Index, float]]:
+        """The cells of one window, and the derivatives of its value for them."""
+        cells = list(product(*(window.cells for window in windows)))
+        values = [plane[cell].item() for cell in cells]
+        if self.kind == "max":
+            best = self._best(values)
+            yield from [] if best is None else [(cells[best], 1.0)]
+            return
+        norm = self.value(plane, windows)[0]
+        for cell, value in zip(cells, values, strict=True):
+            if self.kind == "mean":
+                yield cell, 1 / self._divisor(windows)
+            elif value:
+                p = self.norm_type
+                slope = norm ** (1 - p) * abs(value) ** (p - 1)
+                yield cell, slope if value > 0 else -slope
+
+    def _best(self, values: list[Any]) -> int | None:
+        for index, value in enumerate(values):
+            if value != value:  # noqa: PLR0124 - a NaN
+                return index
+        return values.index(max(values)) if values else None
+
+    def _divisor(self, windows: list[_Window]) -> int:
+        if self.divisor_override is not None:
+            return self.divisor_override
+        counted = 1
+        for window in windows:
+            counted *= window.counted
+        return counted or 1
+
+
+def _even_windows(size: int, windows: int) -> list[_Window]:
+    """Window i has every cell of which some part is in the i-th part of the axis."""
+    found = []
+    for i in range(windows):
+        low, high = i * size, (i + 1) * size  # in parts of a cell, so many as windows
+        cells = [
+            c for c in range(size) if c * windows < high and (c + 1) * windows > low
+        ]
+        found.append(_Window(cells, len(cells)))
+    return found
+
+
+def _least(dtype: DType) -> Any:
+    if dtype.kind in "iu":
+        return int(np.iinfo(dtype).min)
+    return 0 if dtype.kind == "b" else -np.inf
+
+
 def numerical_gradient(
     function: Callable[[Array], Any], array: Array, *, step: float = 2.0**-17
 ) -> Array:
@@ -841,5 +1058,7 @@ __all__ = [
     "conv_transpose_weight_grad_reference",
     "conv_weight_grad_reference",
     "numerical_gradient",
+    "pool_grad_reference",
+    "pool_reference",
     "relative_error",
 ]

@@ -126,6 +126,53 @@ def grouped_cases(draw: st.DrawFn, ranks: tuple[int, ...] = (1, 2, 3)) -> Case:
     return wide.in_layout(draw(st.sampled_from(LAYOUTS)))
 
 
+class Pool(NamedTuple):
+    """One pooling by its shape, its kernel and its options."""
+
+    x_shape: tuple[int, ...]
+    kernel: tuple[int, ...]
+    options: dict[str, Any]
+
+
+@st.composite
+def pools(draw: st.DrawFn) -> Pool:
+    """A valid pooling: windows that hang over, that overlap, that lie in padding."""
+    rank = draw(st.integers(1, 3))
+    kernel, stride, dilation, pads = _window(draw, rank)
+    out = _distinct(draw, 1, 6 if rank == 1 else 4 if rank == 2 else 3, rank)
+    spans = [d * (k - 1) + 1 for d, k in zip(dilation, kernel, strict=True)]
+    tails = [draw(st.integers(0, s - 1)) for s in stride]
+    size = map(_size, out, spans, stride, pads, tails)
+    images = draw(st.sampled_from([(), (1,), (2,), (3,)]))
+    options = {
+        "stride": tuple(stride),
+        "padding": tuple(pads),
+        "dilation": tuple(dilation),
+        "ceil_mode": draw(st.booleans()),
+    }
+    return _in_layout(draw, (*images, draw(st.integers(1, 3)), *size), kernel, options)
+
+
+@st.composite
+def even_pools(draw: st.DrawFn) -> Pool:
+    """An adaptive pooling; ``kernel`` is its output size."""
+    rank = draw(st.integers(1, 3))
+    most = (14, 9, 5)[rank - 1]
+    size, out = (_distinct(draw, 1, most, rank) for _ in range(2))
+    images = draw(st.sampled_from([(), (1,), (2,)]))
+    return _in_layout(draw, (*images, draw(st.integers(1, 3)), *size), out, {})
+
+
+def _in_layout(
+    draw: st.DrawFn, shape: tuple[int, ...], kernel: list[int], options: dict[str, Any]
+) -> Pool:
+    layout = draw(st.sampled_from(LAYOUTS))
+    if layout == "channels_last":
+        batch = len(shape) - len(kernel) - 1
+        shape = (*shape[:batch], *shape[batch + 1 :], shape[batch])
+    return Pool(shape, tuple(kernel), {**options, "layout": layout})
+
+
 class Invalid(NamedTuple):
     """A convolution that must be refused, and what the message must say."""
 

@@ -64,6 +64,7 @@ def run_sanitized(*arguments: str) -> subprocess.CompletedProcess[str]:
         ("kernels", "gemm or offsets", 100),
         ("tiles", "split or join", 15),
         ("direct", "anywhere or one_in_memory or round_again", 15),
+        ("pooling", "cupy and (any_view or no_window)", 6),
         ("implicit_gemm", "odd-channels_first or aligned-channels_last", 6),
     ],
 )

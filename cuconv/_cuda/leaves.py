@@ -14,6 +14,7 @@ from cuconv._cuda.device import gpu_of, is_capturing
 from cuconv._cuda.direct import MOST_BLOCKS, DirectLaunch, pack_cells, pack_sums
 from cuconv._cuda.elements import Variant
 from cuconv._cuda.gemm import gemm
+from cuconv._cuda.pools import PoolLaunch, PoolTypes, pack_pool, pool_macros
 from cuconv._cuda.structs import MOST_THREADS, Launch, pack, steps_of
 from cuconv._cuda.tiles import CudaTiles
 from cuconv._cuda.variants import (
@@ -27,6 +28,7 @@ from cuconv.arrays import Array, DType, Types, accumulator, is_half
 from cuconv.geometry import Axis, Block, Range, Ranges, Tile, WindowGeometry
 from cuconv.memory import Buffer
 from cuconv.rates import cuda_block_bytes, cuda_rates
+from cuconv.reduction import Given, PoolCut, Pooling
 
 _THREADS = 256
 
@@ -60,6 +62,29 @@ class DirectKernels:
         _launch_direct("depthwise_weights", launch, x, dy, out)
 
 
+class PoolKernels:
+    """See `cuconv.leaves.Pools`."""
+
+    def cut(self, pooling: Pooling, limit: int) -> PoolCut:
+        del pooling, limit  # kernels take no memory
+        return PoolCut()
+
+    def reduce(
+        self, pooling: Pooling, cut: PoolCut, x: Array, y: Array, indices: Array | None
+    ) -> None:
+        del cut
+        launch = pack_pool(pooling, x, y, other_y=indices)
+        _launch_pool("pool", pooling, launch, x, y, _or_null(indices))
+
+    def spread(self, pooling: Pooling, cut: PoolCut, given: Given, dx: Array) -> None:
+        del cut
+        dy, indices, x, y = given
+        other = indices if y is None else y
+        launch = pack_pool(pooling, dx, dy, x, other)
+        arrays = dy, _or_null(y), _or_null(indices), _or_null(x), dx
+        _launch_pool("pool_gradient", pooling, launch, *arrays)
+
+
 class CudaLeaves:
     """See `cuconv.leaves.Leaves`; one for each device."""
 
@@ -70,6 +95,7 @@ class CudaLeaves:
     largest_step = 2**31 - 1
     tiles = CudaTiles()
     contraction = CudaContraction()
+    pools = PoolKernels()
     needs_partial = False
 
     def __init__(self, device: int) -> None:
@@ -238,6 +264,19 @@ def _launch_direct(name: str, launch: DirectLaunch, *arrays: Any) -> None:
     variant = direct_variant(name, source.dtype, out.dtype, wide=launch.wide)
     grid = (min(share.blocks, MOST_BLOCKS),)
     kernel(variant)(grid, (share.threads,), (*arrays, launch.packed))
+
+
+def _launch_pool(name: str, pooling: Pooling, launch: PoolLaunch, *arrays: Any) -> None:
+    if not launch.items:
+        return
+    macros = pool_macros(pooling.kind, PoolTypes.of(pooling), wide=launch.wide)
+    blocks = -(-min(launch.items, MOST_THREADS) // _THREADS)
+    arguments = (*arrays, launch.packed)
+    kernel(Variant(name, macros))((blocks,), (_THREADS,), arguments)
+
+
+def _or_null(array: Array | None) -> Any:
+    return np.uintp(0) if array is None else array
 
 
 def _like(flat: Array, columns: Array) -> Array:

@@ -6,6 +6,7 @@ import numpy as np
 
 from cuconv._cuda.direct import DIRECT, images_at_once, taps_at_once
 from cuconv._cuda.elements import ELEMENTS, SUMS, Variant
+from cuconv._cuda.pools import pool_variants
 from cuconv._cuda.structs import GEOMETRY, MATRICES, PRODUCT, TRANSFORM
 from cuconv._cuda.tilings import MODERN, parts_variant, usual_variants
 from cuconv._cuda.words import Words
@@ -115,7 +116,8 @@ def _index_macros(rank: int, *, wide: bool) -> tuple[str, ...]:
 def all_variants(architecture: int = 90) -> Iterator[Variant]:
     """Every variant that the library can ask for on a device.
 
-    Of `implicit_gemm`, those that arrays without gaps lead to.
+    Of `implicit_gemm`, those that arrays without gaps lead to; of pooling, those
+    whose results have the type that they have by default.
     """
     for rank in (1, 2, 3):
         yield from _column_variants(rank)
@@ -123,6 +125,7 @@ def all_variants(architecture: int = 90) -> Iterator[Variant]:
         for wide in (False, True):
             yield from tile_variants(np.dtype(name), (1, 2), wide=wide)
     yield from _direct_variants()
+    yield from (Variant(*named) for named in pool_variants())
     yield from map(transpose_variant, (2, 4))
     names = ("bool", "uint8", "uint16", "uint32", "uint64")
     yield from (product_variant(np.dtype(name)) for name in names)

@@ -19,6 +19,7 @@ from cuconv.geometry import Axis, Block, Ranges, Tile, WindowGeometry
 from cuconv.leaves.host import HostLeaves
 from cuconv.memory import Buffer
 from cuconv.rates import Rates
+from cuconv.reduction import Given, PoolCut, Pooling
 
 
 class TileTransforms(Protocol):
@@ -118,6 +119,21 @@ class Contraction(Protocol):
         """Copy (N, G, rows, columns) to (N, G, columns, rows), both along the last."""
 
 
+class Pools(Protocol):
+    """Pooling, and its gradients, of arrays (N, C, *spatial) with any strides."""
+
+    def cut(self, pooling: Pooling, limit: int) -> PoolCut:
+        """How a call is shared out so that it takes no more memory than ``limit``."""
+
+    def reduce(
+        self, pooling: Pooling, cut: PoolCut, x: Array, y: Array, indices: Array | None
+    ) -> None:
+        """Write to ``y`` what every window holds, and where its maximum lies."""
+
+    def spread(self, pooling: Pooling, cut: PoolCut, given: Given, dx: Array) -> None:
+        """Write the gradient for x: the same bits on every run."""
+
+
 class Leaves(Protocol):
     """The operations that know which module they serve."""
 
@@ -147,6 +163,10 @@ class Leaves(Protocol):
     @property
     def direct(self) -> Direct | None:
         """Loops over channels that need no buffers; None where there are none."""
+
+    @property
+    def pools(self) -> Pools:
+        """Pooling and its gradients."""
 
     def device_of(self, array: Array) -> AbstractContextManager[object]:
         """Make the device that holds the array the current one."""

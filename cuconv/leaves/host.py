@@ -17,8 +17,9 @@ from threadpoolctl import ThreadpoolController
 
 from cuconv.arrays import Array, DType, Types, stored
 from cuconv.config import settings
-from cuconv.geometry import Axis, Block, Range, Ranges, Tile, WindowGeometry
+from cuconv.geometry import Axis, Block, Ranges, Tile, WindowGeometry
 from cuconv.leaves.machine import host_machine
+from cuconv.leaves.pools import HostPools
 from cuconv.memory import Buffer
 from cuconv.profiling import stage
 from cuconv.rates import HOST_RATES
@@ -57,6 +58,10 @@ class HostLeaves:
     largest_step = 2**62
     tiles = None
     needs_partial = True
+
+    @property
+    def pools(self) -> HostPools:
+        return HostPools(self, _STOPPING.check)
 
     def device_of(self, array: Array) -> AbstractContextManager[object]:
         del array
@@ -154,9 +159,9 @@ class HostLeaves:
             target[...] = 0
         _STOPPING.check()
         for tap in _taps(geometry.kernel):
-            met = list(map(_hits, geometry.axes, tap, block.output, cells))
-            into = target[(..., *(inside for inside, _ in met))]
-            part = columns[(slice(None),) * 3 + (*tap, *(which for _, which in met))]
+            met = list(map(Axis.hits, geometry.axes, tap, block.output, cells))
+            into = target[(..., *(each.cells for each in met))]
+            part = columns[(slice(None),) * 3 + (*tap, *(m.outputs for m in met))]
             np.add(into, part, out=into)
 
     def gemm(
@@ -497,17 +502,6 @@ def _taps(kernel: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
     for tap in range(kernel[0]):
         for rest in _taps(kernel[1:]):
             yield (tap, *rest)
-
-
-def _hits(axis: Axis, tap: int, output: Range, cells: Range) -> tuple[slice, slice]:
-    """Where a tap of these output cells falls within ``cells``: (cells, outputs)."""
-    offset = tap * axis.dilation - axis.before
-    start = max(output[0], -((offset - cells[0]) // axis.stride))
-    stop = max(start, min(output[1], (cells[1] - 1 - offset) // axis.stride + 1))
-    first = start * axis.stride + offset - cells[0]
-    last = first + (stop - start - 1) * axis.stride
-    inside = slice(first, last + 1, axis.stride) if stop > start else slice(0, 0)
-    return inside, slice(start - output[0], stop - output[0])
 
 
 class _Blas:

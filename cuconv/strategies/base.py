@@ -1,6 +1,5 @@
 """What a strategy is asked, and the views that all of them share."""
 
-import threading
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
@@ -20,6 +19,7 @@ from cuconv.arrays import (
 )
 from cuconv.geometry import Axis, Block, ConvGeometry, Tile
 from cuconv.leaves import Leaves
+from cuconv.leaves.sharing import Shared
 from cuconv.memory import Buffer
 
 OPERATIONS = ("forward", "input_grad", "weight_grad")
@@ -317,18 +317,6 @@ class OneWay:
     def describe(self, variant: tuple[int, ...]) -> str:
         del variant
         return ""
-
-
-class Shared(Iterator[Item]):
-    """One iterator for several workers: each item goes to whoever asks first."""
-
-    def __init__(self, items: Iterable[Item]) -> None:
-        self._items = iter(items)
-        self._lock = threading.Lock()
-
-    def __next__(self) -> Item:
-        with self._lock:
-            return next(self._items)
 
 
 def in_groups(array: Array, geometry: ConvGeometry) -> Array:

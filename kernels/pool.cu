@@ -1,0 +1,84 @@
+// Pooling: the maximum, the mean or the norm of the cells under every window.
+//
+//     y[n, c, o] = max over i of x[n, c, i],   or  (sum over i of x[n, c, i]) / count(o),
+//                  or  (sum over i of |x[n, c, i]|^p)^(1/p)
+//
+// over the cells i under the window of o; pool.cuh says which.  With `indices`, a maximum
+// also says where in its plane it lies.
+//
+// One thread owns one output, reads each of its cells once, and writes once; sums are
+// added in row-major order.  The cells that meet a window are a range along every axis,
+// found before the loop, which tests nothing.  Neighbouring threads own neighbouring
+// outputs, or channels where these lie closer together: writes, and reads at stride 1,
+// are coalesced; what neighbours share comes from the cache.
+//
+// Bytes: x and y pass through memory once.  A maximum over a box could be taken axis by
+// axis, with fewer reads, but through memory: what lies between would cost more bytes
+// than the cache gives.
+
+#define RANK 3
+
+#include "element.cuh"
+#include "index.cuh"
+#include "pool.cuh"
+
+// The sum over a window.
+__device__ inline SUM sum_of(const ELEMENT *x, const Span (&s)[RANK], const Pool &p)
+{
+    SUM sum = {};
+    INDEX step[RANK];
+#pragma unroll
+    for (int r = 0; r < RANK; ++r) {
+        x += s[r].first * p.axis[r].windows.x_step;
+        step[r] = s[r].step * p.axis[r].windows.x_step;
+    }
+#pragma unroll 1
+    for (INDEX i = 0; i < s[0].count; ++i)
+#pragma unroll 1
+        for (INDEX j = 0; j < s[1].count; ++j) {
+            INDEX at = i * step[0] + j * step[1];
+#pragma unroll 1
+            for (INDEX k = 0; k < s[2].count; ++k, at += step[2]) {
+#if KIND == NORM
+                sum += raised(magnitude(summand(x[at])), p.norm);
+#else
+                add_to(sum, summand(x[at]));
+#endif
+            }
+        }
+    return sum;
+}
+
+extern "C" __global__ void pool(
+    const ELEMENT *__restrict__ x, RESULT *__restrict__ y,
+    long long *__restrict__ indices, const Pool p)
+{
+    for (INDEX item = first_item(); item < p.items; item += item_step()) {
+        INDEX rest = item, channel = 0, to = 0, index_to = 0;
+        INDEX o[RANK];
+        Span cells[RANK];
+        if (p.channels_fastest) channel = take(rest, p.by_channels);
+#pragma unroll
+        for (int r = RANK - 1; r >= 0; --r) {
+            const PoolAxis &axis = p.axis[r];
+            o[r] = take(rest, axis.windows.by_out);
+            to += o[r] * axis.windows.out_step;
+            index_to += o[r] * axis.other_y;
+            cells[r] = cells_under(o[r], axis);
+        }
+        if (!p.channels_fastest) channel = take(rest, p.by_channels);
+        const ELEMENT *from = x + (rest * p.x_image + channel * p.x_channel);
+        to += rest * p.y_image + channel * p.y_channel;
+#if KIND == MAXIMUM
+        const Best best = best_of<false>(from, cells, p);
+        const bool none = best.index < 0;
+        y[to] = none ? finished(p.least) : finished(best.value);
+        index_to += rest * p.other_y_image + channel * p.other_y_channel;
+        if (indices) indices[index_to] = best.index;
+#elif KIND == MEAN
+        y[to] = finished(divided(sum_of(from, cells, p), divisor_of(o, p)));
+#else
+        y[to] = finished(raised(sum_of(from, cells, p), 1 / p.norm));
+#endif
+    }
+}
