@@ -63,6 +63,68 @@ def every_call(xp: Any) -> dict[str, Callable[[], Any]]:
         "precompile": lambda: cuconv.precompile(("float32",), (2,)),
         "default_array_module": cuconv.default_array_module,
         "release_memory": cuconv.release_memory,
+        "asarray": lambda: cuconv.asarray(x),
+        **every_transposed_call(dy, w, block, filters),
+        **every_pooling_call(x),
+    }
+
+
+def every_transposed_call(x: Any, w: Any, block: Any, filters: Any) -> dict[str, Any]:
+    options: dict[str, Any] = CASE.options
+    dy = cuconv.conv_transpose(x, w, **options)
+    deep = cuconv.conv3d(block, filters, groups=2)
+    return {
+        "conv_transpose": lambda: cuconv.conv_transpose(x, w, **options),
+        "conv_transpose1d": lambda: cuconv.conv_transpose1d(x[:, :, 0], w[:, :, 0]),
+        "conv_transpose2d": lambda: cuconv.conv_transpose2d(x, w, **options),
+        "conv_transpose3d": lambda: cuconv.conv_transpose3d(deep, filters, groups=2),
+        "conv_transpose_backward": lambda: cuconv.conv_transpose_backward(
+            dy, x, w, **options
+        ),
+        "conv_transpose_input_grad": lambda: cuconv.conv_transpose_input_grad(
+            dy, w, x.shape, **options
+        ),
+        "conv_transpose_weight_grad": lambda: cuconv.conv_transpose_weight_grad(
+            dy, x, w.shape, **options
+        ),
+    }
+
+
+def every_pooling_call(x: Any) -> dict[str, Any]:
+    line, block = x[:, :, 0], x[:, :, None]
+    top, places = cuconv.max_pool(x, 2, return_indices=True)
+    mean, norm = cuconv.avg_pool(x, 2), cuconv.lp_pool(x, 2, 2)
+    small, where = cuconv.adaptive_max_pool(x, 2, return_indices=True)
+    one, there = cuconv.global_max_pool(x, return_indices=True)
+    return {
+        "max_pool": lambda: cuconv.max_pool(x, 3, stride=2, padding=1),
+        "max_pool1d": lambda: cuconv.max_pool1d(line, 2),
+        "max_pool2d": lambda: cuconv.max_pool2d(x, 2),
+        "max_pool3d": lambda: cuconv.max_pool3d(block, (1, 2, 2)),
+        "max_pool_backward": lambda: cuconv.max_pool_backward(top, places, x.shape, 2),
+        "avg_pool": lambda: cuconv.avg_pool(x, 3, stride=2, padding=1),
+        "avg_pool1d": lambda: cuconv.avg_pool1d(line, 2),
+        "avg_pool2d": lambda: cuconv.avg_pool2d(x, 2),
+        "avg_pool3d": lambda: cuconv.avg_pool3d(block, (1, 2, 2)),
+        "avg_pool_backward": lambda: cuconv.avg_pool_backward(mean, x.shape, 2),
+        "lp_pool": lambda: cuconv.lp_pool(x, 2, 2),
+        "lp_pool_backward": lambda: cuconv.lp_pool_backward(norm, x, norm, 2, 2),
+        "adaptive_max_pool": lambda: cuconv.adaptive_max_pool(x, 2),
+        "adaptive_max_pool_backward": lambda: cuconv.adaptive_max_pool_backward(
+            small, where, x.shape, 2
+        ),
+        "adaptive_avg_pool": lambda: cuconv.adaptive_avg_pool(x, 2),
+        "adaptive_avg_pool_backward": lambda: cuconv.adaptive_avg_pool_backward(
+            small, x.shape, 2
+        ),
+        "global_max_pool": lambda: cuconv.global_max_pool(x),
+        "global_max_pool_backward": lambda: cuconv.global_max_pool_backward(
+            one, there, x.shape
+        ),
+        "global_avg_pool": lambda: cuconv.global_avg_pool(x),
+        "global_avg_pool_backward": lambda: cuconv.global_avg_pool_backward(
+            one, x.shape
+        ),
     }
 
 
@@ -78,7 +140,7 @@ def test_no_public_call_waits_for_the_device(standin) -> None:
         before = len(waits)
         call()
         assert waits[before:] == [], name
-    assert len(calls) == 23
+    assert len(calls) == 51
     x, w, _ = operands(CASE, "float32").on(standin)
     cuconv.conv(x, w, strategy="benchmark", **CASE.options)
     float(x[0, 0, 0, 0])
