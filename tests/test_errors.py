@@ -262,7 +262,7 @@ SHAPES = {
     "a small limit": (
         X,
         W,
-        {"memory_limit": 7},
+        {"memory_limit": 7, "strategy": "im2col"},
         MemoryLimitError,
         ["of 7 bytes", "smallest"],
     ),
