@@ -113,7 +113,7 @@ DEAF = "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN); "
 def test_a_process_that_is_late_is_stopped(prelude) -> None:
     begun = time.monotonic()
     program = SLEEPER.format(prelude)
-    ended = steps.child([sys.executable, "-c", program], 1.0)
+    ended = steps.child([sys.executable, "-c", program], 3.0)
     assert time.monotonic() - begun < 10
     assert ended.status is None
     assert ended.output == "begun\n"

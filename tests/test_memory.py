@@ -23,6 +23,7 @@ from support import (
     integers,
     operands,
     peak,
+    reference,
     run,
     smallest_limit,
     to_device,
@@ -31,7 +32,9 @@ from support import (
 from test_conv import CASES, PLACES
 
 import cuconv
+from cuconv import testing
 from cuconv.geometry import ConvGeometry
+from cuconv.leaves import host
 from cuconv.memory import MemoryLimitError
 
 # Large enough that its column matrix is megabytes, and each extent its own.
@@ -324,6 +327,32 @@ def test_unaligned_arrays_are_not_copied_whole(op, name) -> None:
     limit = smallest_limit(call) + 2**14
     assert host_peak(partial(call, memory_limit=limit)) + out.nbytes <= limit
     assert np.array_equal(out, wanted)
+
+
+def test_a_product_longer_than_its_buffer_is_cut_along_either_side() -> None:
+    """A single filter is a row whichever way it is stored."""
+    options = {
+        "stride": (1, 2, 3),
+        "padding": ((0, 1), (0, 0), (0, 0)),
+        "dilation": (1, 1, 1),
+        "layout": "channels_last",
+    }
+    checked = 0
+    for filters in (1, 3):
+        case = Case((1, 5, 13, 5, 2), (1, 2, 3, 2, filters), options)
+        arrays = operands(case, "float32")
+        wanted = reference("weight_grad", arrays, case)
+        call = partial(run, "weight_grad", arrays, case, strategy="im2col")
+        smallest = smallest_limit(call)
+        for extra in range(0, 4096, 512):
+            testing.assert_equal(call(memory_limit=smallest + extra), wanted)
+            checked += 1
+    assert checked == 16
+    for rows, columns, cells in ((1, 12, 3), (5, 12, 3), (5, 2, 3), (7, 3, 1)):
+        a, b = integers((rows, 4), "float64"), integers((4, columns), "float64", 1)
+        out = np.ones((rows, columns))
+        host._add_product(a, b, out, np.empty(cells))
+        testing.assert_equal(out, a @ b + 1)
 
 
 def test_a_kernel_of_many_taps_is_not_listed() -> None:

@@ -330,8 +330,12 @@ def _add_product(a: Array, b: Array, out: Array, partial: Array) -> None:
         np.add(out, product, out=out)
         return
     each, picks = out[0].size, list[int | slice](range(len(out)))
-    if each <= partial.size:
-        step = partial.size // each
+    if out.ndim == 2 and len(out) == 1:
+        # A row that is longer than the buffer: its columns are as many short rows.
+        _add_product(b.swapaxes(-1, -2), a.swapaxes(-1, -2), out.T, partial)
+        return
+    if each <= partial.size or out.ndim == 2:
+        step = max(partial.size // each, 1)
         picks = [slice(i, i + step) for i in range(0, len(out), step)]
     for pick in picks:
         left = a[pick] if out.ndim == 2 else _picked(a, pick)
