@@ -20,7 +20,7 @@ BACKENDS = ("numpy", "cupy")
 
 hypothesis.settings.register_profile(
     "default",
-    max_examples=60,
+    max_examples=40,
     deadline=None,
     derandomize=True,
     suppress_health_check=[hypothesis.HealthCheck.too_slow],

@@ -95,10 +95,10 @@ def test_the_peak_is_within_the_limit(xp, op, dtype, layout) -> None:
             run, op, big_arrays(xp, case, dtype), case, **with_buffers_on(xp)
         )
         # The smallest limits run one position at a time: not for the largest cases.
-        for extra in (2**15, 2**18, 2**20) if xp is np else (2**12, 2**15, 2**18):
+        for extra in (2**15, 2**19) if xp is np else (2**12, 2**17):
             assert_within(xp, call, smallest_limit(call) + extra)
             checked += 1
-    assert checked == 18
+    assert checked == 12
 
 
 @pytest.mark.parametrize("place", PLACES)
