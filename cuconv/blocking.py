@@ -2,7 +2,9 @@
 
 from typing import NamedTuple
 
-from cuconv.arrays import DType, accumulator
+import numpy as np
+
+from cuconv.arrays import DType, accumulator, is_half
 
 
 class Blocking(NamedTuple):
@@ -24,3 +26,8 @@ def block_sizes(dtype: DType) -> tuple[tuple[int, int], ...]:
     if accumulator(dtype).itemsize > 4:
         return (64, 64), (32, 64), (16, 32)
     return (128, 128), (64, 128), (64, 64), (32, 64)
+
+
+def uses_tensor_cores(dtype: DType, *, fast: bool) -> bool:
+    """Whether products of this type run on tensor cores, where there are some."""
+    return is_half(dtype) or (fast and dtype == np.float32)

@@ -108,8 +108,8 @@ _MEMORY_STEPS = (
 # Multiprocessors with half as many float32 lanes as all others have.
 _HALF_AS_WIDE = ("70", "72", "75", "80")
 
-# The first compute capability whose tensor cores `implicit_gemm` uses.
-_TENSOR = 80
+# The first architecture whose tensor cores and asynchronous copies are used.
+MODERN = 80
 
 # Columns of one block, as a share of the L2 cache: the rest is for what is read and
 # written on the way, so that columns never travel to device memory.  Not yet measured.
@@ -155,7 +155,7 @@ def cuda_rates(gpu: Gpu) -> Rates:
         loads=CUDA_RATES.loads / faster,
         processors=gpu.multiprocessors or CUDA_RATES.processors,
         # Those of older devices are not used by the kernels of ours.
-        tensor=CUDA_RATES.tensor if int(gpu.compute_capability) >= _TENSOR else 1,
+        tensor=CUDA_RATES.tensor if int(gpu.compute_capability) >= MODERN else 1,
         **moved,
     )
 

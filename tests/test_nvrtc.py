@@ -12,8 +12,8 @@ from benchmarks.nvrtc import (
 )
 from cuconv._cuda.elements import Variant
 from cuconv._cuda.source import kernel_folder, kernel_source
-from cuconv._cuda.tilings import MODERN
 from cuconv._cuda.variants import all_variants
+from cuconv.rates import MODERN
 
 KERNELS = {
     "im2col": 48,

@@ -9,7 +9,7 @@ import numpy as np
 
 from cuconv._cuda.elements import Variant
 from cuconv._cuda.source import kernel_source
-from cuconv._cuda.tilings import MODERN, usual_variants
+from cuconv._cuda.tilings import usual_variants
 from cuconv._cuda.variants import (
     copy_variant,
     direct_variant,
@@ -19,6 +19,7 @@ from cuconv._cuda.variants import (
     tile_variants,
 )
 from cuconv.arrays import DType, accumulator, check_type
+from cuconv.rates import MODERN
 
 _SHARED_WITHOUT_ASKING = 48 * 1024
 

@@ -15,17 +15,16 @@ from cuconv._cuda.compiler import kernel
 from cuconv._cuda.elements import Variant
 from cuconv._cuda.structs import CONTRACTION, MATRICES, steps_of
 from cuconv._cuda.tilings import (
-    MODERN,
     Operand,
     Tiling,
     contraction_variant,
     parts_variant,
-    uses_tensor_cores,
 )
 from cuconv._cuda.variants import transpose_variant
 from cuconv.arrays import Array, DType
-from cuconv.blocking import Blocking
+from cuconv.blocking import Blocking, uses_tensor_cores
 from cuconv.geometry import Axis
+from cuconv.rates import MODERN
 
 _THREADS = 256
 _TILE, _MOST_BLOCKS = 32, 2**20

@@ -3,15 +3,11 @@
 from collections.abc import Iterator
 from typing import NamedTuple
 
-import numpy as np
-
 from cuconv._cuda.elements import ELEMENTS, SUMS, Variant
 from cuconv._cuda.structs import CONTRACTION
-from cuconv.arrays import DType, accumulator, is_half
-from cuconv.blocking import block_sizes
+from cuconv.arrays import DType, accumulator
+from cuconv.blocking import block_sizes, uses_tensor_cores
 
-# The first architecture whose tensor cores and asynchronous copies are used.
-MODERN = 80
 # Of `struct Place` and `struct Digits` in `implicit_gemm.cu`.
 _PLACE_BYTES, _DIGITS_BYTES = 32, 16
 # Such a block has many copies for each thread.
@@ -72,11 +68,6 @@ class Tiling(NamedTuple):
         whole = -(-stages * tiles * item // 16) * 16
         places = (2 * self.terms + self.columns) * _PLACE_BYTES
         return whole + places + self.terms * _DIGITS_BYTES
-
-
-def uses_tensor_cores(dtype: DType, *, fast: bool) -> bool:
-    """Whether products of this type run on tensor cores, where there are some."""
-    return is_half(dtype) or (fast and dtype == np.float32)
 
 
 def _is_alone(dtype: DType, side: Operand) -> bool:

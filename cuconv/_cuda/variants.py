@@ -8,9 +8,10 @@ from cuconv._cuda.direct import DIRECT, images_at_once, taps_at_once
 from cuconv._cuda.elements import ELEMENTS, SUMS, Variant
 from cuconv._cuda.pools import pool_variants
 from cuconv._cuda.structs import GEOMETRY, MATRICES, PRODUCT, TRANSFORM
-from cuconv._cuda.tilings import MODERN, parts_variant, usual_variants
+from cuconv._cuda.tilings import parts_variant, usual_variants
 from cuconv._cuda.words import Words
 from cuconv.arrays import SUPPORTED_TYPES, DType, accumulator
+from cuconv.rates import MODERN
 
 # What the depthwise kernels take, and what they sum it in.
 _DIRECT_SUMS = {

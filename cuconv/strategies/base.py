@@ -5,8 +5,6 @@ from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import Any, NamedTuple, Protocol, TypeVar
 
-import numpy as np
-
 from cuconv.arrays import (
     Array,
     DType,
@@ -14,9 +12,9 @@ from cuconv.arrays import (
     Types,
     flattened,
     grouped,
-    is_half,
     stored,
 )
+from cuconv.blocking import uses_tensor_cores
 from cuconv.geometry import Axis, Block, ConvGeometry, Tile
 from cuconv.leaves import Leaves
 from cuconv.leaves.sharing import Shared
@@ -108,7 +106,7 @@ class Problem:
     @property
     def is_for_tensor_cores(self) -> bool:
         """Whether its products run on tensor cores, where a device has some."""
-        return is_half(self.operand) or (self.fast and self.operand == np.float32)
+        return uses_tensor_cores(self.operand, fast=self.fast)
 
     @property
     def fingerprint(self) -> str:

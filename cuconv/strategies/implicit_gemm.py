@@ -63,6 +63,9 @@ class ImplicitGemm:
 
     def supports(self, problem: Problem) -> tuple[bool, str]:
         g = problem.geometry
+        reach, count = max(map(_reach, g.axes)), max(g.images, g.channels, g.filters)
+        terms = _extents(problem)[-1]
+        blocks = _count_blocks(problem, block_sizes(problem.operand)[-1])
         return verdict(
             (problem.module == "numpy", "it is a CUDA kernel"),
             (g.rank > 3, f"{g.rank} axes, 3 at most"),
@@ -72,20 +75,17 @@ class ImplicitGemm:
                 f"not all arrays are {problem.operand}, and it casts none",
             ),
             (
-                max(map(_reach, g.axes)) >= _LARGEST_REACH,
-                f"an axis spans more than {_LARGEST_REACH} cells",
+                reach >= _LARGEST_REACH,
+                f"an axis spans {reach} cells, {_LARGEST_REACH} are too many",
             ),
             (
-                max(g.images, g.channels, g.filters) >= _LARGEST_COUNT,
-                f"{_LARGEST_COUNT} images, channels or filters, or more",
+                count >= _LARGEST_COUNT,
+                f"{count} images, channels or filters, {_LARGEST_COUNT} are too many",
             ),
+            (terms > _MOST_TERMS, f"sums of {terms} terms, {_MOST_TERMS} at most"),
             (
-                _extents(problem)[-1] > _MOST_TERMS,
-                f"sums of more than {_MOST_TERMS} terms",
-            ),
-            (
-                _count_blocks(problem, block_sizes(problem.operand)[-1]) > _MOST_BLOCKS,
-                f"its grid would have more than {_MOST_BLOCKS} blocks",
+                blocks > _MOST_BLOCKS,
+                f"its grid would have {blocks} blocks, {_MOST_BLOCKS} at most",
             ),
         )
 
