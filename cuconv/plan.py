@@ -514,9 +514,7 @@ class Plan:
         tile = choice.cut.tile
         cells = "×".join(map(str, (tile.images, *tile.cells)))
         last = "" if self.chunks == 1 else ", the last may be smaller"
-        x_shape, y_shape = g.x_shape, g.y_shape
-        if p.transposed:
-            x_shape, y_shape = y_shape, x_shape
+        x_shape, y_shape = self._outer_shapes
         yield "plan", f"{NAMES[p.call]}, {p.types.result.name}, {p.module}"
         yield "x", f"{x_shape}, w {g.w_shape}, y {y_shape}"
         for index, axis in enumerate(g.axes):
@@ -534,6 +532,67 @@ class Plan:
         yield "estimate", f"{choice.nanoseconds / 1e6:.3g} ms"
         for name, reason in self._decision.passed_over:
             yield "passed over", f"{name}: {reason}"
+
+    def as_dict(self) -> dict[str, Any]:
+        """What `print` shows, as numbers and words that JSON can hold.
+
+        Returns
+        -------
+        dict
+            ``op``, ``x_shape``, ``w_shape`` and ``y_shape``; ``stride``, ``padding``
+            (pairs) and ``dilation`` axis by axis, ``groups``, ``layout`` and whether
+            there is a ``bias``; ``dtype`` (of the result), ``device``, ``precision``
+            and ``deterministic``; ``strategy``, and with what it leaves open
+            ``strategy_label``; the number of ``chunks`` and of ``workers``;
+            ``workspace_bytes``, ``memory_limit`` and ``bytes_moved`` in bytes,
+            ``flops`` in operations, ``arithmetic_intensity`` in operations for each
+            byte; ``estimate_nanoseconds``, what the rates say and no measurement; and
+            ``passed_over``, the reasons by the names of the other strategies.
+
+        Examples
+        --------
+        >>> import cuconv
+        >>> plan = cuconv.plan_conv((1, 1, 5), (1, 1, 3), padding=(1,))
+        >>> said = plan.as_dict()
+        >>> said["op"], said["y_shape"], said["padding"], said["strategy"]
+        ('forward', (1, 1, 5), ((1, 1),), 'im2col')
+        """
+        p, g, choice = self.problem, self.problem.geometry, self._choice
+        x_shape, y_shape = self._outer_shapes
+        return {
+            "op": p.call,
+            "x_shape": x_shape,
+            "w_shape": g.w_shape,
+            "y_shape": y_shape,
+            "stride": tuple(axis.stride for axis in g.axes),
+            "padding": tuple((axis.before, axis.after) for axis in g.axes),
+            "dilation": tuple(axis.dilation for axis in g.axes),
+            "groups": g.groups,
+            "layout": "channels_first" if g.channels_first else "channels_last",
+            "bias": p.has_bias,
+            "dtype": p.types.result.name,
+            "device": self._leaves.device,
+            "precision": p.precision,
+            "deterministic": p.deterministic,
+            "strategy": self.strategy,
+            "strategy_label": choice.label,
+            "chunks": self.chunks,
+            "workers": self.workers,
+            "workspace_bytes": self.workspace_bytes,
+            "memory_limit": self._decision.limit,
+            "flops": self.flops,
+            "bytes_moved": self.bytes_moved,
+            "arithmetic_intensity": self.arithmetic_intensity,
+            "estimate_nanoseconds": choice.nanoseconds,
+            "passed_over": self.passed_over,
+        }
+
+    @property
+    def _outer_shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """The shapes of x and y as the caller knows them."""
+        g = self.problem.geometry
+        both = g.x_shape, g.y_shape
+        return both[::-1] if self.problem.transposed else both
 
 
 def signature(arrays: tuple[Array | None, ...]) -> tuple[object, ...] | None:

@@ -335,7 +335,10 @@ def default_array_module() -> Any:
 
 
 def precompile(
-    dtypes: Sequence[Any] = ("float32",), ranks: Sequence[int] = (1, 2, 3)
+    dtypes: Sequence[Any] = ("float32",),
+    ranks: Sequence[int] = (1, 2, 3),
+    *,
+    progress: Callable[[int, int], object] | None = None,
 ) -> int:
     """Compile and load CUDA kernels on the current device, to spare the first call.
 
@@ -345,6 +348,8 @@ def precompile(
         Types of the arrays that will be convolved.
     ranks
         Numbers of spatial axes.
+    progress
+        Called after each kernel with how many are ready and how many there will be.
 
     Returns
     -------
@@ -368,7 +373,7 @@ def precompile(
         return 0
     from cuconv._cuda import compiler
 
-    return compiler.precompile(dtypes, ranks)
+    return compiler.precompile(dtypes, ranks, progress)
 
 
 _HOST = HostLeaves()
