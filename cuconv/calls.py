@@ -7,11 +7,12 @@ from typing import Any, NamedTuple, ParamSpec, TypedDict, TypeVar
 import numpy as np
 
 from cuconv.arrays import Array, Types, check_overlap, module_of, plain, resolve_types
+from cuconv.composed import bind
 from cuconv.config import settings
 from cuconv.geometry import ConvGeometry, Padding, Sizes
 from cuconv.leaves import Leaves, leaves_of, refuse_capture
 from cuconv.memory import Buffer, MemoryLimit, MemoryLimitError
-from cuconv.plan import ROLES, Call, Options, Plan, bind, signature
+from cuconv.plan import ROLES, Call, Options, Plan, signature
 from cuconv.strategies.base import in_groups
 
 GRADIENTS = ("x", "w", "bias")
@@ -33,6 +34,9 @@ class ConvOptions(TypedDict, total=False):
     precision: str | None
     deterministic: bool | None
     memory_limit: MemoryLimit
+    padding_mode: str
+    input_dilation: Sizes
+    batch_groups: int
 
 
 class ConvGradients(NamedTuple):

@@ -15,9 +15,10 @@ from cuconv.calls import (
     inputs,
     shows_options,
 )
+from cuconv.composed import bind, plan_of_shapes
 from cuconv.geometry import Sizes
 from cuconv.leaves import leaves_on
-from cuconv.plan import ROLES, Call, Plan, bind, check_shape, plan_of_shapes
+from cuconv.plan import ROLES, Call, Plan, check_shape
 
 _BACKWARD_ALLOCATES = (
     "conv_backward allocates its results: call conv_input_grad and conv_weight_grad "

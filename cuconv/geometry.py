@@ -61,6 +61,15 @@ class Run(NamedTuple):
     window: slice
     cells: slice
 
+    def one_to_one(self) -> "Iterator[Run]":
+        """The same cells as runs that do not repeat any."""
+        first, last, _ = self.cells.indices(2**62)
+        if abs(last - first) > 1:
+            yield self
+            return
+        for cell in range(self.window.start, self.window.stop):
+            yield Run(slice(cell, cell + 1), self.cells)
+
 
 class Axis(NamedTuple):
     """One spatial axis: input size, kernel taps, and how they meet.
@@ -184,31 +193,21 @@ class Axis(NamedTuple):
         return Meeting(inside, slice(start - outputs[0], stop - outputs[0]))
 
     def runs(self, window: Range, mode: str) -> Iterator[Run]:
-        """Which cells of the input a window reads, cells outside as ``mode`` says."""
+        """Which cells of the input a window reads, cells outside as ``mode`` says.
+
+        Those inside come first, if there are any.
+        """
         start, stop = window
-        last = self.size - 1
-        if mode == "zeros":
-            low, high = max(start, 0), max(min(stop, self.size), 0)
+        low, high = max(start, 0), min(stop, self.size)
+        if low < high:
             yield Run(slice(low - start, high - start), slice(low, high))
-        elif mode == "replicate" or not last:
-            inside = max(start, 0), min(stop, self.size), None
-            front = start, min(stop, 0), slice(0, 1)
-            back = max(start, self.size), stop, slice(last, self.size)
-            for low, high, edge in (front, inside, back):
-                if low < high:
-                    cells = edge or slice(low, high)
-                    yield Run(slice(low - start, high - start), cells)
-        else:
-            # Mirrors stand a period apart, at the first cell and at the last.
-            period = self.size if mode == "circular" else last
-            for index in range(start // period, -(-stop // period)):
-                low = max(start, index * period)
-                high = min(stop, (index + 1) * period)
-                first, end = low - index * period, high - index * period
-                cells = slice(first, end)
-                if mode == "reflect" and index % 2:
-                    cells = slice(period - first, period - end, -1)
-                yield Run(slice(low - start, high - start), cells)
+        if mode == "zeros":
+            return
+        for low, high in ((start, min(stop, 0)), (max(start, self.size), stop)):
+            first = low - start
+            for cells, count in _repeated(low, high, self.size, mode):
+                yield Run(slice(first, first + count), cells)
+                first += count
 
     def cells_under(self, output: int, cells: Range) -> slice:
         """The cells of an interval that the taps of one output meet."""
@@ -216,6 +215,27 @@ class Axis(NamedTuple):
         start = first + max(-(first // step), 0) * step
         stop = min(first + self.extent, cells[1] - cells[0])
         return slice(start, max(start, stop), step)
+
+
+def _repeated(
+    start: int, stop: int, size: int, mode: str
+) -> Iterator[tuple[slice, int]]:
+    """What cells [start, stop) outside an axis read, and how many in a row do."""
+    if mode == "replicate" or size == 1:
+        if start < stop:
+            edge = 0 if start < 0 else size - 1
+            yield slice(edge, edge + 1), stop - start
+        return
+    # Mirrors stand a period apart, at the first cell and at the last.
+    period = size if mode == "circular" else size - 1
+    while start < stop:
+        index, first = divmod(start, period)
+        count = min(stop - start, period - first)
+        if mode == "reflect" and index % 2:
+            yield slice(period - first, period - first - count, -1), count
+        else:
+            yield slice(first, first + count), count
+        start += count
 
 
 class EvenAxis(Axis):
@@ -744,10 +764,15 @@ class ConvGeometry(WindowGeometry):
         return any(axis.spread > 1 for axis in self.axes)
 
     @cached_property
+    def is_copied(self) -> bool:
+        """Whether a plain one would need a copy of the input, padded or regrouped."""
+        is_wrapped = self.padding_mode != "zeros" and self.is_padded
+        return is_wrapped or self.batch_groups > 1
+
+    @cached_property
     def is_plain(self) -> bool:
         """Whether it is a convolution that strategies know."""
-        is_wrapped = self.padding_mode != "zeros" and self.is_padded
-        return not (self.is_spread or is_wrapped or self.batch_groups > 1)
+        return not (self.is_spread or self.is_copied)
 
     def phases(self) -> Iterator[Phase]:
         """Cut the output so that no zero between cells of x is multiplied.

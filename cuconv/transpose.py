@@ -25,8 +25,9 @@ from cuconv.calls import (
     inputs,
     shows_options,
 )
+from cuconv.composed import bind
 from cuconv.geometry import Sizes
-from cuconv.plan import Call, bind, check_shape
+from cuconv.plan import Call, check_shape
 
 _BACKWARD_ALLOCATES = (
     "conv_transpose_backward allocates its results: call conv_transpose_input_grad and "
