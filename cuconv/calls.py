@@ -11,7 +11,7 @@ from cuconv.composed import bind
 from cuconv.config import settings
 from cuconv.geometry import ConvGeometry, Padding, Sizes
 from cuconv.leaves import Leaves, leaves_of, refuse_capture
-from cuconv.memory import Buffer, MemoryLimit, MemoryLimitError
+from cuconv.memory import Buffer, MemoryLimit, MemoryLimitError, all_within
 from cuconv.plan import ROLES, Call, Options, Plan, signature
 from cuconv.strategies.base import in_groups
 
@@ -156,21 +156,8 @@ def gradients(
         "w": lambda: bound("weight_grad", "x"),
         "bias": lambda: _bias_grad(geometry, channels, dy, options),
     }
-    planned = _prepare_all({name: calls[name] for name in GRADIENTS if name in needs})
+    planned = all_within({name: calls[name] for name in GRADIENTS if name in needs})
     return ConvGradients(**{name: call.run() for name, call in planned.items()})
-
-
-def _prepare_all(calls: dict[str, Callable[[], Any]]) -> dict[str, Any]:
-    """Prepare every call, or name the memory limit that would do for all."""
-    planned, errors = {}, []
-    for name, planning in calls.items():
-        try:
-            planned[name] = planning()
-        except MemoryLimitError as error:
-            errors.append(error)
-    if errors:
-        raise max(errors, key=lambda error: error.smallest)
-    return planned
 
 
 class _BiasGrad(NamedTuple):

@@ -4,19 +4,29 @@
     input gradient       phases of the input, where that is estimated to be faster
     padding modes        blocks of a padded copy, which takes its part of the limit
     batch groups         blocks of a copy in which groups of images are channels
+    integers of 8 bits   blocks of a copy in floats, less their zero points
 
 Every part is planned as if it had been asked for alone: any strategy may run it.
 """
 
+from functools import partial
+
 import numpy as np
 
 from cuconv.arrays import Array
-from cuconv.composed.base import Arrays, Request
+from cuconv.composed.base import NO_ZEROS, Arrays, Request, ZeroPoints
+from cuconv.composed.integers import (
+    Shifted,
+    check_zero_points,
+    is_faster_shifted,
+)
 from cuconv.composed.phased import faster_by_phases, phased
 from cuconv.composed.staged import staged
 from cuconv.geometry import ConvGeometry
 from cuconv.leaves import Leaves
 from cuconv.plan import Call, Options, Plan, bind_with, plain_plan, shapes_of, untouched
+
+__all__ = ["ZeroPoints", "bind", "check_zero_points", "plan_of_shapes", "planned"]
 
 
 def planned(
@@ -26,16 +36,19 @@ def planned(
     out: Array | None,
     options: Options,
     leaves: Leaves,
+    zeros: ZeroPoints = NO_ZEROS,
 ) -> Plan:
     """The plan of any convolution."""
-    request = Request(call, geometry, arrays, out, options, leaves)
+    request = Request(call, geometry, arrays, out, options, leaves, zeros)
     if geometry.is_empty:
-        return plain_plan(*request)
+        return plain_plan(*request.plain)
+    if zeros.are_given or is_faster_shifted(request):
+        return staged(request, planned, Shifted)
     if geometry.is_copied:
         return staged(request, planned)
     if geometry.is_spread:
         return phased(request, planned)
-    whole = plain_plan(*request)
+    whole = plain_plan(*request.plain)
     return faster_by_phases(request, planned, whole) or whole
 
 
@@ -45,9 +58,11 @@ def bind(
     arrays: Arrays,
     out: Array | None,
     options: Options,
+    zeros: ZeroPoints = NO_ZEROS,
 ) -> Call:
     """Check arrays and options, and plan."""
-    return bind_with(planned, call, geometry, arrays, out, options)
+    planner = partial(planned, zeros=zeros) if zeros.are_given else planned
+    return bind_with(planner, call, geometry, arrays, out, options)
 
 
 def plan_of_shapes(

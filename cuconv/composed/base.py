@@ -5,7 +5,7 @@ from abc import abstractmethod
 from collections.abc import Iterable
 from typing import Any, NamedTuple, TypeAlias
 
-from cuconv.arrays import Array, plain, resolve_types
+from cuconv.arrays import Array, Types, plain, resolve_types
 from cuconv.geometry import ConvGeometry
 from cuconv.leaves import Leaves
 from cuconv.plan import (
@@ -22,6 +22,23 @@ Arrays: TypeAlias = dict[str, Array]
 Index: TypeAlias = tuple[Any, ...]
 
 
+class ZeroPoints(NamedTuple):
+    """What is taken from every cell and every weight before they are multiplied.
+
+    Numbers, or arrays of one cell; for weights also one for each filter.
+    """
+
+    x: Any = None
+    w: Any = None
+
+    @property
+    def are_given(self) -> bool:
+        return self.x is not None or self.w is not None
+
+
+NO_ZEROS = ZeroPoints()
+
+
 class Request(NamedTuple):
     """A call that is to be planned: the arguments of `cuconv.plan.Planner`."""
 
@@ -31,6 +48,16 @@ class Request(NamedTuple):
     out: Array | None
     options: Options
     leaves: Leaves
+    zeros: ZeroPoints = NO_ZEROS
+
+    @property
+    def plain(self) -> tuple[Any, ...]:
+        """The arguments of `plain_plan`."""
+        return self[:6]
+
+    @property
+    def types(self) -> Types:
+        return resolve_types(self.arrays, self.options.dtype)
 
     @property
     def is_input_grad(self) -> bool:
@@ -48,9 +75,8 @@ class Request(NamedTuple):
             return plain(self.out)
         geometry = self.geometry
         shape = geometry.x_shape if self.is_input_grad else geometry.y_shape
-        types = resolve_types(self.arrays, self.options.dtype)
         return untouched(
-            geometry.w_shape if self.is_weight_grad else shape, types.result
+            geometry.w_shape if self.is_weight_grad else shape, self.types.result
         )
 
 
@@ -65,7 +91,7 @@ class Composed(Plan):
         self, request: Request, planner: Planner, parts: Iterable[Plan]
     ) -> None:
         self._parts, self._planner = tuple(parts), planner
-        problem, decision = problem_of(*request), self._parts[0].decision
+        problem, decision = problem_of(*request.plain), self._parts[0].decision
         super().__init__(problem, decision, request.leaves, request.options)
 
     @property

@@ -7,12 +7,13 @@ with those taps.
 
 import math
 from dataclasses import replace
+from functools import partial
 from typing import NamedTuple
 
 from cuconv.arrays import Array
 from cuconv.composed.base import Composed, Index, Request, run_part
 from cuconv.geometry import ConvGeometry, Phase
-from cuconv.memory import MemoryLimitError
+from cuconv.memory import MemoryLimitError, all_within
 from cuconv.plan import Plan, Planner, fill, plain_plan, shapes_of, untouched
 
 # An input gradient goes by phases where that is estimated to take less than this part
@@ -92,13 +93,24 @@ def phased(request: Request, planner: Planner) -> Phased:
     """The plan by phases: of x for an input gradient, else of y."""
     geometry = request.geometry
     by_input = request.is_input_grad
-    phases = list(geometry.input_phases() if by_input else geometry.phases())
-    steps = [_step(request, phase) for phase in phases]
+    phases = geometry.input_phases() if by_input else geometry.phases()
+    pairs = [(phase.geometry, _step(request, phase)) for phase in phases]
+    plans = all_within(
+        {
+            number: partial(_plan_of, request, other, step)
+            for number, (other, step) in enumerate(pairs)
+            if other is not None
+        }
+    )
+    steps = [
+        step._replace(plan=plans.get(number)) for number, (_, step) in enumerate(pairs)
+    ]
     if request.is_weight_grad:
         # Taps that meet no cell are in no phase.
-        met = sum(phase.geometry.taps for phase in phases if phase.geometry)
-        gaps = [_Step(None, (), (), (...,))] if met < geometry.taps else []
-        steps = gaps + [step for step in steps if step.plan is not None]
+        steps = [step for step in steps if step.plan is not None]
+        met = sum(other.taps for other, _ in pairs if other is not None)
+        if met < geometry.taps:
+            steps.insert(0, _Step(None, (), (), (...,)))
     return Phased(request, planner, steps)
 
 
@@ -120,25 +132,25 @@ def faster_by_phases(request: Request, planner: Planner, whole: Plan) -> Plan | 
 
 
 def _step(request: Request, phase: Phase) -> _Step:
+    """What of the arrays a phase takes."""
     geometry, everything = request.geometry, (...,)
     results = _index(geometry, phase.results)
     taps = _index(geometry, phase.taps, of_weights=True)
     if request.is_weight_grad:
-        step = _Step(None, results, everything, taps)
-    else:
-        step = _Step(None, everything, taps, results)
-    if phase.geometry is None:
-        return step
+        return _Step(None, results, everything, taps)
+    return _Step(None, everything, taps, results)
+
+
+def _plan_of(request: Request, geometry: ConvGeometry, step: _Step) -> Plan:
     arrays = request.arrays.copy()
     first, second, *_ = arrays
     arrays[first] = arrays[first][step.first]
     arrays[second] = arrays[second][step.second]
-    plan = plain_plan(
-        *(request.call, phase.geometry, arrays, request.result[step.out]),
+    return plain_plan(
+        *(request.call, geometry, arrays, request.result[step.out]),
         *(request.options, request.leaves),
         flipped=request.is_input_grad,
     )
-    return step._replace(plan=plan)
 
 
 def _index(

@@ -7,21 +7,23 @@ it and the plain convolution stay within the memory limit together.
 
 import math
 from collections.abc import Iterator
+from functools import partial
 from itertools import product
 from typing import NamedTuple
 
-from cuconv.arrays import Array, grouped, resolve_types
-from cuconv.composed.base import Composed, Index, Request, run_part
+from cuconv.arrays import Array, grouped
+from cuconv.composed.base import Arrays, Composed, Index, Request, run_part
 from cuconv.geometry import Block, ConvGeometry, Range, Run
 from cuconv.leaves import refuse_capture
 from cuconv.memory import (
     Buffer,
     MemoryLimitError,
     aligned_start,
+    all_within,
     carve,
     workspace_bytes,
 )
-from cuconv.plan import Plan, Planner, untouched
+from cuconv.plan import Options, Plan, Planner, untouched
 from cuconv.planner import NAMES
 from cuconv.profiling import stage
 
@@ -30,13 +32,13 @@ _NEEDS_COPY = (
 )
 
 
-class _Cut(NamedTuple):
+class Cut(NamedTuple):
     """How many images, and rows of the output, a block has."""
 
     images: int
     rows: int
 
-    def halved(self) -> "_Cut | None":
+    def halved(self) -> "Cut | None":
         """The next smaller cut: fewer images first, then fewer rows."""
         if self.images > 1:
             return self._replace(images=-(-self.images // 2))
@@ -71,12 +73,54 @@ class Staged(Composed):
         self,
         request: Request,
         planner: Planner,
-        cut: _Cut,
+        cut: Cut,
         inner: dict[ConvGeometry, Plan],
         buffers: tuple[Buffer, ...],
     ) -> None:
         super().__init__(request, planner, inner.values())
         self._cut, self._inner, self._buffers = cut, inner, buffers
+        self._zeros = request.zeros
+
+    @classmethod
+    def buffers(
+        cls, request: Request, cut: Cut, shapes: dict[ConvGeometry, Block]
+    ) -> tuple[Buffer, ...]:
+        """The memory that copies take, and sums over blocks."""
+        geometry, arrays, types = request.geometry, request.arrays, request.types
+        is_whole = types.result == types.accumulate
+        largest = max(math.prod(part.x_shape) for part in shapes)
+        if request.is_input_grad:
+            cells = math.prod(geometry.x_shape) // geometry.results * cut.images
+            sums = () if is_whole else (Buffer("dx", cells, types.accumulate),)
+            return (Buffer("x", largest, types.accumulate), *sums)
+        copied = Buffer("x", largest, arrays["x"].dtype)
+        single = cut == (geometry.results, geometry.out[0])
+        if not request.is_weight_grad or single:
+            return (copied,)
+        cells = math.prod(geometry.w_shape)
+        names = ("part",) if is_whole else ("part", "sum")
+        return (copied, *(Buffer(name, cells, types.accumulate) for name in names))
+
+    @classmethod
+    def planned(
+        cls, request: Request, part: ConvGeometry, block: Block
+    ) -> tuple[Arrays, Array, Options]:
+        """The arrays and the result of a block's plan, and what differs in options."""
+        arrays, result, types = request.arrays.copy(), request.result, request.types
+        dtype = types.result
+        if request.is_input_grad:
+            dtype = types.accumulate
+            result = untouched(part.x_shape, dtype)
+        else:
+            arrays["x"] = untouched(part.x_shape, arrays["x"].dtype)
+        if request.is_weight_grad and not _is_whole(request.geometry, block):
+            dtype = types.accumulate
+            result = untouched(part.w_shape, dtype)
+        if "dy" in arrays:
+            arrays["dy"] = arrays["dy"][index_of_y(request.geometry, block)]
+        if request.call == "forward":
+            result = result[index_of_y(request.geometry, block)]
+        return arrays, result, request.options._replace(dtype=dtype)
 
     @property
     def _count(self) -> int:
@@ -140,12 +184,12 @@ class Staged(Composed):
         for images in _spans(g.results, self._cut.images):
             target = cells = _cells(dx, g, images)
             if "dx" in space:
-                cells = space["dx"][: target.size].reshape(target.shape)
+                cells = in_buffer(space["dx"], target.shape)
             cells[...] = 0
             for number, rows in enumerate(_spans(g.out[0], self._cut.rows)):
                 block = g.rows(images, rows)
                 part = g.part(block)
-                copied = _in_buffer(space["x"], part)
+                copied = in_buffer(space["x"], part.x_shape)
                 run_part(self._inner[part], dy[self._of_y(block)], w, None, copied)
                 with stage("fold", "padding", number):
                     for inside, outside in _folds(g, block, cells, copied):
@@ -173,7 +217,7 @@ class Staged(Composed):
         """The plan of a block, and the copy of what it reads."""
         g = self.problem.geometry
         part = g.part(block)
-        copied = _in_buffer(space["x"], part)
+        copied = in_buffer(space["x"], part.x_shape)
         cells = _cells(x, g, block.images)
         with stage("copy", "padding", number):
             for inside, outside in _copies(g, block, cells, copied):
@@ -181,10 +225,10 @@ class Staged(Composed):
         return self._inner[part], copied
 
     def _of_y(self, block: Block) -> Index:
-        return _of_y(self.problem.geometry, block)
+        return index_of_y(self.problem.geometry, block)
 
 
-def staged(request: Request, planner: Planner) -> Staged:
+def staged(request: Request, planner: Planner, kind: type[Staged] = Staged) -> Staged:
     """The plan with the largest blocks that leave half of the limit to the others.
 
     Raises
@@ -197,97 +241,53 @@ def staged(request: Request, planner: Planner) -> Staged:
     leaves, limit = request.leaves, request.options.memory_limit
     refuse_capture(leaves, _NEEDS_COPY)
     if isinstance(limit, int):
-        return _fitting(request, planner, limit)
+        return _fitting(request, planner, kind, limit)
     try:
-        return _fitting(request, planner, leaves.default_memory_limit)
+        return _fitting(request, planner, kind, leaves.default_memory_limit)
     except MemoryLimitError as error:
-        return _fitting(request, planner, error.smallest)
+        return _fitting(request, planner, kind, error.smallest)
 
 
-def _fitting(request: Request, planner: Planner, limit: int) -> Staged:
+def _fitting(
+    request: Request, planner: Planner, kind: type[Staged], limit: int
+) -> Staged:
     geometry = request.geometry
     rows = 1 if geometry.is_spread else geometry.out[0]
-    smaller: _Cut | None = _Cut(geometry.results, geometry.out[0])
+    smaller: Cut | None = Cut(geometry.results, geometry.out[0])
     while smaller is not None:
         cut = smaller
         smaller = cut.halved() if cut.images > 1 or rows > 1 else None
         shapes = cut.samples(geometry)
-        buffers = _buffers(request, cut, shapes)
+        buffers = kind.buffers(request, cut, shapes)
         if smaller is not None and workspace_bytes(buffers) > limit // 2:
             continue
+        rest = max(limit - workspace_bytes(buffers), 0)
         try:
-            inner = _inner(request, planner, shapes, limit - workspace_bytes(buffers))
+            inner = _inner(request, planner, kind, shapes, rest)
         except MemoryLimitError as error:
             if smaller is None:
                 least = workspace_bytes(buffers) + error.smallest
                 raise MemoryLimitError(limit, least, NAMES[request.call]) from None
             continue
-        return Staged(request, planner, cut, inner, buffers)
+        return kind(request, planner, cut, inner, buffers)
     raise AssertionError("the smallest cut answers or raises")
-
-
-def _buffers(
-    request: Request, cut: _Cut, shapes: dict[ConvGeometry, Block]
-) -> tuple[Buffer, ...]:
-    geometry, arrays = request.geometry, request.arrays
-    types = resolve_types(arrays, request.options.dtype)
-    is_whole = types.result == types.accumulate
-    largest = max(math.prod(part.x_shape) for part in shapes)
-    if request.is_input_grad:
-        cells = math.prod(geometry.x_shape) // geometry.results * cut.images
-        sums = () if is_whole else (Buffer("dx", cells, types.accumulate),)
-        return (Buffer("x", largest, types.accumulate), *sums)
-    copied = Buffer("x", largest, arrays["x"].dtype)
-    single = cut == (geometry.results, geometry.out[0])
-    if not request.is_weight_grad or single:
-        return (copied,)
-    cells = math.prod(geometry.w_shape)
-    names = ("part",) if is_whole else ("part", "sum")
-    return (copied, *(Buffer(name, cells, types.accumulate) for name in names))
 
 
 def _inner(
     request: Request,
     planner: Planner,
+    kind: type[Staged],
     shapes: dict[ConvGeometry, Block],
     limit: int,
 ) -> dict[ConvGeometry, Plan]:
-    """The plans of all blocks, or an error with the limit that would do for all."""
-    plans, errors = {}, []
-    for part, block in shapes.items():
-        try:
-            plans[part] = _plan_of(request, planner, part, block, max(limit, 0))
-        except MemoryLimitError as error:
-            errors.append(error)
-    if errors:
-        raise max(errors, key=lambda error: error.smallest)
-    return plans
+    """The plans of all blocks."""
 
+    def plan(part: ConvGeometry, block: Block) -> Plan:
+        arrays, result, options = kind.planned(request, part, block)
+        options = options._replace(memory_limit=limit)
+        return planner(request.call, part, arrays, result, options, request.leaves)
 
-def _plan_of(
-    request: Request,
-    planner: Planner,
-    part: ConvGeometry,
-    block: Block,
-    limit: int,
-) -> Plan:
-    arrays, result = request.arrays.copy(), request.result
-    types = resolve_types(arrays, request.options.dtype)
-    dtype = types.result
-    if request.is_input_grad:
-        dtype = types.accumulate
-        result = untouched(part.x_shape, dtype)
-    else:
-        arrays["x"] = untouched(part.x_shape, arrays["x"].dtype)
-    if request.is_weight_grad:
-        dtype = dtype if _is_whole(request.geometry, block) else types.accumulate
-        result = result if dtype == types.result else untouched(part.w_shape, dtype)
-    if "dy" in arrays:
-        arrays["dy"] = arrays["dy"][_of_y(request.geometry, block)]
-    if request.call == "forward":
-        result = result[_of_y(request.geometry, block)]
-    options = request.options._replace(dtype=dtype, memory_limit=limit)
-    return planner(request.call, part, arrays, result, options, request.leaves)
+    return all_within({part: partial(plan, part, b) for part, b in shapes.items()})
 
 
 def _is_whole(geometry: ConvGeometry, block: Block) -> bool:
@@ -295,11 +295,12 @@ def _is_whole(geometry: ConvGeometry, block: Block) -> bool:
     return (block.images, block.output[0]) == whole
 
 
-def _in_buffer(buffer: Array, part: ConvGeometry) -> Array:
-    return buffer[: math.prod(part.x_shape)].reshape(part.x_shape)
+def in_buffer(buffer: Array, shape: tuple[int, ...]) -> Array:
+    """The first cells of a buffer, in this shape."""
+    return buffer[: math.prod(shape)].reshape(shape)
 
 
-def _of_y(geometry: ConvGeometry, block: Block) -> Index:
+def index_of_y(geometry: ConvGeometry, block: Block) -> Index:
     """The index of a block in y, with an axis for images whether y has it or not."""
     images = slice(*block.images) if geometry.batched else None
     rows = slice(*block.output[0])
