@@ -15,13 +15,13 @@ import numpy as np
 
 from cuconv.arrays import Array
 from cuconv.composed.base import NO_ZEROS, Arrays, Request, ZeroPoints
+from cuconv.composed.copies import staged
 from cuconv.composed.integers import (
     Shifted,
     check_zero_points,
     is_faster_shifted,
 )
-from cuconv.composed.phased import faster_by_phases, phased
-from cuconv.composed.staged import staged
+from cuconv.composed.phases import faster_by_phases, phased
 from cuconv.geometry import ConvGeometry
 from cuconv.leaves import Leaves
 from cuconv.plan import Call, Options, Plan, bind_with, plain_plan, shapes_of, untouched

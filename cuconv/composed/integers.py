@@ -15,7 +15,7 @@ import numpy as np
 
 from cuconv.arrays import Array, DType, is_array, module_of
 from cuconv.composed.base import Arrays, Request, ZeroPoints, run_part
-from cuconv.composed.staged import Cut, Staged, in_buffer, index_of_y
+from cuconv.composed.copies import Cut, Staged, in_buffer, index_of_y
 from cuconv.geometry import Block, ConvGeometry
 from cuconv.memory import Buffer
 from cuconv.plan import Options, untouched
