@@ -55,6 +55,14 @@ def test_the_reference_lists_other_modules_whole(module):
     assert f".. automodule:: {module}\n   :members:\n" in page
 
 
+def test_the_architecture_names_every_file():
+    page = (PAGES / "architecture.md").read_text(encoding="utf-8")
+    plan = page.partition("```text\n")[2].partition("```")[0]
+    package = Path(cuconv.__file__).parent
+    files = {path.name for path in package.glob("*.py")} - {"__init__.py", "version.py"}
+    assert set(re.findall(r"\w+\.py", plan)) == files
+
+
 def test_no_page_shows_code_that_nobody_runs():
     """Blocks of Python are doctests; programs are included from files that are run."""
     pages = [*PAGES.rglob("*.md"), PAGES.parent / "README.md"]
