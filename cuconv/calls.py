@@ -40,7 +40,17 @@ class ConvOptions(TypedDict, total=False):
 
 
 class ConvGradients(NamedTuple):
-    """The gradients of one convolution; None where one was not asked for."""
+    """The gradients of one convolution; None where one was not asked for.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import cuconv
+    >>> x, w, dy = np.ones((1, 1, 5)), np.ones((2, 1, 3)), np.ones((1, 2, 3))
+    >>> gradients = cuconv.conv_backward(dy, x, w, needs=("w",))
+    >>> gradients.w.shape, gradients.x
+    ((2, 1, 3), None)
+    """
 
     x: Array | None = None
     w: Array | None = None

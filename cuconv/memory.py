@@ -35,6 +35,18 @@ class MemoryLimitError(MemoryError):
     ----------
     limit, smallest
         The limit that was given, and the smallest that would do, in bytes.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import cuconv
+    >>> x, w = np.ones((1, 8, 9, 9)), np.ones((8, 8, 3, 3))
+    >>> try:
+    ...     cuconv.conv2d(x, w, memory_limit=100)
+    ... except cuconv.MemoryLimitError as error:
+    ...     y = cuconv.conv2d(x, w, memory_limit=error.smallest)
+    >>> y.shape
+    (1, 8, 7, 7)
     """
 
     def __init__(self, limit: int, smallest: int, what: str) -> None:
