@@ -138,6 +138,10 @@ class Staged(Composed):
         return workspace_bytes(self._buffers) + inner
 
     @property
+    def memory_limit(self) -> int:
+        return workspace_bytes(self._buffers) + self._parts[0].memory_limit
+
+    @property
     def nanoseconds(self) -> float:
         return self._parts[0].nanoseconds * self._count
 
@@ -180,22 +184,30 @@ class Staged(Composed):
     def _input_grad(
         self, dy: Array, w: Array, dx: Array, space: dict[str, Array]
     ) -> None:
-        g, xp = self.problem.geometry, self._xp
+        g = self.problem.geometry
         for images in _spans(g.results, self._cut.images):
             target = cells = _cells(dx, g, images)
             if "dx" in space:
                 cells = in_buffer(space["dx"], target.shape)
-            cells[...] = 0
             for number, rows in enumerate(_spans(g.out[0], self._cut.rows)):
                 block = g.rows(images, rows)
                 part = g.part(block)
                 copied = in_buffer(space["x"], part.x_shape)
                 run_part(self._inner[part], dy[self._of_y(block)], w, None, copied)
                 with stage("fold", "padding", number):
-                    for inside, outside in _folds(g, block, cells, copied):
-                        xp.add(inside, outside, out=inside)
+                    self._fold(block, copied, cells, add=number > 0)
             if cells is not target:
                 self._leaves.copy(cells, target)
+
+    def _fold(self, block: Block, copied: Array, cells: Array, *, add: bool) -> None:
+        """Give every cell what its copies have received."""
+        pairs = iter(_folds(self.problem.geometry, block, cells, copied))
+        if not add and _reads_all(self.problem.geometry, block):
+            self._leaves.copy(*reversed(next(pairs)))
+        elif not add:
+            cells[...] = 0
+        for inside, outside in pairs:
+            self._xp.add(inside, outside, out=inside)
 
     def _weight_grad(
         self, dy: Array, x: Array, dw: Array, space: dict[str, Array]
@@ -333,6 +345,12 @@ def _folds(
     single = ([one for run in runs for one in run.one_to_one()] for runs in each)
     for runs in product(*single):
         yield _pair(geometry, runs, cells, copied)
+
+
+def _reads_all(geometry: ConvGeometry, block: Block) -> bool:
+    """Whether every cell is in the first piece: those that are no repetition."""
+    each = zip(block.window, geometry.size, strict=True)
+    return all(start <= 0 and stop >= size for (start, stop), size in each)
 
 
 def _runs(geometry: ConvGeometry, block: Block) -> list[list[Run]]:
