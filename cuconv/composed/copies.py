@@ -194,7 +194,7 @@ class Staged(Composed):
                 part = g.part(block)
                 copied = in_buffer(space["x"], part.x_shape)
                 run_part(self._inner[part], dy[self._of_y(block)], w, None, copied)
-                with stage("fold", "padding", number):
+                with stage("fold", "input", number):
                     self._fold(block, copied, cells, add=number > 0)
             if cells is not target:
                 self._leaves.copy(cells, target)
@@ -231,7 +231,7 @@ class Staged(Composed):
         part = g.part(block)
         copied = in_buffer(space["x"], part.x_shape)
         cells = _cells(x, g, block.images)
-        with stage("copy", "padding", number):
+        with stage("copy", "input", number):
             for inside, outside in _copies(g, block, cells, copied):
                 self._leaves.copy(inside, outside)
         return self._inner[part], copied
