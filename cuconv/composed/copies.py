@@ -8,12 +8,11 @@ it and the plain convolution stay within the memory limit together.
 import math
 from collections.abc import Iterator
 from functools import partial
-from itertools import product
 from typing import NamedTuple
 
 from cuconv.arrays import Array, grouped
 from cuconv.composed.base import Arrays, Composed, Index, Request, run_part
-from cuconv.geometry import Block, ConvGeometry, Range, Run
+from cuconv.geometry import Block, ConvGeometry, Range
 from cuconv.leaves import refuse_capture
 from cuconv.memory import (
     Buffer,
@@ -195,19 +194,13 @@ class Staged(Composed):
                 copied = in_buffer(space["x"], part.x_shape)
                 run_part(self._inner[part], dy[self._of_y(block)], w, None, copied)
                 with stage("fold", "input", number):
-                    self._fold(block, copied, cells, add=number > 0)
+                    self._leaves.fold(
+                        *(_grouped(copied, g), cells, g.axes),
+                        *(block.window, g.padding_mode),
+                        add=number > 0,
+                    )
             if cells is not target:
                 self._leaves.copy(cells, target)
-
-    def _fold(self, block: Block, copied: Array, cells: Array, *, add: bool) -> None:
-        """Give every cell what its copies have received."""
-        pairs = iter(_folds(self.problem.geometry, block, cells, copied))
-        if not add and _reads_all(self.problem.geometry, block):
-            self._leaves.copy(*reversed(next(pairs)))
-        elif not add:
-            cells[...] = 0
-        for inside, outside in pairs:
-            self._xp.add(inside, outside, out=inside)
 
     def _weight_grad(
         self, dy: Array, x: Array, dw: Array, space: dict[str, Array]
@@ -232,8 +225,9 @@ class Staged(Composed):
         copied = in_buffer(space["x"], part.x_shape)
         cells = _cells(x, g, block.images)
         with stage("copy", "input", number):
-            for inside, outside in _copies(g, block, cells, copied):
-                self._leaves.copy(inside, outside)
+            self._leaves.extend(
+                *(cells, _grouped(copied, g), g.axes, block.window, g.padding_mode)
+            )
         return self._inner[part], copied
 
     def _of_y(self, block: Block) -> Index:
@@ -329,42 +323,10 @@ def _cells(x: Array, geometry: ConvGeometry, images: Range) -> Array:
     return by_group[:, slice(*images)].swapaxes(0, 1)
 
 
-def _copies(
-    geometry: ConvGeometry, block: Block, cells: Array, copied: Array
-) -> Iterator[tuple[Array, Array]]:
-    """What of the input goes where in its copy, piece by piece."""
-    for runs in product(*_runs(geometry, block)):
-        yield _pair(geometry, runs, cells, copied)
-
-
-def _folds(
-    geometry: ConvGeometry, block: Block, cells: Array, copied: Array
-) -> Iterator[tuple[Array, Array]]:
-    """The same with as many cells on either side: the adjoint adds one to one."""
-    each = _runs(geometry, block)
-    single = ([one for run in runs for one in run.one_to_one()] for runs in each)
-    for runs in product(*single):
-        yield _pair(geometry, runs, cells, copied)
-
-
-def _reads_all(geometry: ConvGeometry, block: Block) -> bool:
-    """Whether every cell is in the first piece: those that are no repetition."""
-    each = zip(block.window, geometry.size, strict=True)
-    return all(start <= 0 and stop >= size for (start, stop), size in each)
-
-
-def _runs(geometry: ConvGeometry, block: Block) -> list[list[Run]]:
-    each = zip(geometry.axes, block.window, strict=True)
-    return [list(axis.runs(window, geometry.padding_mode)) for axis, window in each]
-
-
-def _pair(
-    geometry: ConvGeometry, runs: tuple[Run, ...], cells: Array, copied: Array
-) -> tuple[Array, Array]:
-    view = grouped(
+def _grouped(copied: Array, geometry: ConvGeometry) -> Array:
+    """A copy as `_cells` has the input: (images, groups, C, *window)."""
+    return grouped(
         *(copied, geometry.batch_groups, geometry.rank),
         channels_first=geometry.channels_first,
         batched=True,
     )
-    inside = cells[(..., *(run.cells for run in runs))]
-    return inside, view[(..., *(run.window for run in runs))]
