@@ -277,6 +277,18 @@ def test_taps_of_transposed_convolutions(operation) -> None:
     np.testing.assert_allclose(got, reference(case), rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("operation", TRANSPOSED)
+def test_transposed_convolutions_on_cuda(operation) -> None:
+    """On the stand-in for CuPy, checked as a whole, channels last."""
+    session = Session("cuconv@channels_last")
+    session.answer("open", wishes={"device": "cuda"})
+    case = Case(TINY_OTHERS["uneven"], operation, 2)
+    built = session.answer("build", case=case.to_json())
+    assert built["status"] == "ok", built
+    assert built["error"] < 1e-6
+    assert built["promised_bytes"] >= 0
+
+
 def test_what_a_peer_does_not_do_is_refused() -> None:
     case = Case(TINY_OTHERS["pool"], "max_pool", 2)
     with pytest.raises(RefusedError, match="no max_pool"):
