@@ -114,9 +114,8 @@ def max_pool(
         so that windows lie side by side.
     padding
         Cells around the input that count as the least value: an integer, one for each
-        axis, (before, after) pairs, or ``"valid"``, ``"same"``, ``"same_lower"``, all
-        as for `cuconv.conv`.  Negative numbers crop.  More than half a kernel is
-        allowed.
+        axis, (before, after) pairs, or one of the words of `cuconv.conv`.  Negative
+        numbers crop.  More than half a kernel is allowed.
     dilation
         Step between taps.
     ceil_mode
@@ -252,8 +251,8 @@ def avg_pool(
         so that windows lie side by side.
     padding
         Cells around the input that count as zero: an integer, one for each axis,
-        (before, after) pairs, or ``"valid"``, ``"same"``, ``"same_lower"``, all as for
-        `cuconv.conv`.  Negative numbers crop.  More than half a kernel is allowed.
+        (before, after) pairs, or one of the words of `cuconv.conv`.  Negative numbers
+        crop.  More than half a kernel is allowed.
     dilation
         Step between taps.
     ceil_mode
@@ -383,8 +382,8 @@ def lp_pool(
         so that windows lie side by side.
     padding
         Cells around the input that count as zero: an integer, one for each axis,
-        (before, after) pairs, or ``"valid"``, ``"same"``, ``"same_lower"``, all as for
-        `cuconv.conv`.  Negative numbers crop.  More than half a kernel is allowed.
+        (before, after) pairs, or one of the words of `cuconv.conv`.  Negative numbers
+        crop.  More than half a kernel is allowed.
     dilation
         Step between taps.
     ceil_mode

@@ -108,6 +108,19 @@ def test_same_is_the_least_padding_for_its_size(
         assert less.out < outputs
 
 
+@given(
+    size=st.integers(0, 40),
+    kernel=st.integers(1, 6),
+    stride=st.integers(1, 6),
+    dilation=st.integers(1, 4),
+)
+def test_a_causal_window_ends_at_its_own_cell(size, kernel, stride, dilation) -> None:
+    options = {"stride": stride, "dilation": dilation, "padding": "causal"}
+    (axis,) = WindowGeometry.of((1, 1, size), kernel, **options).axes
+    assert axis.out == len(range(0, size, stride))
+    assert all(axis.window(o, o + 1)[1] == o * stride + 1 for o in range(axis.out))
+
+
 def test_valid_is_no_padding() -> None:
     of = WindowGeometry.of
     assert of((1, 1, 9), 3, padding="valid") == of((1, 1, 9), 3, padding=0)
