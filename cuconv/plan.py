@@ -582,12 +582,12 @@ def bind(
     arrays = {name: plain(array) for name, array in arrays.items()}
     with stage("plan"):
         leaves = leaves_of(xp, next(iter(arrays.values())))
-        plan = _planned(call, geometry, arrays, out, options, leaves)
+        plan = planned(call, geometry, arrays, out, options, leaves)
     plan.check_result(out, arrays, captured=plan.problem.captured)
     return Call(plan, tuple(arrays.values()), out)
 
 
-def _planned(
+def planned(
     call: str,
     geometry: ConvGeometry,
     arrays: dict[str, Array],
@@ -595,6 +595,7 @@ def _planned(
     options: Options,
     leaves: Leaves,
 ) -> Plan:
+    """The plan for these arrays, of which only shapes, strides and types are read."""
     types = resolve_types(arrays, options.dtype)
     operand = leaves.operand_type(types)
     op = _CONVOLUTION.get(call, call)
@@ -645,11 +646,11 @@ def plan_of_shapes(
     own, shapes = np.dtype(options.dtype), shapes_of(call, geometry)
     if not bias:
         shapes.pop("bias", None)
-    arrays = {name: _untouched(shape, own) for name, shape in shapes.items()}
-    return _planned(call, geometry, arrays, None, options.settled(), leaves)
+    arrays = {name: untouched(shape, own) for name, shape in shapes.items()}
+    return planned(call, geometry, arrays, None, options.settled(), leaves)
 
 
-def _untouched(shape: tuple[int, ...], dtype: DType) -> Array:
+def untouched(shape: tuple[int, ...], dtype: DType) -> Array:
     """An array that is only asked for its shape, strides and type."""
     steps = [dtype.itemsize]
     for size in reversed(shape[1:]):
