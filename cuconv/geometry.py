@@ -183,10 +183,9 @@ class EvenAxis(Axis):
         if size % windows == 0:
             each = size // windows
             return Axis(size, each, each, 1, 0, 0)
-        lengths = {
-            -(-(o + 1) * size // windows) - o * size // windows for o in range(windows)
-        }
-        return cls(size, max(lengths), 1, 1, 0, 0, 0, windows)
+        # floor(o n / m) leaves a rest of at most m - gcd(n, m), in some window.
+        longest = -(-(size + windows - math.gcd(size, windows)) // windows)
+        return cls(size, longest, 1, 1, 0, 0, 0, windows)
 
     @property
     def out(self) -> int:
