@@ -676,9 +676,11 @@ class _Separable(NamedTuple):
 
     def _counts(self) -> list[int]:
         """How many positions a piece may have, from one to all."""
-        most_positions = max(self.geometry.images, 1) * max(self.geometry.positions, 1)
-        halves = (1 << i for i in range((most_positions - 1).bit_length()))
-        return [*halves, most_positions]
+        images, positions = self.geometry.images, self.geometry.positions
+        if not images * positions:
+            return [max(images, positions, 1)]
+        halves = (1 << i for i in range((images * positions - 1).bit_length()))
+        return [*halves, images * positions]
 
     def _cut(self, positions: int, limit: int) -> Cut:
         if not self.makes:

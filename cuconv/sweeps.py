@@ -51,7 +51,10 @@ class Sweep(NamedTuple):
     @property
     def positions(self) -> int:
         """The most outputs of a piece."""
-        return self.geometry.reach(self.tile) if self.over_x else self.tile.positions
+        g, tile = self.geometry, self.tile
+        if self.is_whole:
+            return min(tile.images, g.images) * g.positions
+        return g.reach(tile) if self.over_x else tile.positions
 
     @property
     def number(self) -> int:
