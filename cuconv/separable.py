@@ -167,7 +167,8 @@ class _Filters(NamedTuple):
         if not first:
             shape = (*w.shape[:-2], each, filters)
         is_view = merged_stride(w.shape[split], w.strides[split]) is not None
-        return cls(shape, max(channels, 1), 0 if is_view else w.nbytes)
+        copied = 0 if is_view else Buffer("copy", w.size, w.dtype).nbytes
+        return cls(shape, max(channels, 1), copied)
 
 
 @_shows_only(_DEPTHWISE_OPTIONS)

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support import LAYOUTS, Case
 
-from cuconv.geometry import Axis, ConvGeometry, WindowGeometry, tile_of
+from cuconv.geometry import Axis, ConvGeometry, EvenAxis, WindowGeometry, tile_of
 
 axes = st.builds(
     Axis,
@@ -78,6 +78,14 @@ def test_reached_from_holds_every_window_that_meets(axis, data) -> None:
     assert 0 <= first <= last <= axis.out
     if start < stop:
         assert list(range(first, last)) == meets
+
+
+@given(size=st.integers(1, 60), windows=st.integers(1, 60))
+def test_the_kernel_of_even_windows_is_the_longest(size, windows) -> None:
+    axis = EvenAxis.of(size, windows)
+    spans = (axis.window(o, o + 1) for o in range(axis.out))
+    assert axis.out == windows
+    assert axis.kernel == max(stop - start for start, stop in spans)
 
 
 # Padding words
