@@ -141,7 +141,9 @@ def all_variants(architecture: int = 90) -> Iterator[Variant]:
         for wide in (False, True):
             yield from tile_variants(np.dtype(name), (1, 2), wide=wide)
     yield from _direct_variants()
-    yield from (Variant(*named) for named in pool_variants())
+    types = [np.dtype(name) for name in SUPPORTED_TYPES]
+    pools = (pool_variants(types, wide=wide) for wide in (False, True))
+    yield from dict.fromkeys(Variant(*named) for each in pools for named in each)
     yield from map(transpose_variant, (2, 4))
     names = ("bool", "uint8", "uint16", "uint32", "uint64")
     yield from (product_variant(np.dtype(name)) for name in names)
