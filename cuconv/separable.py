@@ -193,7 +193,7 @@ def depthwise_conv(
     w
         Filters, (C, M, *kernel): M for each channel.  With ``layout="channels_last"``:
         x is (N, *spatial, C) and w is (*kernel, C, M).  Where the axes C and M do not
-        lie in one run of memory, w is copied.
+        lie in one run of memory, w is copied, which counts to ``memory_limit``.
     bias
         (C · M,), added to every output position.
     out
@@ -669,8 +669,11 @@ class _Separable(NamedTuple):
     ) -> Cut:
         least = _least(beside)
         counts = self._counts() if least <= limit else []
-        for count in reversed(counts):
-            cut = self._cut(count, limit)
+        cuts = [self._cut(count, limit) for count in reversed(counts)]
+        # The largest pieces first, but half of the limit is for the steps if it can be:
+        # in what little the largest may leave, their blocks would be tiny.
+        cuts.sort(key=lambda cut: cut.limit < limit // 2)
+        for cut in cuts:
             if cut.limit >= 0 and self._fits(cut, into):
                 return cut
         raise MemoryLimitError(limit, max(least, self._smallest(into)), _NAME)
