@@ -46,7 +46,7 @@ NETS = {
     "one channel": Net((2, 1, 7), (1, 1, 3), 1, {}),
 }
 BIG = Net((2, 24, 5, 4), (24, 24, 3, 2), 6, {"padding": "same"})
-SMALLER = BIG._replace(x_shape=(2, 24, 3, 4))
+SMALLER = Net((2, 6, 3, 4), (6, 4, 3, 2), 6, {"padding": "same"})
 IN_LAYOUTS = [
     *((name, "channels_first") for name in NETS),
     *((name, "channels_last") for name in ("causal", "two axes", "no batch axis")),
@@ -282,7 +282,7 @@ def test_pieces_of_any_size(xp, name, pieces_of, steps) -> None:
     """From one position to all of them: the same results, and several pieces."""
     host, wanted, back = known(name)
     x, w, points, bias, dy, options = on(xp, host, "channels_first")
-    for size in (1, 13, 10**4):
+    for size in (1, 13, 10**4)[xp is not np :]:
         pieces_of(size)
         steps.clear()
         y = cuconv.separable_conv(x, w, points, bias, **options)
