@@ -14,6 +14,8 @@ from cuconv._cuda.tilings import usual_variants
 from cuconv._cuda.variants import (
     copy_variant,
     direct_variant,
+    extend_variant,
+    fold_variant,
     has_atomics,
     product_variant,
     sum_variant,
@@ -66,6 +68,8 @@ def precompile(
 
 def _column_variants(dtype: DType, rank: int) -> Iterator[Variant]:
     yield copy_variant(dtype.itemsize, rank, wide=False)
+    yield extend_variant(dtype.itemsize, rank, wide=False)
+    yield fold_variant(accumulator(dtype), rank, wide=False)
     for own in {dtype, accumulator(dtype)}:
         yield sum_variant("col2im_gather", own, rank, wide=False)
         if has_atomics(own):
