@@ -1,6 +1,6 @@
 """Kernels, compiled when first needed and kept for each device."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from typing import Any
 
@@ -44,7 +44,9 @@ def _loaded(variant: Variant, device: int) -> Any:
 
 
 def precompile(
-    dtypes: Sequence[Any] = ("float32",), ranks: Sequence[int] = (1, 2, 3)
+    dtypes: Sequence[Any],
+    ranks: Sequence[int],
+    progress: Callable[[int, int], object] | None,
 ) -> int:
     """See `cuconv.precompile`."""
     variants: set[Variant] = set()
@@ -61,8 +63,10 @@ def precompile(
                 variants.add(direct_variant(name, dtype, dtype, wide=False))
         for rank in ranks:
             variants.update(_column_variants(dtype, rank))
-    for variant in variants:
+    for done, variant in enumerate(variants, 1):
         kernel(variant)
+        if progress is not None:
+            progress(done, len(variants))
     return len(variants)
 
 
