@@ -7,11 +7,12 @@ from typing import Any, NamedTuple, ParamSpec, TypedDict, TypeVar
 import numpy as np
 
 from cuconv.arrays import Array, Types, check_overlap, module_of, plain, resolve_types
+from cuconv.composed import bind
 from cuconv.config import settings
 from cuconv.geometry import ConvGeometry, Padding, Sizes
 from cuconv.leaves import Leaves, leaves_of, refuse_capture
-from cuconv.memory import Buffer, MemoryLimit, MemoryLimitError
-from cuconv.plan import ROLES, Call, Options, Plan, bind, signature
+from cuconv.memory import Buffer, MemoryLimit, MemoryLimitError, all_within
+from cuconv.plan import ROLES, Call, Options, Plan, signature
 from cuconv.strategies.base import in_groups
 
 GRADIENTS = ("x", "w", "bias")
@@ -33,22 +34,35 @@ class ConvOptions(TypedDict, total=False):
     precision: str | None
     deterministic: bool | None
     memory_limit: MemoryLimit
+    padding_mode: str
+    input_dilation: Sizes
+    batch_groups: int
 
 
 class ConvGradients(NamedTuple):
-    """The gradients of one convolution; None where one was not asked for."""
+    """The gradients of one convolution; None where one was not asked for.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import cuconv
+    >>> x, w, dy = np.ones((1, 1, 5)), np.ones((2, 1, 3)), np.ones((1, 2, 3))
+    >>> gradients = cuconv.conv_backward(dy, x, w, needs=("w",))
+    >>> gradients.w.shape, gradients.x
+    ((2, 1, 3), None)
+    """
 
     x: Array | None = None
     w: Array | None = None
     bias: Array | None = None
 
 
-def chosen_options(options: ConvOptions) -> Options:
+def chosen_options(options: Any, known: Sequence[str] = Options._fields) -> Options:
     """The options with their defaults; an unknown one is refused by its name."""
-    unknown = sorted(set(options) - set(Options._fields))
+    unknown = sorted(set(options) - set(known))
     if unknown:
-        known = ", ".join(Options._fields)
-        raise TypeError(f"there is no option {unknown[0]!r}; the options are {known}")
+        words = ", ".join(known)
+        raise TypeError(f"there is no option {unknown[0]!r}; the options are {words}")
     return Options(**options)
 
 
@@ -121,12 +135,17 @@ def inputs(bias: Array | None = None, **arrays: Array) -> dict[str, Array]:
     return {name: plain(array) for name, array in arrays.items()}
 
 
-def check_needs(needs: Sequence[str], arrays: dict[str, Array], why: str) -> None:
+def check_needs(
+    needs: Sequence[str],
+    arrays: dict[str, Array],
+    why: str,
+    known: Sequence[str] = GRADIENTS,
+) -> None:
     """Refuse names that are no gradients, and a capture for the reason ``why``."""
     refuse_capture(leaves_of(module_of(arrays), arrays["dy"]), why)
     several = isinstance(needs, (tuple, list, set, frozenset))
-    if not several or any(name not in GRADIENTS for name in needs):
-        raise ValueError(f"needs must be several of {GRADIENTS}; got {needs!r}")
+    if not several or any(name not in known for name in needs):
+        raise ValueError(f"needs must be several of {known}; got {needs!r}")
 
 
 def gradients(
@@ -150,23 +169,10 @@ def gradients(
     calls: dict[str, Callable[[], Any]] = {
         "x": lambda: bound("input_grad", "w"),
         "w": lambda: bound("weight_grad", "x"),
-        "bias": lambda: _bias_grad(geometry, channels, dy, options),
+        "bias": lambda: bias_grad(geometry, channels, dy, options),
     }
-    planned = _prepare_all({name: calls[name] for name in GRADIENTS if name in needs})
+    planned = all_within({name: calls[name] for name in GRADIENTS if name in needs})
     return ConvGradients(**{name: call.run() for name, call in planned.items()})
-
-
-def _prepare_all(calls: dict[str, Callable[[], Any]]) -> dict[str, Any]:
-    """Prepare every call, or name the memory limit that would do for all."""
-    planned, errors = {}, []
-    for name, planning in calls.items():
-        try:
-            planned[name] = planning()
-        except MemoryLimitError as error:
-            errors.append(error)
-    if errors:
-        raise max(errors, key=lambda error: error.smallest)
-    return planned
 
 
 class _BiasGrad(NamedTuple):
@@ -191,9 +197,10 @@ class _BiasGrad(NamedTuple):
             return sums[0].reshape(-1).astype(self.types.result, copy=False)
 
 
-def _bias_grad(
+def bias_grad(
     geometry: ConvGeometry, channels: int, dy: Array, options: Options
 ) -> _BiasGrad:
+    """The gradient of a bias of so many channels, which fits the limit."""
     options = options.settled()
     types = resolve_types({"dy": dy}, options.dtype)
     leaves = leaves_of(module_of({"dy": dy}), dy)

@@ -25,8 +25,9 @@ from cuconv.calls import (
     inputs,
     shows_options,
 )
+from cuconv.composed import bind
 from cuconv.geometry import Sizes
-from cuconv.plan import Call, bind, check_shape
+from cuconv.plan import Call, check_shape
 
 _BACKWARD_ALLOCATES = (
     "conv_transpose_backward allocates its results: call conv_transpose_input_grad and "
@@ -79,8 +80,9 @@ def conv_transpose(
     padding
         Cells that are left out at both ends of the result: integers or pairs as for
         `conv`; negative numbers add cells.  Or a word: ``"valid"`` leaves none out;
-        ``"same"`` and ``"same_lower"`` are those of the convolution that leads back,
-        and make the result size · stride long, or as ``output_size`` says.
+        ``"same"``, ``"same_lower"`` and, over one axis, ``"causal"`` are those of the
+        convolution that leads back, and make the result size · stride long, or as
+        ``output_size`` says.
     groups, layout, dtype, strategy, precision, deterministic, memory_limit
         As for `conv`.
 

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support import LAYOUTS, Case
 
-from cuconv.geometry import Axis, ConvGeometry, WindowGeometry, tile_of
+from cuconv.geometry import Axis, ConvGeometry, EvenAxis, WindowGeometry, tile_of
 
 axes = st.builds(
     Axis,
@@ -24,6 +24,7 @@ axes = st.builds(
     after=st.integers(-8, 8),
     overhang=st.just(0),
     windows=st.just(0),
+    spread=st.just(1),
 ).filter(lambda a: a.size + a.before + a.after >= a.dilation * (a.kernel - 1) + 1)
 
 
@@ -80,6 +81,14 @@ def test_reached_from_holds_every_window_that_meets(axis, data) -> None:
         assert list(range(first, last)) == meets
 
 
+@given(size=st.integers(1, 60), windows=st.integers(1, 60))
+def test_the_kernel_of_even_windows_is_the_longest(size, windows) -> None:
+    axis = EvenAxis.of(size, windows)
+    spans = (axis.window(o, o + 1) for o in range(axis.out))
+    assert axis.out == windows
+    assert axis.kernel == max(stop - start for start, stop in spans)
+
+
 # Padding words
 
 
@@ -106,6 +115,19 @@ def test_same_is_the_least_padding_for_its_size(
     if total and size:
         less = axis._replace(before=0, after=total - 1)
         assert less.out < outputs
+
+
+@given(
+    size=st.integers(0, 40),
+    kernel=st.integers(1, 6),
+    stride=st.integers(1, 6),
+    dilation=st.integers(1, 4),
+)
+def test_a_causal_window_ends_at_its_own_cell(size, kernel, stride, dilation) -> None:
+    options = {"stride": stride, "dilation": dilation, "padding": "causal"}
+    (axis,) = WindowGeometry.of((1, 1, size), kernel, **options).axes
+    assert axis.out == len(range(0, size, stride))
+    assert all(axis.window(o, o + 1)[1] == o * stride + 1 for o in range(axis.out))
 
 
 def test_valid_is_no_padding() -> None:
@@ -399,13 +421,13 @@ def test_phases_meet_exactly_what_the_windows_meet(axis) -> None:
     geometry = ConvGeometry(1, 2, (axis,), filters=3)
     cells = range(axis.size)
     met, owned = [], []
-    for phase in geometry.phases():
-        own = cells[phase.cells[0]]
+    for phase in geometry.input_phases():
+        own = cells[phase.results[0]]
         owned += own
         if phase.geometry is None:
             continue
         (other,) = phase.geometry.axes
-        taps = range(axis.kernel)[phase.taps[0]]
+        taps = range(axis.kernel)[phase.taps[0]][::-1]
         assert (phase.geometry.channels, phase.geometry.filters) == (3, 2)
         assert (other.out, other.kernel, other.stride) == (len(own), len(taps), 1)
         for cell, (index, tap) in product(range(len(own)), enumerate(taps)):
@@ -422,5 +444,5 @@ def test_phases_meet_exactly_what_the_windows_meet(axis) -> None:
 
 def test_one_phase_at_stride_one() -> None:
     geometry = ConvGeometry.of_weights((2, 4, 9, 8), (6, 4, 3, 2), padding=(1, 2))
-    (phase,) = geometry.phases()
+    (phase,) = geometry.input_phases()
     assert phase.geometry == geometry.adjoint

@@ -8,11 +8,14 @@ import cupy
 import numpy as np
 
 from cuconv._cuda.elements import Variant
+from cuconv._cuda.pools import pool_variants
 from cuconv._cuda.source import kernel_source
 from cuconv._cuda.tilings import usual_variants
 from cuconv._cuda.variants import (
     copy_variant,
     direct_variant,
+    extend_variant,
+    fold_variant,
     has_atomics,
     product_variant,
     sum_variant,
@@ -52,6 +55,7 @@ def precompile(
         check_type("dtype", dtype)
         variants.update(usual_variants(dtype, modern=modern))
         variants.update(tile_variants(dtype, ranks, wide=False))
+        variants.update(Variant(*named) for named in pool_variants([dtype], wide=False))
         if dtype.kind in "biu":
             variants.add(product_variant(dtype))
         else:
@@ -68,6 +72,8 @@ def precompile(
 
 def _column_variants(dtype: DType, rank: int) -> Iterator[Variant]:
     yield copy_variant(dtype.itemsize, rank, wide=False)
+    yield extend_variant(dtype.itemsize, rank, wide=False)
+    yield fold_variant(accumulator(dtype), rank, wide=False)
     for own in {dtype, accumulator(dtype)}:
         yield sum_variant("col2im_gather", own, rank, wide=False)
         if has_atomics(own):

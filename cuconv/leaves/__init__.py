@@ -248,6 +248,31 @@ class Leaves(Protocol):
     def copy(self, source: Array, target: Array) -> None:
         """Copy with a cast."""
 
+    def extend(
+        self,
+        cells: Array,
+        copied: Array,
+        axes: Sequence[Axis],
+        windows: Ranges,
+        mode: str,
+    ) -> None:
+        """Copy with a cast what windows read; cells outside as ``mode`` says.
+
+        Both are grouped; ``windows`` are intervals of cells along every axis.
+        """
+
+    def fold(
+        self,
+        copied: Array,
+        cells: Array,
+        axes: Sequence[Axis],
+        windows: Ranges,
+        mode: str,
+        *,
+        add: bool,
+    ) -> None:
+        """The adjoint of `extend`, in a fixed order; ``add`` to what is there."""
+
     def parallel(
         self, body: Callable[[int], None], workers: int, *, light: bool = False
     ) -> None:
@@ -345,9 +370,9 @@ def precompile(
     Parameters
     ----------
     dtypes
-        Types of the arrays that will be convolved.
+        Types of the arrays that will be convolved or pooled.
     ranks
-        Numbers of spatial axes.
+        Numbers of spatial axes; the kernels of pooling are the same for all.
     progress
         Called after each kernel with how many are ready and how many there will be.
 
@@ -364,7 +389,7 @@ def precompile(
     Examples
     --------
     >>> import cuconv
-    >>> cuconv.precompile(("float32",), ranks=(2,)) in (0, 27)
+    >>> cuconv.precompile(("float32",), ranks=(2,)) in (0, 36)
     True
     """
     from cuconv._cuda import working_cupy
