@@ -95,10 +95,8 @@ static unsigned char *dynamic_memory;
 #include <setjmp.h>
 #include <ucontext.h>
 
-#include <vector>
-
 namespace shim {
-const unsigned STACK = 131072, WARP = 32, DEPOSIT = 32;
+const unsigned STACK = 131072, WARP = 32, DEPOSIT = 32, MOST = 1024, PENDING = 256;
 enum State { READY, AT_BARRIER, WITH_WARP, DONE };
 struct Copy {
     void *to;
@@ -119,10 +117,11 @@ struct Fibre {
     State state;
     unsigned exchanges;  // with its warp, so far
     unsigned group;
-    std::vector<Copy> copies;
+    unsigned pending;  // copies that nobody has waited for
+    Copy copies[PENDING];
 };
 static Point scheduler;
-static std::vector<Fibre> fibres;
+static Fibre fibres[MOST];
 static char *stacks;
 static unsigned current;
 static void (*body)();
@@ -148,13 +147,21 @@ static unsigned drawn(unsigned bound)
 }
 
 // 0 … number - 1, in the order in which they have their turn.
-static std::vector<unsigned> turns(unsigned number)
+struct Turns {
+    unsigned order[MOST];
+    unsigned number;
+    const unsigned *begin() const { return order; }
+    const unsigned *end() const { return order + number; }
+};
+
+static Turns turns(unsigned number)
 {
-    std::vector<unsigned> order(number);
-    for (unsigned i = 0; i < number; ++i) order[i] = seed == 1 ? number - 1 - i : i;
+    Turns all;
+    all.number = number;
+    for (unsigned i = 0; i < number; ++i) all.order[i] = seed == 1 ? number - 1 - i : i;
     for (unsigned i = number; seed > 1 && i > 1; --i)
-        std::swap(order[i - 1], order[drawn(i)]);
-    return order;
+        std::swap(all.order[i - 1], all.order[drawn(i)]);
+    return all;
 }
 
 static void change(Point &from, Point &to)
@@ -224,8 +231,7 @@ static void run_block(unsigned threads, void (*kernel)())
         context.uc_link = &scheduler.context;
         fibre.point.has_run = false;
         fibre.state = READY;
-        fibre.exchanges = fibre.group = 0;
-        fibre.copies.clear();
+        fibre.exchanges = fibre.group = fibre.pending = 0;
         makecontext(&context, enter, 0);
     }
     while (count(0, threads, DONE) < threads) {
@@ -237,8 +243,8 @@ static void run_block(unsigned threads, void (*kernel)())
             fail("a barrier was reached by some threads only");
         release(0, threads, AT_BARRIER);
     }
-    for (const Fibre &fibre : fibres)
-        if (!fibre.copies.empty()) fail("a copy was never waited for");
+    for (unsigned t = 0; t < threads; ++t)
+        if (fibres[t].pending) fail("a copy was never waited for");
 }
 
 // Every lane brings a value; afterwards all can be read.
@@ -274,11 +280,13 @@ static void copy_later(void *to, const void *from, int bytes, bool is_there)
     if ((uintptr_t)to % bytes || (is_there && (uintptr_t)from % bytes))
         fail("a copy is not aligned");
     Fibre &mine = fibres[current];
-    mine.copies.push_back({to, from, bytes, is_there, mine.group});
+    if (mine.pending == PENDING) fail("too many copies wait");
+    Copy &copy = mine.copies[mine.pending++];
+    copy = {to, from, bytes, is_there, mine.group};
     // What arrives early arrives once: it must find its place free, and stay there.
     if (seed == 1 || (seed > 1 && drawn(2))) {
-        arrive(mine.copies.back());
-        mine.copies.back().has_arrived = true;
+        arrive(copy);
+        copy.has_arrived = true;
     }
 }
 
@@ -287,14 +295,15 @@ static void end_group() { ++fibres[current].group; }
 static void wait_for_copies(unsigned groups)
 {
     Fibre &mine = fibres[current];
-    std::vector<Copy> later;
-    for (const Copy &copy : mine.copies) {
+    const unsigned pending = mine.pending;
+    mine.pending = 0;
+    for (unsigned i = 0; i < pending; ++i) {
+        const Copy copy = mine.copies[i];
         if (copy.group + groups >= mine.group)
-            later.push_back(copy);
+            mine.copies[mine.pending++] = copy;
         else if (!copy.has_arrived)
             arrive(copy);
     }
-    mine.copies.swap(later);
 }
 
 static void count_conflicts(const unsigned char (*all)[DEPOSIT])
@@ -405,7 +414,6 @@ void launch(
     const char *order = getenv("CUCONV_SHIM_ORDER");
     seed = order ? strtoull(order, nullptr, 10) : 0;
     draws = 0;
-    fibres = std::vector<Fibre>(block);
     stacks = (char *)malloc((size_t)block * STACK);
 #endif
     for (unsigned b = 0; b < grid; ++b) {
@@ -422,7 +430,6 @@ void launch(
     }
 #ifdef SHIM_BARRIERS
     free(stacks);
-    fibres = {};
 #endif
     free(allocated);
 }
