@@ -28,7 +28,8 @@ from cuconv.planner import NAMES
 from cuconv.profiling import stage
 
 _NEEDS_COPY = (
-    "padding_mode and batch_groups take a copy of what is read, in memory of its own"
+    "padding_mode, batch_groups and zero points take a copy of what is read, in memory "
+    "of its own"
 )
 
 
