@@ -1178,13 +1178,17 @@ def _window_geometry(
     )
 
 
-def _check_channels(channels: int, expected: int, filters: int, groups: int) -> None:
+def _check_channels(split: _Split, expected: int, filters: int, groups: int) -> None:
     if groups < 1:
         raise ValueError(f"groups must be at least 1; got {groups}")
-    if expected * groups != channels:
+    if expected * groups != split.channels:
+        last = split.sizes[-1]
+        fits_last = split.channels_first and last == expected * groups
+        hint = f"; its last axis has {last}: layout='channels_last'?"
         raise ValueError(
-            f"channels do not match: x has {channels} and w expects "
+            f"channels do not match: x has {split.channels} and w expects "
             f"{expected} × groups {groups} = {expected * groups}"
+            f"{hint if fits_last else ''}"
         )
     if filters % groups:
         raise ValueError(f"groups {groups} do not divide the {filters} filters of w")
@@ -1236,7 +1240,7 @@ def _conv_geometry(
         w_shape, channels_first=split.channels_first
     )
     groups, batch_groups, padding_mode, input_dilation = sharing
-    _check_channels(split.channels, channels, filters, groups)
+    _check_channels(split, channels, filters, groups)
     _check_batch_groups(split, filters, groups, batch_groups)
     axes = _axes(
         *(split.sizes, kernel, stride, padding, dilation),

@@ -178,6 +178,11 @@ class Plan:
         return self._choice
 
     @property
+    def memory_limit(self) -> int:
+        """The limit that holds: the one that was given, or what the library chose."""
+        return self._decision.limit
+
+    @property
     def nanoseconds(self) -> float:
         """How long a run is estimated to take."""
         return self._choice.nanoseconds
@@ -572,7 +577,7 @@ class Plan:
         yield "workers", f"{self.workers}"
         yield (
             "workspace",
-            f"{self.workspace_bytes:,} bytes, limit {self._decision.limit:,}",
+            f"{self.workspace_bytes:,} bytes, limit {self.memory_limit:,}",
         )
         yield "work", f"{self.flops / 1e9:.4g} GFLOP, {self.bytes_moved / 1e6:.4g} MB"
         yield "intensity", f"{self.arithmetic_intensity:.4g} FLOP per byte"

@@ -8,12 +8,11 @@ it and the plain convolution stay within the memory limit together.
 import math
 from collections.abc import Iterator
 from functools import partial
-from itertools import product
 from typing import NamedTuple
 
 from cuconv.arrays import Array, grouped
 from cuconv.composed.base import Arrays, Composed, Index, Request, run_part
-from cuconv.geometry import Block, ConvGeometry, Range, Run
+from cuconv.geometry import Block, ConvGeometry, Range
 from cuconv.leaves import refuse_capture
 from cuconv.memory import (
     Buffer,
@@ -139,6 +138,10 @@ class Staged(Composed):
         return workspace_bytes(self._buffers) + inner
 
     @property
+    def memory_limit(self) -> int:
+        return workspace_bytes(self._buffers) + self._parts[0].memory_limit
+
+    @property
     def nanoseconds(self) -> float:
         return self._parts[0].nanoseconds * self._count
 
@@ -181,20 +184,22 @@ class Staged(Composed):
     def _input_grad(
         self, dy: Array, w: Array, dx: Array, space: dict[str, Array]
     ) -> None:
-        g, xp = self.problem.geometry, self._xp
+        g = self.problem.geometry
         for images in _spans(g.results, self._cut.images):
             target = cells = _cells(dx, g, images)
             if "dx" in space:
                 cells = in_buffer(space["dx"], target.shape)
-            cells[...] = 0
             for number, rows in enumerate(_spans(g.out[0], self._cut.rows)):
                 block = g.rows(images, rows)
                 part = g.part(block)
                 copied = in_buffer(space["x"], part.x_shape)
                 run_part(self._inner[part], dy[self._of_y(block)], w, None, copied)
-                with stage("fold", "padding", number):
-                    for inside, outside in _folds(g, block, cells, copied):
-                        xp.add(inside, outside, out=inside)
+                with stage("fold", "input", number):
+                    self._leaves.fold(
+                        *(_grouped(copied, g), cells, g.axes),
+                        *(block.window, g.padding_mode),
+                        add=number > 0,
+                    )
             if cells is not target:
                 self._leaves.copy(cells, target)
 
@@ -220,9 +225,10 @@ class Staged(Composed):
         part = g.part(block)
         copied = in_buffer(space["x"], part.x_shape)
         cells = _cells(x, g, block.images)
-        with stage("copy", "padding", number):
-            for inside, outside in _copies(g, block, cells, copied):
-                self._leaves.copy(inside, outside)
+        with stage("copy", "input", number):
+            self._leaves.extend(
+                *(cells, _grouped(copied, g), g.axes, block.window, g.padding_mode)
+            )
         return self._inner[part], copied
 
     def _of_y(self, block: Block) -> Index:
@@ -318,36 +324,10 @@ def _cells(x: Array, geometry: ConvGeometry, images: Range) -> Array:
     return by_group[:, slice(*images)].swapaxes(0, 1)
 
 
-def _copies(
-    geometry: ConvGeometry, block: Block, cells: Array, copied: Array
-) -> Iterator[tuple[Array, Array]]:
-    """What of the input goes where in its copy, piece by piece."""
-    for runs in product(*_runs(geometry, block)):
-        yield _pair(geometry, runs, cells, copied)
-
-
-def _folds(
-    geometry: ConvGeometry, block: Block, cells: Array, copied: Array
-) -> Iterator[tuple[Array, Array]]:
-    """The same with as many cells on either side: the adjoint adds one to one."""
-    each = _runs(geometry, block)
-    single = ([one for run in runs for one in run.one_to_one()] for runs in each)
-    for runs in product(*single):
-        yield _pair(geometry, runs, cells, copied)
-
-
-def _runs(geometry: ConvGeometry, block: Block) -> list[list[Run]]:
-    each = zip(geometry.axes, block.window, strict=True)
-    return [list(axis.runs(window, geometry.padding_mode)) for axis, window in each]
-
-
-def _pair(
-    geometry: ConvGeometry, runs: tuple[Run, ...], cells: Array, copied: Array
-) -> tuple[Array, Array]:
-    view = grouped(
+def _grouped(copied: Array, geometry: ConvGeometry) -> Array:
+    """A copy as `_cells` has the input: (images, groups, C, *window)."""
+    return grouped(
         *(copied, geometry.batch_groups, geometry.rank),
         channels_first=geometry.channels_first,
         batched=True,
     )
-    inside = cells[(..., *(run.cells for run in runs))]
-    return inside, view[(..., *(run.window for run in runs))]

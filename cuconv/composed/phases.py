@@ -75,7 +75,8 @@ class Phased(Composed):
         ]
 
     def _composition(self) -> str:
-        return f"{len(self._steps)} phases, each a convolution of its own"
+        count = len(self._parts)
+        return "one phase" if count == 1 else f"{count} phases"
 
     def _carry_out(
         self, first: Array, second: Array, bias: Array | None, result: Array
