@@ -162,12 +162,18 @@ class Staged(Composed):
         nbytes = workspace_bytes(self._buffers)
         with self._leaves.memory(nbytes) as raw:
             space = carve(raw, aligned_start(raw), self._buffers)
-            if self.problem.op == "forward":
-                self._forward(first, second, bias, result, space)
-            elif self.problem.op == "input_grad":
-                self._input_grad(first, second, result, space)
-            else:
-                self._weight_grad(first, second, result, space)
+
+            def body(worker: int) -> None:
+                del worker
+                if self.problem.op == "forward":
+                    self._forward(first, second, bias, result, space)
+                elif self.problem.op == "input_grad":
+                    self._input_grad(first, second, result, space)
+                else:
+                    self._weight_grad(first, second, result, space)
+
+            # One worker, but as workers do: with what NumPy buffers within bounds.
+            self._leaves.parallel(body, 1, light=True)
 
     def _forward(
         self,
@@ -258,26 +264,43 @@ def staged(request: Request, planner: Planner, kind: type[Staged] = Staged) -> S
 def _fitting(
     request: Request, planner: Planner, kind: type[Staged], limit: int
 ) -> Staged:
-    geometry = request.geometry
-    rows = 1 if geometry.is_spread else geometry.out[0]
-    smaller: Cut | None = Cut(geometry.results, geometry.out[0])
-    while smaller is not None:
-        cut = smaller
-        smaller = cut.halved() if cut.images > 1 or rows > 1 else None
-        shapes = cut.samples(geometry)
+    cuts = list(_cuts(request.geometry))
+    for cut in cuts:
+        shapes = cut.samples(request.geometry)
         buffers = kind.buffers(request, cut, shapes)
-        if smaller is not None and workspace_bytes(buffers) > limit // 2:
+        copied = workspace_bytes(buffers)
+        if cut is not cuts[-1] and copied > limit // 2:
             continue
-        rest = max(limit - workspace_bytes(buffers), 0)
         try:
-            inner = _inner(request, planner, kind, shapes, rest)
-        except MemoryLimitError as error:
-            if smaller is None:
-                least = workspace_bytes(buffers) + error.smallest
-                raise MemoryLimitError(limit, least, NAMES[request.call]) from None
+            inner = _inner(request, planner, kind, shapes, max(limit - copied, 0))
+        except MemoryLimitError:
             continue
         return kind(request, planner, cut, inner, buffers)
-    raise AssertionError("the smallest cut answers or raises")
+    least = [_least(request, planner, kind, cut, cuts[-1]) for cut in cuts]
+    raise MemoryLimitError(limit, min(least), NAMES[request.call])
+
+
+def _cuts(geometry: ConvGeometry) -> Iterator[Cut]:
+    """The cuts to try, from everything at once to a row of an image."""
+    least = geometry.out[0] if geometry.is_spread else 1
+    cut: Cut | None = Cut(geometry.results, geometry.out[0])
+    while cut is not None:
+        yield cut
+        cut = cut.halved() if cut.images > 1 or cut.rows > least else None
+
+
+def _least(
+    request: Request, planner: Planner, kind: type[Staged], cut: Cut, last: Cut
+) -> int:
+    """The smallest limit under which a cut is taken."""
+    shapes = cut.samples(request.geometry)
+    copied = workspace_bytes(kind.buffers(request, cut, shapes))
+    try:
+        _inner(request, planner, kind, shapes, 0)
+        rest = 0
+    except MemoryLimitError as error:
+        rest = error.smallest
+    return copied + (rest if cut == last else max(rest, copied))
 
 
 def _inner(
