@@ -32,7 +32,7 @@ from cuconv.reduction import MAXIMUM, MEAN, NORM, Given, PoolCut, Pooling
 OutputSize: TypeAlias = int | Sequence[int | None] | None
 
 _INDEX = np.dtype(np.int64)
-_MOST_AXES = 3
+MOST_AXES = 3
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -114,9 +114,8 @@ def max_pool(
         so that windows lie side by side.
     padding
         Cells around the input that count as the least value: an integer, one for each
-        axis, (before, after) pairs, or ``"valid"``, ``"same"``, ``"same_lower"``, all
-        as for `cuconv.conv`.  Negative numbers crop.  More than half a kernel is
-        allowed.
+        axis, (before, after) pairs, or one of the words of `cuconv.conv`.  Negative
+        numbers crop.  More than half a kernel is allowed.
     dilation
         Step between taps.
     ceil_mode
@@ -154,7 +153,7 @@ def max_pool(
     >>> cuconv.max_pool(x, 3, stride=2, padding=1, return_indices=True)
     (array([[[5., 5., 2.]]]), array([[[1, 1, 3]]]))
     """
-    geometry = _geometry(x, kernel_size, options)
+    geometry = window_geometry(x, kernel_size, options)
     return _maximum(x, geometry, return_indices, out, memory_limit)
 
 
@@ -215,7 +214,7 @@ def max_pool_backward(
     >>> cuconv.max_pool_backward(np.ones(y.shape), indices, x.shape, 3, stride=1)
     array([[[0., 2., 1., 0., 0.]]])
     """
-    geometry = _geometry(_source_shape(x, x_shape), kernel_size, options)
+    geometry = window_geometry(_source_shape(x, x_shape), kernel_size, options)
     return _maximum_gradient(dy, indices, x, geometry, out, memory_limit)
 
 
@@ -252,8 +251,8 @@ def avg_pool(
         so that windows lie side by side.
     padding
         Cells around the input that count as zero: an integer, one for each axis,
-        (before, after) pairs, or ``"valid"``, ``"same"``, ``"same_lower"``, all as for
-        `cuconv.conv`.  Negative numbers crop.  More than half a kernel is allowed.
+        (before, after) pairs, or one of the words of `cuconv.conv`.  Negative numbers
+        crop.  More than half a kernel is allowed.
     dilation
         Step between taps.
     ceil_mode
@@ -291,8 +290,8 @@ def avg_pool(
     >>> cuconv.avg_pool(x, 2, padding=1, count_include_pad=False)
     array([[[2., 5., 8.]]])
     """
-    geometry = _geometry(x, kernel_size, options, MeanOptions)
-    return _mean(x, geometry, _divided(options), dtype, out, memory_limit)
+    geometry = window_geometry(x, kernel_size, options, MeanOptions)
+    return _mean(x, geometry, divided_by(options), dtype, out, memory_limit)
 
 
 @_shows_options
@@ -343,8 +342,8 @@ def avg_pool_backward(
     >>> cuconv.avg_pool_backward(np.ones((1, 1, 2)), (1, 1, 5), 2)
     array([[[0.5, 0.5, 0.5, 0.5, 0. ]]])
     """
-    geometry = _geometry(x_shape, kernel_size, options, MeanOptions)
-    return _mean_gradient(dy, geometry, _divided(options), out, memory_limit)
+    geometry = window_geometry(x_shape, kernel_size, options, MeanOptions)
+    return _mean_gradient(dy, geometry, divided_by(options), out, memory_limit)
 
 
 @_shows_options
@@ -383,8 +382,8 @@ def lp_pool(
         so that windows lie side by side.
     padding
         Cells around the input that count as zero: an integer, one for each axis,
-        (before, after) pairs, or ``"valid"``, ``"same"``, ``"same_lower"``, all as for
-        `cuconv.conv`.  Negative numbers crop.  More than half a kernel is allowed.
+        (before, after) pairs, or one of the words of `cuconv.conv`.  Negative numbers
+        crop.  More than half a kernel is allowed.
     dilation
         Step between taps.
     ceil_mode
@@ -412,7 +411,7 @@ def lp_pool(
     >>> cuconv.lp_pool(np.array([[[3.0, -4.0, 5.0, 12.0]]]), 2, 2)
     array([[[ 5., 13.]]])
     """
-    geometry = _geometry(x, kernel_size, options)
+    geometry = window_geometry(x, kernel_size, options)
     named = _named(x=x)
     pooling = _norm_of(named, geometry, norm_type)
     return _reduced(pooling, named["x"], out, memory_limit)
@@ -470,7 +469,7 @@ def lp_pool_backward(
     >>> cuconv.lp_pool_backward(np.ones(y.shape), x, y, 2, 2)
     array([[[ 0.6, -0.8,  0. ,  0. ]]])
     """
-    geometry = _geometry(x, kernel_size, options)
+    geometry = window_geometry(x, kernel_size, options)
     named = _named(dy=dy, x=x, y=y)
     pooling = replace(_norm_of(named, geometry, norm_type), is_gradient=True)
     check_shape("y", y, _y_shape(geometry))
@@ -849,7 +848,7 @@ def max_pool1d(
     >>> cuconv.max_pool1d(np.zeros((1, 2, 8)), 2).shape
     (1, 2, 4)
     """
-    geometry = _geometry(x, _of_rank(1, x, kernel_size), options)
+    geometry = window_geometry(x, _of_rank(1, x, kernel_size), options)
     return _maximum(x, geometry, return_indices, out, memory_limit)
 
 
@@ -872,7 +871,7 @@ def max_pool2d(
     >>> cuconv.max_pool2d(np.zeros((1, 2, 8, 6)), 2).shape
     (1, 2, 4, 3)
     """
-    geometry = _geometry(x, _of_rank(2, x, kernel_size), options)
+    geometry = window_geometry(x, _of_rank(2, x, kernel_size), options)
     return _maximum(x, geometry, return_indices, out, memory_limit)
 
 
@@ -895,7 +894,7 @@ def max_pool3d(
     >>> cuconv.max_pool3d(np.zeros((1, 2, 4, 8, 6)), 2).shape
     (1, 2, 2, 4, 3)
     """
-    geometry = _geometry(x, _of_rank(3, x, kernel_size), options)
+    geometry = window_geometry(x, _of_rank(3, x, kernel_size), options)
     return _maximum(x, geometry, return_indices, out, memory_limit)
 
 
@@ -918,8 +917,8 @@ def avg_pool1d(
     >>> cuconv.avg_pool1d(np.zeros((1, 2, 8)), 2).shape
     (1, 2, 4)
     """
-    geometry = _geometry(x, _of_rank(1, x, kernel_size), options, MeanOptions)
-    return _mean(x, geometry, _divided(options), dtype, out, memory_limit)
+    geometry = window_geometry(x, _of_rank(1, x, kernel_size), options, MeanOptions)
+    return _mean(x, geometry, divided_by(options), dtype, out, memory_limit)
 
 
 @_shows_options
@@ -941,8 +940,8 @@ def avg_pool2d(
     >>> cuconv.avg_pool2d(np.zeros((1, 2, 8, 6)), 2).shape
     (1, 2, 4, 3)
     """
-    geometry = _geometry(x, _of_rank(2, x, kernel_size), options, MeanOptions)
-    return _mean(x, geometry, _divided(options), dtype, out, memory_limit)
+    geometry = window_geometry(x, _of_rank(2, x, kernel_size), options, MeanOptions)
+    return _mean(x, geometry, divided_by(options), dtype, out, memory_limit)
 
 
 @_shows_options
@@ -964,8 +963,8 @@ def avg_pool3d(
     >>> cuconv.avg_pool3d(np.zeros((1, 2, 4, 8, 6)), 2).shape
     (1, 2, 2, 4, 3)
     """
-    geometry = _geometry(x, _of_rank(3, x, kernel_size), options, MeanOptions)
-    return _mean(x, geometry, _divided(options), dtype, out, memory_limit)
+    geometry = window_geometry(x, _of_rank(3, x, kernel_size), options, MeanOptions)
+    return _mean(x, geometry, divided_by(options), dtype, out, memory_limit)
 
 
 def _of_rank(rank: int, x: Array, kernel_size: Sizes) -> Sizes:
@@ -981,7 +980,7 @@ def _of_rank(rank: int, x: Array, kernel_size: Sizes) -> Sizes:
     return kernel
 
 
-def _geometry(
+def window_geometry(
     x: Array | Sequence[int], kernel_size: Sizes, options: Any, kind: type = PoolOptions
 ) -> WindowGeometry:
     """The windows over an array, or one of this shape."""
@@ -1009,7 +1008,7 @@ def _whole(shape: Sequence[int], layout: str, *, batched: bool) -> WindowGeometr
     )
 
 
-def _divided(options: Any) -> dict[str, Any]:
+def divided_by(options: Any) -> dict[str, Any]:
     """What a mean divides by, as fields of `Pooling`."""
     divisor = options.get("divisor_override")
     if divisor is not None:
@@ -1166,9 +1165,9 @@ def _prepare(
     memory_limit: MemoryLimit,
 ) -> tuple[Leaves, PoolCut]:
     """Check everything that can be wrong, before anything is allocated."""
-    if pooling.geometry.rank > _MOST_AXES:
+    if pooling.geometry.rank > MOST_AXES:
         raise ValueError(
-            f"x has {pooling.geometry.rank} spatial axes; pooling takes {_MOST_AXES} "
+            f"x has {pooling.geometry.rank} spatial axes; pooling takes {MOST_AXES} "
             "at most"
         )
     xp = module_of(named)
