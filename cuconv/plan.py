@@ -213,6 +213,14 @@ class Plan:
         return self._choice.workspace_bytes if self.flops else 0
 
     @property
+    def overhead_bytes(self) -> int:
+        """What of the workspace is no buffer, but what threads take beside theirs."""
+        if not self.flops:
+            return 0
+        itemsize = self.problem.types.accumulate.itemsize
+        return self._leaves.overhead(self.workers, itemsize)
+
+    @property
     def passed_over(self) -> dict[str, str]:
         """Every other strategy, and why it does not run."""
         return dict(self._decision.passed_over)

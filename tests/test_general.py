@@ -363,6 +363,19 @@ def shapes_of(case: Case) -> tuple[tuple[int, ...], ...]:
     return case.x_shape, case.w_shape, geometry.y_shape
 
 
+def test_parts_with_other_numbers_of_threads_keep_the_limit_together() -> None:
+    """The arena of a part of one thread stays for the next, which has two."""
+    options = {"padding": (9, 3), "padding_mode": "reflect"}
+    case = Case((3, 8, 9, 33), (8, 8, 3, 3), options)
+    arrays = Operands(*(integers(s, "float32") for s in shapes_of(case)))
+    with cuconv.config(num_threads=2):
+        task = partial(run, "input_grad", arrays, case)
+        smallest = smallest_limit(task)
+        for more in range(2**17 - 2**13, 2**17 + 2**14, 2**11):
+            limit = smallest + more
+            assert peak(np, partial(task, memory_limit=limit)) <= limit
+
+
 def test_a_long_pad_is_never_copied_whole(xp) -> None:
     """The padded input would be 32 MiB, sixteen times what may be taken."""
     rows = 2**13 if xp is np else 2**9

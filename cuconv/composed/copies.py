@@ -11,14 +11,21 @@ from functools import partial
 from typing import NamedTuple
 
 from cuconv.arrays import Array, grouped
-from cuconv.composed.base import Arrays, Composed, Index, Request, run_part
+from cuconv.composed.base import (
+    Arrays,
+    Composed,
+    Index,
+    Request,
+    held,
+    run_part,
+    within,
+)
 from cuconv.geometry import Block, ConvGeometry, Range
 from cuconv.leaves import refuse_capture
 from cuconv.memory import (
     Buffer,
     MemoryLimitError,
     aligned_start,
-    all_within,
     carve,
     workspace_bytes,
 )
@@ -134,8 +141,7 @@ class Staged(Composed):
 
     @property
     def workspace_bytes(self) -> int:
-        inner = max(part.workspace_bytes for part in self._parts)
-        return workspace_bytes(self._buffers) + inner
+        return workspace_bytes(self._buffers) + held(self._parts)
 
     @property
     def memory_limit(self) -> int:
@@ -317,7 +323,8 @@ def _inner(
         options = options._replace(memory_limit=limit)
         return planner(request.call, part, arrays, result, options, request.leaves)
 
-    return all_within({part: partial(plan, part, b) for part, b in shapes.items()})
+    calls = {part: partial(plan, part, block) for part, block in shapes.items()}
+    return within(calls, limit)
 
 
 def _is_whole(geometry: ConvGeometry, block: Block) -> bool:

@@ -11,9 +11,9 @@ from functools import partial
 from typing import NamedTuple
 
 from cuconv.arrays import Array
-from cuconv.composed.base import Composed, Index, Request, run_part
+from cuconv.composed.base import Composed, Index, Request, held, run_part, within
 from cuconv.geometry import ConvGeometry, Phase
-from cuconv.memory import MemoryLimitError, all_within
+from cuconv.memory import MemoryLimitError
 from cuconv.plan import Plan, Planner, fill, plain_plan, shapes_of, untouched
 
 # An input gradient goes by phases where that is estimated to take less than this part
@@ -47,7 +47,7 @@ class Phased(Composed):
 
     @property
     def workspace_bytes(self) -> int:
-        return max(part.workspace_bytes for part in self._parts)
+        return held(self._parts)
 
     @property
     def flops(self) -> int:
@@ -96,13 +96,12 @@ def phased(request: Request, planner: Planner) -> Phased:
     by_input = request.is_input_grad
     phases = geometry.input_phases() if by_input else geometry.phases()
     pairs = [(phase.geometry, _step(request, phase)) for phase in phases]
-    plans = all_within(
-        {
-            number: partial(_plan_of, request, other, step)
-            for number, (other, step) in enumerate(pairs)
-            if other is not None
-        }
-    )
+    calls = {
+        number: partial(_plan_of, request, other, step)
+        for number, (other, step) in enumerate(pairs)
+        if other is not None
+    }
+    plans = within(calls, request.options.memory_limit)
     steps = [
         step._replace(plan=plans.get(number)) for number, (_, step) in enumerate(pairs)
     ]
