@@ -57,12 +57,12 @@ class ConvGradients(NamedTuple):
     bias: Array | None = None
 
 
-def chosen_options(options: ConvOptions) -> Options:
+def chosen_options(options: Any, known: Sequence[str] = Options._fields) -> Options:
     """The options with their defaults; an unknown one is refused by its name."""
-    unknown = sorted(set(options) - set(Options._fields))
+    unknown = sorted(set(options) - set(known))
     if unknown:
-        known = ", ".join(Options._fields)
-        raise TypeError(f"there is no option {unknown[0]!r}; the options are {known}")
+        words = ", ".join(known)
+        raise TypeError(f"there is no option {unknown[0]!r}; the options are {words}")
     return Options(**options)
 
 
@@ -135,12 +135,17 @@ def inputs(bias: Array | None = None, **arrays: Array) -> dict[str, Array]:
     return {name: plain(array) for name, array in arrays.items()}
 
 
-def check_needs(needs: Sequence[str], arrays: dict[str, Array], why: str) -> None:
+def check_needs(
+    needs: Sequence[str],
+    arrays: dict[str, Array],
+    why: str,
+    known: Sequence[str] = GRADIENTS,
+) -> None:
     """Refuse names that are no gradients, and a capture for the reason ``why``."""
     refuse_capture(leaves_of(module_of(arrays), arrays["dy"]), why)
     several = isinstance(needs, (tuple, list, set, frozenset))
-    if not several or any(name not in GRADIENTS for name in needs):
-        raise ValueError(f"needs must be several of {GRADIENTS}; got {needs!r}")
+    if not several or any(name not in known for name in needs):
+        raise ValueError(f"needs must be several of {known}; got {needs!r}")
 
 
 def gradients(

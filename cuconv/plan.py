@@ -568,9 +568,7 @@ class Plan:
         tile = choice.cut.tile
         cells = "×".join(map(str, (tile.images, *tile.cells)))
         last = "" if self.chunks == 1 else ", the last may be smaller"
-        x_shape, y_shape = g.x_shape, g.y_shape
-        if p.transposed:
-            x_shape, y_shape = y_shape, x_shape
+        x_shape, y_shape = self._outer_shapes
         yield "plan", f"{NAMES[p.call]}, {p.types.result.name}, {p.module}"
         yield "x", f"{x_shape}, w {g.w_shape}, y {y_shape}"
         for index, axis in enumerate(g.axes):
@@ -596,6 +594,72 @@ class Plan:
     def _composition(self) -> str:
         """The plans that it is made of, in words; empty if there is but one."""
         return ""
+
+    def as_dict(self) -> dict[str, Any]:
+        """What `print` shows, as numbers and words that JSON can hold.
+
+        Returns
+        -------
+        dict
+            ``op``, ``x_shape``, ``w_shape`` and ``y_shape``; ``stride``, ``padding``
+            (pairs), ``dilation`` and ``input_dilation`` axis by axis,
+            ``padding_mode``, ``groups``, ``batch_groups``, ``layout`` and whether
+            there is a ``bias``; ``dtype`` (of the result), ``device``, ``precision``
+            and ``deterministic``; ``strategy``, with what it leaves open
+            ``strategy_label``, and the ``parts`` that run it; the number of ``chunks`` and of ``workers``;
+            ``workspace_bytes``, ``memory_limit`` and ``bytes_moved`` in bytes,
+            ``flops`` in operations, ``arithmetic_intensity`` in operations for each
+            byte; ``estimate_nanoseconds``, what the rates say and no measurement; and
+            ``passed_over``, the reasons by the names of the other strategies.
+
+        Examples
+        --------
+        >>> import cuconv
+        >>> plan = cuconv.plan_conv((1, 1, 5), (1, 1, 3), padding=(1,))
+        >>> said = plan.as_dict()
+        >>> said["op"], said["y_shape"], said["padding"], said["strategy"]
+        ('forward', (1, 1, 5), ((1, 1),), 'im2col')
+        """
+        p, g, choice = self.problem, self.problem.geometry, self._choice
+        x_shape, y_shape = self._outer_shapes
+        return {
+            "op": p.call,
+            "x_shape": x_shape,
+            "w_shape": g.w_shape,
+            "y_shape": y_shape,
+            "stride": tuple(axis.stride for axis in g.axes),
+            "padding": tuple((axis.before, axis.after) for axis in g.axes),
+            "dilation": tuple(axis.dilation for axis in g.axes),
+            "input_dilation": tuple(axis.spread for axis in g.axes),
+            "padding_mode": g.padding_mode,
+            "groups": g.groups,
+            "batch_groups": g.batch_groups,
+            "layout": "channels_first" if g.channels_first else "channels_last",
+            "bias": p.has_bias,
+            "dtype": p.types.result.name,
+            "device": self._leaves.device,
+            "precision": p.precision,
+            "deterministic": p.deterministic,
+            "strategy": self.strategy,
+            "strategy_label": choice.label,
+            "parts": self._composition(),
+            "chunks": self.chunks,
+            "workers": self.workers,
+            "workspace_bytes": self.workspace_bytes,
+            "memory_limit": self.memory_limit,
+            "flops": self.flops,
+            "bytes_moved": self.bytes_moved,
+            "arithmetic_intensity": self.arithmetic_intensity,
+            "estimate_nanoseconds": self.nanoseconds,
+            "passed_over": self.passed_over,
+        }
+
+    @property
+    def _outer_shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """The shapes of x and y as the caller knows them."""
+        g = self.problem.geometry
+        both = g.x_shape, g.y_shape
+        return both[::-1] if self.problem.transposed else both
 
 
 def signature(arrays: tuple[Array | None, ...]) -> tuple[object, ...] | None:

@@ -132,14 +132,6 @@ def _shows_only(names: Sequence[str]) -> Callable[[Callable[P, R]], Callable[P, 
     return decorate
 
 
-def _chosen(options: Any, names: Sequence[str]) -> Options:
-    unknown = sorted(set(options) - set(names))
-    if unknown:
-        known = ", ".join(names)
-        raise TypeError(f"there is no option {unknown[0]!r}; the options are {known}")
-    return chosen_options(options)
-
-
 class _Filters(NamedTuple):
     """What the weights (C, M, *kernel) of a depthwise convolution are to `conv`.
 
@@ -201,7 +193,7 @@ def depthwise_conv(
     w
         Filters, (C, M, *kernel): M for each channel.  With ``layout="channels_last"``:
         x is (N, *spatial, C) and w is (*kernel, C, M).  Where the axes C and M do not
-        lie in one run of memory, w is copied.
+        lie in one run of memory, w is copied, which counts to ``memory_limit``.
     bias
         (C · M,), added to every output position.
     out
@@ -233,7 +225,7 @@ def depthwise_conv(
             [ 30.,  50.],
             [-10., -10.]]])
     """
-    chosen = _chosen(options, _DEPTHWISE_OPTIONS)
+    chosen = chosen_options(options, _DEPTHWISE_OPTIONS)
     arrays = inputs(x=x, w=w, bias=bias)
     filters = _Filters.of("w", w, x.shape, chosen.layout)
     more: Any = {**options, "groups": filters.groups}
@@ -290,7 +282,7 @@ def depthwise_conv_backward(
     <BLANKLINE>
            [[2., 2.]]])
     """
-    chosen = _chosen(options, _DEPTHWISE_OPTIONS)
+    chosen = chosen_options(options, _DEPTHWISE_OPTIONS)
     arrays = inputs(dy=dy, x=x, w=w)
     check_needs(needs, arrays, _BACKWARD_ALLOCATES)
     filters = _Filters.of("w", w, x.shape, chosen.layout)
@@ -466,7 +458,7 @@ def separable_conv(
     array([[[33., 55.],
             [30., 50.]]])
     """
-    chosen = _chosen(options, _SEPARABLE_OPTIONS)
+    chosen = chosen_options(options, _SEPARABLE_OPTIONS)
     arrays = inputs(x=x, depthwise=depthwise, pointwise=pointwise, bias=bias)
     call = _Separable.of(arrays, frozenset({"y"}), chosen)
     filters, shape = call.filters, call.whole.y_shape
@@ -537,11 +529,9 @@ def separable_conv_backward(
     >>> found.depthwise.shape, found.pointwise.shape, found.bias
     ((2, 3, 2), (5, 6), array([3., 3., 3., 3., 3.]))
     """
-    chosen = _chosen(options, _SEPARABLE_OPTIONS)
+    chosen = chosen_options(options, _SEPARABLE_OPTIONS)
     arrays = inputs(dy=dy, x=x, depthwise=depthwise, pointwise=pointwise)
-    several = isinstance(needs, (tuple, list, set, frozenset))
-    if not several or any(name not in _GRADIENTS for name in needs):
-        raise ValueError(f"needs must be several of {_GRADIENTS}; got {needs!r}")
+    check_needs(needs, arrays, _TAKES_MEMORY, _GRADIENTS)
     call = _Separable.of(arrays, frozenset(needs) - {"bias"}, chosen)
     check_shape("dy", dy, call.whole.y_shape)
     shapes = {
@@ -677,8 +667,11 @@ class _Separable(NamedTuple):
     ) -> Cut:
         least = _least(beside)
         counts = self._counts() if least <= limit else []
-        for count in reversed(counts):
-            cut = self._cut(count, limit)
+        cuts = [self._cut(count, limit) for count in reversed(counts)]
+        # The largest pieces first, but half of the limit is for the steps if it can be:
+        # in what little the largest may leave, their blocks would be tiny.
+        cuts.sort(key=lambda cut: cut.limit < limit // 2)
+        for cut in cuts:
             if cut.limit >= 0 and self._fits(cut, into):
                 return cut
         raise MemoryLimitError(limit, max(least, self._smallest(into)), _NAME)

@@ -6,6 +6,7 @@ the tests on it carry the mark ``gpu``.  A missing device skips them, or fails t
 where the environment says ``CUCONV_REQUIRE_GPU=1``.
 """
 
+import gc
 import importlib
 import os
 import re
@@ -60,6 +61,11 @@ def pytest_collection_modifyitems(
         call = getattr(item, "callspec", None)
         if call is not None and call.params.get("xp") == "cupy":
             item.add_marker("gpu")
+
+
+def pytest_collection_finish() -> None:
+    """Thousands of tests stay to the end: nothing is gained by looking through them."""
+    gc.freeze()
 
 
 # One for the session: hypothesis refuses fixtures that differ between examples.

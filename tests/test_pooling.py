@@ -825,6 +825,7 @@ AXES = st.builds(
     after=st.integers(-6, 6),
     overhang=st.just(0),
     windows=st.just(0),
+    spread=st.just(1),
 )
 
 

@@ -46,7 +46,7 @@ NETS = {
     "one channel": Net((2, 1, 7), (1, 1, 3), 1, {}),
 }
 BIG = Net((2, 24, 5, 4), (24, 24, 3, 2), 6, {"padding": "same"})
-SMALLER = BIG._replace(x_shape=(2, 24, 3, 4))
+SMALLER = Net((2, 6, 3, 4), (6, 4, 3, 2), 6, {"padding": "same"})
 IN_LAYOUTS = [
     *((name, "channels_first") for name in NETS),
     *((name, "channels_last") for name in ("causal", "two axes", "no batch axis")),
@@ -282,7 +282,7 @@ def test_pieces_of_any_size(xp, name, pieces_of, steps) -> None:
     """From one position to all of them: the same results, and several pieces."""
     host, wanted, back = known(name)
     x, w, points, bias, dy, options = on(xp, host, "channels_first")
-    for size in (1, 13, 10**4):
+    for size in (1, 13, 10**4)[xp is not np :]:
         pieces_of(size)
         steps.clear()
         y = cuconv.separable_conv(x, w, points, bias, **options)
@@ -309,6 +309,26 @@ def test_whole_images_share_what_is_between(xp, pieces_of, steps) -> None:
     cuconv.separable_conv_backward(dy, x, w, points, **options)
     each = ["forward", "weight_grad", "input_grad", "weight_grad", "input_grad"]
     assert steps == 3 * each
+    steps.clear()
+    for needs in ((), ("bias",)):
+        found = cuconv.separable_conv_backward(
+            dy, x, w, points, needs=needs, memory_limit="64 KiB", **options
+        )
+        assert [key for key in GRADIENTS if getattr(found, key) is not None] == [*needs]
+    assert steps == []
+
+
+def test_steps_are_left_half_of_the_limit(xp) -> None:
+    """Where the whole fits only just, it is computed in parts all the same."""
+    x, w, points = xp.ones((8, 4, 30, 30)), xp.ones((4, 4, 1, 1)), xp.ones((2, 16))
+    between = 4 * x.nbytes
+    for limit, pieces in ((between + 2**18, 2), (2 * between + 2**18, 1)):
+        separable._SEEN.clear()
+        y = cuconv.separable_conv(x, w, points, memory_limit=limit)
+        testing.assert_equal(y, np.full(y.shape, 16.0))
+        (cut,) = separable._SEEN.values()
+        assert cut.limit >= limit // 2
+        assert cut.sweeps[0].number == pieces
 
 
 def test_the_limit_holds_by_measurement(xp) -> None:

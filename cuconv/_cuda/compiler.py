@@ -1,6 +1,6 @@
 """Kernels, compiled when first needed and kept for each device."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from typing import Any
 
@@ -14,6 +14,8 @@ from cuconv._cuda.tilings import usual_variants
 from cuconv._cuda.variants import (
     copy_variant,
     direct_variant,
+    extend_variant,
+    fold_variant,
     has_atomics,
     product_variant,
     sum_variant,
@@ -42,7 +44,9 @@ def _loaded(variant: Variant, device: int) -> Any:
 
 
 def precompile(
-    dtypes: Sequence[Any] = ("float32",), ranks: Sequence[int] = (1, 2, 3)
+    dtypes: Sequence[Any],
+    ranks: Sequence[int],
+    progress: Callable[[int, int], object] | None,
 ) -> int:
     """See `cuconv.precompile`."""
     variants: set[Variant] = set()
@@ -59,13 +63,17 @@ def precompile(
                 variants.add(direct_variant(name, dtype, dtype, wide=False))
         for rank in ranks:
             variants.update(_column_variants(dtype, rank))
-    for variant in variants:
+    for done, variant in enumerate(variants, 1):
         kernel(variant)
+        if progress is not None:
+            progress(done, len(variants))
     return len(variants)
 
 
 def _column_variants(dtype: DType, rank: int) -> Iterator[Variant]:
     yield copy_variant(dtype.itemsize, rank, wide=False)
+    yield extend_variant(dtype.itemsize, rank, wide=False)
+    yield fold_variant(accumulator(dtype), rank, wide=False)
     for own in {dtype, accumulator(dtype)}:
         yield sum_variant("col2im_gather", own, rank, wide=False)
         if has_atomics(own):

@@ -360,7 +360,10 @@ def default_array_module() -> Any:
 
 
 def precompile(
-    dtypes: Sequence[Any] = ("float32",), ranks: Sequence[int] = (1, 2, 3)
+    dtypes: Sequence[Any] = ("float32",),
+    ranks: Sequence[int] = (1, 2, 3),
+    *,
+    progress: Callable[[int, int], object] | None = None,
 ) -> int:
     """Compile and load CUDA kernels on the current device, to spare the first call.
 
@@ -370,6 +373,8 @@ def precompile(
         Types of the arrays that will be convolved or pooled.
     ranks
         Numbers of spatial axes; the kernels of pooling are the same for all.
+    progress
+        Called after each kernel with how many are ready and how many there will be.
 
     Returns
     -------
@@ -384,7 +389,7 @@ def precompile(
     Examples
     --------
     >>> import cuconv
-    >>> cuconv.precompile(("float32",), ranks=(2,)) in (0, 34)
+    >>> cuconv.precompile(("float32",), ranks=(2,)) in (0, 36)
     True
     """
     from cuconv._cuda import working_cupy
@@ -393,7 +398,7 @@ def precompile(
         return 0
     from cuconv._cuda import compiler
 
-    return compiler.precompile(dtypes, ranks)
+    return compiler.precompile(dtypes, ranks, progress)
 
 
 _HOST = HostLeaves()

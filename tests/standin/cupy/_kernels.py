@@ -31,7 +31,7 @@ _lock = threading.Lock()
 
 def _flags():
     extra = os.environ.get("CUCONV_SHIM_FLAGS", "").split()
-    return ["-std=c++17", "-O1", "-fPIC", "-shared", "-w", *extra]
+    return ["-std=c++17", "-O1", "-fPIC", "-w", *extra]
 
 
 def _folder():
@@ -52,31 +52,58 @@ def compiled(code, name, options):
         f"\n{{ shim::launch(&{name}, grid, block, shared, args); }}\n"
     )
     barriers = ["-DSHIM_BARRIERS"] if "__syncthreads" in code else []
-    command = [
-        os.environ.get("CXX", "g++"),
-        *_flags(),
-        *barriers,
-        *options,
-        *("-include", str(SHIM)),
-    ]
-    key = "\0".join([text, SHIM.read_text(), *command]).encode()
-    library = _folder() / f"{name}-{hashlib.sha256(key).hexdigest()[:24]}.so"
-    if not library.exists():
-        made = library.with_suffix(f".{os.getpid()}-{threading.get_ident()}")
-        built = subprocess.run(
-            [*command, "-x", "c++", "-", "-o", str(made)],
-            input=text,
-            text=True,
-            capture_output=True,
-            check=False,
-        )
-        if built.returncode:
-            raise CompileException(built.stderr)
-        made.replace(library)
+    compiler = (os.environ.get("CXX", "g++"), *_flags(), *barriers)
+    shim = _shim(compiler)
+    command = [*compiler, *options, "-shared", "-include", str(shim), "-x", "c++", "-"]
+    library = _kept(
+        f"{name}-{_digest(text, *command)}.so",
+        lambda made: _build(command, made, text),
+    )
     loaded = ctypes.CDLL(str(library))
     if barriers:
         loaded.shim_bank_conflicts.restype = ctypes.c_ulonglong
     return loaded
+
+
+@cache
+def _shim(compiler):
+    """The shim in the cache, with a file beside it that saves reading it again.
+
+    A compiler that knows no such files reads the shim.
+    """
+    text = SHIM.read_text()
+    header = _kept(
+        f"shim-{_digest(text, *compiler)}.h", lambda made: made.write_text(text)
+    )
+    command = [*compiler, "-x", "c++-header", str(header)]
+    _kept(f"{header.name}.gch", lambda made: _build(command, made))
+    return header
+
+
+def _digest(*parts):
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:24]
+
+
+def _kept(name, make):
+    """A file in the cache, made once for all processes."""
+    path = _folder() / name
+    if not path.exists():
+        made = path.with_name(f"{name}.{os.getpid()}-{threading.get_ident()}")
+        make(made)
+        made.replace(path)
+    return path
+
+
+def _build(command, made, text=""):
+    built = subprocess.run(
+        [*command, "-o", str(made)],
+        input=text,
+        text=True,
+        capture_output=True,
+        check=False,
+    )
+    if built.returncode:
+        raise CompileException(built.stderr)
 
 
 class CompileException(Exception):
