@@ -608,9 +608,9 @@ class Plan:
             and ``deterministic``; ``strategy``, with what it leaves open
             ``strategy_label``, and the ``parts`` that run it; the number of ``chunks``
             and of ``workers``; ``workspace_bytes``, ``memory_limit`` and
-            ``bytes_moved`` in bytes, ``flops`` in operations, ``arithmetic_intensity`` in operations for each
-            byte; ``estimate_nanoseconds``, what the rates say and no measurement; and
-            ``passed_over``, the reasons by the names of the other strategies.
+            ``bytes_moved`` in bytes, ``flops`` in operations, ``arithmetic_intensity``
+            in operations for each byte; ``estimate_nanoseconds``, what the rates say
+            and no measurement; and ``passed_over``, the reasons by the names of the other strategies.
 
         Examples
         --------

@@ -88,13 +88,17 @@ by_op = pytest.mark.parametrize("op", OPERATIONS)
 @settings(max_examples=10)
 @given(case=general_cases(), limited=st.booleans())
 def test_everything_equals_the_loops(xp, case, limited) -> None:
-    """Small integers held as floats, exactly; under a small limit too."""
+    """Small integers held as floats, exactly; under a small limit too.
+
+    ``out`` is full of NaN beforehand: what is not written shows.
+    """
     arrays = operands(case)
     for op in OPERATIONS:
         wanted = reference(op, arrays, case)
         task = partial(run, op, arrays.on(xp), case)
         more = {"memory_limit": smallest_limit(task)} if limited else {}
-        testing.assert_equal(task(**more), wanted)
+        out = xp.full(wanted.shape, np.nan)
+        testing.assert_equal(task(out=out, **more), wanted)
 
 
 @by_case
@@ -565,16 +569,16 @@ def test_padding_is_the_zero_point(xp) -> None:
     testing.assert_equal(y, np.zeros((1, 1, 5)), dtype="int32")
 
 
-@pytest.mark.parametrize("largest", [2**10, 2**11])
-def test_sums_beyond_float32_are_exact(largest) -> None:
-    """255² · 1024 lies past 2^24, where float32 skips integers."""
-    x, w = (
-        np.full((1, largest, 2), 255, "uint8"),
-        np.full((1, largest, 1), 255, "uint8"),
-    )
-    x[0, 0, 0] = 254
-    y = cuconv.conv(x, w, x_zero_point=0)
-    whole = largest * 255**2
+@pytest.mark.parametrize("dtype", ["int8", "uint8"])
+@pytest.mark.parametrize("channels", [2**10, 2**11])
+def test_sums_beyond_float32_are_exact(channels, dtype) -> None:
+    """255² · 1024 lies past 2^24, where float32 skips integers; 128² · 1024 does not."""
+    low, high = np.iinfo(dtype).min, np.iinfo(dtype).max
+    x = np.full((1, channels, 2), high, dtype)
+    w = np.full((1, channels, 1), high, dtype)
+    x[0, 0, 0] -= 1
+    y = cuconv.conv(x, w, x_zero_point=low, w_zero_point=low)
+    whole = channels * 255**2
     testing.assert_equal(y, np.array([[[whole - 255, whole]]]), dtype="int32")
 
 
