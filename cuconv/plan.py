@@ -610,7 +610,8 @@ class Plan:
             and of ``workers``; ``workspace_bytes``, ``memory_limit`` and
             ``bytes_moved`` in bytes, ``flops`` in operations, ``arithmetic_intensity``
             in operations for each byte; ``estimate_nanoseconds``, what the rates say
-            and no measurement; and ``passed_over``, the reasons by the names of the other strategies.
+            and no measurement; and ``passed_over``, the reasons by the names of the
+            other strategies.
 
         Examples
         --------

@@ -572,7 +572,7 @@ def test_padding_is_the_zero_point(xp) -> None:
 @pytest.mark.parametrize("dtype", ["int8", "uint8"])
 @pytest.mark.parametrize("channels", [2**10, 2**11])
 def test_sums_beyond_float32_are_exact(channels, dtype) -> None:
-    """255² · 1024 lies past 2^24, where float32 skips integers; 128² · 1024 does not."""
+    """255² · 1024 lies past 2^24, where float32 skips integers; 128² · 1024 not."""
     low, high = np.iinfo(dtype).min, np.iinfo(dtype).max
     x = np.full((1, channels, 2), high, dtype)
     w = np.full((1, channels, 1), high, dtype)
