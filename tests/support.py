@@ -99,7 +99,8 @@ def _y_shape(case: Case) -> tuple[int, ...]:
         x = np.zeros((0, *case.x_shape[len(batch) :]))
         batch = tuple(n // case.options.get("batch_groups", 1) for n in batch)
         y = testing.conv_reference(x, np.zeros(case.w_shape), **case.options)
-        _SHAPES[key] = (*batch, *y.shape[1:])
+        together = case.options.get("batch_groups", 1)
+        _SHAPES[key] = (*(n // together for n in batch), *y.shape[1:])
     return _SHAPES[key]
 
 
