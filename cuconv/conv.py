@@ -8,6 +8,7 @@ from cuconv.calls import (
     GRADIENTS,
     ConvGradients,
     ConvOptions,
+    bind,
     carry_out,
     check_needs,
     chosen_options,
@@ -17,7 +18,7 @@ from cuconv.calls import (
 )
 from cuconv.geometry import Sizes
 from cuconv.leaves import leaves_on
-from cuconv.plan import ROLES, Call, Plan, bind, check_shape, plan_of_shapes
+from cuconv.plan import ROLES, Plan, check_shape, plan_of_shapes
 
 _BACKWARD_ALLOCATES = (
     "conv_backward allocates its results: call conv_input_grad and conv_weight_grad "
@@ -116,7 +117,7 @@ def conv(
              [42., 50.]]]])
     """
 
-    def bound() -> Call:
+    def bound() -> Any:
         chosen = chosen_options(options)
         arrays = inputs(x=x, w=w, bias=bias)
         geometry = chosen.geometry(x.shape, w.shape)
@@ -248,7 +249,7 @@ def conv_input_grad(
              [1., 2., 1.]]]])
     """
 
-    def bound() -> Call:
+    def bound() -> Any:
         chosen = chosen_options(options)
         arrays = inputs(dy=dy, w=w)
         geometry = chosen.geometry(x_shape, w.shape)
@@ -303,7 +304,7 @@ def conv_weight_grad(
              [20., 24.]]]])
     """
 
-    def bound() -> Call:
+    def bound() -> Any:
         chosen = chosen_options(options)
         arrays = inputs(dy=dy, x=x)
         geometry = chosen.geometry(x.shape, w_shape)

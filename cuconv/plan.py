@@ -54,7 +54,8 @@ ROLES = {
     "transpose_input_grad": {"dy": "x", "w": "w"},
     "transpose_weight_grad": {"dy": "x", "x": "dy"},
 }
-_CONVOLUTION = {call: op for op, call in TRANSPOSED.items()}
+# Of each transposed operation, the one of the convolution that leads back.
+CONVOLUTION = {call: op for op, call in TRANSPOSED.items()}
 
 
 class Options(NamedTuple):
@@ -597,7 +598,7 @@ def _planned(
 ) -> Plan:
     types = resolve_types(arrays, options.dtype)
     operand = leaves.operand_type(types)
-    op = _CONVOLUTION.get(call, call)
+    op = CONVOLUTION.get(call, call)
     in_roles = {ROLES[call][name]: array for name, array in arrays.items()}
     foreign = (role for role, array in in_roles.items() if array.dtype != operand)
     problem = Problem(
@@ -623,7 +624,7 @@ def _planned(
 
 def shapes_of(call: str, geometry: ConvGeometry) -> dict[str, tuple[int, ...]]:
     """The shapes of an operation's arrays by their names."""
-    channels = geometry.channels if call in _CONVOLUTION else geometry.filters
+    channels = geometry.channels if call in CONVOLUTION else geometry.filters
     own = {
         "x": geometry.x_shape,
         "w": geometry.w_shape,
@@ -642,10 +643,21 @@ def plan_of_shapes(
     bias: bool,
 ) -> Plan:
     """The plan for C-contiguous arrays of one type."""
-    own, shapes = np.dtype(options.dtype), shapes_of(call, geometry)
-    if not bias:
-        shapes.pop("bias", None)
-    arrays = {name: _untouched(shape, own) for name, shape in shapes.items()}
+    names = (name for name in ROLES[call] if bias or name != "bias")
+    dtypes = dict.fromkeys(names, np.dtype(options.dtype))
+    return plan_of_types(call, geometry, leaves, options, dtypes)
+
+
+def plan_of_types(
+    call: str,
+    geometry: ConvGeometry,
+    leaves: Leaves,
+    options: Options,
+    dtypes: dict[str, DType],
+) -> Plan:
+    """The plan for C-contiguous arrays of these types by their names."""
+    shapes = shapes_of(call, geometry)
+    arrays = {name: _untouched(shapes[name], own) for name, own in dtypes.items()}
     return _planned(call, geometry, arrays, None, options.settled(), leaves)
 
 

@@ -18,6 +18,7 @@ from cuconv.calls import (
     GRADIENTS,
     ConvGradients,
     ConvOptions,
+    bind,
     carry_out,
     check_needs,
     chosen_options,
@@ -26,7 +27,7 @@ from cuconv.calls import (
     shows_options,
 )
 from cuconv.geometry import Sizes
-from cuconv.plan import Call, bind, check_shape
+from cuconv.plan import check_shape
 
 _BACKWARD_ALLOCATES = (
     "conv_transpose_backward allocates its results: call conv_transpose_input_grad and "
@@ -111,7 +112,7 @@ def conv_transpose(
     array([[[ 10., 102.,  20., 203.,  30., 300.]]])
     """
 
-    def bound() -> Call:
+    def bound() -> Any:
         chosen = chosen_options(options)
         arrays = inputs(x=x, w=w, bias=bias)
         geometry = chosen.transposed_geometry(
@@ -256,7 +257,7 @@ def conv_transpose_input_grad(
     array([[[210., 432., 654.]]])
     """
 
-    def bound() -> Call:
+    def bound() -> Any:
         chosen = chosen_options(options)
         arrays = inputs(dy=dy, w=w)
         geometry = chosen.transposed_geometry(
@@ -316,7 +317,7 @@ def conv_transpose_weight_grad(
     array([[[420., 531., 642.]]])
     """
 
-    def bound() -> Call:
+    def bound() -> Any:
         chosen = chosen_options(options)
         arrays = inputs(dy=dy, x=x)
         geometry = chosen.transposed_geometry(

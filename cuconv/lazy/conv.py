@@ -1,0 +1,253 @@
+"""Convolution of Dask arrays and its gradients."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
+from typing import Any, NamedTuple
+
+import dask.array as da
+from dask.base import tokenize
+
+from cuconv.arrays import (
+    Array,
+    DType,
+    Types,
+    is_lazy,
+    module_of_blocks,
+    resolve_types,
+    sample_of,
+)
+from cuconv.config import config, settings
+from cuconv.geometry import ConvGeometry, Ranges, WindowGeometry
+from cuconv.lazy.blocks import (
+    AxisChunks,
+    Blocks,
+    Chunks,
+    Cut,
+    as_lazy,
+    blocks_of,
+    blocks_of_cells,
+    blocks_of_outputs,
+    matched,
+    refuse_out,
+    spans,
+    windows,
+)
+from cuconv.leaves import leaves_of
+from cuconv.plan import CONVOLUTION, ROLES, Options, plan_of_types
+from cuconv.plan import bind as bind_now
+
+
+class LazyCall(NamedTuple):
+    """One call that has been checked; `run` builds a graph and computes nothing."""
+
+    run: Callable[[], Array]
+
+
+def bind(
+    call: str,
+    geometry: ConvGeometry,
+    arrays: dict[str, Array],
+    out: Array | None,
+    options: Options,
+    like: Array | None = None,
+) -> LazyCall:
+    """Check a convolution, or a gradient of one, and cut it into blocks.
+
+    A gradient for x has the blocks of ``like``, where that is a Dask array.
+    """
+    refuse_out(out)
+    xp = module_of_blocks(arrays)
+    types = resolve_types(arrays, options.dtype)
+    options = options.settled()
+    dtypes = {name: array.dtype for name, array in arrays.items()}
+    filters = _filter_chunks(call, geometry, arrays)
+    if len(filters) > 1:
+        each = [
+            bind(call, *part, None, options)
+            for part in _by_filters(geometry, arrays, spans(filters))
+        ]
+        return LazyCall(partial(_concatenated, each, geometry))
+    conv = _CUTS[CONVOLUTION.get(call, call)](call, geometry, arrays, like)
+    if conv.is_weight_grad:
+        options = options._replace(dtype=types.accumulate)
+    leaves = leaves_of(xp, sample_of(next(iter(arrays.values()))))
+    for part in conv.blocks.examples():
+        plan_of_types(call, part, leaves, options, dtypes)
+    return LazyCall(partial(conv.build, options, types, xp))
+
+
+def _filter_chunks(
+    call: str, geometry: ConvGeometry, arrays: dict[str, Array]
+) -> Chunks:
+    """How the filters of y are cut: as those of w, where groups do not tie them."""
+    if call != "forward" or geometry.groups > 1 or not is_lazy(arrays["w"]):
+        return (geometry.filters,)
+    chunks: Chunks = arrays["w"].chunks[0 if geometry.channels_first else -1]
+    return chunks
+
+
+def _by_filters(
+    geometry: ConvGeometry, arrays: dict[str, Array], ranges: Ranges
+) -> Iterator[tuple[ConvGeometry, dict[str, Array]]]:
+    """The convolution with some of the filters at a time."""
+    for start, stop in ranges:
+        some = slice(start, stop)
+        axes = (some, ...) if geometry.channels_first else (..., some)
+        own = {**arrays, "w": arrays["w"][axes]}
+        if "bias" in arrays:
+            own["bias"] = arrays["bias"][some]
+        yield replace(geometry, filters=stop - start), own
+
+
+def _concatenated(calls: list[LazyCall], geometry: ConvGeometry) -> Array:
+    parts = [call.run() for call in calls]
+    return da.concatenate(parts, axis=_channel_axis(geometry))
+
+
+def _channel_axis(geometry: WindowGeometry) -> int:
+    return geometry.arranged(0, 1, (0,) * geometry.rank).index(1)
+
+
+def _uncut(array: Array) -> Array:
+    """A Dask array of one block."""
+    return as_lazy(array, -1).rechunk(-1)
+
+
+class _Conv(NamedTuple):
+    """A convolution or gradient that has been cut.
+
+    ``cut`` are the arrays of which every block of the result has a part of its own,
+    with the ranges of those parts; every block has all of the others, ``shared``.
+    """
+
+    call: str
+    blocks: Blocks
+    cut: dict[str, tuple[Array, tuple[Ranges, ...]]]
+    shared: dict[str, Array]
+    # For every axis of the result, the chunks; of a gradient for w, what is summed.
+    chunks: tuple[Chunks, ...]
+
+    @property
+    def is_weight_grad(self) -> bool:
+        return CONVOLUTION.get(self.call, self.call) == "weight_grad"
+
+    def build(self, options: Options, types: Types, xp: Any) -> Array:
+        """The result: a graph."""
+        dtype = types.accumulate if self.is_weight_grad else types.result
+        parts = [windows(*given) for given in self.cut.values()]
+        shared = {name: _uncut(array) for name, array in self.shared.items()}
+        threads = settings().num_threads
+        how = self.call, tuple(self.cut), self.blocks, options, threads
+        names = [array.name for array in (*parts, *shared.values())]
+        result = da.map_blocks(
+            partial(_conv_block, *how),
+            *parts,
+            **shared,
+            name=f"cuconv-{self.call}-{tokenize(how, names)}",
+            chunks=self.chunks,
+            dtype=dtype,
+            meta=xp.empty((0,) * len(self.chunks), dtype=dtype),
+        )
+        if not self.is_weight_grad:
+            return result
+        geometry: Any = self.blocks.geometry
+        flat = _sum_over_blocks(result, geometry, dtype)
+        return flat.reshape(geometry.w_shape).astype(types.result)
+
+
+def _conv_block(
+    call: str,
+    names: tuple[str, ...],
+    blocks: Blocks,
+    options: Options,
+    threads: int | None,
+    *parts: Array,
+    block_id: tuple[int, ...],
+    **shared: Array,
+) -> Array:
+    """One block of a result: the eager call on its parts."""
+    arrays = dict(zip(names, parts, strict=True)) | shared
+    geometry = blocks.part(block_id)
+    with config(num_threads=threads):
+        result = bind_now(call, geometry, arrays, None, options).run()
+    if CONVOLUTION.get(call, call) != "weight_grad":
+        return result
+    # In place of the channels, so that the axes are those of the blocks.
+    return result.reshape(geometry.arranged(1, -1, (1,) * geometry.rank))
+
+
+def _sum_over_blocks(array: Array, geometry: WindowGeometry, dtype: DType) -> Array:
+    """The sum over images and positions, by Dask's tree."""
+    channels = _channel_axis(geometry)
+    axes = tuple(axis for axis in range(array.ndim) if axis != channels)
+    return array.sum(axis=axes, dtype=dtype)
+
+
+def bias_grad(dy: Array, geometry: WindowGeometry, types: Types) -> Array:
+    """The gradient for a bias."""
+    return _sum_over_blocks(dy, geometry, types.accumulate).astype(types.result)
+
+
+def _by_role(call: str, arrays: dict[str, Array]) -> tuple[dict[str, str], Any]:
+    """The names of x, w, dy and bias of the convolution in a call."""
+    roles = {role: name for name, role in ROLES[call].items() if name in arrays}
+    shared = {name: arrays[name] for name in arrays if ROLES[call][name] in _SHARED}
+    return roles, shared
+
+
+_SHARED = ("w", "bias")
+
+
+def _cut_forward(
+    call: str, geometry: ConvGeometry, arrays: dict[str, Array], like: Array | None
+) -> _Conv:
+    del like
+    roles, shared = _by_role(call, arrays)
+    x = as_lazy(arrays[roles["x"]], -1)
+    blocks = blocks_of_outputs(geometry, x)
+    cut = {roles["x"]: (x, blocks.cells(((0, geometry.channels),)))}
+    chunks = blocks.output_chunks((geometry.filters,))
+    return _Conv(call, blocks, cut, shared, chunks)
+
+
+def _cut_input_grad(
+    call: str, geometry: ConvGeometry, arrays: dict[str, Array], like: Array | None
+) -> _Conv:
+    roles, shared = _by_role(call, arrays)
+    dy = as_lazy(arrays[roles["dy"]], -1)
+    blocks = blocks_of_cells(geometry, dy, like)
+    cut = {roles["dy"]: (dy, blocks.outputs(((0, geometry.filters),)))}
+    chunks = blocks.cell_chunks((geometry.channels,))
+    return _Conv(call, blocks, cut, shared, chunks)
+
+
+def _cut_weight_grad(
+    call: str, geometry: ConvGeometry, arrays: dict[str, Array], like: Array | None
+) -> _Conv:
+    del like
+    roles, shared = _by_role(call, arrays)
+    x, dy = alike(arrays[roles["x"]], arrays[roles["dy"]], geometry)
+    own = AxisChunks.of(dy, geometry)
+    blocks = blocks_of(Cut.by_outputs, geometry, own.images, own.spatial)
+    ranges = {
+        roles["x"]: (x, blocks.cells(((0, geometry.channels),))),
+        roles["dy"]: (dy, blocks.outputs(((0, geometry.filters),))),
+    }
+    cut = {name: ranges[name] for name in arrays}
+    taps = geometry.filters * geometry.patch
+    ones = [(1,) * len(each) for each in own.spatial]
+    sums = geometry.arranged((1,) * len(blocks.images), (taps,), ones)
+    return _Conv(call, blocks, cut, shared, sums)
+
+
+_CUTS = {
+    "forward": _cut_forward,
+    "input_grad": _cut_input_grad,
+    "weight_grad": _cut_weight_grad,
+}
+
+
+def alike(x: Array, dy: Array, geometry: ConvGeometry) -> tuple[Array, Array]:
+    """Input and gradient as Dask arrays; one that is none yet is cut as the other."""
+    return matched(x, dy, geometry, ((geometry.channels,), (geometry.filters,)))
