@@ -106,7 +106,7 @@ class Axis(NamedTuple):
         return self.first(start), self.first(stop - 1) + self.extent
 
     def under(self, start: int, stop: int) -> tuple[Range, Range]:
-        """The input cells that exist under output cells, and the padding around them."""
+        """The cells that exist under these outputs, and the padding at either end."""
         return _clip(*self.window(start, stop), self.end)
 
     def between(self, cells: Range, outputs: Range) -> "Axis":
