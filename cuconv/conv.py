@@ -46,7 +46,8 @@ def conv(
     Parameters
     ----------
     x
-        Input, (N, C, *spatial), or (C, *spatial) for a single image.
+        Input, (N, C, *spatial), or (C, *spatial) for a single image: an array of NumPy
+        or CuPy, or a Dask array of their blocks, for which the result is one too.
     w
         Filters, (K, C / groups, *kernel).  With ``layout="channels_last"``: x is
         (N, *spatial, C) and w is (*kernel, C / groups, K).
@@ -54,7 +55,7 @@ def conv(
         (K,), added to every output position.
     out
         Array to write the result to; it must have its shape and type, and share no
-        memory with the inputs.
+        memory with the inputs.  Not with Dask arrays.
     stride, dilation
         Step between windows and between taps: an integer, or one for each axis.
     padding
