@@ -523,10 +523,12 @@ def test_a_weight_gradient_is_summed_as_a_tree_and_always_alike() -> None:
 
 
 def test_halves_are_added_up_in_float32() -> None:
-    """Ones that a half could not count: 2048 + 1 is 2048."""
-    x = da.ones((1, 1, 6000), chunks=(1, 1, 1000), dtype=np.float16)
+    """Each block counts to 2049, which as a half would be 2048."""
+    x = da.ones((1, 1, 6 * 2049), chunks=(1, 1, 2049), dtype=np.float16)
     gradients = cuconv.conv_backward(x, x, np.ones((1, 1, 1), np.float16))
-    assert gradients.w.compute().item() == gradients.bias.compute().item() == 6000
+    wanted = np.float16(6 * 2049)
+    assert wanted != 6 * 2048
+    assert gradients.w.compute().item() == gradients.bias.compute().item() == wanted
 
 
 def test_graphs_can_be_sent_and_have_the_same_names_again() -> None:

@@ -192,7 +192,7 @@ def windows(array: Array, ranges: tuple[Ranges, ...]) -> Array:
     Examples
     --------
     >>> import dask.array as da
-    >>> from cuconv.lazy import windows
+    >>> from cuconv.lazy.blocks import windows
     >>> windows(da.arange(6, chunks=3), (((0, 4), (2, 6)),)).compute()
     array([0, 1, 2, 3, 2, 3, 4, 5])
     """
