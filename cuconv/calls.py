@@ -17,12 +17,12 @@ from cuconv.arrays import (
     plain,
     resolve_types,
 )
+from cuconv.composed import bind as bind_now
 from cuconv.config import settings
 from cuconv.geometry import ConvGeometry, Padding, Sizes
 from cuconv.leaves import Leaves, leaves_of, refuse_capture
-from cuconv.memory import Buffer, MemoryLimit, MemoryLimitError
+from cuconv.memory import Buffer, MemoryLimit, MemoryLimitError, all_within
 from cuconv.plan import ROLES, Options, Plan, signature
-from cuconv.plan import bind as bind_now
 from cuconv.strategies.base import in_groups
 
 GRADIENTS = ("x", "w", "bias")
@@ -44,10 +44,23 @@ class ConvOptions(TypedDict, total=False):
     precision: str | None
     deterministic: bool | None
     memory_limit: MemoryLimit
+    padding_mode: str
+    input_dilation: Sizes
+    batch_groups: int
 
 
 class ConvGradients(NamedTuple):
-    """The gradients of one convolution; None where one was not asked for."""
+    """The gradients of one convolution; None where one was not asked for.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import cuconv
+    >>> x, w, dy = np.ones((1, 1, 5)), np.ones((2, 1, 3)), np.ones((1, 2, 3))
+    >>> gradients = cuconv.conv_backward(dy, x, w, needs=("w",))
+    >>> gradients.w.shape, gradients.x
+    ((2, 1, 3), None)
+    """
 
     x: Array | None = None
     w: Array | None = None
@@ -191,7 +204,7 @@ def gradients(
         "w": lambda: bound("weight_grad", "x"),
         "bias": lambda: _bias_grad(geometry, channels, dy, options),
     }
-    planned = _prepare_all({name: calls[name] for name in GRADIENTS if name in needs})
+    planned = all_within({name: calls[name] for name in GRADIENTS if name in needs})
     return ConvGradients(**{name: call.run() for name, call in planned.items()})
 
 
@@ -207,19 +220,6 @@ def _alike(
     x, dy = ("dy", "x") if transposed else ("x", "dy")
     both = lazy.alike(arrays[x], arrays[dy], geometry)
     return {**arrays, **dict(zip((x, dy), both, strict=True))}
-
-
-def _prepare_all(calls: dict[str, Callable[[], Any]]) -> dict[str, Any]:
-    """Prepare every call, or name the memory limit that would do for all."""
-    planned, errors = {}, []
-    for name, planning in calls.items():
-        try:
-            planned[name] = planning()
-        except MemoryLimitError as error:
-            errors.append(error)
-    if errors:
-        raise max(errors, key=lambda error: error.smallest)
-    return planned
 
 
 class _BiasGrad(NamedTuple):

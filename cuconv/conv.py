@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from typing import Any, Unpack
 
+import numpy as np
+
 from cuconv.arrays import Array
 from cuconv.calls import (
     GRADIENTS,
@@ -16,9 +18,11 @@ from cuconv.calls import (
     inputs,
     shows_options,
 )
+from cuconv.composed import ZeroPoints, check_zero_points, plan_of_shapes
+from cuconv.composed import bind as bind_now
 from cuconv.geometry import Sizes
 from cuconv.leaves import leaves_on
-from cuconv.plan import ROLES, Plan, check_shape, plan_of_shapes
+from cuconv.plan import ROLES, Plan, check_shape
 
 _BACKWARD_ALLOCATES = (
     "conv_backward allocates its results: call conv_input_grad and conv_weight_grad "
@@ -33,6 +37,8 @@ def conv(
     bias: Array | None = None,
     *,
     out: Array | None = None,
+    x_zero_point: Any = None,
+    w_zero_point: Any = None,
     **options: Unpack[ConvOptions],
 ) -> Array:
     """Convolve a batch of multi-channel arrays with a bank of filters.
@@ -126,7 +132,30 @@ def conv(
             check_shape("bias", bias, (geometry.filters,))
         return bind("forward", geometry, arrays, out, chosen)
 
+    zeros = ZeroPoints(x_zero_point, w_zero_point)
+    if zeros.are_given:
+        return _shifted(x, w, bias, out, zeros, options)
     return carry_out("forward", (x, w, bias), out, options, bound)
+
+
+def _shifted(
+    x: Array,
+    w: Array,
+    bias: Array | None,
+    out: Array | None,
+    zeros: ZeroPoints,
+    options: ConvOptions,
+) -> Array:
+    """`conv` of cells and weights less their zero points."""
+    chosen = chosen_options(options)
+    if chosen.dtype is None:
+        chosen = chosen._replace(dtype=np.int32)
+    arrays = inputs(x=x, w=w, bias=bias)
+    geometry = chosen.geometry(x.shape, w.shape)
+    if bias is not None:
+        check_shape("bias", bias, (geometry.filters,))
+    zeros = check_zero_points(zeros, arrays, geometry)
+    return bind_now("forward", geometry, arrays, out, chosen, zeros).run()
 
 
 def _conv_of_rank(rank: int, x: Array, w: Array, *rest: Any, **options: Any) -> Array:
@@ -143,6 +172,8 @@ def conv1d(
     bias: Array | None = None,
     *,
     out: Array | None = None,
+    x_zero_point: Any = None,
+    w_zero_point: Any = None,
     **options: Unpack[ConvOptions],
 ) -> Array:
     """`conv` over one spatial axis: x (N, C, L), w (K, C / groups, kernel).
@@ -155,7 +186,8 @@ def conv1d(
     >>> cuconv.conv1d(x, np.array([[[-1.0, 0.0, 1.0]]]))
     array([[[2., 2., 2., 2.]]])
     """
-    return _conv_of_rank(1, x, w, bias, out=out, **options)
+    zeros: Any = {"x_zero_point": x_zero_point, "w_zero_point": w_zero_point}
+    return _conv_of_rank(1, x, w, bias, out=out, **zeros, **options)
 
 
 @shows_options
@@ -165,6 +197,8 @@ def conv2d(
     bias: Array | None = None,
     *,
     out: Array | None = None,
+    x_zero_point: Any = None,
+    w_zero_point: Any = None,
     **options: Unpack[ConvOptions],
 ) -> Array:
     """`conv` over two spatial axes: x (N, C, H, W), w (K, C / groups, *kernel).
@@ -178,7 +212,8 @@ def conv2d(
     >>> cuconv.conv2d(x, w, padding=1).shape
     (8, 64, 56, 56)
     """
-    return _conv_of_rank(2, x, w, bias, out=out, **options)
+    zeros: Any = {"x_zero_point": x_zero_point, "w_zero_point": w_zero_point}
+    return _conv_of_rank(2, x, w, bias, out=out, **zeros, **options)
 
 
 @shows_options
@@ -188,6 +223,8 @@ def conv3d(
     bias: Array | None = None,
     *,
     out: Array | None = None,
+    x_zero_point: Any = None,
+    w_zero_point: Any = None,
     **options: Unpack[ConvOptions],
 ) -> Array:
     """`conv` over three spatial axes: x (N, C, D, H, W), w (K, C / groups, *kernel).
@@ -201,7 +238,8 @@ def conv3d(
     array([[[[[54., 54., 54.],
               [54., 54., 54.]]]]])
     """
-    return _conv_of_rank(3, x, w, bias, out=out, **options)
+    zeros: Any = {"x_zero_point": x_zero_point, "w_zero_point": w_zero_point}
+    return _conv_of_rank(3, x, w, bias, out=out, **zeros, **options)
 
 
 @shows_options

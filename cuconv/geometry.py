@@ -7,12 +7,17 @@ Along one axis, output cell ``o`` and kernel tap ``t`` read the input cell
 where ``before`` is the padding in front of the axis (negative padding crops) and
 cells outside ``0 <= i < size`` read as zero.  Everything below follows from this line;
 a transposed convolution goes along it the other way, from ``o`` to ``i``.
+
+A general convolution reads more into it: cells of x may lie ``spread`` apart (input
+dilation), cells outside may repeat those inside (`PADDING_MODES`), and the batch may be
+shared out to filters (`ConvGeometry.batch_groups`).  `ConvGeometry.phases`,
+`Axis.runs` and `ConvGeometry.part` lead back to plain ones.
 """
 
 import itertools
 import math
 import operator
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from typing import NamedTuple, TypeAlias, TypeVar
@@ -20,6 +25,9 @@ from typing import NamedTuple, TypeAlias, TypeVar
 LARGEST_PARAMETER = 2**31 - 1
 
 PADDING_WORDS = ("valid", "same", "same_lower")
+# What a cell outside the input reads as: zero, or the cell that it mirrors (the edge
+# itself not repeated), the nearest one, or the one as far from the other end.
+PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
 
 LAYOUTS = {
     "channels_first": True,
@@ -46,11 +54,31 @@ class Meeting(NamedTuple):
     outputs: slice
 
 
+class Run(NamedTuple):
+    """Neighbouring cells of a window, and the cells of the input that they read.
+
+    As many of each, in this order or in reverse, or one cell that all of them read.
+    """
+
+    window: slice
+    cells: slice
+
+    def one_to_one(self) -> "Iterator[Run]":
+        """The same cells as runs that do not repeat any."""
+        first, last, _ = self.cells.indices(2**62)
+        if abs(last - first) > 1:
+            yield self
+            return
+        for cell in range(self.window.start, self.window.stop):
+            yield Run(slice(cell, cell + 1), self.cells)
+
+
 class Axis(NamedTuple):
     """One spatial axis: input size, kernel taps, and how they meet.
 
-    ``overhang`` are cells under the last window beyond the padding (`rounded_up`), and
-    ``windows`` is how many windows an `EvenAxis` has.
+    ``overhang`` are cells under the last window beyond the padding (`rounded_up`),
+    ``windows`` is how many windows an `EvenAxis` has, and ``spread`` how far apart the
+    cells of the input lie; only sizes are right where that is not 1 (`phases`).
     """
 
     size: int
@@ -61,6 +89,7 @@ class Axis(NamedTuple):
     after: int
     overhang: int = 0
     windows: int = 0
+    spread: int = 1
 
     @property
     def extent(self) -> int:
@@ -69,7 +98,12 @@ class Axis(NamedTuple):
 
     @property
     def padded(self) -> int:
-        return self.size + self.before + self.after + self.overhang
+        return self.spread_size + self.before + self.after + self.overhang
+
+    @property
+    def spread_size(self) -> int:
+        """Cells from the first to the last of the input, zeros between them counted."""
+        return (self.size - 1) * self.spread + 1 if self.size else 0
 
     @property
     def end(self) -> int:
@@ -179,12 +213,50 @@ class Axis(NamedTuple):
         inside = slice(first, last + 1, self.stride) if stop > start else slice(0, 0)
         return Meeting(inside, slice(start - outputs[0], stop - outputs[0]))
 
+    def runs(self, window: Range, mode: str) -> Iterator[Run]:
+        """Which cells of the input a window reads, cells outside as ``mode`` says.
+
+        Those inside come first, if there are any.
+        """
+        start, stop = window
+        low, high = max(start, 0), min(stop, self.size)
+        if low < high:
+            yield Run(slice(low - start, high - start), slice(low, high))
+        if mode == "zeros":
+            return
+        for low, high in ((start, min(stop, 0)), (max(start, self.size), stop)):
+            first = low - start
+            for cells, count in _repeated(low, high, self.size, mode):
+                yield Run(slice(first, first + count), cells)
+                first += count
+
     def cells_under(self, output: int, cells: Range) -> slice:
         """The cells of an interval that the taps of one output meet."""
         first, step = self.first(output) - cells[0], self.dilation
         start = first + max(-(first // step), 0) * step
         stop = min(first + self.extent, cells[1] - cells[0])
         return slice(start, max(start, stop), step)
+
+
+def _repeated(
+    start: int, stop: int, size: int, mode: str
+) -> Iterator[tuple[slice, int]]:
+    """What cells [start, stop) outside an axis read, and how many in a row do."""
+    if mode == "replicate" or size == 1:
+        if start < stop:
+            edge = 0 if start < 0 else size - 1
+            yield slice(edge, edge + 1), stop - start
+        return
+    # Mirrors stand a period apart, at the first cell and at the last.
+    period = size if mode == "circular" else size - 1
+    while start < stop:
+        index, first = divmod(start, period)
+        count = min(stop - start, period - first)
+        if mode == "reflect" and index % 2:
+            yield slice(period - first, period - first - count, -1), count
+        else:
+            yield slice(first, first + count), count
+        start += count
 
 
 class EvenAxis(Axis):
@@ -282,14 +354,17 @@ class Block(NamedTuple):
         return tuple(stop - start for start, stop in self.output)
 
 
-class Phase(NamedTuple):
-    """Input cells a stride apart, and the convolution over dy that is their gradient.
+_AxisPhase: TypeAlias = tuple[slice, slice, Axis | None]
 
-    ``cells`` picks them along every axis of x, ``taps`` the taps that reach them, last
-    tap first.  ``geometry`` is None where no tap does: their gradient is zero.
+
+class Phase(NamedTuple):
+    """Cells of a result that lie some steps apart, and the convolution that gives them.
+
+    ``results`` picks them along every axis, ``taps`` the taps that they need.
+    ``geometry`` is None where they need none: they are zero.
     """
 
-    cells: tuple[slice, ...]
+    results: tuple[slice, ...]
     taps: tuple[slice, ...]
     geometry: "ConvGeometry | None"
 
@@ -637,11 +712,20 @@ class ConvGeometry(WindowGeometry):
     """The shapes of one convolution: windows over the input, filters over windows.
 
     ``filters`` is K, ``groups`` is G; group g maps channels [g·C/G, (g+1)·C/G) to
-    filters [g·K/G, (g+1)·K/G).
+    filters [g·K/G, (g+1)·K/G).  With ``batch_groups`` B, images [b·N/B, (b+1)·N/B) are
+    mapped to filters [b·K/B, (b+1)·K/B), and y has N/B images.  ``padding_mode`` is one
+    of `PADDING_MODES`.
     """
 
     filters: int = 1
     groups: int = 1
+    batch_groups: int = 1
+    padding_mode: str = "zeros"
+
+    @cached_property
+    def results(self) -> int:
+        """Images of y."""
+        return self.images // self.batch_groups
 
     @cached_property
     def group_channels(self) -> int:
@@ -659,11 +743,13 @@ class ConvGeometry(WindowGeometry):
     @cached_property
     def multiplications(self) -> int:
         """Multiply-adds of one pass, padding counted as if it were data."""
-        return self.images * self.positions * self.filters * self.patch
+        return self.results * self.positions * self.filters * self.patch
 
     @cached_property
     def is_empty(self) -> bool:
         """Whether nothing is multiplied: no cell, or none under any window."""
+        if not self.is_plain:
+            return self.multiplications == 0
         spans = (axis.window(0, axis.out) for axis in self.axes)
         missed = any(
             min(stop, axis.size) <= max(start, 0)
@@ -673,7 +759,8 @@ class ConvGeometry(WindowGeometry):
 
     @cached_property
     def y_shape(self) -> tuple[int, ...]:
-        return self.array_shape(self.filters, self.out)
+        shape = self.array_shape(self.filters, self.out)
+        return (self.results, *shape[1:]) if self.batch_groups > 1 else shape
 
     @cached_property
     def w_shape(self) -> tuple[int, ...]:
@@ -702,25 +789,87 @@ class ConvGeometry(WindowGeometry):
         )
         return replace(self, axes=axes, channels=self.filters, filters=self.channels)
 
-    def phases(self) -> Iterator[Phase]:
-        """Cut the input by residues of the strides: every cell of x is in one phase.
+    @cached_property
+    def is_spread(self) -> bool:
+        """Whether cells of the input lie apart."""
+        return any(axis.spread > 1 for axis in self.axes)
 
-        In ``i = o * stride + t * dilation - before``, a cell fixes ``t * dilation``
-        modulo the stride.  The taps of a phase are therefore evenly spaced, and the
-        outputs that they meet are neighbours: a convolution over dy with stride 1.
+    @cached_property
+    def is_copied(self) -> bool:
+        """Whether a plain one would need a copy of the input, padded or regrouped."""
+        is_wrapped = self.padding_mode != "zeros" and self.is_padded
+        return is_wrapped or self.batch_groups > 1
+
+    @cached_property
+    def is_plain(self) -> bool:
+        """Whether it is a convolution that strategies know."""
+        return not (self.is_spread or self.is_copied)
+
+    def phases(self) -> Iterator[Phase]:
+        """Cut the output so that no zero between cells of x is multiplied.
+
+        In ``j * spread = o * stride + t * dilation - before``, an output fixes
+        ``t * dilation`` modulo the spread.  The taps of a phase are therefore evenly
+        spaced, and so are the cells that they meet.  No two phases share a tap.
         """
-        for picked in itertools.product(*map(_phases, self.axes)):
-            cells, taps, axes = zip(*picked, strict=True)
-            reached = [axis for axis in axes if axis is not None]
-            other = None
-            if len(reached) == self.rank:
-                other = replace(
-                    self,
-                    axes=tuple(reached),
-                    channels=self.filters,
-                    filters=self.channels,
-                )
-            yield Phase(cells, taps, other)
+        return self._phases(map(_outputs, self.axes), self)
+
+    def input_phases(self) -> Iterator[Phase]:
+        """Cut the input so that its gradient is plain convolutions over dy.
+
+        The same line, the other way: a cell fixes ``t * dilation`` modulo the stride.
+        Filters and channels are exchanged, and taps come in reverse.
+        """
+        backward = replace(self, channels=self.filters, filters=self.channels)
+        return self._phases(map(_inputs, self.axes), backward)
+
+    def _phases(
+        self, axes: Iterable[Iterable[_AxisPhase]], like: "ConvGeometry"
+    ) -> Iterator[Phase]:
+        for picked in itertools.product(*axes):
+            results, taps, each = zip(*picked, strict=True)
+            reached = tuple(axis for axis in each if axis is not None)
+            whole = len(reached) == self.rank
+            yield Phase(results, taps, replace(like, axes=reached) if whole else None)
+
+    def rows(self, images: Range, rows: Range) -> Block:
+        """The block that computes these rows along the first axis, whole in the others.
+
+        ``images`` are those of the output.  Where cells outside the input are not zero,
+        its windows go beyond the input, and nothing is left of the padding.
+        """
+        output = (rows, *((0, out) for out in self.out[1:]))
+        if self.is_spread:
+            window = tuple((0, size) for size in self.size)
+            pads = tuple((axis.before, axis.after) for axis in self.axes)
+            return Block(images, output, window, pads)
+        if self.padding_mode == "zeros":
+            return self.block(images, output)
+        each = zip(self.axes, output, strict=True)
+        window = tuple(axis.window(*span) for axis, span in each)
+        return Block(images, output, window, ((0, 0),) * self.rank)
+
+    def part(self, block: Block) -> "ConvGeometry":
+        """The convolution that computes a block from a copy of what it reads.
+
+        Its padding is zeros, and it shares no batch out: that is the copy's affair.
+        """
+        axes = tuple(
+            axis._replace(size=stop - start, before=before, after=after)
+            for axis, (start, stop), (before, after) in zip(
+                self.axes, block.window, block.padding, strict=True
+            )
+        )
+        return replace(
+            self,
+            images=block.images[1] - block.images[0],
+            channels=self.channels * self.batch_groups,
+            groups=self.groups * self.batch_groups,
+            axes=axes,
+            batched=True,
+            padding_mode="zeros",
+            batch_groups=1,
+        )
 
     @classmethod
     def of_transposed(
@@ -774,6 +923,9 @@ class ConvGeometry(WindowGeometry):
         dilation: Sizes = 1,
         groups: int = 1,
         layout: str = "channels_first",
+        padding_mode: str = "zeros",
+        input_dilation: Sizes = 1,
+        batch_groups: int = 1,
     ) -> "ConvGeometry":
         """Geometry of ``conv(x, w)`` from the two shapes; see `cuconv.conv`.
 
@@ -791,30 +943,63 @@ class ConvGeometry(WindowGeometry):
             _frozen("stride", stride),
             _frozen("padding", padding),
             _frozen("dilation", dilation),
-            _index("groups", groups),
             layout,
+            _Sharing(
+                _index("groups", groups),
+                _index("batch_groups", batch_groups),
+                padding_mode,
+                _frozen("input_dilation", input_dilation),
+            ),
         )
 
 
-def _phases(axis: Axis) -> Iterator[tuple[slice, slice, Axis | None]]:
-    """Cells, taps and the axis of a convolution over dy, for every residue."""
-    common = math.gcd(axis.stride, axis.dilation)
-    apart = axis.stride // common
-    for cell in range(min(axis.stride, axis.size)):
-        cells = slice(cell, axis.size, axis.stride)
-        count = len(range(cell, axis.size, axis.stride))
-        rest, missed = divmod(cell + axis.before, common)
-        tap = rest * pow(axis.dilation // common, -1, apart) % apart
+def _outputs(axis: Axis) -> Iterator[_AxisPhase]:
+    """The phases of an axis of y."""
+    steps = axis.stride, axis.spread
+    yield from _axis_phases(axis, axis.out, axis.size, steps, -axis.before)
+
+
+def _inputs(axis: Axis) -> Iterator[_AxisPhase]:
+    """The phases of an axis of x: ``i + before = o * stride + t * dilation``."""
+    steps, last = (axis.spread, axis.stride), axis.kernel - 1
+    offset = axis.before - axis.dilation * last
+    for cells, taps, other in _axis_phases(axis, axis.size, axis.out, steps, offset):
+        first, apart = last - taps.start, taps.step
+        yield cells, slice(first % apart, first + 1, apart), other
+
+
+def _axis_phases(
+    axis: Axis, results: int, sources: int, steps: tuple[int, int], offset: int
+) -> Iterator[_AxisPhase]:
+    """The phases of ``source * spread = result * step + t * dilation + offset``."""
+    step, spread = steps
+    common, shared = math.gcd(step, spread), math.gcd(axis.dilation, spread)
+    apart = spread // shared
+    inverse = pow(axis.dilation // shared, -1, apart)
+    for first in range(min(spread // common, results)):
+        picked = range(first, results, spread // common)
+        start = first * step + offset
+        rest, missed = divmod(-start, shared)
+        tap = rest * inverse % apart
         taps = range(tap, axis.kernel, apart)
         if missed or not taps:
-            yield cells, slice(0), None
+            yield _slice(picked), slice(0, 0, 1), None
             continue
-        dilation = axis.dilation // common
-        extent = dilation * (len(taps) - 1) + 1
-        before = extent - 1 - (cell + axis.before - tap * axis.dilation) // axis.stride
-        after = count + extent - 1 - axis.out - before
-        reverse = slice(taps[-1], tap - 1 if tap else None, -apart)
-        yield cells, reverse, Axis(axis.out, len(taps), 1, dilation, before, after)
+        other = Axis(
+            size=sources,
+            kernel=len(taps),
+            stride=step // common,
+            dilation=axis.dilation // shared,
+            before=-((start + tap * axis.dilation) // spread),
+            after=0,
+        )
+        # As many cells as the windows of these results reach: no more, no less.
+        after = (len(picked) - 1) * other.stride + other.extent - other.padded
+        yield _slice(picked), _slice(taps), other._replace(after=after)
+
+
+def _slice(cells: range) -> slice:
+    return slice(cells.start, cells.stop, cells.step)
 
 
 def _index(name: str, value: object) -> int:
@@ -932,8 +1117,14 @@ def _check_fits(index: int, axis: Axis, padding: object) -> None:
         f"the kernel is larger than the padded input on spatial axis {index}: it spans "
         f"{axis.extent} cells (kernel {axis.kernel}, dilation {axis.dilation}) and "
         f"the input has {axis.padded} "
-        f"({axis.size} + padding {axis.before} + {axis.after})"
+        f"({_cells_text(axis)} + padding {axis.before} + {axis.after})"
     )
+
+
+def _cells_text(axis: Axis) -> str:
+    if axis.spread == 1:
+        return f"{axis.size}"
+    return f"{axis.spread_size}: {axis.size} with input_dilation {axis.spread}"
 
 
 def _axes(
@@ -944,17 +1135,20 @@ def _axes(
     dilation: object,
     *,
     ceil_mode: bool = False,
+    input_dilation: object = 1,
 ) -> tuple[Axis, ...]:
     rank = len(sizes)
     _per_axis("kernel_size", kernel, rank, 1)
     strides = _per_axis("stride", stride, rank, 1)
     dilations = _per_axis("dilation", dilation, rank, 1)
-    pads = _pads(padding, sizes, kernel, strides, dilations)
+    spreads = _per_axis("input_dilation", input_dilation, rank, 1)
+    each = zip(sizes, kernel, strides, dilations, spreads, strict=True)
+    axes = tuple(Axis(n, k, s, d, 0, 0, spread=apart) for n, k, s, d, apart in each)
+    spread_sizes = tuple(axis.spread_size for axis in axes)
+    pads = _pads(padding, spread_sizes, kernel, strides, dilations)
     axes = tuple(
-        Axis(size, k, s, d, before, after)
-        for size, k, s, d, (before, after) in zip(
-            sizes, kernel, strides, dilations, pads, strict=True
-        )
+        axis._replace(before=before, after=after)
+        for axis, (before, after) in zip(axes, pads, strict=True)
     )
     if ceil_mode:
         axes = tuple(axis.rounded_up for axis in axes)
@@ -1015,13 +1209,17 @@ def _window_geometry(
     )
 
 
-def _check_channels(channels: int, expected: int, filters: int, groups: int) -> None:
+def _check_channels(split: _Split, expected: int, filters: int, groups: int) -> None:
     if groups < 1:
         raise ValueError(f"groups must be at least 1; got {groups}")
-    if expected * groups != channels:
+    if expected * groups != split.channels:
+        last = split.sizes[-1]
+        fits_last = split.channels_first and last == expected * groups
+        hint = f"; its last axis has {last}: layout='channels_last'?"
         raise ValueError(
-            f"channels do not match: x has {channels} and w expects "
+            f"channels do not match: x has {split.channels} and w expects "
             f"{expected} × groups {groups} = {expected * groups}"
+            f"{hint if fits_last else ''}"
         )
     if filters % groups:
         raise ValueError(f"groups {groups} do not divide the {filters} filters of w")
@@ -1049,6 +1247,15 @@ def _split_weights(w_shape: tuple[int, ...], *, channels_first: bool) -> _Weight
     return _Weights(w_shape[-1], w_shape[-2], w_shape[:-2])
 
 
+class _Sharing(NamedTuple):
+    """Who sees whom, and what lies between and around the cells of the input."""
+
+    groups: int
+    batch_groups: int
+    padding_mode: str
+    input_dilation: object
+
+
 @lru_cache(maxsize=4096)
 def _conv_geometry(
     x_shape: tuple[int, ...],
@@ -1056,15 +1263,21 @@ def _conv_geometry(
     stride: object,
     padding: object,
     dilation: object,
-    groups: int,
     layout: str,
+    sharing: _Sharing,
 ) -> ConvGeometry:
     split = _split_shape(x_shape, _rank_of(w_shape), layout)
     filters, channels, kernel = _split_weights(
         w_shape, channels_first=split.channels_first
     )
-    _check_channels(split.channels, channels, filters, groups)
-    axes = _axes(split.sizes, kernel, stride, padding, dilation)
+    groups, batch_groups, padding_mode, input_dilation = sharing
+    _check_channels(split, channels, filters, groups)
+    _check_batch_groups(split, filters, groups, batch_groups)
+    axes = _axes(
+        *(split.sizes, kernel, stride, padding, dilation),
+        input_dilation=input_dilation,
+    )
+    _check_padding_mode(padding_mode, axes)
     return ConvGeometry(
         split.images,
         split.channels,
@@ -1073,7 +1286,52 @@ def _conv_geometry(
         split.batched,
         filters,
         groups,
+        batch_groups,
+        padding_mode,
     )
+
+
+def _check_batch_groups(
+    split: _Split, filters: int, groups: int, batch_groups: int
+) -> None:
+    if batch_groups < 1:
+        raise ValueError(f"batch_groups must be at least 1; got {batch_groups}")
+    if batch_groups == 1:
+        return
+    if groups > 1:
+        raise ValueError(
+            f"groups {groups} and batch_groups {batch_groups} both share out filters: "
+            "one of them must be 1"
+        )
+    if not split.batched:
+        raise ValueError(f"batch_groups {batch_groups} need x with a batch axis")
+    if split.images % batch_groups:
+        raise ValueError(
+            f"batch_groups {batch_groups} do not divide the {split.images} images of x"
+        )
+    if filters % batch_groups:
+        raise ValueError(
+            f"batch_groups {batch_groups} do not divide the {filters} filters of w"
+        )
+
+
+def _check_padding_mode(padding_mode: str, axes: tuple[Axis, ...]) -> None:
+    if not isinstance(padding_mode, str) or padding_mode not in PADDING_MODES:
+        words = ", ".join(map(repr, PADDING_MODES))
+        raise ValueError(f"padding_mode must be one of {words}; got {padding_mode!r}")
+    if padding_mode == "zeros":
+        return
+    for index, axis in enumerate(axes):
+        if axis.spread > 1:
+            raise ValueError(
+                f"padding_mode {padding_mode!r} and input_dilation {axis.spread} of "
+                f"spatial axis {index} do not go together: zeros lie between the cells"
+            )
+        if not axis.size and (axis.before > 0 or axis.after > 0):
+            raise ValueError(
+                f"padding_mode {padding_mode!r} needs cells to repeat; spatial axis "
+                f"{index} has 0 and padding {axis.before} + {axis.after}"
+            )
 
 
 def _check_transposed_channels(channels: int, expected: int, groups: int) -> None:

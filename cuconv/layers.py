@@ -38,6 +38,23 @@ class Layer(ABC):
         Arrays by name, in the layout of the layer.  An optimiser may write to them.
     gradients
         The same names, once `backward` has run.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from cuconv.layers import Layer
+    >>> class ReLU(Layer):
+    ...     def forward(self, x):
+    ...         self._x = x
+    ...         return np.maximum(x, 0)
+    ...
+    ...     def backward(self, dy, *, needs_input=True):
+    ...         return dy * (self._x > 0)
+    >>> layer = ReLU()
+    >>> layer(np.array([-1.0, 2.0]))
+    array([0., 2.])
+    >>> layer.backward(np.ones(2))
+    array([0., 1.])
     """
 
     def __init__(self) -> None:

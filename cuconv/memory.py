@@ -7,13 +7,15 @@ plan promises and the memory that it takes cannot differ.
 
 import operator
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Hashable, Iterable
 from decimal import Decimal
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 from cuconv.arrays import Array, DType
 
 MemoryLimit: TypeAlias = int | str | None
+Key = TypeVar("Key", bound=Hashable)
+R = TypeVar("R")
 
 # CuPy's pool hands out memory in these units too.
 _ALIGNMENT = 512
@@ -33,6 +35,18 @@ class MemoryLimitError(MemoryError):
     ----------
     limit, smallest
         The limit that was given, and the smallest that would do, in bytes.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import cuconv
+    >>> x, w = np.ones((1, 8, 9, 9)), np.ones((8, 8, 3, 3))
+    >>> try:
+    ...     cuconv.conv2d(x, w, memory_limit=100)
+    ... except cuconv.MemoryLimitError as error:
+    ...     y = cuconv.conv2d(x, w, memory_limit=error.smallest)
+    >>> y.shape
+    (1, 8, 7, 7)
     """
 
     def __init__(self, limit: int, smallest: int, what: str) -> None:
@@ -69,6 +83,19 @@ def parse_memory_limit(limit: int | str) -> int:
     if number < 0:
         raise ValueError(f"memory_limit must not be negative; got {number}")
     return number
+
+
+def all_within(calls: dict[Key, Callable[[], R]]) -> dict[Key, R]:
+    """Make every call, or raise the error whose limit would do for all of them."""
+    results, errors = {}, []
+    for key, call in calls.items():
+        try:
+            results[key] = call()
+        except MemoryLimitError as error:
+            errors.append(error)
+    if errors:
+        raise max(errors, key=lambda error: error.smallest)
+    return results
 
 
 class Buffer(NamedTuple):

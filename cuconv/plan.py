@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -56,6 +56,8 @@ ROLES = {
 }
 # Of each transposed operation, the one of the convolution that leads back.
 CONVOLUTION = {call: op for op, call in TRANSPOSED.items()}
+# Options that a transposed convolution does not have.
+_FORWARD_ALONE = "padding_mode", "input_dilation", "batch_groups"
 
 
 class Options(NamedTuple):
@@ -71,6 +73,9 @@ class Options(NamedTuple):
     precision: str | None = None
     deterministic: bool | None = None
     memory_limit: MemoryLimit = None
+    padding_mode: str = "zeros"
+    input_dilation: Sizes = 1
+    batch_groups: int = 1
 
     def geometry(self, x_shape: Sequence[int], w_shape: Sequence[int]) -> ConvGeometry:
         return ConvGeometry.of_weights(
@@ -81,6 +86,9 @@ class Options(NamedTuple):
             dilation=self.dilation,
             groups=self.groups,
             layout=self.layout,
+            padding_mode=self.padding_mode,
+            input_dilation=self.input_dilation,
+            batch_groups=self.batch_groups,
         )
 
     def transposed_geometry(
@@ -90,6 +98,12 @@ class Options(NamedTuple):
         output_padding: Sizes,
         output_size: Sizes | None,
     ) -> ConvGeometry:
+        for name in _FORWARD_ALONE:
+            given, usual = getattr(self, name), self._field_defaults[name]
+            if given != usual:
+                raise ValueError(
+                    f"a transposed convolution has no {name}; got {given!r}"
+                )
         return ConvGeometry.of_transposed(
             x_shape,
             w_shape,
@@ -155,6 +169,26 @@ class Plan:
         self._accepted: tuple[object, ...] | None = None
 
     @property
+    def decision(self) -> Decision:
+        """The candidates, and what was passed over."""
+        return self._decision
+
+    @property
+    def choice(self) -> Choice:
+        """The candidate that runs."""
+        return self._choice
+
+    @property
+    def memory_limit(self) -> int:
+        """The limit that holds: the one that was given, or what the library chose."""
+        return self._decision.limit
+
+    @property
+    def nanoseconds(self) -> float:
+        """How long a run is estimated to take."""
+        return self._choice.nanoseconds
+
+    @property
     def is_light(self) -> bool:
         """Whether it is so small that no second thread takes part."""
         return self.problem.light
@@ -195,7 +229,7 @@ class Plan:
         """The least that must be read and written: both operands and the result."""
         g = self.problem.geometry
         sizes = {"x": g.images * g.channels * g.cells, "w": g.filters * g.patch}
-        sizes["y"] = g.images * g.filters * g.positions
+        sizes["y"] = g.results * g.filters * g.positions
         result = {"forward": "y", "input_grad": "x", "weight_grad": "w"}[
             self.problem.op
         ]
@@ -256,10 +290,14 @@ class Plan:
         captured = self._leaves.is_capturing()
         self.check_result(out, given, captured=captured)
         if not self._fits(given, out, captured=captured):
-            call, geometry = self.problem.call, self.problem.geometry
-            return bind(call, geometry, given, out, self.options).run()
+            return self._anew(given, out).run()
         self._accepted = key
         return self.run(self._with_weights(arrays), out)
+
+    def _anew(self, given: dict[str, Array], out: Array | None) -> "Call":
+        """The call with a plan of its own, for arrays that lie otherwise."""
+        call = self.problem.call, self.problem.geometry, given, out, self.options
+        return bind_with(plain_plan, *call)
 
     def _fits(
         self, given: dict[str, Array], out: Array | None, *, captured: bool
@@ -268,20 +306,20 @@ class Plan:
         misplaced = self._misplaced(given, out)
         if self._weights is None:
             anew = misplaced or self.options.strategy == "benchmark"
-            return not (anew or (captured and not self._is_capturable))
+            return not (anew or (captured and not self.is_capturable))
         if misplaced:
             named = {**given, "out": out}
             words = (f"{name} has strides {named[name].strides}" for name in misplaced)
             raise ValueError(
                 f"a prepared plan takes C-contiguous arrays; {', '.join(words)}"
             )
-        if not self._is_capturable:
+        if not self.is_capturable:
             what = f"this plan was prepared for {self.strategy}, which it cannot hold"
             refuse_capture(self._leaves, what, captured=captured)
         return True
 
     @property
-    def _is_capturable(self) -> bool:
+    def is_capturable(self) -> bool:
         """Whether a run launches kernels alone and allocates nothing."""
         needs = self._choice.needs
         kept = needs.weights if self._weights is None else ()
@@ -334,10 +372,18 @@ class Plan:
             own = self._xp.array(
                 plain(w), dtype=self.problem.operand, order="C", copy=True
             )
+        return self.with_weights(own)
+
+    def with_weights(self, w: Array) -> "Plan":
+        """The same plan with weights that nobody else writes, of the operands' type."""
         prepared = Plan(self.problem, self._decision, self._leaves, self.options)
         prepared._choice, prepared._is_plain = self._choice, self._is_plain
-        prepared._weights = prepared._prepared(own)
+        prepared._weights = prepared._prepared(w)
         return prepared
+
+    def takes(self, w: Array) -> Array:
+        """What `run` wants for these weights: those that were prepared, if any were."""
+        return w if self._weights is None else self._weights
 
     def run(self, arrays: tuple[Array | None, ...], out: Array | None) -> Array:
         """Carry it out on arrays that have been checked."""
@@ -352,7 +398,7 @@ class Plan:
             if result is None:
                 result = self._xp.empty(self.result_shape, dtype=types.result)
             if not self.flops:
-                _fill(plain(result), *bias, geometry=self.problem.geometry)
+                fill(plain(result), *bias, geometry=self.problem.geometry)
             else:
                 offset = bias[0] if bias else None
                 self._execute(self._choice, first, second, offset, plain(result))
@@ -522,19 +568,27 @@ class Plan:
         yield "x", f"{x_shape}, w {g.w_shape}, y {y_shape}"
         for index, axis in enumerate(g.axes):
             yield f"axis {index}", _axis_text(axis, transposed=p.transposed)
-        yield "groups", f"{g.groups}"
+        yield "groups", _groups_text(g)
+        if g.padding_mode != "zeros":
+            yield "padding mode", g.padding_mode
+        if composition := self._composition():
+            yield "parts", composition
         yield "strategy", f"{choice.label}, precision {p.precision}"
         yield "chunks", f"{self.chunks} of {cells} positions{last}"
         yield "workers", f"{self.workers}"
         yield (
             "workspace",
-            f"{self.workspace_bytes:,} bytes, limit {self._decision.limit:,}",
+            f"{self.workspace_bytes:,} bytes, limit {self.memory_limit:,}",
         )
         yield "work", f"{self.flops / 1e9:.4g} GFLOP, {self.bytes_moved / 1e6:.4g} MB"
         yield "intensity", f"{self.arithmetic_intensity:.4g} FLOP per byte"
-        yield "estimate", f"{choice.nanoseconds / 1e6:.3g} ms"
+        yield "estimate", f"{self.nanoseconds / 1e6:.3g} ms"
         for name, reason in self._decision.passed_over:
             yield "passed over", f"{name}: {reason}"
+
+    def _composition(self) -> str:
+        """The plans that it is made of, in words; empty if there is but one."""
+        return ""
 
 
 def signature(arrays: tuple[Array | None, ...]) -> tuple[object, ...] | None:
@@ -570,36 +624,55 @@ class Call(NamedTuple):
         return plan.run(self.arrays, out)
 
 
-def bind(
-    call: str,
-    geometry: ConvGeometry,
-    arrays: dict[str, Array],
-    out: Array | None,
-    options: Options,
-) -> Call:
-    """Check arrays and options, and plan."""
-    xp = module_of(arrays if out is None else {**arrays, "out": out})
-    options = options.settled()
-    arrays = {name: plain(array) for name, array in arrays.items()}
-    with stage("plan"):
-        leaves = leaves_of(xp, next(iter(arrays.values())))
-        plan = _planned(call, geometry, arrays, out, options, leaves)
-    plan.check_result(out, arrays, captured=plan.problem.captured)
-    return Call(plan, tuple(arrays.values()), out)
+class Planner(Protocol):
+    """What makes a plan for arrays, of which it asks how they lie."""
+
+    def __call__(
+        self,
+        call: str,
+        geometry: ConvGeometry,
+        arrays: dict[str, Array],
+        out: Array | None,
+        options: Options,
+        leaves: Leaves,
+    ) -> Plan: ...
 
 
-def _planned(
+def plain_plan(
     call: str,
     geometry: ConvGeometry,
     arrays: dict[str, Array],
     out: Array | None,
     options: Options,
     leaves: Leaves,
+    *,
+    flipped: bool = False,
 ) -> Plan:
+    """The plan of a plain convolution; ``flipped`` as in `Problem`."""
+    problem = problem_of(call, geometry, arrays, out, options, leaves, flipped=flipped)
+    name = "auto" if options.strategy == "benchmark" else options.strategy
+    decision = decide(problem, leaves, name, options.memory_limit, leaves.workers())
+    return Plan(problem, decision, leaves, options)
+
+
+def problem_of(
+    call: str,
+    geometry: ConvGeometry,
+    arrays: dict[str, Array],
+    out: Array | None,
+    options: Options,
+    leaves: Leaves,
+    *,
+    flipped: bool = False,
+) -> Problem:
+    """What a plan for these arrays depends on."""
     types = resolve_types(arrays, options.dtype)
     operand = leaves.operand_type(types)
-    op = CONVOLUTION.get(call, call)
-    in_roles = {ROLES[call][name]: array for name, array in arrays.items()}
+    op, roles = CONVOLUTION.get(call, call), ROLES[call]
+    if flipped:
+        source = next(name for name, role in roles.items() if role == "dy")
+        op, roles = "forward", {**roles, source: "x"}
+    in_roles = {roles[name]: array for name, array in arrays.items()}
     foreign = (role for role, array in in_roles.items() if array.dtype != operand)
     problem = Problem(
         op=op,
@@ -613,13 +686,30 @@ def _planned(
         deterministic=options.deterministic is not False,
         precision=options.precision or "standard",
         module=leaves.xp.__name__,
+        flipped=flipped,
         captured=leaves.is_capturing(),
-        transposed=call != op,
+        transposed=call in CONVOLUTION,
     )
-    problem = replace(problem, direct=_direct(problem, in_roles, out, leaves))
-    name = "auto" if options.strategy == "benchmark" else options.strategy
-    decision = decide(problem, leaves, name, options.memory_limit, leaves.workers())
-    return Plan(problem, decision, leaves, options)
+    return replace(problem, direct=_direct(problem, in_roles, out, leaves))
+
+
+def bind_with(
+    planner: Planner,
+    call: str,
+    geometry: ConvGeometry,
+    arrays: dict[str, Array],
+    out: Array | None,
+    options: Options,
+) -> Call:
+    """Check arrays and options, and plan."""
+    xp = module_of(arrays if out is None else {**arrays, "out": out})
+    options = options.settled()
+    arrays = {name: plain(array) for name, array in arrays.items()}
+    with stage("plan"):
+        leaves = leaves_of(xp, next(iter(arrays.values())))
+        plan = planner(call, geometry, arrays, out, options, leaves)
+    plan.check_result(out, arrays, captured=plan.problem.captured)
+    return Call(plan, tuple(arrays.values()), out)
 
 
 def shapes_of(call: str, geometry: ConvGeometry) -> dict[str, tuple[int, ...]]:
@@ -634,35 +724,8 @@ def shapes_of(call: str, geometry: ConvGeometry) -> dict[str, tuple[int, ...]]:
     return {name: own[role] for name, role in ROLES[call].items()}
 
 
-def plan_of_shapes(
-    call: str,
-    geometry: ConvGeometry,
-    leaves: Leaves,
-    options: Options,
-    *,
-    bias: bool,
-) -> Plan:
-    """The plan for C-contiguous arrays of one type."""
-    names = (name for name in ROLES[call] if bias or name != "bias")
-    dtypes = dict.fromkeys(names, np.dtype(options.dtype))
-    return plan_of_types(call, geometry, leaves, options, dtypes)
-
-
-def plan_of_types(
-    call: str,
-    geometry: ConvGeometry,
-    leaves: Leaves,
-    options: Options,
-    dtypes: dict[str, DType],
-) -> Plan:
-    """The plan for C-contiguous arrays of these types by their names."""
-    shapes = shapes_of(call, geometry)
-    arrays = {name: _untouched(shapes[name], own) for name, own in dtypes.items()}
-    return _planned(call, geometry, arrays, None, options.settled(), leaves)
-
-
-def _untouched(shape: tuple[int, ...], dtype: DType) -> Array:
-    """An array that is only asked for its shape, strides and type."""
+def untouched(shape: tuple[int, ...], dtype: DType) -> Array:
+    """A C-contiguous array that is only asked for its shape, strides and type."""
     steps = [dtype.itemsize]
     for size in reversed(shape[1:]):
         steps.append(steps[-1] * max(size, 1))
@@ -684,7 +747,7 @@ def _direct(
             continue
         if role == "w":
             fits = array.flags.c_contiguous and is_aligned(array)
-            fits = fits and not problem.conjugates_weights
+            fits = fits and not (problem.conjugates_weights or problem.flipped)
         else:
             cells = in_groups(array, geometry)
             fits = is_matrix_ready(cells, geometry.rank, leaves.largest_step)
@@ -730,7 +793,7 @@ def _job(
     return Job(choice.problem, choice.cut, leaves, shared, mine, choice.blocks), space
 
 
-def _fill(out: Array, bias: Array | None = None, *, geometry: ConvGeometry) -> None:
+def fill(out: Array, bias: Array | None = None, *, geometry: ConvGeometry) -> None:
     """The sum over nothing: zero, or the bias."""
     out[...] = 0
     if bias is not None and out.size:
@@ -756,9 +819,17 @@ def _winner(choice: Choice) -> Winner:
     return Winner(choice.strategy.name, choice.cut.variant, choice.problem.flipped)
 
 
+def _groups_text(geometry: ConvGeometry) -> str:
+    if geometry.batch_groups == 1:
+        return f"{geometry.groups}"
+    return f"{geometry.batch_groups}, of images"
+
+
 def _axis_text(axis: Axis, *, transposed: bool) -> str:
     pads = f"padding {axis.before} and {axis.after}"
     steps = f"stride {axis.stride}, dilation {axis.dilation}"
+    if axis.spread > 1:
+        steps += f", input dilation {axis.spread}"
     size, out = axis.size, axis.out
     if transposed:
         size, out = out, size

@@ -24,6 +24,7 @@ axes = st.builds(
     after=st.integers(-8, 8),
     overhang=st.just(0),
     windows=st.just(0),
+    spread=st.just(1),
 ).filter(lambda a: a.size + a.before + a.after >= a.dilation * (a.kernel - 1) + 1)
 
 
@@ -399,13 +400,13 @@ def test_phases_meet_exactly_what_the_windows_meet(axis) -> None:
     geometry = ConvGeometry(1, 2, (axis,), filters=3)
     cells = range(axis.size)
     met, owned = [], []
-    for phase in geometry.phases():
-        own = cells[phase.cells[0]]
+    for phase in geometry.input_phases():
+        own = cells[phase.results[0]]
         owned += own
         if phase.geometry is None:
             continue
         (other,) = phase.geometry.axes
-        taps = range(axis.kernel)[phase.taps[0]]
+        taps = range(axis.kernel)[phase.taps[0]][::-1]
         assert (phase.geometry.channels, phase.geometry.filters) == (3, 2)
         assert (other.out, other.kernel, other.stride) == (len(own), len(taps), 1)
         for cell, (index, tap) in product(range(len(own)), enumerate(taps)):
@@ -422,5 +423,5 @@ def test_phases_meet_exactly_what_the_windows_meet(axis) -> None:
 
 def test_one_phase_at_stride_one() -> None:
     geometry = ConvGeometry.of_weights((2, 4, 9, 8), (6, 4, 3, 2), padding=(1, 2))
-    (phase,) = geometry.phases()
+    (phase,) = geometry.input_phases()
     assert phase.geometry == geometry.adjoint

@@ -34,9 +34,10 @@ from cuconv._cuda import cuda_leaves
 from cuconv._cuda.contraction import _Walk
 from cuconv.arrays import SUPPORTED_TYPES, accumulator
 from cuconv.blocking import Blocking, block_sizes
+from cuconv.composed import bind
 from cuconv.geometry import ConvGeometry
 from cuconv.memory import MemoryLimitError
-from cuconv.plan import Options, bind
+from cuconv.plan import Options
 from cuconv.strategies import implicit_gemm
 from cuconv.strategies.base import filters_of, in_groups
 

@@ -18,7 +18,7 @@ from cuconv._cuda.structs import divisor, pack
 from cuconv._cuda.variants import all_variants, has_atomics
 from cuconv._cuda.words import Lie, Words, words_of
 from cuconv.arrays import SUPPORTED_TYPES, grouped, stored
-from cuconv.geometry import ConvGeometry
+from cuconv.geometry import Axis, ConvGeometry
 
 pytestmark = pytest.mark.parametrize("xp", ["cupy"], indirect=True)
 
@@ -338,3 +338,52 @@ def test_every_type_that_adds_atomically_has_a_kernel(xp):
     kernels = {v.macros[0] for v in all_variants() if v.kernel == "col2im_scatter"}
     assert len(kernels) == 8
     assert sum(has_atomics(np.dtype(t)) for t in SUPPORTED_TYPES) == 10
+
+
+# Cells around an array
+
+NUMPY_MODES = {"reflect": "reflect", "replicate": "edge", "circular": "wrap"}
+SIZES = {1: (4,), 2: (4, 3), 3: (2, 3, 1)}
+WINDOWS = {1: ((-7, 9),), 2: ((-3, 5), (1, 6)), 3: ((0, 2), (-1, 4), (-2, 3))}
+
+
+def window_of(x: np.ndarray, rank: int, mode: str) -> np.ndarray:
+    """What a window reads of an array (N, G, C, *cells), by NumPy's padding."""
+    each = zip(SIZES[rank], WINDOWS[rank], strict=True)
+    pads = [(max(-a, 0), max(b - n, 0)) for n, (a, b) in each]
+    padded = np.pad(x, [(0, 0)] * 3 + pads, mode=NUMPY_MODES[mode])
+    cut = (slice(max(a, 0), max(a, 0) + b - a) for a, b in WINDOWS[rank])
+    return padded[(..., *cut)]
+
+
+def axes_of(rank: int) -> tuple[Axis, ...]:
+    return tuple(Axis(n, 1, 1, 1, 0, 0) for n in SIZES[rank])
+
+
+@pytest.mark.parametrize("mode", NUMPY_MODES)
+@pytest.mark.parametrize("rank", [1, 2, 3])
+@pytest.mark.parametrize("dtype", ["int16", "complex128"])
+def test_extend(xp, rank, dtype, mode, wide_index):
+    x = integers((2, 2, 3, *SIZES[rank]), dtype, seed=rank)
+    expected = window_of(x, rank, mode)
+    copied = xp.empty(expected.shape, dtype=dtype)
+    place = axes_of(rank), WINDOWS[rank], mode
+    cuda_leaves().extend(xp.asarray(x), copied, *place)
+    np.testing.assert_array_equal(to_host(copied), expected)
+
+
+@pytest.mark.parametrize("add", [False, True])
+@pytest.mark.parametrize("mode", NUMPY_MODES)
+@pytest.mark.parametrize("rank", [1, 2, 3])
+@pytest.mark.parametrize("dtype", ["int16", "complex64"])
+def test_fold_sums_what_has_read_a_cell(xp, rank, dtype, mode, add, wide_index):
+    shape = (2, 2, 3, *SIZES[rank])
+    readers = window_of(np.arange(np.prod(shape)).reshape(shape), rank, mode)
+    copied = integers(readers.shape, dtype, seed=rank)
+    x = integers(shape, dtype, seed=7)
+    expected = x.copy() if add else np.zeros_like(x)
+    np.add.at(expected.reshape(-1), readers, copied)
+    target = xp.asarray(x)
+    place = axes_of(rank), WINDOWS[rank], mode
+    cuda_leaves().fold(xp.asarray(copied), target, *place, add=add)
+    np.testing.assert_array_equal(to_host(target), expected)

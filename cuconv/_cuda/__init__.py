@@ -21,7 +21,7 @@ def cuda_leaves(device: int | None = None) -> "CudaLeaves":
     """
     cupy = working_cupy()
     if cupy is None:
-        raise RuntimeError(f"a CuPy array came in, but no GPU works: {why_not()}")
+        raise RuntimeError(f"CUDA is asked for, but no GPU works: {why_not()}")
     runtime = cupy.cuda.runtime
     return _leaves(int(runtime.getDevice()) if device is None else device)
 

@@ -8,6 +8,7 @@ from typing import Any
 import cupy
 import numpy as np
 
+from cuconv import wrapping
 from cuconv._cuda.compiler import kernel
 from cuconv._cuda.contraction import CudaContraction
 from cuconv._cuda.device import gpu_of, is_capturing
@@ -15,22 +16,34 @@ from cuconv._cuda.direct import MOST_BLOCKS, DirectLaunch, pack_cells, pack_sums
 from cuconv._cuda.elements import Variant
 from cuconv._cuda.gemm import gemm
 from cuconv._cuda.pools import PoolLaunch, PoolTypes, pack_pool, pool_macros
-from cuconv._cuda.structs import MOST_THREADS, Launch, pack, steps_of
+from cuconv._cuda.structs import MOST_THREADS, Launch, pack, pack_windows, steps_of
 from cuconv._cuda.tiles import CudaTiles
 from cuconv._cuda.variants import (
     copy_variant,
     direct_variant,
+    extend_variant,
+    fold_variant,
     has_atomics,
     sum_variant,
 )
 from cuconv._cuda.words import Lie, words_of
 from cuconv.arrays import Array, DType, Types, accumulator, is_half
-from cuconv.geometry import Axis, Block, Range, Ranges, Tile, WindowGeometry
+from cuconv.geometry import (
+    PADDING_MODES,
+    Axis,
+    Block,
+    Range,
+    Ranges,
+    Tile,
+    WindowGeometry,
+)
 from cuconv.memory import Buffer
 from cuconv.rates import cuda_block_bytes, cuda_rates
 from cuconv.reduction import Given, PoolCut, Pooling
 
 _THREADS = 256
+# As the kernels number them in wrap.cuh.
+_MODES = {mode: np.int32(number) for number, mode in enumerate(PADDING_MODES)}
 
 
 class DirectKernels:
@@ -238,6 +251,35 @@ class CudaLeaves:
     def copy(self, source: Array, target: Array) -> None:
         cupy.copyto(target, source, casting="unsafe")
 
+    def extend(
+        self,
+        cells: Array,
+        copied: Array,
+        axes: Sequence[Axis],
+        windows: Ranges,
+        mode: str,
+    ) -> None:
+        if cells.dtype != copied.dtype:
+            wrapping.extend(self.copy, cells, copied, axes, windows, mode)
+            return
+        packed = pack_windows(cells, copied, axes, windows, over_output=True)
+        variant = extend_variant(cells.dtype.itemsize, len(axes), wide=packed.wide)
+        _launch(variant, packed, cells, copied, _MODES[mode])
+
+    def fold(
+        self,
+        copied: Array,
+        cells: Array,
+        axes: Sequence[Axis],
+        windows: Ranges,
+        mode: str,
+        *,
+        add: bool,
+    ) -> None:
+        packed = pack_windows(cells, copied, axes, windows, over_output=False)
+        variant = fold_variant(cells.dtype, len(axes), wide=packed.wide)
+        _launch(variant, packed, copied, cells, _MODES[mode], np.int32(add))
+
     def parallel(
         self, body: Callable[[int], None], workers: int, *, light: bool = False
     ) -> None:
@@ -248,6 +290,8 @@ class CudaLeaves:
 def _launch(
     variant: Variant, packed: Launch, source: Array, target: Array, *more: Any
 ) -> None:
+    if not packed.items:
+        return
     blocks = -(-min(packed.items, MOST_THREADS) // _THREADS)
     arguments = (source, target, packed.geometry, *more)
     kernel(variant)((blocks,), (_THREADS,), arguments)

@@ -13,7 +13,7 @@ import numpy as np
 
 from cuconv._cuda.words import Words
 from cuconv.arrays import Array, DType
-from cuconv.geometry import Axis
+from cuconv.geometry import Axis, Ranges
 
 # Threads of a launch at most: the grid stride must not carry an index past 2^31.
 MOST_THREADS = 2**24
@@ -187,6 +187,24 @@ def pack(
     value: Any = (*head, *by, packed_axes)
     packed = np.array([value], dtype=GEOMETRY(rank, wide=wide))
     return Launch(packed, items, wide, words)
+
+
+def pack_windows(
+    cells: Array,
+    copied: Array,
+    axes: Sequence[Axis],
+    windows: Ranges,
+    *,
+    over_output: bool,
+) -> Launch:
+    """Pack cells (N, G, C, *spatial) and a copy of what windows read of them.
+
+    One item per cell of the copy, or of the array.
+    """
+    each = tuple(Axis(axis.size, 1, 1, 1, 0, 0) for axis in axes)
+    firsts = tuple(start for start, _ in windows)
+    columns = copied[(slice(None),) * 3 + (None,) * len(axes)]
+    return pack(cells, columns, each, firsts, over_output=over_output)
 
 
 def _in_words(steps: tuple[int, ...], channels: int) -> tuple[int, ...]:

@@ -55,6 +55,18 @@ def sum_variant(kernel: str, dtype: DType, rank: int, *, wide: bool) -> Variant:
     return _sum_variant(kernel, ELEMENTS[dtype.name], rank, wide=wide)
 
 
+def extend_variant(itemsize: int, rank: int, *, wide: bool) -> Variant:
+    """`extend` for items of this many bytes."""
+    macros = f"ELEMENT=word{itemsize}_t", *_index_macros(rank, wide=wide)
+    return Variant("extend", macros)
+
+
+def fold_variant(dtype: DType, rank: int, *, wide: bool) -> Variant:
+    """`fold` for sums of this type."""
+    macros = f"ELEMENT={ELEMENTS[dtype.name]}", *_index_macros(rank, wide=wide)
+    return Variant("fold", macros)
+
+
 def product_variant(dtype: DType) -> Variant:
     """`matmul` for integers or booleans of this type."""
     macros = f"ELEMENT={ELEMENTS[dtype.name]}", f"PRODUCT_BYTES={PRODUCT.itemsize}"
@@ -139,6 +151,10 @@ def _column_variants(rank: int) -> Iterator[Variant]:
     for wide in (False, True):
         for itemsize in (1, 2, 4, 8, 16):
             yield copy_variant(itemsize, rank, wide=wide)
+            yield extend_variant(itemsize, rank, wide=wide)
+        for dtype in {ELEMENTS[n]: np.dtype(n) for n in SUPPORTED_TYPES}.values():
+            if accumulator(dtype) == dtype:
+                yield fold_variant(dtype, rank, wide=wide)
         for element in dict.fromkeys(ELEMENTS.values()):
             yield _sum_variant("col2im_gather", element, rank, wide=wide)
             if element in _HAS_ATOMICS:

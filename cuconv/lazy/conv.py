@@ -17,6 +17,8 @@ from cuconv.arrays import (
     resolve_types,
     sample_of,
 )
+from cuconv.composed import bind as bind_now
+from cuconv.composed import plan_of_types
 from cuconv.config import config, settings
 from cuconv.geometry import ConvGeometry, Ranges, WindowGeometry
 from cuconv.lazy.blocks import (
@@ -34,8 +36,7 @@ from cuconv.lazy.blocks import (
     windows,
 )
 from cuconv.leaves import leaves_of
-from cuconv.plan import CONVOLUTION, ROLES, Options, plan_of_types
-from cuconv.plan import bind as bind_now
+from cuconv.plan import CONVOLUTION, ROLES, Options
 
 
 class LazyCall(NamedTuple):

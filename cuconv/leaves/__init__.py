@@ -248,6 +248,31 @@ class Leaves(Protocol):
     def copy(self, source: Array, target: Array) -> None:
         """Copy with a cast."""
 
+    def extend(
+        self,
+        cells: Array,
+        copied: Array,
+        axes: Sequence[Axis],
+        windows: Ranges,
+        mode: str,
+    ) -> None:
+        """Copy with a cast what windows read; cells outside as ``mode`` says.
+
+        Both are grouped; ``windows`` are intervals of cells along every axis.
+        """
+
+    def fold(
+        self,
+        copied: Array,
+        cells: Array,
+        axes: Sequence[Axis],
+        windows: Ranges,
+        mode: str,
+        *,
+        add: bool,
+    ) -> None:
+        """The adjoint of `extend`, in a fixed order; ``add`` to what is there."""
+
     def parallel(
         self, body: Callable[[int], None], workers: int, *, light: bool = False
     ) -> None:

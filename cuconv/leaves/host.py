@@ -15,6 +15,7 @@ import numpy as np
 from numpy.lib.stride_tricks import as_strided
 from threadpoolctl import ThreadpoolController
 
+from cuconv import wrapping
 from cuconv.arrays import Array, DType, Types, stored
 from cuconv.config import settings
 from cuconv.geometry import Axis, Block, Ranges, Tile, WindowGeometry
@@ -190,6 +191,28 @@ class HostLeaves:
 
     def copy(self, source: Array, target: Array) -> None:
         np.copyto(target, source, casting="unsafe")
+
+    def extend(
+        self,
+        cells: Array,
+        copied: Array,
+        axes: Sequence[Axis],
+        windows: Ranges,
+        mode: str,
+    ) -> None:
+        wrapping.extend(self.copy, cells, copied, axes, windows, mode)
+
+    def fold(
+        self,
+        copied: Array,
+        cells: Array,
+        axes: Sequence[Axis],
+        windows: Ranges,
+        mode: str,
+        *,
+        add: bool,
+    ) -> None:
+        wrapping.fold(np, copied, cells, axes, windows, mode, add=add)
 
     def parallel(
         self, body: Callable[[int], None], workers: int, *, light: bool = False

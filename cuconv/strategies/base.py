@@ -32,7 +32,7 @@ TRANSPOSED = {
 OVER_DY = "it runs forward alone, as an input gradient does at stride 1"
 
 # OpenBLAS gives products up to this size to one thread, whatever it was told.
-_LIGHT_PRODUCT = 2**18
+LIGHT_PRODUCT = 2**18
 # Weights are turned this many filters at a time: 512×512×9 take 2.4 ms so, 4.7 at once.
 _STRIP = 16
 # Below this many cells a second worker costs more than it saves in sums and copies.
@@ -120,7 +120,7 @@ class Problem:
     @property
     def light(self) -> bool:
         """Whether every product is so small that BLAS uses no second thread."""
-        return self.geometry.multiplications <= _LIGHT_PRODUCT
+        return self.geometry.multiplications <= LIGHT_PRODUCT
 
     @cached_property
     def as_forward(self) -> "Problem | None":

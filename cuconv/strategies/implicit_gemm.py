@@ -212,13 +212,14 @@ class ImplicitGemm:
         how = _how(job, conjugated=int(job.problem.conjugates_weights))
         # Where no tap reaches, a sum is its beginning: channels beside their cells.
         start = 0 if bias is None else bias.reshape(g.groups, -1, *(1,) * g.rank)
-        for number, phase in enumerate(g.phases()):
-            cells = dx[(..., *phase.cells)]
+        reverse = (slice(None, None, -1),) * g.rank
+        for number, phase in enumerate(g.input_phases()):
+            cells = dx[(..., *phase.results)]
             with stage("product", self.name, number):
                 if phase.geometry is None:
                     cells[...] = start
                     continue
-                taps = weights[(..., *phase.taps)]
+                taps = weights[(..., *phase.taps)][(..., *reverse)]
                 _kernels(job).convolve(
                     *(taps, dy, bias, cells, phase.geometry.axes, how),
                     job.shared["parts"],

@@ -1,0 +1,148 @@
+"""What plans that are made of others share."""
+
+import copy
+from abc import abstractmethod
+from collections.abc import Iterable
+from typing import Any, NamedTuple, TypeAlias
+
+from cuconv.arrays import Array, Types, plain, resolve_types
+from cuconv.geometry import ConvGeometry
+from cuconv.leaves import Leaves
+from cuconv.plan import (
+    Call,
+    Options,
+    Plan,
+    Planner,
+    bind_with,
+    problem_of,
+    untouched,
+)
+
+Arrays: TypeAlias = dict[str, Array]
+Index: TypeAlias = tuple[Any, ...]
+
+
+class ZeroPoints(NamedTuple):
+    """What is taken from every cell and every weight before they are multiplied.
+
+    Numbers, or arrays of one cell; for weights also one for each filter.
+    """
+
+    x: Any = None
+    w: Any = None
+
+    @property
+    def are_given(self) -> bool:
+        return self.x is not None or self.w is not None
+
+
+NO_ZEROS = ZeroPoints()
+
+
+class Request(NamedTuple):
+    """A call that is to be planned: the arguments of `cuconv.plan.Planner`."""
+
+    call: str
+    geometry: ConvGeometry
+    arrays: Arrays
+    out: Array | None
+    options: Options
+    leaves: Leaves
+    zeros: ZeroPoints = NO_ZEROS
+
+    @property
+    def plain(self) -> tuple[Any, ...]:
+        """The arguments of `plain_plan`."""
+        return self[:6]
+
+    @property
+    def types(self) -> Types:
+        return resolve_types(self.arrays, self.options.dtype)
+
+    @property
+    def is_input_grad(self) -> bool:
+        """Whether the result is x, or lies where x would: transposed convolution."""
+        return self.call in ("input_grad", "transpose")
+
+    @property
+    def is_weight_grad(self) -> bool:
+        return self.call.endswith("weight_grad")
+
+    @property
+    def result(self) -> Array:
+        """The array for the result, or one that lies like it."""
+        if self.out is not None:
+            return plain(self.out)
+        geometry = self.geometry
+        shape = geometry.x_shape if self.is_input_grad else geometry.y_shape
+        return untouched(
+            geometry.w_shape if self.is_weight_grad else shape, self.types.result
+        )
+
+
+class Composed(Plan):
+    """A plan made of others, of which the first says what strategy runs.
+
+    A part is planned for arrays that lie in a certain way: those of the plan itself
+    must be C-contiguous, or the call is planned anew.
+    """
+
+    def __init__(
+        self, request: Request, planner: Planner, parts: Iterable[Plan]
+    ) -> None:
+        self._parts, self._planner = tuple(parts), planner
+        problem, decision = problem_of(*request.plain), self._parts[0].decision
+        super().__init__(problem, decision, request.leaves, request.options)
+
+    @property
+    def is_light(self) -> bool:
+        return all(part.is_light for part in self._parts)
+
+    @property
+    def workers(self) -> int:
+        return max(part.workers for part in self._parts)
+
+    def run(self, arrays: tuple[Array | None, ...], out: Array | None) -> Array:
+        first, second, *bias = arrays
+        with self._leaves.device_of(first):
+            result = self.empty(arrays) if out is None else out
+            offset = bias[0] if bias else None
+            self._carry_out(plain(first), plain(second), offset, plain(result))
+        return result
+
+    def with_weights(self, w: Array) -> Plan:
+        other = copy.copy(self)
+        other._weights = w  # noqa: SLF001 - a copy of itself
+        other._prepare(w)  # noqa: SLF001
+        return other
+
+    @abstractmethod
+    def _prepare(self, w: Array) -> None:
+        """Build weights into every part."""
+
+    def tune(self, arrays: tuple[Array | None, ...], out: Array) -> None:
+        """Nothing: every part times its own candidates when it first runs."""
+        del arrays, out
+
+    @abstractmethod
+    def _carry_out(
+        self, first: Array, second: Array, bias: Array | None, result: Array
+    ) -> None:
+        """Run every part."""
+
+    def _anew(self, given: Arrays, out: Array | None) -> Call:
+        problem = self.problem
+        call = problem.call, problem.geometry, given, out, self.options
+        return bind_with(self._planner, *call)
+
+    def _misplaced(self, given: Arrays, out: Array | None) -> list[str]:
+        arrays = given if out is None else {**given, "out": out}
+        return sorted(n for n, a in arrays.items() if not a.flags.c_contiguous)
+
+
+def run_part(
+    plan: Plan, first: Array, second: Array, bias: Array | None, out: Array
+) -> None:
+    """Run a plan that is part of another, or its prepared form, into ``out``."""
+    offset = () if bias is None else (bias,)
+    Call(plan, (first, plan.takes(second), *offset), out).run()

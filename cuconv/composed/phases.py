@@ -1,0 +1,175 @@
+"""Parts of a result that lie between each other, and share no sum.
+
+Where strides or input dilation make a window meet zeros, or every cell of x only some
+of the taps, the cells of the result that have the same taps are a plain convolution
+with those taps.
+"""
+
+import math
+from dataclasses import replace
+from functools import partial
+from typing import NamedTuple
+
+from cuconv.arrays import Array
+from cuconv.composed.base import Composed, Index, Request, run_part
+from cuconv.geometry import ConvGeometry, Phase
+from cuconv.memory import MemoryLimitError, all_within
+from cuconv.plan import Plan, Planner, fill, plain_plan, shapes_of, untouched
+
+# An input gradient goes by phases where that is estimated to take less than this part
+# of the time of the whole, with so much for the call of every phase.
+_WORTH_PHASES, _MOST_PHASES, _CALL_NANOSECONDS = 0.9, 64, 30_000
+
+
+class _Step(NamedTuple):
+    """A part of the result, its plan, and the parts of the operands that it takes.
+
+    Without a plan, the part is zero or the bias.
+    """
+
+    plan: Plan | None
+    first: Index
+    second: Index
+    out: Index
+
+
+class Phased(Composed):
+    """See `ConvGeometry.phases` and `ConvGeometry.input_phases`."""
+
+    def __init__(self, request: Request, planner: Planner, steps: list[_Step]) -> None:
+        plans = [step.plan for step in steps if step.plan is not None]
+        super().__init__(request, planner, plans or [_nothing(request)])
+        self._steps = steps
+
+    @property
+    def chunks(self) -> int:
+        return sum(part.chunks for part in self._parts)
+
+    @property
+    def workspace_bytes(self) -> int:
+        return max(part.workspace_bytes for part in self._parts)
+
+    @property
+    def flops(self) -> int:
+        return sum(part.flops for part in self._parts)
+
+    @property
+    def nanoseconds(self) -> float:
+        return sum(part.nanoseconds for part in self._parts)
+
+    @property
+    def rank(self) -> float:
+        """What decides whether it runs, whoever runs it: `Choice.rank` of all parts."""
+        return sum(part.choice.rank for part in self._parts)
+
+    @property
+    def is_capturable(self) -> bool:
+        return all(part.is_capturable for part in self._parts)
+
+    def _prepare(self, w: Array) -> None:
+        self._steps = [
+            step
+            if step.plan is None
+            else step._replace(plan=step.plan.with_weights(w[step.second]))
+            for step in self._steps
+        ]
+
+    def _composition(self) -> str:
+        count = len(self._parts)
+        return "one phase" if count == 1 else f"{count} phases"
+
+    def _carry_out(
+        self, first: Array, second: Array, bias: Array | None, result: Array
+    ) -> None:
+        for step in self._steps:
+            part = result[step.out]
+            if step.plan is None:
+                fill(part, bias, geometry=self.problem.geometry)
+            else:
+                operands = first[step.first], second[step.second]
+                run_part(step.plan, *operands, bias, part)
+
+
+def phased(request: Request, planner: Planner) -> Phased:
+    """The plan by phases: of x for an input gradient, else of y."""
+    geometry = request.geometry
+    by_input = request.is_input_grad
+    phases = geometry.input_phases() if by_input else geometry.phases()
+    pairs = [(phase.geometry, _step(request, phase)) for phase in phases]
+    plans = all_within(
+        {
+            number: partial(_plan_of, request, other, step)
+            for number, (other, step) in enumerate(pairs)
+            if other is not None
+        }
+    )
+    steps = [
+        step._replace(plan=plans.get(number)) for number, (_, step) in enumerate(pairs)
+    ]
+    if request.is_weight_grad:
+        # Taps that meet no cell are in no phase.
+        steps = [step for step in steps if step.plan is not None]
+        met = sum(other.taps for other, _ in pairs if other is not None)
+        if met < geometry.taps:
+            steps.insert(0, _Step(None, (), (), (...,)))
+    return Phased(request, planner, steps)
+
+
+def faster_by_phases(request: Request, planner: Planner, whole: Plan) -> Plan | None:
+    """The phases of a strided input gradient, where they are worth it."""
+    geometry, options = request.geometry, request.options
+    apart = request.is_input_grad and not geometry.is_unit_stride
+    count = math.prod(axis.stride for axis in geometry.axes)
+    if not (apart and count <= _MOST_PHASES and options.strategy == "auto"):
+        return None
+    if whole.is_light or whole.problem.captured:
+        return None
+    try:
+        found = phased(request, planner)
+    except MemoryLimitError:
+        return None
+    cost = found.rank + count * _CALL_NANOSECONDS
+    return found if cost < _WORTH_PHASES * whole.choice.rank else None
+
+
+def _step(request: Request, phase: Phase) -> _Step:
+    """What of the arrays a phase takes."""
+    geometry, everything = request.geometry, (...,)
+    results = _index(geometry, phase.results)
+    taps = _index(geometry, phase.taps, of_weights=True)
+    if request.is_weight_grad:
+        return _Step(None, results, everything, taps)
+    return _Step(None, everything, taps, results)
+
+
+def _plan_of(request: Request, geometry: ConvGeometry, step: _Step) -> Plan:
+    arrays = request.arrays.copy()
+    first, second, *_ = arrays
+    arrays[first] = arrays[first][step.first]
+    arrays[second] = arrays[second][step.second]
+    return plain_plan(
+        *(request.call, geometry, arrays, request.result[step.out]),
+        *(request.options, request.leaves),
+        flipped=request.is_input_grad,
+    )
+
+
+def _index(
+    geometry: ConvGeometry, cells: tuple[slice, ...], *, of_weights: bool = False
+) -> Index:
+    """An index along the spatial axes of an array, or of the weights."""
+    if geometry.channels_first:
+        return (..., *cells)
+    return cells if of_weights else (..., *cells, slice(None))
+
+
+def _nothing(request: Request) -> Plan:
+    """A plan that multiplies nothing, where no tap meets a cell."""
+    axes = tuple(
+        axis._replace(size=axis.spread_size, spread=1) for axis in request.geometry.axes
+    )
+    geometry = replace(request.geometry, images=0, axes=axes, batched=True)
+    shapes = shapes_of(request.call, geometry)
+    arrays = {n: untouched(shapes[n], a.dtype) for n, a in request.arrays.items()}
+    more = request.options, request.leaves
+    return plain_plan(request.call, geometry, arrays, None, *more)
