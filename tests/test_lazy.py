@@ -17,7 +17,7 @@ from dask.array.core import concatenate_lookup
 from geometries import Pool, cases, invalid_cases, pools, transposed_cases
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from support import Case, integers, operands, to_host
+from support import LAYOUTS, Case, integers, operands, to_host
 
 import cuconv
 from cuconv import testing
@@ -103,6 +103,41 @@ def test_chunks_smaller_than_kernels_and_strides(case, chunk) -> None:
         cuconv.conv_backward(DY, X, w, **case.options), wanted, strict=True
     ):
         equal(got, eager)
+
+
+@pytest.mark.parametrize("mode", ["reflect", "replicate", "circular"])
+@pytest.mark.parametrize(
+    "pads", [((1, 2), (2, 0)), ((9, 0), (-1, 8)), ((0, 0), (0, 0))]
+)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_borders_that_repeat_the_input(mode, pads, layout) -> None:
+    """Some of them longer than the input."""
+    options = {"stride": (2, 1), "padding": pads, "padding_mode": mode}
+    case = Case((2, 2, 5, 7), (4, 1, 3, 2), {**options, "groups": 2}).in_layout(layout)
+    x, w = integers(case.x_shape, "float16"), integers(case.w_shape, "float16")
+    X = da.from_array(x, chunks=2)
+    y = cuconv.conv(x, w, **case.options)
+    Y = cuconv.conv(X, w, **case.options)
+    equal(Y, y)
+    dy = integers(y.shape, "float16", seed=2)
+    DY = da.from_array(dy, chunks=3)
+    wanted = cuconv.conv_backward(dy, x, w, **case.options)
+    for got, eager in zip(
+        cuconv.conv_backward(DY, X, w, **case.options), wanted, strict=True
+    ):
+        equal(got, eager)
+
+
+def test_a_border_leaves_chunks_as_they_are() -> None:
+    x, w = da.zeros((1, 1, 40), chunks=(1, 1, 10)), np.ones((1, 1, 5))
+    options = {"padding": 2, "padding_mode": "circular"}
+    y = cuconv.conv(x, w, **options)
+    assert y.chunks == x.chunks
+    assert cuconv.conv_backward(y, x, w, **options).x.chunks == x.chunks
+    many = [
+        cuconv.conv(da.zeros((1, 1, n), chunks=10), w, **options) for n in (400, 800)
+    ]
+    assert len(many[1].dask) < 2.2 * len(many[0].dask)
 
 
 @settings(max_examples=8)
@@ -481,6 +516,9 @@ def test_wrong_shapes_and_modules_are_refused(xp) -> None:
         cuconv.conv(x, [[[1.0]]])
     with pytest.raises(TypeError, match="must be a NumPy or CuPy array"):
         cuconv.im2col(x, 3)
+    for option in ({"input_dilation": 2}, {"batch_groups": 1, "input_dilation": (3,)}):
+        with pytest.raises(ValueError, match="take no batch_groups"):
+            cuconv.conv(x, w, **option)
     if xp is not np:
         with pytest.raises(TypeError, match="host and device arrays are mixed"):
             cuconv.conv(x, np.zeros((1, 1, 3)))

@@ -30,7 +30,8 @@ def spans(chunks: Sequence[int]) -> Ranges:
     return tuple(pairwise((0, *accumulate(chunks))))
 
 
-def _lengths(ranges: Ranges) -> Chunks:
+def lengths(ranges: Ranges) -> Chunks:
+    """How long every range is."""
     return tuple(stop - start for start, stop in ranges)
 
 
@@ -57,9 +58,9 @@ def _cut_at(ends: Iterable[int], total: int) -> Chunks:
     stops = sorted({min(end, total) for end in ends} - {0})
     if len(stops) < 2:
         return (total,)
-    longest = max(_lengths(tuple(pairwise((0, *stops)))))
+    longest = max(lengths(tuple(pairwise((0, *stops)))))
     stops = [*stops[:-1], *range(stops[-2] + longest, total, longest), total]
-    return _lengths(tuple(pairwise((0, *stops))))
+    return lengths(tuple(pairwise((0, *stops))))
 
 
 class Cut(NamedTuple):
@@ -98,7 +99,7 @@ class Cut(NamedTuple):
     @property
     def examples(self) -> set[int]:
         """The first part, the last, and the one with the most cells and outputs."""
-        sizes = _lengths(self.outputs)
+        sizes = lengths(self.outputs)
         return {0, sizes.index(max(sizes)), len(sizes) - 1}
 
 
@@ -124,7 +125,7 @@ class Blocks:
 
     def examples(self) -> list[Any]:
         """Geometries of blocks at the ends and of the largest one."""
-        sizes = _lengths(self.images)
+        sizes = lengths(self.images)
         largest = sizes.index(max(sizes))
         each = itertools.product(*(sorted(cut.examples) for cut in self.cuts))
         ids = (self.geometry.arranged(largest, 0, place) for place in each)
@@ -132,11 +133,11 @@ class Blocks:
 
     def cell_chunks(self, channels: Chunks) -> tuple[Chunks, ...]:
         """The chunks of x, one for each block, where those do not overlap."""
-        return tuple(map(_lengths, self.cells(spans(channels))))
+        return tuple(map(lengths, self.cells(spans(channels))))
 
     def output_chunks(self, channels: Chunks) -> tuple[Chunks, ...]:
         """The chunks of y, one for each block, where those do not overlap."""
-        return tuple(map(_lengths, self.outputs(spans(channels))))
+        return tuple(map(lengths, self.outputs(spans(channels))))
 
     def cells(self, channels: Ranges) -> tuple[Ranges, ...]:
         """The cells of every block, for each axis of x."""
@@ -217,7 +218,7 @@ def windows(array: Array, ranges: tuple[Ranges, ...]) -> Array:
         join = partial(_joined, sizes, meta_from_array(array))
         tasks[name, *index] = taken[0] if len(taken) == 1 else (join, taken)
     graph = HighLevelGraph.from_collections(name, tasks, dependencies=[array])
-    chunks = tuple(map(_lengths, ranges))
+    chunks = tuple(map(lengths, ranges))
     return da.Array(graph, name, chunks, meta=meta_from_array(array))
 
 

@@ -30,11 +30,13 @@ from cuconv.lazy.blocks import (
     blocks_of,
     blocks_of_cells,
     blocks_of_outputs,
+    lengths,
     matched,
     refuse_out,
     spans,
     windows,
 )
+from cuconv.lazy.borders import bordered, folded, without_border
 from cuconv.leaves import leaves_of
 from cuconv.plan import CONVOLUTION, ROLES, Options
 
@@ -58,6 +60,8 @@ def bind(
     A gradient for x has the blocks of ``like``, where that is a Dask array.
     """
     refuse_out(out)
+    if geometry.batch_groups > 1 or any(axis.spread > 1 for axis in geometry.axes):
+        raise ValueError("Dask arrays take no batch_groups and no input_dilation")
     xp = module_of_blocks(arrays)
     types = resolve_types(arrays, options.dtype)
     options = options.settled()
@@ -70,7 +74,8 @@ def bind(
         ]
         return LazyCall(partial(_concatenated, each, geometry))
     conv = _CUTS[CONVOLUTION.get(call, call)](call, geometry, arrays, like)
-    if conv.is_weight_grad:
+    if conv.finish is not None:
+        # What is still to be added up.
         options = options._replace(dtype=types.accumulate)
     leaves = leaves_of(xp, sample_of(next(iter(arrays.values()))))
     for part in conv.blocks.examples():
@@ -126,16 +131,14 @@ class _Conv(NamedTuple):
     blocks: Blocks
     cut: dict[str, tuple[Array, tuple[Ranges, ...]]]
     shared: dict[str, Array]
-    # For every axis of the result, the chunks; of a gradient for w, what is summed.
+    # For every axis of what the blocks make, its chunks.
     chunks: tuple[Chunks, ...]
-
-    @property
-    def is_weight_grad(self) -> bool:
-        return CONVOLUTION.get(self.call, self.call) == "weight_grad"
+    # What makes the result of it, by additions; None where it is the result.
+    finish: Callable[[Array], Array] | None = None
 
     def build(self, options: Options, types: Types, xp: Any) -> Array:
         """The result: a graph."""
-        dtype = types.accumulate if self.is_weight_grad else types.result
+        dtype = types.accumulate if self.finish else types.result
         parts = [windows(*given) for given in self.cut.values()]
         shared = {name: _uncut(array) for name, array in self.shared.items()}
         threads = settings().num_threads
@@ -150,11 +153,7 @@ class _Conv(NamedTuple):
             dtype=dtype,
             meta=xp.empty((0,) * len(self.chunks), dtype=dtype),
         )
-        if not self.is_weight_grad:
-            return result
-        geometry: Any = self.blocks.geometry
-        flat = _sum_over_blocks(result, geometry, dtype)
-        return flat.reshape(geometry.w_shape).astype(types.result)
+        return self.finish(result).astype(types.result) if self.finish else result
 
 
 def _conv_block(
@@ -178,16 +177,34 @@ def _conv_block(
     return result.reshape(geometry.arranged(1, -1, (1,) * geometry.rank))
 
 
-def _sum_over_blocks(array: Array, geometry: WindowGeometry, dtype: DType) -> Array:
+def _sum_over_blocks(
+    array: Array, geometry: WindowGeometry, dtype: DType | None = None
+) -> Array:
     """The sum over images and positions, by Dask's tree."""
     channels = _channel_axis(geometry)
     axes = tuple(axis for axis in range(array.ndim) if axis != channels)
-    return array.sum(axis=axes, dtype=dtype)
+    return array.sum(axis=axes, dtype=array.dtype if dtype is None else dtype)
 
 
 def bias_grad(dy: Array, geometry: WindowGeometry, types: Types) -> Array:
     """The gradient for a bias."""
     return _sum_over_blocks(dy, geometry, types.accumulate).astype(types.result)
+
+
+def _whole_weights(shares: Array, geometry: ConvGeometry) -> Array:
+    """The gradient for w from the share of every block."""
+    return _sum_over_blocks(shares, geometry).reshape(geometry.w_shape)
+
+
+def _with_border(x: Array, blocks: Blocks) -> tuple[Array, Blocks]:
+    """The input with the border that ``padding_mode`` gives it, and the same blocks."""
+    geometry: Any = blocks.geometry
+    if geometry.padding_mode == "zeros":
+        return x, blocks
+    plain = without_border(geometry)
+    chunks = [lengths(cut.outputs) for cut in blocks.cuts]
+    images = lengths(blocks.images)
+    return bordered(x, geometry), blocks_of(Cut.by_outputs, plain, images, chunks)
 
 
 def _by_role(call: str, arrays: dict[str, Array]) -> tuple[dict[str, str], Any]:
@@ -206,10 +223,23 @@ def _cut_forward(
     del like
     roles, shared = _by_role(call, arrays)
     x = as_lazy(arrays[roles["x"]], -1)
-    blocks = blocks_of_outputs(geometry, x)
+    x, blocks = _with_border(x, blocks_of_outputs(geometry, x))
     cut = {roles["x"]: (x, blocks.cells(((0, geometry.channels),)))}
     chunks = blocks.output_chunks((geometry.filters,))
     return _Conv(call, blocks, cut, shared, chunks)
+
+
+def _around(blocks: Blocks) -> Blocks:
+    """The blocks of a gradient for the input with its border, which joins the ends."""
+    geometry: Any = blocks.geometry
+    plain = without_border(geometry)
+    chunks = []
+    for cut, wide in zip(blocks.cuts, plain.axes, strict=True):
+        own = list(lengths(cut.cells))
+        own[0] += max(cut.axis.before, 0)
+        own[-1] += wide.size - sum(own)
+        chunks.append(tuple(own))
+    return blocks_of(Cut.by_cells, plain, lengths(blocks.images), chunks)
 
 
 def _cut_input_grad(
@@ -218,9 +248,14 @@ def _cut_input_grad(
     roles, shared = _by_role(call, arrays)
     dy = as_lazy(arrays[roles["dy"]], -1)
     blocks = blocks_of_cells(geometry, dy, like)
-    cut = {roles["dy"]: (dy, blocks.outputs(((0, geometry.filters),)))}
     chunks = blocks.cell_chunks((geometry.channels,))
-    return _Conv(call, blocks, cut, shared, chunks)
+    finish = None
+    if geometry.padding_mode != "zeros":
+        finish = partial(folded, geometry=geometry, chunks=chunks)
+        blocks = _around(blocks)
+        chunks = blocks.cell_chunks((geometry.channels,))
+    cut = {roles["dy"]: (dy, blocks.outputs(((0, geometry.filters),)))}
+    return _Conv(call, blocks, cut, shared, chunks, finish)
 
 
 def _cut_weight_grad(
@@ -231,6 +266,7 @@ def _cut_weight_grad(
     x, dy = alike(arrays[roles["x"]], arrays[roles["dy"]], geometry)
     own = AxisChunks.of(dy, geometry)
     blocks = blocks_of(Cut.by_outputs, geometry, own.images, own.spatial)
+    x, blocks = _with_border(x, blocks)
     ranges = {
         roles["x"]: (x, blocks.cells(((0, geometry.channels),))),
         roles["dy"]: (dy, blocks.outputs(((0, geometry.filters),))),
@@ -239,7 +275,8 @@ def _cut_weight_grad(
     taps = geometry.filters * geometry.patch
     ones = [(1,) * len(each) for each in own.spatial]
     sums = geometry.arranged((1,) * len(blocks.images), (taps,), ones)
-    return _Conv(call, blocks, cut, shared, sums)
+    finish = partial(_whole_weights, geometry=geometry)
+    return _Conv(call, blocks, cut, shared, sums, finish)
 
 
 _CUTS = {
