@@ -82,8 +82,8 @@ def _runs(axis: Axis, geometry: ConvGeometry) -> list[Run]:
 
 def _repeats(run: Run) -> bool:
     """Whether all cells read the same one."""
-    count: int = run.window.stop - run.window.start
-    return count > abs(run.cells.stop - run.cells.start)
+    count = run.window.stop - run.window.start
+    return bool(count > abs(run.cells.stop - run.cells.start))
 
 
 def _ends(axis: Axis) -> tuple[int, int]:
