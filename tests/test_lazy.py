@@ -569,6 +569,25 @@ def test_halves_are_added_up_in_float32() -> None:
     assert gradients.w.compute().item() == gradients.bias.compute().item() == wanted
 
 
+def test_names_differ_where_only_what_the_last_block_is_divided_by_does() -> None:
+    x = da.ones((1, 1, 7), chunks=(1, 1, 4))
+    beyond = cuconv.avg_pool(x, 2, ceil_mode=True)
+    padded = cuconv.avg_pool(x, 2, padding=((0, 1),))
+    assert beyond.name != padded.name
+    assert beyond.compute()[0, 0, -1] == 2 * padded.compute()[0, 0, -1] == 1
+
+
+def test_a_task_carries_what_it_needs_of_its_own_block() -> None:
+    """Not the cuts of the whole axis: a graph would grow with their square."""
+    x, w = da.zeros((1, 1, 4000), chunks=(1, 1, 4)), np.ones((1, 1, 3))
+    y = cuconv.conv(x, w, padding=1)
+    graph = dict(y.dask)
+    sizes = [len(pickle.dumps(graph[y.name, 0, 0, i])) for i in (0, 500, 999)]
+    pooled = cuconv.avg_pool_backward(y, x.shape, 3, stride=1, padding=1)
+    sizes.append(len(pickle.dumps(dict(pooled.dask)[pooled.name, 0, 0, 500])))
+    assert max(sizes) < 3000
+
+
 def test_graphs_can_be_sent_and_have_the_same_names_again() -> None:
     x, w = integers((2, 2, 12)), integers((3, 2, 3))
     made = []

@@ -123,6 +123,11 @@ class Blocks:
         axes = tuple(cut.part(index) for cut, index in parts)
         return replace(self.geometry, images=stop - start, axes=axes)
 
+    def origin(self, block_id: Sequence[int]) -> tuple[int, ...]:
+        """The first cell of a block along every axis."""
+        parts = zip(self.cuts, self.place(block_id), strict=True)
+        return tuple(cut.cells[index][0] for cut, index in parts)
+
     def examples(self) -> list[Any]:
         """Geometries of blocks at the ends and of the largest one."""
         sizes = lengths(self.images)
@@ -232,6 +237,43 @@ def _joined(sizes: tuple[Chunks, ...], sample: Array, pieces: list[Array]) -> Ar
         for place, piece in zip(places, pieces, strict=True):
             whole[place] = piece
     return whole
+
+
+def each_block(
+    name: str,
+    how: object,
+    work: Callable[[tuple[int, ...]], Callable[..., Any]],
+    parts: Sequence[Array],
+    shared: Sequence[Array],
+    chunks: tuple[Chunks, ...],
+    meta: Array,
+) -> Array:
+    """An array each block of which is made of one block of every part.
+
+    Parameters
+    ----------
+    name, how
+        The beginning of its name, and what the rest depends on beside the arrays.
+    work
+        From the number of a block along every axis, what makes it: a task carries what
+        it needs to know of its own block alone.
+    parts
+        Dask arrays with a block for each.
+    shared
+        Dask arrays of one block, which every block is made of as well.
+    chunks, meta
+        Of the result.
+    """
+    sources = [*parts, *shared]
+    token = tokenize(how, chunks, [source.name for source in sources])
+    name = f"{name}-{token}"
+    common = [(array.name, *(0,) * array.ndim) for array in shared]
+    tasks: dict[Any, Any] = {
+        (name, *index): (work(index), *((p.name, *index) for p in parts), *common)
+        for index in itertools.product(*(range(len(each)) for each in chunks))
+    }
+    graph = HighLevelGraph.from_collections(name, tasks, dependencies=sources)
+    return da.Array(graph, name, chunks, meta=meta)
 
 
 def as_lazy(array: Array, chunks: Any) -> Array:

@@ -6,7 +6,6 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import dask.array as da
-from dask.base import tokenize
 
 from cuconv.arrays import (
     Array,
@@ -30,6 +29,7 @@ from cuconv.lazy.blocks import (
     blocks_of,
     blocks_of_cells,
     blocks_of_outputs,
+    each_block,
     lengths,
     matched,
     refuse_out,
@@ -139,36 +139,35 @@ class _Conv(NamedTuple):
     def build(self, options: Options, types: Types, xp: Any) -> Array:
         """The result: a graph."""
         dtype = types.accumulate if self.finish else types.result
-        parts = [windows(*given) for given in self.cut.values()]
-        shared = {name: _uncut(array) for name, array in self.shared.items()}
+        names = *self.cut, *self.shared
         threads = settings().num_threads
-        how = self.call, tuple(self.cut), self.blocks, options, threads
-        names = [array.name for array in (*parts, *shared.values())]
-        result = da.map_blocks(
-            partial(_conv_block, *how),
-            *parts,
-            **shared,
-            name=f"cuconv-{self.call}-{tokenize(how, names)}",
-            chunks=self.chunks,
-            dtype=dtype,
-            meta=xp.empty((0,) * len(self.chunks), dtype=dtype),
+
+        def work(index: tuple[int, ...]) -> Callable[..., Array]:
+            part = self.blocks.part(index)
+            return partial(_conv_block, self.call, part, options, threads, names)
+
+        result = each_block(
+            f"cuconv-{self.call}",
+            (self.blocks, options, threads, names),
+            work,
+            [windows(*given) for given in self.cut.values()],
+            [_uncut(array) for array in self.shared.values()],
+            self.chunks,
+            xp.empty((0,) * len(self.chunks), dtype=dtype),
         )
         return self.finish(result).astype(types.result) if self.finish else result
 
 
 def _conv_block(
     call: str,
-    names: tuple[str, ...],
-    blocks: Blocks,
+    geometry: ConvGeometry,
     options: Options,
     threads: int | None,
-    *parts: Array,
-    block_id: tuple[int, ...],
-    **shared: Array,
+    names: tuple[str, ...],
+    *given: Array,
 ) -> Array:
     """One block of a result: the eager call on its parts."""
-    arrays = dict(zip(names, parts, strict=True)) | shared
-    geometry = blocks.part(block_id)
+    arrays = dict(zip(names, given, strict=True))
     with config(num_threads=threads):
         result = bind_now(call, geometry, arrays, None, options).run()
     if CONVOLUTION.get(call, call) != "weight_grad":

@@ -1,14 +1,14 @@
 """Pooling of Dask arrays and its gradients."""
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import starmap
 from typing import Any
 
 import dask.array as da
 import numpy as np
-from dask.base import tokenize
 
 from cuconv.arrays import Array, DType, is_lazy, module_of, module_of_blocks
 from cuconv.config import config, settings
@@ -16,9 +16,11 @@ from cuconv.geometry import WindowGeometry
 from cuconv.lazy.blocks import (
     AxisChunks,
     Blocks,
+    Chunks,
     as_lazy,
     blocks_of_cells,
     blocks_of_outputs,
+    each_block,
     matched,
     refuse_out,
     spans,
@@ -44,18 +46,17 @@ def reduced(
     blocks = blocks_of_outputs(pooling.geometry, x)
     channels = AxisChunks.of(x, pooling.geometry).channels
     _check_examples(pooling, blocks, max(channels), check)
-    part = windows(x, blocks.cells(spans(channels)))
-    how = run, pooling, blocks, settings().num_threads
+    threads, sizes = settings().num_threads, pooling.geometry.size
     chunks = blocks.output_chunks(channels)
+
+    def work(index: tuple[int, ...]) -> Callable[..., Any]:
+        own = _of_block(pooling, blocks, channels, index)
+        return partial(_reduce_block, run, own, threads, blocks.origin(index), sizes)
+
     meta = partial(_meta, module_of_blocks({"x": x}), x.ndim)
-    y = da.map_blocks(
-        partial(_reduce_block, *how),
-        part,
-        name=f"cuconv-{pooling.kind}-pool-{tokenize(how, part.name)}",
-        chunks=chunks,
-        dtype=pooling.result,
-        meta=meta(pooling.result),
-    )
+    part = windows(x, blocks.cells(spans(channels)))
+    how = f"cuconv-{pooling.kind}-pool", (run, pooling, blocks, threads)
+    y = each_block(*how, work, [part], [], chunks, meta(pooling.result))
     if not pooling.with_indices:
         return y
     both = zip((0, 1), (pooling.result, _INDEX), strict=True)
@@ -85,17 +86,25 @@ def spread(
     arrays, blocks, channels = _cut(geometry, named)
     whole = replace(blocks, cuts=tuple(cut.with_whole_windows for cut in blocks.cuts))
     _check_examples(pooling, whole, max(channels), check)
+    threads, sizes = settings().num_threads, geometry.size
+
+    def work(index: tuple[int, ...]) -> Callable[..., Array]:
+        own = _of_block(pooling, whole, channels, index)
+        start, place = whole.origin(index), blocks.place(index)
+        each = zip(blocks.cuts, place, start, strict=True)
+        mine = [[cell - low for cell in cut.cells[i]] for cut, i, low in each]
+        how = tuple(arrays), start, sizes, geometry.arranged((None,), (None,), mine)
+        return partial(_spread_block, run, own, threads, *how)
+
     ranges = whole.outputs(spans(channels)), whole.cells(spans(channels))
-    parts = [windows(arrays[name], ranges[name == "x"]) for name in arrays]
-    how = run, tuple(arrays), pooling, blocks, whole, settings().num_threads
-    names = [part.name for part in parts]
-    return da.map_blocks(
-        partial(_spread_block, *how),
-        *parts,
-        name=f"cuconv-{pooling.kind}-pool-grad-{tokenize(how, names)}",
-        chunks=blocks.cell_chunks(channels),
-        dtype=pooling.result,
-        meta=_meta(xp, len(geometry.x_shape), pooling.result),
+    return each_block(
+        f"cuconv-{pooling.kind}-pool-grad",
+        (run, pooling, blocks, threads, tuple(arrays)),
+        work,
+        [windows(array, ranges[name == "x"]) for name, array in arrays.items()],
+        [],
+        blocks.cell_chunks(channels),
+        _meta(xp, len(geometry.x_shape), pooling.result),
     )
 
 
@@ -127,60 +136,50 @@ def _meta(xp: Any, axes: int, dtype: DType) -> Array:
     return xp.empty((0,) * axes, dtype=dtype)
 
 
-def _of_block(pooling: Pooling, part: WindowGeometry, array: Array) -> Pooling:
+def _of_block(
+    pooling: Pooling, blocks: Blocks, channels: Chunks, index: tuple[int, ...]
+) -> Pooling:
     """The pooling of one block, with the channels that its arrays have."""
-    channels = array.shape[part.arranged(0, 1, (0,) * part.rank).index(1)]
-    return replace(pooling, geometry=replace(part, channels=channels))
+    part = blocks.part(index)
+    place = part.arranged(0, 1, (0,) * part.rank).index(1)
+    return replace(pooling, geometry=replace(part, channels=channels[index[place]]))
 
 
 def _reduce_block(
     run: Callable[..., Any],
     pooling: Pooling,
-    blocks: Blocks,
     threads: int | None,
+    start: tuple[int, ...],
+    sizes: tuple[int, ...],
     x: Array,
-    *,
-    block_id: tuple[int, ...],
 ) -> Any:
-    own = _of_block(pooling, blocks.part(block_id), x)
+    """One block, of cells from ``start`` on in planes of these sizes."""
     with config(num_threads=threads):
-        result = run(own, x)
+        result = run(pooling, x)
     if not pooling.with_indices:
         return result
     y, indices = result
-    start = _origin(blocks, block_id)
-    return y, _moved(indices, own.geometry.size, start, pooling.geometry.size)
+    return y, _moved(indices, pooling.geometry.size, start, sizes)
 
 
 def _spread_block(
     run: Callable[..., Array],
-    names: tuple[str, ...],
     pooling: Pooling,
-    blocks: Blocks,
-    whole: Blocks,
     threads: int | None,
+    names: tuple[str, ...],
+    start: tuple[int, ...],
+    sizes: tuple[int, ...],
+    mine: tuple[Sequence[int | None], ...],
     *parts: Array,
-    block_id: tuple[int, ...],
 ) -> Array:
+    """One block of a gradient: what is its own of the cells under whole windows."""
     named = dict(zip(names, parts, strict=True))
-    own = _of_block(pooling, whole.part(block_id), named["dy"])
-    g, start = own.geometry, _origin(whole, block_id)
     if "indices" in named:
         back = tuple(-cell for cell in start)
-        sizes = pooling.geometry.size
-        named["indices"] = _moved(named["indices"], sizes, back, g.size)
+        named["indices"] = _moved(named["indices"], sizes, back, pooling.geometry.size)
     with config(num_threads=threads):
-        dx = run(own, named)
-    place = zip(blocks.cuts, blocks.place(block_id), start, strict=True)
-    ranges = ((*cut.cells[index], low) for cut, index, low in place)
-    mine = [slice(first - low, last - low) for first, last, low in ranges]
-    return dx[g.arranged(slice(None), slice(None), mine)]
-
-
-def _origin(blocks: Blocks, block_id: tuple[int, ...]) -> tuple[int, ...]:
-    """The first cell of a block along every axis."""
-    place = zip(blocks.cuts, blocks.place(block_id), strict=True)
-    return tuple(cut.cells[index][0] for cut, index in place)
+        dx = run(pooling, named)
+    return dx[tuple(starmap(slice, mine))]
 
 
 def _moved(
