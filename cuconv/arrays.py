@@ -6,7 +6,7 @@ because a CuPy array can only exist where CuPy was imported first.
 
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from itertools import pairwise
 from typing import Any, NamedTuple, TypeAlias
@@ -92,6 +92,11 @@ def is_lazy(array: object) -> bool:
     """Whether it is a Dask array: blocks that are computed later."""
     # A Dask array can only exist where Dask was imported.
     return isinstance(array, getattr(sys.modules.get("dask.array"), "Array", ()))
+
+
+def any_lazy(arrays: Iterable[object]) -> bool:
+    """Whether there is a Dask array among them."""
+    return "dask.array" in sys.modules and any(map(is_lazy, arrays))
 
 
 def sample_of(array: Array) -> Array:

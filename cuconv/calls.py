@@ -10,6 +10,7 @@ import numpy as np
 from cuconv.arrays import (
     Array,
     Types,
+    any_lazy,
     check_overlap,
     is_lazy,
     module_of,
@@ -141,7 +142,7 @@ def inputs(bias: Array | None = None, **arrays: Array) -> dict[str, Array]:
     """Arrays of one module by their names, the bias last if there is one."""
     if bias is not None:
         arrays["bias"] = bias
-    if any(map(is_lazy, arrays.values())):
+    if any_lazy(arrays.values()):
         module_of_blocks(arrays)
     else:
         module_of(arrays)
@@ -164,7 +165,7 @@ def bind(
         Its ``run()`` gives the result.  A gradient for x has the blocks of ``like``,
         where that is a Dask array.
     """
-    if any(map(is_lazy, arrays.values())):
+    if any_lazy(arrays.values()):
         from cuconv.lazy import conv as lazy  # noqa: PLC0415 - it imports Dask
 
         return lazy.bind(call, geometry, arrays, out, options, like)
@@ -173,7 +174,7 @@ def bind(
 
 def check_needs(needs: Sequence[str], arrays: dict[str, Array], why: str) -> None:
     """Refuse names that are no gradients, and a capture for the reason ``why``."""
-    if not any(map(is_lazy, arrays.values())):
+    if not any_lazy(arrays.values()):
         refuse_capture(leaves_of(module_of(arrays), arrays["dy"]), why)
     several = isinstance(needs, (tuple, list, set, frozenset))
     if not several or any(name not in GRADIENTS for name in needs):
@@ -212,7 +213,7 @@ def _alike(
     arrays: dict[str, Array], geometry: ConvGeometry, *, transposed: bool
 ) -> dict[str, Array]:
     """With dy and x as Dask arrays where any array is one."""
-    if not any(map(is_lazy, arrays.values())):
+    if not any_lazy(arrays.values()):
         return arrays
     from cuconv.lazy import conv as lazy  # noqa: PLC0415 - it imports Dask
 

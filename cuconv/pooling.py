@@ -14,6 +14,7 @@ from cuconv.arrays import (
     Array,
     DType,
     accumulator,
+    any_lazy,
     check_out,
     check_overlap,
     check_type,
@@ -1036,7 +1037,7 @@ def _source_shape(x: Array | None, x_shape: Sequence[int] | None) -> Sequence[in
 def _named(**arrays: Array | None) -> dict[str, Array]:
     """Arrays by their names: of one module and one device, and of types we know."""
     named = {name: array for name, array in arrays.items() if array is not None}
-    if any(map(is_lazy, named.values())):
+    if any_lazy(named.values()):
         module_of_blocks(named)
     else:
         module_of(named)
@@ -1260,7 +1261,7 @@ def _spread(
     """Run a gradient."""
     g, dy = pooling.geometry, named["dy"]
     check_shape("dy", dy, _y_shape(g))
-    if any(map(is_lazy, named.values())):
+    if any_lazy(named.values()):
         from cuconv.lazy import pooling as lazy  # noqa: PLC0415 - it imports Dask
 
         run, check = _of_blocks(_spread, named, limit)

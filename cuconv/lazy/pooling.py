@@ -26,6 +26,7 @@ from cuconv.lazy.blocks import (
     spans,
     windows,
 )
+from cuconv.leaves import leaves_of
 from cuconv.reduction import Pooling
 
 _INDEX = np.dtype(np.int64)
@@ -197,14 +198,16 @@ def _moved(
     >>> _moved(np.array([0, 5, -1]), (2, 3), (1, 0), (4, 4))
     array([ 4, 10, -1])
     """
-    xp = module_of({"indices": indices})
-    rest, result, step = indices, xp.zeros_like(indices), 1
-    valid = xp.ones(indices.shape, dtype=bool)
-    for size, by, wide in zip(sizes[::-1], shift[::-1], wanted[::-1], strict=True):
-        cells = rest % max(size, 1) + by
-        rest = rest // max(size, 1)
-        valid &= (cells >= 0) & (cells < wide)
-        result += cells * step
-        step *= wide
-    # What is left is 0, or -1 for -1 and more for an index beyond the plane.
-    return xp.where(valid & (rest == 0), result, -1)
+    leaves = leaves_of(module_of({"indices": indices}), indices)
+    xp = leaves.xp
+    with leaves.device_of(indices):
+        rest, result, step = indices, xp.zeros_like(indices), 1
+        valid = xp.ones(indices.shape, dtype=bool)
+        for size, by, wide in zip(sizes[::-1], shift[::-1], wanted[::-1], strict=True):
+            cells = rest % max(size, 1) + by
+            rest = rest // max(size, 1)
+            valid &= (cells >= 0) & (cells < wide)
+            result += cells * step
+            step *= wide
+        # What is left is 0, or -1 for -1 and more for an index beyond the plane.
+        return xp.where(valid & (rest == 0), result, -1)
