@@ -22,11 +22,13 @@ from rich.progress import (
 
 from benchmarks import machine, records, report, small_call
 from benchmarks.cases import Case
+from benchmarks.definitions import DEFINITIONS, operations_on
 from benchmarks.peers import PEERS, PRECISIONS, kind_of, on_cuda
 from benchmarks.records import Record
 from benchmarks.runner import Effort, Worker, measure_case, workers
 from benchmarks.show import show_table
-from benchmarks.suites import OPERATIONS, SUITES, Suite
+from benchmarks.suites import SUITES, Suite
+from benchmarks.taps import REFERENCES
 
 SMALL_CALL = "small_call"
 QUICK = Effort(rounds=2, seconds=0.02)
@@ -68,7 +70,7 @@ def add_choice(words: argparse.ArgumentParser) -> None:
         help="may be repeated (default: resnet50 and small_call)",
     )
     words.add_argument(
-        "--operation", action="append", choices=OPERATIONS, help="may be repeated"
+        "--operation", action="append", choices=DEFINITIONS, help="may be repeated"
     )
     words.add_argument("--layer", default="", help="layers whose name contains this")
     words.add_argument(
@@ -126,12 +128,14 @@ def chosen_suite(name: str, chosen: argparse.Namespace) -> Suite:
     suite = SUITES[name]
     layers = [each for each in suite.layers if chosen.layer in each.name]
     usual = on_cuda(suite.peers) if chosen.device == "cuda" else suite.peers
+    possible = operations_on(type(suite.layers[0]))
+    wanted = chosen.operation or suite.operations
     return replace(
         suite,
         layers=tuple(layers[:2] if chosen.quick else layers),
         batch=1 if chosen.quick else chosen.batch or suite.batch,
         peers=tuple(dict.fromkeys(chosen.peer or usual)),
-        operations=tuple(chosen.operation or suite.operations),
+        operations=tuple(each for each in wanted if each in possible),
     )
 
 
@@ -198,10 +202,23 @@ def progress(console: Console) -> Progress:
 
 
 def chosen_suites(chosen: argparse.Namespace) -> list[Suite]:
-    """Those with a layer that is wanted."""
+    """Those with a layer and an operation that are wanted."""
     names = dict.fromkeys(chosen.suite)
     suites = (chosen_suite(name, chosen) for name in names if name != SMALL_CALL)
-    return [suite for suite in suites if suite.layers]
+    return [suite for suite in suites if suite.layers and suite.operations]
+
+
+def asked_for(chosen: argparse.Namespace) -> str:
+    """The options that narrow a suite, as they were given."""
+    operations = " ".join(f"--operation {name}" for name in chosen.operation or ())
+    layers = f"--layer {chosen.layer!r}" if chosen.layer else ""
+    return " ".join(filter(None, (layers, operations)))
+
+
+def unchecked(suites: Sequence[Suite]) -> list[str]:
+    """Operations whose whole results cannot be checked on a GPU."""
+    operations = dict.fromkeys(each for suite in suites for each in suite.operations)
+    return [each for each in operations if each not in REFERENCES]
 
 
 def run(chosen: argparse.Namespace, suites: Sequence[Suite], console: Console) -> None:
@@ -237,7 +254,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     chosen.suite = chosen.suite or ["resnet50", SMALL_CALL]
     suites = chosen_suites(chosen)
     if not suites and SMALL_CALL not in chosen.suite:
-        words.error(f"--layer {chosen.layer!r} is in the name of no layer")
+        words.error(f"no suite has it: {asked_for(chosen)}")
+    if chosen.device == "cuda" and (unknown := unchecked(suites)):
+        words.error(f"--device cuda has no check of {', '.join(unknown)}")
     run(chosen, suites, Console())
 
 

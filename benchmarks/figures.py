@@ -66,9 +66,13 @@ def points(
 
 
 def draw_layers(
-    record: Record, value: Value, label: str, ceilings: dict[str, float]
+    record: Record,
+    value: Value,
+    label: str,
+    ceilings: dict[str, float],
+    reached_by: str = "",
 ) -> Any:
-    """A dot for each layer and peer.
+    """A dot for each layer and peer, and a line for each ceiling.
 
     A column of panels for each operation, and a row for each arithmetic.
     """
@@ -89,7 +93,7 @@ def draw_layers(
         draw_points(panel, record, cases, value, names)
         ceiling = ceilings.get(arithmetic)
         if ceiling is not None:
-            panel.axvline(ceiling, color="0.4", ls="--", label="large matrix product")
+            panel.axvline(ceiling, color="0.4", ls="--", label=reached_by)
         several = f", {arithmetic}" if len(rows) > 1 else ""
         panel.set(title=f"{operation}{several}", xlabel=label)
         logarithmic(panel, "x")
@@ -135,11 +139,19 @@ def draw_times(record: Record) -> Any:
 
 
 def draw_rates(record: Record) -> Any:
+    unit = report.rate_unit(record["cases"])
+    return draw_layers(record, report.rate, unit, *ceilings_of(record))
+
+
+def ceilings_of(record: Record) -> tuple[dict[str, float], str]:
+    """The rates that no case exceeds by much, by arithmetic, and what reaches them."""
     machine = record["machine"]
+    if not report.multiplies(record["cases"]):
+        copy = machine.get("copy_gbytes")
+        rates = dict.fromkeys(report.arithmetics_of(record), copy) if copy else {}
+        return rates, "copy"
     own = {"float32": machine["gemm_gflops"]} if "gemm_gflops" in machine else {}
-    return draw_layers(
-        record, report.gflops, "GFLOP/s", {**own, **machine.get("rates", {})}
-    )
+    return {**own, **machine.get("rates", {})}, "large matrix product"
 
 
 def extra_mib(case: CaseRecord, peer: str) -> float | None:

@@ -33,7 +33,8 @@ class Finding(TypedDict, total=False):
 class CaseRecord(TypedDict):
     """One layer and operation; the findings by peer.
 
-    The arithmetic is float32 where nothing else is said.
+    The arithmetic is float32 where nothing else is said.  Operands and result have so
+    many bytes, which counts where nothing is multiplied.
     """
 
     layer: dict[str, Any]
@@ -43,6 +44,7 @@ class CaseRecord(TypedDict):
     name: str
     kind: str
     multiplications: int
+    moved_bytes: NotRequired[int]
     findings: dict[str, Finding]
 
 

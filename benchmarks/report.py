@@ -86,10 +86,23 @@ def geometric_mean(values: Iterable[float]) -> float | None:
     return statistics.geometric_mean(each) if each else None
 
 
-def gflops(case: CaseRecord, peer: str) -> float | None:
-    """Two operations for each multiplication of the definition."""
+def rate(case: CaseRecord, peer: str) -> float | None:
+    """GFLOP/s, two operations for each multiplication of the definition.
+
+    GB/s of operands and result, each moved once, where it has none.
+    """
     time = milliseconds(case, peer)
-    return None if time is None else 2e-6 * case["multiplications"] / time
+    done = 2 * case["multiplications"] or case.get("moved_bytes", 0)
+    return None if time is None else 1e-6 * done / time
+
+
+def multiplies(cases: Iterable[CaseRecord]) -> bool:
+    return any(case["multiplications"] for case in cases)
+
+
+def rate_unit(cases: Iterable[CaseRecord]) -> str:
+    """Of `rate`."""
+    return "GFLOP/s" if multiplies(cases) else "GB/s"
 
 
 def cases_of(
@@ -144,7 +157,7 @@ def layer_table(record: Record, operation: str, arithmetic: str | None = None) -
     peak += [most_memory(cases, peer) for peer in others]
     return Table(
         title(record, operation, arithmetic),
-        ["layer", subject, *["floor"] * floors, "GFLOP/s", *others],
+        ["layer", subject, *["floor"] * floors, rate_unit(cases), *others],
         [layer_row(case, record, others) for case in cases],
         [*(means if others else []), peak],
         [*worst_notes(cases, subject, others), *trouble(cases, [subject, *others])],
@@ -201,10 +214,10 @@ def floor_cell(case: CaseRecord, machine: dict[str, Any]) -> str:
 
 def layer_row(case: CaseRecord, record: Record, others: Sequence[str]) -> list[str]:
     subject = subject_of(record)
-    rate = gflops(case, subject)
+    reached = rate(case, subject)
     cells = [case["name"], time_cell(case["findings"][subject])]
     cells += [floor_cell(case, record["machine"])] * has_floors(record)
-    cells.append("" if rate is None else digits(rate))
+    cells.append("" if reached is None else digits(reached))
     for peer in others:
         cell = time_cell(case["findings"][peer])
         compared = ratio(case, subject, peer)

@@ -210,6 +210,7 @@ def measure_case(
         "name": case.layer.name,
         "kind": case.layer.kind,
         "multiplications": case.layer.multiplications(case.batch),
+        "moved_bytes": case.nbytes,
         "findings": findings,
     }
 

@@ -1,87 +1,13 @@
 """The layers that are measured, as plain data."""
 
-from dataclasses import asdict, dataclass
-from math import prod
-from typing import Any
+from dataclasses import dataclass
 
-OPERATIONS = ("forward", "input_grad", "weight_grad")
+from benchmarks.definitions import operations_on
+from benchmarks.layers import Layer, Pool, Transposed
 
-Sizes = tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class Layer:
-    """One convolution, for any batch: x (N, C, *size), w (K, C / groups, *kernel)."""
-
-    channels: int
-    size: Sizes
-    filters: int
-    kernel: Sizes
-    stride: Sizes
-    padding: Sizes
-    dilation: Sizes
-    groups: int = 1
-    label: str = ""
-
-    @classmethod
-    def from_json(cls, found: dict[str, Any]) -> "Layer":
-        """From `to_json`, whose tuples JSON has made lists."""
-        fields: dict[str, Any] = {
-            name: tuple(value) if isinstance(value, list) else value
-            for name, value in found.items()
-        }
-        return cls(**fields)
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
-
-    @property
-    def kind(self) -> str:
-        if self.groups == self.channels > 1:
-            return "depthwise"
-        return "pointwise" if prod(self.kernel) == 1 else "dense"
-
-    @property
-    def name(self) -> str:
-        """Such as ``64-128 3x3/2 @56``: channels, filters, kernel, stride and size."""
-        words = [f"{self.channels}-{self.filters}", times(self.kernel)]
-        words[1] += f"/{self.stride[0]}" if max(self.stride) > 1 else ""
-        words += [f"d{self.dilation[0]}"] if max(self.dilation) > 1 else []
-        words += [f"g{self.groups}"] if self.groups > 1 else []
-        cube = len(set(self.size)) == 1
-        words.append(f"@{self.size[0] if cube else times(self.size)}")
-        return " ".join([self.label, *words] if self.label else words)
-
-    @property
-    def out(self) -> Sizes:
-        axes = zip(
-            self.size,
-            self.kernel,
-            self.stride,
-            self.padding,
-            self.dilation,
-            strict=True,
-        )
-        return tuple((n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in axes)
-
-    @property
-    def patch(self) -> int:
-        """Products in one output cell."""
-        return self.channels // self.groups * prod(self.kernel)
-
-    @property
-    def w_shape(self) -> Sizes:
-        return (self.filters, self.channels // self.groups, *self.kernel)
-
-    def x_shape(self, batch: int) -> Sizes:
-        return (batch, self.channels, *self.size)
-
-    def y_shape(self, batch: int) -> Sizes:
-        return (batch, self.filters, *self.out)
-
-    def multiplications(self, batch: int) -> int:
-        """The same for all three operations; padding counts as cells."""
-        return prod(self.y_shape(batch)) * self.patch
+OPERATIONS = operations_on(Layer)
+TRANSPOSED = operations_on(Transposed)
+POOLING = operations_on(Pool)
 
 
 @dataclass(frozen=True)
@@ -93,10 +19,6 @@ class Suite:
     batch: int = 8
     peers: tuple[str, ...] = ("cuconv", "torch", "im2col_rows", "im2col_columns")
     operations: tuple[str, ...] = OPERATIONS
-
-
-def times(sizes: Sizes) -> str:
-    return "x".join(map(str, sizes))
 
 
 def layer(
@@ -123,6 +45,57 @@ def layer(
 
 def depthwise(channels: int, size: int, kernel: int, stride: int = 1) -> Layer:
     return layer(channels, size, channels, kernel, stride, groups=channels)
+
+
+def doubling(
+    channels: int,
+    size: int,
+    filters: int,
+    kernel: int,
+    *,
+    padding: int = 0,
+    output_padding: int = 0,
+    label: str = "",
+) -> Transposed:
+    """A transposed convolution of stride 2 over two axes."""
+    numbers = (size, kernel, 2, padding, 1, output_padding)
+    sizes, kernels, strides, paddings, dilations, more = ((n, n) for n in numbers)
+    return Transposed(
+        channels,
+        sizes,
+        filters,
+        kernels,
+        strides,
+        paddings,
+        dilations,
+        label=label,
+        output_padding=more,
+    )
+
+
+def pool(
+    channels: int,
+    size: int,
+    kernel: int,
+    stride: int,
+    *,
+    padding: int = 0,
+    rank: int = 2,
+    label: str = "",
+) -> Pool:
+    numbers = (size, kernel, stride, padding, 1)
+    sizes, kernels, strides, paddings, dilations = ((n,) * rank for n in numbers)
+    return Pool(
+        channels,
+        sizes,
+        channels,
+        kernels,
+        strides,
+        paddings,
+        dilations,
+        groups=channels,
+        label=label,
+    )
 
 
 def resnet50() -> tuple[Layer, ...]:
@@ -224,6 +197,38 @@ def large_kernel() -> tuple[Layer, ...]:
     return (*convnext, *replknet, alexnet, layer(32, 56, 32, 11), layer(16, 64, 16, 15))
 
 
+def transposed() -> tuple[Layer, ...]:
+    """Decoders: a common shape, DCGAN's, U-Net's, and one with output padding.
+
+    Radford et al. 2015, figure 1; Ronneberger et al. 2015, padded to equal sizes; the
+    last as in CycleGAN, Zhu et al. 2017.
+    """
+    dcgan = ((1024, 4, 512), (512, 8, 256), (256, 16, 128), (128, 32, 3))
+    unet = ((512, 28, 256), (256, 56, 128), (128, 112, 64))
+    return (
+        doubling(128, 28, 64, 4, padding=1),
+        *(doubling(*shape, 4, padding=1, label="dcgan") for shape in dcgan),
+        *(doubling(*shape, 2, label="unet") for shape in unet),
+        doubling(256, 64, 128, 3, padding=1, output_padding=1, label="cyclegan"),
+    )
+
+
+def pooling() -> tuple[Layer, ...]:
+    """ResNet's, without padding too, VGG's, Inception's, and a mean of whole planes.
+
+    Then over one axis as in M5, Dai et al. 2016, and over three as in a 3-D U-Net.
+    """
+    return (
+        pool(64, 112, 3, 2, padding=1),
+        pool(64, 112, 3, 2),
+        pool(128, 56, 2, 2),
+        pool(192, 28, 3, 1, padding=1),
+        pool(2048, 7, 7, 7, label="whole"),
+        pool(128, 8000, 4, 4, rank=1),
+        pool(64, 24, 2, 2, rank=3),
+    )
+
+
 LIMITS = tuple(f"cuconv@{2**i}MiB" for i in range(9))
 WHOLE_BUFFER = ("im2col_rows", "im2col_columns")
 
@@ -238,6 +243,18 @@ SUITES = {
         Suite("audio1d", audio1d()),
         Suite("large_kernel", large_kernel()),
         Suite("single_image", resnet50(), batch=1),
+        Suite(
+            "transposed",
+            transposed(),
+            peers=("cuconv", "torch"),
+            operations=TRANSPOSED,
+        ),
+        Suite(
+            "pooling",
+            pooling(),
+            peers=("cuconv", "torch"),
+            operations=POOLING,
+        ),
         Suite(
             "sweep_memory",
             (

@@ -1,4 +1,4 @@
-"""The three operations in float64, a tap of the kernel at a time, for any array module.
+"""Convolutions in float64, a tap of the kernel at a time, for any array module.
 
 A sum of matrix products over shifted views: short, independent of the library, and fast
 enough to check whole results on a GPU.  Arrays of NumPy, CuPy and PyTorch will do.
@@ -10,7 +10,7 @@ from math import isfinite
 import numpy as np
 
 from benchmarks.cases import Array, Case
-from benchmarks.suites import Layer, Sizes
+from benchmarks.layers import Layer, Sizes, Transposed
 
 Zeros = Callable[[Sizes], Array]
 
@@ -20,12 +20,8 @@ def reference(case: Case, first: Array, second: Array, zeros: Zeros) -> Array:
 
     ``zeros`` makes an array of that module, type and shape.
     """
-    compute = {
-        "forward": _forward,
-        "input_grad": _input_grad,
-        "weight_grad": _weight_grad,
-    }[case.operation]
-    return compute(case, first, second, zeros).reshape(case.result_shape)
+    compute = REFERENCES[case.operation]
+    return compute(case.layer, first, second, zeros).reshape(case.result_shape)
 
 
 def norm_error(result: Array, true: Array) -> float:
@@ -35,38 +31,62 @@ def norm_error(result: Array, true: Array) -> float:
     return error if isfinite(error) else float("inf")
 
 
-def _forward(case: Case, x: Array, w: Array, zeros: Zeros) -> Array:
-    layer, batch = case.layer, case.batch
-    cells, filters = _framed(case, x, zeros), _split(layer, w)
-    y = zeros((*_heads(layer, batch)[1], int(np.prod(layer.out))))
+def _forward(layer: Layer, x: Array, w: Array, zeros: Zeros) -> Array:
+    cells, filters = _framed(layer, x, zeros), _split(layer, w)
+    y = zeros((*_heads(layer, len(x))[1], int(np.prod(layer.out))))
     for tap in np.ndindex(layer.kernel):
-        window = cells[(..., *_under(layer, tap))]
+        window = cells[(..., *layer.under(tap))]
         y += filters[(..., *tap)] @ window.reshape(*window.shape[:3], -1)
     return y
 
 
-def _input_grad(case: Case, dy: Array, w: Array, zeros: Zeros) -> Array:
-    layer, batch = case.layer, case.batch
-    heads, into = _heads(layer, batch)
+def _input_grad(layer: Layer, dy: Array, w: Array, zeros: Zeros) -> Array:
+    heads, into = _heads(layer, len(dy))
     dy, filters = dy.reshape(*into, -1), _split(layer, w)
     dx = zeros((*heads, *_frame(layer)))
     for tap in np.ndindex(layer.kernel):
-        window = dx[(..., *_under(layer, tap))]
+        window = dx[(..., *layer.under(tap))]
         window += (filters[(..., *tap)].swapaxes(-1, -2) @ dy).reshape(window.shape)
     return dx[(..., *_inner(layer))]
 
 
-def _weight_grad(case: Case, dy: Array, x: Array, zeros: Zeros) -> Array:
-    layer, batch = case.layer, case.batch
-    cells = _framed(case, x, zeros)
-    dy = dy.reshape(*_heads(layer, batch)[1], -1)
+def _weight_grad(layer: Layer, dy: Array, x: Array, zeros: Zeros) -> Array:
+    cells = _framed(layer, x, zeros)
+    dy = dy.reshape(*_heads(layer, len(x))[1], -1)
     each, channels = layer.filters // layer.groups, layer.channels // layer.groups
     dw = zeros((layer.groups, each, channels, *layer.kernel))
     for tap in np.ndindex(layer.kernel):
-        window = cells[(..., *_under(layer, tap))]
+        window = cells[(..., *layer.under(tap))]
         columns = window.reshape(*window.shape[:3], -1).swapaxes(-1, -2)
         dw[(..., *tap)] = (dy @ columns).sum(0)
     return dw
+
+
+def _transpose(layer: Transposed, x: Array, w: Array, zeros: Zeros) -> Array:
+    return _input_grad(layer.back, x, w, zeros)
+
+
+def _transpose_input_grad(
+    layer: Transposed, dy: Array, w: Array, zeros: Zeros
+) -> Array:
+    return _forward(layer.back, dy, w, zeros)
+
+
+def _transpose_weight_grad(
+    layer: Transposed, dy: Array, x: Array, zeros: Zeros
+) -> Array:
+    return _weight_grad(layer.back, x, dy, zeros)
+
+
+# What is checked as a whole; everything else is not measured on a GPU.
+REFERENCES: dict[str, Callable[..., Array]] = {
+    "forward": _forward,
+    "input_grad": _input_grad,
+    "weight_grad": _weight_grad,
+    "transpose": _transpose,
+    "transpose_input_grad": _transpose_input_grad,
+    "transpose_weight_grad": _transpose_weight_grad,
+}
 
 
 def _heads(layer: Layer, batch: int) -> tuple[Sizes, Sizes]:
@@ -89,15 +109,9 @@ def _inner(layer: Layer) -> tuple[slice, ...]:
     return tuple(slice(p, p + n) for n, p in pairs)
 
 
-def _framed(case: Case, x: Array, zeros: Zeros) -> Array:
+def _framed(layer: Layer, x: Array, zeros: Zeros) -> Array:
     """The input in its frame of zeros, (N, G, C / G, *cells)."""
-    heads, _ = _heads(case.layer, case.batch)
-    cells = zeros((*heads, *_frame(case.layer)))
-    cells[(..., *_inner(case.layer))] = x.reshape(*heads, *case.layer.size)
+    heads, _ = _heads(layer, len(x))
+    cells = zeros((*heads, *_frame(layer)))
+    cells[(..., *_inner(layer))] = x.reshape(*heads, *layer.size)
     return cells
-
-
-def _under(layer: Layer, tap: Sizes) -> tuple[slice, ...]:
-    """The cells that one tap meets, window after window."""
-    axes = zip(tap, layer.dilation, layer.stride, layer.out, strict=True)
-    return tuple(slice(t * d, t * d + s * (n - 1) + 1, s) for t, d, s, n in axes)

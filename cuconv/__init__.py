@@ -40,6 +40,13 @@ from cuconv.pooling import (
     max_pool3d,
     max_pool_backward,
 )
+from cuconv.separable import (
+    SeparableGradients,
+    depthwise_conv,
+    depthwise_conv_backward,
+    separable_conv,
+    separable_conv_backward,
+)
 from cuconv.transpose import (
     conv_transpose,
     conv_transpose1d,
@@ -55,6 +62,7 @@ __all__ = [
     "ConvGradients",
     "MemoryLimitError",
     "Plan",
+    "SeparableGradients",
     "adaptive_avg_pool",
     "adaptive_avg_pool_backward",
     "adaptive_max_pool",
@@ -83,6 +91,8 @@ __all__ = [
     "conv_transpose_weight_grad",
     "conv_weight_grad",
     "default_array_module",
+    "depthwise_conv",
+    "depthwise_conv_backward",
     "global_avg_pool",
     "global_avg_pool_backward",
     "global_max_pool",
@@ -100,4 +110,6 @@ __all__ = [
     "plan_conv",
     "precompile",
     "release_memory",
+    "separable_conv",
+    "separable_conv_backward",
 ]

@@ -203,7 +203,7 @@ def gradients(
     calls: dict[str, Callable[[], Any]] = {
         "x": lambda: bound("input_grad", "w"),
         "w": lambda: bound("weight_grad", "x"),
-        "bias": lambda: _bias_grad(geometry, channels, dy, options),
+        "bias": lambda: bias_grad(geometry, channels, dy, options),
     }
     planned = all_within({name: calls[name] for name in GRADIENTS if name in needs})
     return ConvGradients(**{name: call.run() for name, call in planned.items()})
@@ -245,9 +245,10 @@ class _BiasGrad(NamedTuple):
             return sums[0].reshape(-1).astype(self.types.result, copy=False)
 
 
-def _bias_grad(
+def bias_grad(
     geometry: ConvGeometry, channels: int, dy: Array, options: Options
 ) -> Any:
+    """The gradient of a bias of so many channels, which fits the limit."""
     options = options.settled()
     types = resolve_types({"dy": dy}, options.dtype)
     if is_lazy(dy):

@@ -68,7 +68,9 @@ def conv(
         Zeros around the input, in cells: an integer, one for each axis, or (before,
         after) pairs; negative numbers crop.  Or a word: ``"valid"`` is no padding,
         ``"same"`` makes the output ceil(size / stride) long with the extra cell after,
-        ``"same_lower"`` with the extra cell before.
+        ``"same_lower"`` with the extra cell before.  ``"causal"``, over one spatial
+        axis alone, puts dilation · (kernel - 1) cells before and none after: output o
+        sees no input beyond o · stride.
     groups
         Split channels and filters into groups that do not see each other; ``groups=C``
         is depthwise convolution.

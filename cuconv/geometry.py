@@ -24,7 +24,7 @@ from typing import NamedTuple, TypeAlias, TypeVar
 
 LARGEST_PARAMETER = 2**31 - 1
 
-PADDING_WORDS = ("valid", "same", "same_lower")
+PADDING_WORDS = ("valid", "same", "same_lower", "causal")
 # What a cell outside the input reads as: zero, or the cell that it mirrors (the edge
 # itself not repeated), the nearest one, or the one as far from the other end.
 PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
@@ -276,10 +276,9 @@ class EvenAxis(Axis):
         if size % windows == 0:
             each = size // windows
             return Axis(size, each, each, 1, 0, 0)
-        lengths = {
-            -(-(o + 1) * size // windows) - o * size // windows for o in range(windows)
-        }
-        return cls(size, max(lengths), 1, 1, 0, 0, 0, windows)
+        # floor(o n / m) leaves a rest of at most m - gcd(n, m), in some window.
+        longest = -(-(size + windows - math.gcd(size, windows)) // windows)
+        return cls(size, longest, 1, 1, 0, 0, 0, windows)
 
     @property
     def out(self) -> int:
@@ -1066,8 +1065,17 @@ def _check_layout_rank(layout: str, rank: int) -> None:
         )
 
 
-def _same_pads(word: str, size: int, kernel: int, stride: int, dilation: int) -> Range:
-    """Padding that makes the output ceil(size / stride) cells long."""
+def _check_word_rank(word: object, rank: int) -> None:
+    if word == "causal" and rank != 1:
+        raise ValueError(f"padding 'causal' is for one spatial axis; there are {rank}")
+
+
+def _word_pads(word: str, size: int, kernel: int, stride: int, dilation: int) -> Range:
+    """Padding that makes the output ceil(size / stride) cells long, or none."""
+    if word == "valid":
+        return 0, 0
+    if word == "causal":
+        return dilation * (kernel - 1), 0
     out = -(-size // stride)
     total = max(0, (out - 1) * stride + dilation * (kernel - 1) + 1 - size)
     less = total // 2
@@ -1088,10 +1096,9 @@ def _pads(
             raise ValueError(
                 f"padding must be integers or one of {words}; got {padding!r}"
             )
-        if padding == "valid":
-            return ((0, 0),) * rank
+        _check_word_rank(padding, rank)
         each = zip(sizes, kernel, strides, dilations, strict=True)
-        return tuple(_same_pads(padding, *axis) for axis in each)
+        return tuple(_word_pads(padding, *axis) for axis in each)
     if isinstance(padding, tuple) and any(isinstance(p, tuple) for p in padding):
         pairs = tuple(p if isinstance(p, tuple) else (p, p) for p in padding)
         if len(pairs) != rank:
@@ -1110,7 +1117,7 @@ def _pads(
 
 
 def _check_fits(index: int, axis: Axis, padding: object) -> None:
-    # "same" over an empty axis gives an empty output, which is no mistake.
+    # "same" or "causal" over an empty axis gives an empty output, which is no mistake.
     if axis.padded >= axis.extent or (axis.size == 0 and padding in PADDING_WORDS[1:]):
         return
     raise ValueError(
@@ -1354,7 +1361,7 @@ class _Ends(NamedTuple):
 
     @property
     def word(self) -> str | None:
-        """``"same"`` or ``"same_lower"``, if one of them is the padding."""
+        """The padding, if it is a word that says how large the result is."""
         is_word = isinstance(self.padding, str) and self.padding in PADDING_WORDS[1:]
         return str(self.padding) if is_word else None
 
@@ -1409,7 +1416,7 @@ class _Source(NamedTuple):
         least = max(most - self.stride + 1, 0)
         size = most if wanted is None else wanted
         self._check_size(size, least, most)
-        pads = _same_pads(word, size, self.kernel, self.stride, self.dilation)
+        pads = _word_pads(word, size, self.kernel, self.stride, self.dilation)
         return Axis(size, self.kernel, self.stride, self.dilation, *pads)
 
     def of_size(self, pads: Range, wanted: int) -> Axis:
@@ -1441,6 +1448,7 @@ def _transposed_axes(sources: list[_Source], ends: _Ends) -> tuple[Axis, ...]:
     if ends.output_size is not None:
         wanted = _per_axis("output_size", ends.output_size, rank, 0)
     if word is not None:
+        _check_word_rank(word, rank)
         pairs = zip(sources, wanted, strict=True)
         return tuple(source.of_word(word, size) for source, size in pairs)
     _, sizes, kernel, strides, dilations = zip(*sources, strict=True)

@@ -37,7 +37,7 @@ from cuconv.reduction import MAXIMUM, MEAN, NORM, Given, PoolCut, Pooling
 OutputSize: TypeAlias = int | Sequence[int | None] | None
 
 _INDEX = np.dtype(np.int64)
-_MOST_AXES = 3
+MOST_AXES = 3
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -119,9 +119,8 @@ def max_pool(
         so that windows lie side by side.
     padding
         Cells around the input that count as the least value: an integer, one for each
-        axis, (before, after) pairs, or ``"valid"``, ``"same"``, ``"same_lower"``, all
-        as for `cuconv.conv`.  Negative numbers crop.  More than half a kernel is
-        allowed.
+        axis, (before, after) pairs, or one of the words of `cuconv.conv`.  Negative
+        numbers crop.  More than half a kernel is allowed.
     dilation
         Step between taps.
     ceil_mode
@@ -159,7 +158,7 @@ def max_pool(
     >>> cuconv.max_pool(x, 3, stride=2, padding=1, return_indices=True)
     (array([[[5., 5., 2.]]]), array([[[1, 1, 3]]]))
     """
-    geometry = _geometry(x, kernel_size, options)
+    geometry = window_geometry(x, kernel_size, options)
     return _maximum(x, geometry, return_indices, out, memory_limit)
 
 
@@ -220,7 +219,7 @@ def max_pool_backward(
     >>> cuconv.max_pool_backward(np.ones(y.shape), indices, x.shape, 3, stride=1)
     array([[[0., 2., 1., 0., 0.]]])
     """
-    geometry = _geometry(_source_shape(x, x_shape), kernel_size, options)
+    geometry = window_geometry(_source_shape(x, x_shape), kernel_size, options)
     return _maximum_gradient(dy, indices, x, geometry, out, memory_limit)
 
 
@@ -257,8 +256,8 @@ def avg_pool(
         so that windows lie side by side.
     padding
         Cells around the input that count as zero: an integer, one for each axis,
-        (before, after) pairs, or ``"valid"``, ``"same"``, ``"same_lower"``, all as for
-        `cuconv.conv`.  Negative numbers crop.  More than half a kernel is allowed.
+        (before, after) pairs, or one of the words of `cuconv.conv`.  Negative numbers
+        crop.  More than half a kernel is allowed.
     dilation
         Step between taps.
     ceil_mode
@@ -296,8 +295,8 @@ def avg_pool(
     >>> cuconv.avg_pool(x, 2, padding=1, count_include_pad=False)
     array([[[2., 5., 8.]]])
     """
-    geometry = _geometry(x, kernel_size, options, MeanOptions)
-    return _mean(x, geometry, _divided(options), dtype, out, memory_limit)
+    geometry = window_geometry(x, kernel_size, options, MeanOptions)
+    return _mean(x, geometry, divided_by(options), dtype, out, memory_limit)
 
 
 @_shows_options
@@ -348,8 +347,8 @@ def avg_pool_backward(
     >>> cuconv.avg_pool_backward(np.ones((1, 1, 2)), (1, 1, 5), 2)
     array([[[0.5, 0.5, 0.5, 0.5, 0. ]]])
     """
-    geometry = _geometry(x_shape, kernel_size, options, MeanOptions)
-    return _mean_gradient(dy, geometry, _divided(options), out, memory_limit)
+    geometry = window_geometry(x_shape, kernel_size, options, MeanOptions)
+    return _mean_gradient(dy, geometry, divided_by(options), out, memory_limit)
 
 
 @_shows_options
@@ -388,8 +387,8 @@ def lp_pool(
         so that windows lie side by side.
     padding
         Cells around the input that count as zero: an integer, one for each axis,
-        (before, after) pairs, or ``"valid"``, ``"same"``, ``"same_lower"``, all as for
-        `cuconv.conv`.  Negative numbers crop.  More than half a kernel is allowed.
+        (before, after) pairs, or one of the words of `cuconv.conv`.  Negative numbers
+        crop.  More than half a kernel is allowed.
     dilation
         Step between taps.
     ceil_mode
@@ -417,7 +416,7 @@ def lp_pool(
     >>> cuconv.lp_pool(np.array([[[3.0, -4.0, 5.0, 12.0]]]), 2, 2)
     array([[[ 5., 13.]]])
     """
-    geometry = _geometry(x, kernel_size, options)
+    geometry = window_geometry(x, kernel_size, options)
     named = _named(x=x)
     pooling = _norm_of(named, geometry, norm_type)
     return _reduced(pooling, named["x"], out, memory_limit)
@@ -475,7 +474,7 @@ def lp_pool_backward(
     >>> cuconv.lp_pool_backward(np.ones(y.shape), x, y, 2, 2)
     array([[[ 0.6, -0.8,  0. ,  0. ]]])
     """
-    geometry = _geometry(x, kernel_size, options)
+    geometry = window_geometry(x, kernel_size, options)
     named = _named(dy=dy, x=x, y=y)
     pooling = replace(_norm_of(named, geometry, norm_type), is_gradient=True)
     check_shape("y", y, _y_shape(geometry))
@@ -854,7 +853,7 @@ def max_pool1d(
     >>> cuconv.max_pool1d(np.zeros((1, 2, 8)), 2).shape
     (1, 2, 4)
     """
-    geometry = _geometry(x, _of_rank(1, x, kernel_size), options)
+    geometry = window_geometry(x, _of_rank(1, x, kernel_size), options)
     return _maximum(x, geometry, return_indices, out, memory_limit)
 
 
@@ -877,7 +876,7 @@ def max_pool2d(
     >>> cuconv.max_pool2d(np.zeros((1, 2, 8, 6)), 2).shape
     (1, 2, 4, 3)
     """
-    geometry = _geometry(x, _of_rank(2, x, kernel_size), options)
+    geometry = window_geometry(x, _of_rank(2, x, kernel_size), options)
     return _maximum(x, geometry, return_indices, out, memory_limit)
 
 
@@ -900,7 +899,7 @@ def max_pool3d(
     >>> cuconv.max_pool3d(np.zeros((1, 2, 4, 8, 6)), 2).shape
     (1, 2, 2, 4, 3)
     """
-    geometry = _geometry(x, _of_rank(3, x, kernel_size), options)
+    geometry = window_geometry(x, _of_rank(3, x, kernel_size), options)
     return _maximum(x, geometry, return_indices, out, memory_limit)
 
 
@@ -923,8 +922,8 @@ def avg_pool1d(
     >>> cuconv.avg_pool1d(np.zeros((1, 2, 8)), 2).shape
     (1, 2, 4)
     """
-    geometry = _geometry(x, _of_rank(1, x, kernel_size), options, MeanOptions)
-    return _mean(x, geometry, _divided(options), dtype, out, memory_limit)
+    geometry = window_geometry(x, _of_rank(1, x, kernel_size), options, MeanOptions)
+    return _mean(x, geometry, divided_by(options), dtype, out, memory_limit)
 
 
 @_shows_options
@@ -946,8 +945,8 @@ def avg_pool2d(
     >>> cuconv.avg_pool2d(np.zeros((1, 2, 8, 6)), 2).shape
     (1, 2, 4, 3)
     """
-    geometry = _geometry(x, _of_rank(2, x, kernel_size), options, MeanOptions)
-    return _mean(x, geometry, _divided(options), dtype, out, memory_limit)
+    geometry = window_geometry(x, _of_rank(2, x, kernel_size), options, MeanOptions)
+    return _mean(x, geometry, divided_by(options), dtype, out, memory_limit)
 
 
 @_shows_options
@@ -969,8 +968,8 @@ def avg_pool3d(
     >>> cuconv.avg_pool3d(np.zeros((1, 2, 4, 8, 6)), 2).shape
     (1, 2, 2, 4, 3)
     """
-    geometry = _geometry(x, _of_rank(3, x, kernel_size), options, MeanOptions)
-    return _mean(x, geometry, _divided(options), dtype, out, memory_limit)
+    geometry = window_geometry(x, _of_rank(3, x, kernel_size), options, MeanOptions)
+    return _mean(x, geometry, divided_by(options), dtype, out, memory_limit)
 
 
 def _of_rank(rank: int, x: Array, kernel_size: Sizes) -> Sizes:
@@ -986,7 +985,7 @@ def _of_rank(rank: int, x: Array, kernel_size: Sizes) -> Sizes:
     return kernel
 
 
-def _geometry(
+def window_geometry(
     x: Array | Sequence[int], kernel_size: Sizes, options: Any, kind: type = PoolOptions
 ) -> WindowGeometry:
     """The windows over an array, or one of this shape."""
@@ -1014,7 +1013,7 @@ def _whole(shape: Sequence[int], layout: str, *, batched: bool) -> WindowGeometr
     )
 
 
-def _divided(options: Any) -> dict[str, Any]:
+def divided_by(options: Any) -> dict[str, Any]:
     """What a mean divides by, as fields of `Pooling`."""
     divisor = options.get("divisor_override")
     if divisor is not None:
@@ -1174,9 +1173,9 @@ def _prepare(
     memory_limit: MemoryLimit,
 ) -> tuple[Leaves, PoolCut]:
     """Check everything that can be wrong, before anything is allocated."""
-    if pooling.geometry.rank > _MOST_AXES:
+    if pooling.geometry.rank > MOST_AXES:
         raise ValueError(
-            f"x has {pooling.geometry.rank} spatial axes; pooling takes {_MOST_AXES} "
+            f"x has {pooling.geometry.rank} spatial axes; pooling takes {MOST_AXES} "
             "at most"
         )
     xp = module_of(named)

@@ -477,7 +477,7 @@ class _Spread:
             span = self.dilation[axis] * (taps - 1) + 1
             cells = self.x_shape[2 + axis]
             size = None if wanted is None else _each(wanted, rank)[axis]
-            if padding in ("same", "same_lower"):
+            if padding in ("same", "same_lower", "causal"):
                 size = cells * step if size is None else size
                 found.append((_word_pads(padding, size, span, step)[0], size))
                 continue
@@ -527,6 +527,8 @@ def _word_pads(word: str, size: int, span: int, step: int) -> tuple[int, int]:
     """The least padding with which as many windows fit as the word asks for."""
     if word == "valid":
         return 0, 0
+    if word == "causal":
+        return span - 1, 0  # the first window ends at the first cell
     wanted = len(range(0, size, step))
     total = next(p for p in count() if len(_starts(size + p, span, step)) >= wanted)
     more, less = total - total // 2, total // 2

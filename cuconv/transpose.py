@@ -80,8 +80,9 @@ def conv_transpose(
     padding
         Cells that are left out at both ends of the result: integers or pairs as for
         `conv`; negative numbers add cells.  Or a word: ``"valid"`` leaves none out;
-        ``"same"`` and ``"same_lower"`` are those of the convolution that leads back,
-        and make the result size · stride long, or as ``output_size`` says.
+        ``"same"``, ``"same_lower"`` and, over one axis, ``"causal"`` are those of the
+        convolution that leads back, and make the result size · stride long, or as
+        ``output_size`` says.
     groups, layout, dtype, strategy, precision, deterministic, memory_limit
         As for `conv`.
 

@@ -13,18 +13,34 @@ import numpy as np
 import pytest
 
 from benchmarks import pages, records, report, small_call
-from benchmarks.cases import ELEMENTS, Case, relative_error
+from benchmarks.cases import Case, relative_error
+from benchmarks.definitions import DEFINITIONS, max_indices, operations_on
+from benchmarks.layers import Layer, Pool, Transposed
 from benchmarks.peers import PEERS, kind_of, on_cuda, wishes_of
 from benchmarks.peers.base import RefusedError, Wishes
 from benchmarks.peers.library import Library
 from benchmarks.peers.whole_buffer import Columns
 from benchmarks.runner import Effort, Process, Worker, measure_case, summary, workers
-from benchmarks.suites import OPERATIONS, SUITES, Layer, layer
+from benchmarks.suites import (
+    OPERATIONS,
+    POOLING,
+    SUITES,
+    TRANSPOSED,
+    doubling,
+    layer,
+    pool,
+)
+from benchmarks.taps import reference as by_taps
 from benchmarks.worker import Session
 from cuconv.testing import (
     conv_input_grad_reference,
     conv_reference,
+    conv_transpose_input_grad_reference,
+    conv_transpose_reference,
+    conv_transpose_weight_grad_reference,
     conv_weight_grad_reference,
+    pool_grad_reference,
+    pool_reference,
 )
 
 TORCH_PYTHON = os.environ.get("CUCONV_TORCH_PYTHON", sys.executable)
@@ -40,18 +56,51 @@ TINY = {
     "line": layer(3, 13, 4, 4, 3, rank=1, dilation=2),
     "volume": layer(2, 4, 3, 3, rank=3),
 }
+# Of other kinds of layer, with the operations of each.
+TINY_OTHERS = {
+    "doubling": doubling(3, 4, 2, 4, padding=1),
+    "side by side": doubling(2, 3, 4, 2),
+    "output padding": doubling(2, 4, 3, 3, padding=1, output_padding=1),
+    "uneven": Transposed(
+        *(4, (4, 3), 6, (3, 2), (2, 3), (1, 0), (1, 2), 2), output_padding=(1, 2)
+    ),
+    "pool": pool(3, 7, 3, 2, padding=1),
+    "loose pool": pool(2, 8, 2, 3),
+    "uneven pool": Pool(2, (7, 6), 2, (3, 2), (1, 2), (1, 0), (1, 1), groups=2),
+    "whole pool": pool(2, 5, 5, 5),
+    "line pool": pool(3, 11, 4, 2, padding=1, rank=1),
+    "volume pool": pool(2, 5, 2, 2, rank=3),
+}
+OTHERS = [
+    pytest.param(each, operation, id=f"{name}-{operation}")
+    for name, each in TINY_OTHERS.items()
+    for operation in operations_on(type(each))
+]
 NUMPY_PEERS = ("cuconv", "im2col_rows", "im2col_columns", "naive", "scipy")
 
 
 def reference(case: Case) -> np.ndarray:
-    first, second = case.operands()
-    if case.operation == "forward":
-        return conv_reference(first, second, **case.options)
-    function, shape = {
-        "input_grad": (conv_input_grad_reference, case.shapes["x"]),
-        "weight_grad": (conv_weight_grad_reference, case.shapes["w"]),
+    function, wanted = {
+        "forward": (conv_reference, None),
+        "input_grad": (conv_input_grad_reference, "x"),
+        "weight_grad": (conv_weight_grad_reference, "w"),
+        "transpose": (conv_transpose_reference, None),
+        "transpose_input_grad": (conv_transpose_input_grad_reference, "x"),
+        "transpose_weight_grad": (conv_transpose_weight_grad_reference, "w"),
     }[case.operation]
-    return function(first, second, shape, **case.options)
+    shapes = [case.shapes[wanted]] if wanted else []
+    return function(*case.operands(), *shapes, **case.options)
+
+
+def other_reference(case: Case) -> np.ndarray:
+    """Of pooling too."""
+    kind = {"max": "max", "avg": "mean"}.get(case.operation[:3])
+    if kind is None:
+        return reference(case)
+    (x,) = Case(case.layer, "max_pool", case.batch).operands()
+    if case.operation.endswith("_backward"):
+        return pool_grad_reference(case.operands()[0], x, kind=kind, **case.options)
+    return pool_reference(x, kind=kind, **case.options).y
 
 
 def peer_named(name: str, **wishes: Any) -> Any:
@@ -123,6 +172,31 @@ def test_encodec_is_a_chain() -> None:
     assert all(x.out == x.size for x in wavenet)
 
 
+def test_dcgan_is_a_chain() -> None:
+    """The generator after its projection, up to an image of 64×64."""
+    chain = [x for x in SUITES["transposed"].layers if x.label == "dcgan"]
+    for before, after in itertools.pairwise(chain):
+        assert (before.filters, before.out) == (after.channels, after.size)
+    assert chain[0].x_shape(1) == (1, 1024, 4, 4)
+    assert chain[-1].y_shape(1) == (1, 3, 64, 64)
+    assert [x.kernel for x in chain] == [(4, 4)] * 4
+
+
+def test_decoders_double_every_size() -> None:
+    layers = SUITES["transposed"].layers
+    assert layers[0].y_shape(8) == (8, 64, 56, 56)
+    assert all(x.out == tuple(2 * n for n in x.size) for x in layers)
+    assert {x.kernel[0] for x in layers} == {2, 3, 4}
+
+
+def test_pools_are_of_all_ranks() -> None:
+    layers = SUITES["pooling"].layers
+    assert sorted({len(x.out) for x in layers}) == [1, 2, 3]
+    shapes = [x.y_shape(8) for x in layers]
+    assert shapes[:2] == [(8, 64, 56, 56), (8, 64, 55, 55)]
+    assert (8, 2048, 1, 1) in shapes
+
+
 @pytest.mark.parametrize("suite", SUITES.values(), ids=SUITES)
 def test_suites_are_in_order(suite) -> None:
     names = [each.name for each in suite.layers]
@@ -144,6 +218,8 @@ def test_names_tell_the_shape() -> None:
     assert PLAIN.name == "3-4 3x3 @6"
     assert TINY["line"].name == "3-4 4/3 d2 @13"
     assert TINY["groups"].name == "4-6 3x3 g2 @5"
+    assert TINY_OTHERS["output padding"].name == "2-3 3x3/2 o1 @4"
+    assert TINY_OTHERS["pool"].name == "3 3x3/2 p1 @7"
 
 
 # What is right.
@@ -155,10 +231,77 @@ def test_elements_are_the_definition(name, operation) -> None:
     """Every element, against loops that share no line with it."""
     case = Case(TINY[name], operation, 2)
     true = reference(case)
-    element, operands = ELEMENTS[operation], case.operands()
+    element, operands = DEFINITIONS[operation].element, case.operands()
     got = [element(case.layer, *operands, place) for place in np.ndindex(true.shape)]
     assert len(got) == prod(case.result_shape) > 0
     np.testing.assert_allclose(got, true.ravel(), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(("each", "operation"), OTHERS)
+def test_other_elements_are_the_definition(each, operation) -> None:
+    case = Case(each, operation, 2)
+    true, operands = other_reference(case), case.operands()
+    got = [
+        case.definition.element(each, *operands, place)
+        for place in np.ndindex(true.shape)
+    ]
+    assert true.shape == case.result_shape
+    np.testing.assert_allclose(got, true.ravel(), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(("each", "operation"), OTHERS)
+def test_the_library_answers_rightly(each, operation) -> None:
+    case, one = Case(each, operation, 2), peer_named("cuconv")
+    operands = case.operands()
+    result = one.call(case, *operands)()
+    assert result.dtype == np.float32
+    np.testing.assert_allclose(result, other_reference(case), rtol=1e-4, atol=1e-5)
+    assert relative_error(case, operands, result) < 1e-5
+    assert (one.plan(case)["strategy"] is None) is (operation in POOLING)
+
+
+def test_indices_are_those_of_the_definition() -> None:
+    """The first of several that are equal, and none under padding alone."""
+    each = Pool(1, (5, 6), 1, (2, 3), (1, 2), (1, 3), (1, 1))
+    x = np.random.default_rng(0).integers(0, 3, (2, 1, 5, 6)).astype(np.float32)
+    true = pool_reference(x, kind="max", **each.options).indices
+    assert (true == -1).any()
+    np.testing.assert_array_equal(max_indices(each, x), true)
+
+
+@pytest.mark.parametrize("operation", TRANSPOSED)
+def test_taps_of_transposed_convolutions(operation) -> None:
+    case = Case(TINY_OTHERS["uneven"], operation, 2)
+    first, second = (array.astype(np.float64) for array in case.operands())
+    got = by_taps(case, first, second, np.zeros)
+    np.testing.assert_allclose(got, reference(case), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("operation", TRANSPOSED)
+def test_transposed_convolutions_on_cuda(operation) -> None:
+    """On the stand-in for CuPy, checked as a whole, channels last."""
+    session = Session("cuconv@channels_last")
+    session.answer("open", wishes={"device": "cuda"})
+    case = Case(TINY_OTHERS["uneven"], operation, 2)
+    built = session.answer("build", case=case.to_json())
+    assert built["status"] == "ok", built
+    assert built["error"] < 1e-6
+    assert built["promised_bytes"] >= 0
+
+
+def test_what_a_peer_does_not_do_is_refused() -> None:
+    case = Case(TINY_OTHERS["pool"], "max_pool", 2)
+    with pytest.raises(RefusedError, match="no max_pool"):
+        peer_named("naive").call(case, *case.operands())
+    with pytest.raises(RefusedError, match="no strategies"):
+        peer_named("cuconv@im2col").call(case, *case.operands())
+
+
+def test_a_gradient_of_zeros_is_wrong() -> None:
+    """Of 64 cells of whole planes none may be a maximum, so more are looked at."""
+    case = Case(pool(64, 7, 7, 7), "max_pool_backward", 2)
+    zeros = np.zeros(case.result_shape, np.float32)
+    assert relative_error(case, case.operands(), zeros) == 1.0
 
 
 @pytest.mark.parametrize("operation", OPERATIONS)
@@ -339,6 +482,20 @@ def test_a_process_answers(peer) -> None:
             assert finding["calls"] >= 1
 
 
+def test_pytorch_answers_rightly() -> None:
+    """In every operation, built and checked but not timed."""
+    cases = [Case(*parameter.values, 2) for parameter in OTHERS]
+    assert {case.operation for case in cases} == {*TRANSPOSED, *POOLING}
+    with workers(["torch"], {"device": "cpu"}, TORCH_PYTHON) as found:
+        worker = found["torch"]
+        if worker.hello["status"] == "missing":
+            pytest.skip(f"no PyTorch here: {worker.hello['reason']}")
+        for case in cases:
+            reply = worker.ask("build", case=case.to_json())
+            assert reply["status"] == "ok", (case, reply)
+            assert reply["error"] < 1e-5
+
+
 def test_a_process_that_never_answers_is_missing() -> None:
     case = Case(PLAIN, "forward", 1)
     for python, reason in (("true", "ended with status 0"), ("no-such", "No such")):
@@ -424,6 +581,18 @@ RECORD = planted(
 )
 
 
+def test_what_multiplies_nothing_is_counted_in_bytes() -> None:
+    case = Case(pool(4, 10, 2, 2), "max_pool_backward", 2)
+    # dy, its indices of eight bytes, and dx.
+    assert case.nbytes == 4 * 200 + 8 * 200 + 4 * 800
+    record = planted({"cuconv": [1.0, 2.0, 4.0]})
+    for each in record["cases"]:
+        each |= {"multiplications": 0, "moved_bytes": 5 * 10**6}
+    table = report.layer_table(record, "forward")
+    assert table.header == ["layer", "cuconv", "GB/s"]
+    assert [row[2] for row in table.rows] == ["5", "2.5", "1.25"]
+
+
 def test_ratios_and_geometric_means() -> None:
     cases = report.cases_of(RECORD, "forward")
     assert list(report.ratios(cases, "cuconv", "torch").values()) == [0.5, 2.0, 1.0]
@@ -431,7 +600,7 @@ def test_ratios_and_geometric_means() -> None:
     assert report.geometric_mean([0.5, 2.0, 1.0]) == pytest.approx(1.0)
     assert report.geometric_mean([1.0, 4.0, 16.0]) == pytest.approx(4.0)
     assert report.geometric_mean([]) is None
-    assert report.gflops(cases[0], "cuconv") == pytest.approx(2.0)
+    assert report.rate(cases[0], "cuconv") == pytest.approx(2.0)
     assert report.subject_of(RECORD) == "cuconv"
     assert report.subject_of(
         planted({"torch": [1, 1, 1], "cuconv@fast": [1, 1, 1]})
@@ -460,8 +629,9 @@ def test_a_table_says_it_all() -> None:
 
 
 def test_json_comes_back(tmp_path) -> None:
-    for each in TINY.values():
-        case = Case(each, "input_grad", 3)
+    cases = [Case(each, "input_grad", 3) for each in TINY.values()]
+    cases += [Case(*parameter.values, 3) for parameter in OTHERS]
+    for case in cases:
         assert Case.from_json(json.loads(json.dumps(case.to_json()))) == case
     records.write(RECORD, records.stem_of(RECORD), tmp_path)
     cuda = planted({"cuconv": [1.0, 2.0, 3.0]}, device="cuda")
@@ -539,6 +709,8 @@ def test_the_command_line(tmp_path) -> None:
         ["--peer", "cuconf"],
         ["--batch", "0"],
         ["--layer", "no such", "--suite", "vgg16"],
+        ["--operation", "max_pool", "--suite", "vgg16"],
+        ["--device", "cuda", "--suite", "pooling"],
     ],
 )
 def test_the_command_line_refuses(words, capsys) -> None:
@@ -549,6 +721,16 @@ def test_the_command_line_refuses(words, capsys) -> None:
         main(words)
     assert stopped.value.code == 2
     assert words[0] in capsys.readouterr().err
+
+
+def test_ceilings_are_of_what_limits() -> None:
+    if importlib.util.find_spec("matplotlib") is None:
+        pytest.skip("matplotlib is not installed")
+    from benchmarks.figures import ceilings_of
+
+    assert ceilings_of(RECORD) == ({"float32": 123.4}, "large matrix product")
+    moved = [{**case, "multiplications": 0} for case in RECORD["cases"]]
+    assert ceilings_of({**RECORD, "cases": moved}) == ({"float32": 9.87}, "copy")
 
 
 @pytest.mark.parametrize("suite", ["resnet50", *(s for s in SUITES if "sweep" in s)])

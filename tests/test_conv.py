@@ -101,6 +101,34 @@ def test_equals_the_loops_in_every_type(xp, op, dtype, layout) -> None:
     assert checked == len(CASES) == 18
 
 
+CAUSAL = Case((2, 3, 11), (4, 3, 3), {"padding": "causal", "stride": 2, "dilation": 2})
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_causal_padding(xp, layout) -> None:
+    case = CAUSAL.in_layout(layout)
+    arrays = operands(case)
+    for op in OPERATIONS:
+        expect(op, arrays, case, np.float64, run(op, arrays.on(xp), case))
+    assert case.y_shape() == ((2, 4, 6) if layout == "channels_first" else (2, 6, 4))
+
+
+def test_a_causal_output_sees_no_later_input(xp) -> None:
+    x, w = np.zeros((1, 3, 11)), np.ones((4, 3, 3))
+    for cell in range(11):
+        x[...] = 0
+        x[:, :, cell] = 1
+        y = to_host(cuconv.conv(xp.asarray(x), xp.asarray(w), **CAUSAL.options))
+        seen = [o for o in range(6) if y[0, 0, o]]
+        assert seen == [o for o in range(6) if cell in (2 * o, 2 * o - 2, 2 * o - 4)]
+
+
+def test_causal_padding_is_for_one_axis() -> None:
+    for call in (cuconv.conv, cuconv.conv_transpose):
+        with pytest.raises(ValueError, match="for one spatial axis; there are 2"):
+            call(np.ones((1, 1, 4, 4)), np.ones((1, 1, 2, 2)), padding="causal")
+
+
 @pytest.mark.parametrize("op", OPERATIONS)
 @given(case=cases(), seed=st.integers(0, 2**16))
 def test_equals_the_loops_for_any_geometry(xp, op, case, seed) -> None:

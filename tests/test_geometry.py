@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support import LAYOUTS, Case
 
-from cuconv.geometry import Axis, ConvGeometry, WindowGeometry, tile_of
+from cuconv.geometry import Axis, ConvGeometry, EvenAxis, WindowGeometry, tile_of
 
 axes = st.builds(
     Axis,
@@ -81,6 +81,14 @@ def test_reached_from_holds_every_window_that_meets(axis, data) -> None:
         assert list(range(first, last)) == meets
 
 
+@given(size=st.integers(1, 60), windows=st.integers(1, 60))
+def test_the_kernel_of_even_windows_is_the_longest(size, windows) -> None:
+    axis = EvenAxis.of(size, windows)
+    spans = (axis.window(o, o + 1) for o in range(axis.out))
+    assert axis.out == windows
+    assert axis.kernel == max(stop - start for start, stop in spans)
+
+
 # Padding words
 
 
@@ -107,6 +115,19 @@ def test_same_is_the_least_padding_for_its_size(
     if total and size:
         less = axis._replace(before=0, after=total - 1)
         assert less.out < outputs
+
+
+@given(
+    size=st.integers(0, 40),
+    kernel=st.integers(1, 6),
+    stride=st.integers(1, 6),
+    dilation=st.integers(1, 4),
+)
+def test_a_causal_window_ends_at_its_own_cell(size, kernel, stride, dilation) -> None:
+    options = {"stride": stride, "dilation": dilation, "padding": "causal"}
+    (axis,) = WindowGeometry.of((1, 1, size), kernel, **options).axes
+    assert axis.out == len(range(0, size, stride))
+    assert all(axis.window(o, o + 1)[1] == o * stride + 1 for o in range(axis.out))
 
 
 def test_valid_is_no_padding() -> None:

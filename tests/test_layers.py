@@ -342,9 +342,239 @@ def test_a_layer_may_have_no_parameters(xp, tmp_path) -> None:
     layer.load_state_dict({})
 
 
+# Depthwise and separable convolutions
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("kind", [layers.DepthwiseConv, layers.DepthwiseConv2d])
+def test_a_depthwise_layer_is_the_function(xp, kind, layout) -> None:
+    options = {"padding": 1, "stride": (1, 2), "layout": layout, "precision": "strict"}
+    layer = kind(6, (3, 2), multiplier=2, xp=xp, rng=3, **options)
+    fill(xp, layer)
+    x = to_device(xp, integers((2, 6, 5, 4), "float32"))
+    w = layer.parameters["weight"].reshape(6, 2, 3, 2)
+    if layout == "channels_last":
+        x = xp.ascontiguousarray(x.transpose(0, 2, 3, 1))
+        w = layer.parameters["weight"].reshape(3, 2, 6, 2)
+    y = layer(x)
+    wanted = cuconv.depthwise_conv(x, w, layer.parameters["bias"], **options)
+    testing.assert_equal(y, to_host(wanted))
+    dx = layer.backward(y)
+    found = cuconv.depthwise_conv_backward(y, x, w, **options)
+    testing.assert_equal(dx, to_host(found.x))
+    weight = layer.gradients["weight"]
+    testing.assert_equal(weight.reshape(w.shape), to_host(found.w))
+    state = layer.state_dict()
+    assert {k: a.shape for k, a in state.items()} == {
+        "weight": (12, 1, 3, 2),
+        "bias": (12,),
+    }
+
+
+def test_depthwise_options_are_checked_when_a_layer_is_made() -> None:
+    wrong: list[tuple[tuple[Any, ...], dict[str, Any], type[Exception], str]] = [
+        ((6, 3), {"groups": 6}, TypeError, "no option 'groups'"),
+        ((0, 3), {}, ValueError, "channels must be at least 1; got 0"),
+        ((6, 3), {"multiplier": 0}, ValueError, "multiplier must be at least 1; got 0"),
+        (
+            (6, 3),
+            {"padding": "causal"},
+            ValueError,
+            "for one spatial axis; there are 2",
+        ),
+        ((6, (3, 3, 3)), {}, ValueError, "kernel_size has 3 values; needed: 2"),
+    ]
+    for arguments, options, error, words in wrong:
+        with pytest.raises(error, match=words):
+            layers.DepthwiseConv2d(*arguments, xp=np, **options)
+    assert layers.DepthwiseConv3d(2, 3, xp=np).parameters["weight"].ndim == 5
+
+
+SEPARABLE = {
+    "SeparableConv": (layers.SeparableConv, (3, 2), {"padding": 1, "stride": (1, 2)}),
+    "SeparableConv1d": (layers.SeparableConv1d, 3, {"padding": "causal"}),
+    "SeparableConv2d": (layers.SeparableConv2d, (3, 2), {"dilation": 2}),
+    "SeparableConv3d": (layers.SeparableConv3d, (1, 3, 2), {}),
+}
+
+
+def separable(xp: Any, name: str, layout: str, **more: Any) -> Any:
+    kind, kernel, options = SEPARABLE[name]
+    options = {"multiplier": 2, "layout": layout, "rng": 3, **options, **more}
+    return kind(3, 4, kernel, xp=xp, **options)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", SEPARABLE)
+def test_a_separable_layer_is_the_function(xp, name, layout) -> None:
+    layer = separable(xp, name, layout, precision="strict")
+    fill(xp, layer)
+    size = SIZES[: rank_of(name)]
+    shape = (2, 3, *size) if layout == "channels_first" else (2, *size, 3)
+    x = to_device(xp, integers(shape, "float32"))
+    weights = layer.parameters["depthwise"], layer.parameters["pointwise"]
+    options = {"layout": layout, "precision": "strict", **SEPARABLE[name][2]}
+    y = layer(x)
+    bias = layer.parameters["bias"]
+    wanted = cuconv.separable_conv(x, *weights, bias, **options)
+    testing.assert_equal(y, to_host(wanted))
+    dy = to_device(xp, integers(y.shape, "float32", seed=4))
+    dx = layer.backward(dy)
+    found = cuconv.separable_conv_backward(dy, x, *weights, **options)
+    testing.assert_equal(dx, to_host(found.x))
+    for key in ("depthwise", "pointwise", "bias"):
+        testing.assert_equal(layer.gradients[key], to_host(getattr(found, key)))
+    assert list(layer.parameters) == list(layer.gradients)
+    assert layer.backward(dy, needs_input=False) is None
+
+
+@pytest.mark.parametrize("layouts", [LAYOUTS, LAYOUTS[::-1]])
+def test_a_separable_state_is_that_of_two_convolutions(xp, layouts, tmp_path) -> None:
+    """A state goes into layers of the other layout, and into two of `Conv`."""
+    for name in SEPARABLE:
+        first, second = separable(np, name, layouts[0]), separable(xp, name, layouts[1])
+        drawn = first.state_dict()
+        for key, array in second.state_dict().items():
+            testing.assert_equal(array, drawn[key])
+        fill(np, first)
+        state = first.state_dict()
+        second.load_state_dict(state)
+        first.save(tmp_path / "layer.npz")
+        third = separable(xp, name, layouts[1], bias=True, rng=9)
+        third.load(tmp_path / "layer.npz")
+        for layer in (second, third):
+            for key, array in layer.state_dict().items():
+                testing.assert_equal(array, state[key])
+        rank = rank_of(name)
+        kernel = {1: (3,), 2: (3, 2), 3: (1, 3, 2)}[rank]
+        assert state["depthwise"].shape == (6, 1, *kernel)
+        assert state["pointwise"].shape == (4, 6, *(1,) * rank)
+    two = Conv(3, 6, kernel, groups=3, bias=False, xp=np)
+    one = Conv(6, 4, (1,) * rank, xp=np)
+    two.load_state_dict({"weight": state["depthwise"]})
+    one.load_state_dict({"weight": state["pointwise"], "bias": state["bias"]})
+    x = integers((2, 3, *SIZES), "float32")
+    y = separable(np, name, "channels_first")
+    y.load_state_dict(state)
+    testing.assert_close(y(x), one(two(x)), rtol=1e-5, atol=1e-5)
+
+
+def test_separable_weights_keep_the_spread_of_rectified_inputs() -> None:
+    layer = layers.SeparableConv2d(96, 64, (5, 3), multiplier=2, rng=0, xp=np)
+    weights = layer.parameters["depthwise"], layer.parameters["pointwise"]
+    for weight, square in zip(weights, (2 / 15, 1 / 192), strict=True):
+        assert np.mean(weight**2) == pytest.approx(square, rel=0.05)
+    bare = layers.SeparableConv2d(3, 4, 3, bias=False, xp=np)
+    y = bare(np.ones((1, 3, 5, 5), "float32"))
+    bare.backward(y)
+    assert list(bare.gradients) == ["depthwise", "pointwise"]
+
+
+def test_separable_options_are_checked_when_a_layer_is_made() -> None:
+    wrong: list[tuple[dict[str, Any], type[Exception], str]] = [
+        ({"groups": 3}, TypeError, "no option 'groups'"),
+        ({"stride": 0}, ValueError, "stride of spatial axis 0 is 0"),
+        ({"memory_limit": "much"}, ValueError, "'much'"),
+        ({"strategy": "magic"}, ValueError, "'magic'"),
+        ({"multiplier": 0}, ValueError, "multiplier must be at least 1; got 0"),
+        ({"dtype": "int8"}, TypeError, "floating or complex dtype"),
+    ]
+    for options, error, words in wrong:
+        with pytest.raises(error, match=words):
+            layers.SeparableConv2d(3, 4, 3, xp=np, **options)
+    with pytest.raises(ValueError, match="out_channels must be at least 1"):
+        layers.SeparableConv2d(3, 0, 3, xp=np)
+
+
+# Pooling
+
+WINDOWS = {"stride": 2, "padding": ((1, 0),), "dilation": 2, "ceil_mode": True}
+PLANES = {"stride": (2, 1), "padding": (1, 0)}
+MEANS = {"count_include_pad": False, "stride": (1, 2), "padding": 1}
+POOLED: dict[str, tuple[str, tuple[Any, ...], dict[str, Any], int]] = {
+    "MaxPool": ("max_pool", ((3, 2),), PLANES, 2),
+    "MaxPool1d": ("max_pool", (3,), WINDOWS, 1),
+    "MaxPool2d": ("max_pool", (2,), {}, 2),
+    "MaxPool3d": ("max_pool", (2,), {"stride": 1}, 3),
+    "AvgPool": ("avg_pool", ((3, 2),), MEANS, 2),
+    "AvgPool1d": ("avg_pool", (3,), WINDOWS, 1),
+    "AvgPool2d": ("avg_pool", (2,), {"divisor_override": 3}, 2),
+    "AvgPool3d": ("avg_pool", (2,), {"padding": "same"}, 3),
+    "AdaptiveMaxPool": ("adaptive_max_pool", ((3, None),), {}, 2),
+    "AdaptiveAvgPool": ("adaptive_avg_pool", (2,), {"memory_limit": "1 MiB"}, 2),
+    "GlobalMaxPool": ("global_max_pool", (), {}, 3),
+    "GlobalAvgPool": ("global_avg_pool", (), {"batched": True}, 2),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", POOLED)
+def test_pooling_layers_are_the_functions(xp, name, layout, tmp_path) -> None:
+    call, sizes, options, rank = POOLED[name]
+    layer = getattr(layers, name)(*sizes, layout=layout, **options)
+    shape = (2, 3, *SIZES[:rank]) if layout == "channels_first" else (2, *SIZES, 3)
+    x = to_device(xp, integers(shape[: rank + 1] + shape[-1:], "float32"))
+    options = {"layout": layout, **options}
+    y = layer(x)
+    testing.assert_equal(y, to_host(getattr(cuconv, call)(x, *sizes, **options)))
+    dy = to_device(xp, integers(y.shape, "float32", seed=1))
+    places = (None, None) if "max" in call else (x.shape,)
+    more = {"x": x} if "max" in call else {}
+    gradient = getattr(cuconv, f"{call}_backward")
+    dx = gradient(dy, *places, *sizes, **more, **options)
+    testing.assert_equal(layer.backward(dy), to_host(dx))
+    assert layer.backward(dy, needs_input=False) is None
+    assert layer.parameters == layer.gradients == layer.state_dict() == {}
+    layer.save(tmp_path / "pool.npz")
+    layer.load(tmp_path / "pool.npz")
+    assert not any(kept is x for kept in layer._x), "x need not be kept"
+    assert layer.to(np) is layer
+    with pytest.raises(RuntimeError, match="forward call"):
+        layer.backward(dy)
+
+
+POOL_MISTAKES: dict[str, tuple[str, tuple[Any, ...], dict[str, Any], str]] = {
+    "no kernel": ("MaxPool2d", (0,), {}, "kernel_size must be at least 1; got 0"),
+    "values": ("AvgPool2d", ((2, 2, 2),), {}, "kernel_size has 3 values; needed: 2"),
+    "a single number": ("MaxPool", (2,), {}, "single number 2"),
+    "axes": ("AvgPool", ((2,) * 4,), {}, "has 4 values; pooling takes 1 … 3"),
+    "stride": ("MaxPool1d", (2,), {"stride": 0}, "stride of spatial axis 0 is 0"),
+    "strides": ("MaxPool2d", (2,), {"stride": (1,) * 3}, "stride has 3 values for 2"),
+    "padding": ("AvgPool3d", (2,), {"padding": "full"}, "padding must be integers"),
+    "causal": ("MaxPool2d", (2,), {"padding": "causal"}, "one spatial axis"),
+    "layout": ("MaxPool2d", (2,), {"layout": "NCL"}, "'NCL' has 1 spatial axes"),
+    "divisor": ("AvgPool2d", (2,), {"divisor_override": 0}, "must not be 0"),
+    "mean": ("MaxPool2d", (2,), {"divisor_override": 3}, "no option 'divisor_over"),
+    "unknown": ("AvgPool2d", (2,), {"strides": 3}, "no option 'strides'"),
+    "limit": ("MaxPool2d", (2,), {"memory_limit": "much"}, "'much'"),
+    "windows": ("AdaptiveAvgPool", ((2, -1),), {}, "axis 1 is -1"),
+    "fractions": ("AdaptiveMaxPool", (2.5,), {}, "output_size must be made of int"),
+    "no windows": ("AdaptiveMaxPool", ((),), {}, "output_size has 0 values"),
+    "layout's rank": ("AdaptiveAvgPool", ((2, 2),), {"layout": "NWC"}, "'NWC' has 1"),
+    "whole": ("GlobalAvgPool", (), {"layout": "CN"}, "layout must be one of"),
+}
+
+
+@pytest.mark.parametrize("name", POOL_MISTAKES)
+def test_pooling_options_are_checked_when_a_layer_is_made(name) -> None:
+    kind, sizes, options, words = POOL_MISTAKES[name]
+    with pytest.raises((ValueError, TypeError), match=words):
+        getattr(layers, kind)(*sizes, **options)
+
+
+def test_pooling_layers_without_a_batch_axis() -> None:
+    x = np.arange(24.0).reshape(2, 3, 4)
+    assert layers.MaxPool2d(2)(x).shape == (2, 1, 2)
+    assert layers.AdaptiveAvgPool((1, 2))(x).shape == (2, 1, 2)
+    assert layers.GlobalMaxPool(batched=False)(x).shape == (2, 1, 1)
+    assert layers.AdaptiveAvgPool(10**6, layout="NHWC")
+
+
 def test_every_layer_has_an_example() -> None:
     kinds = [k for k in vars(layers).values() if isinstance(k, type)]
     named = {k.__name__: k for k in kinds if issubclass(k, Layer)}
     public = {name: k for name, k in named.items() if not name.startswith("_")}
-    assert set(public) == {"Layer", *MADE}
-    assert all(">>> " in public[name].__doc__ for name in MADE)
+    depthwise = {f"DepthwiseConv{rank}" for rank in ("", "1d", "2d", "3d")}
+    tested = {*MADE, *depthwise, *SEPARABLE, *POOLED}
+    assert set(public) == {"Layer", *tested} == set(layers.__all__)
+    assert all(">>> " in public[name].__doc__ for name in tested)

@@ -26,6 +26,8 @@ KERNELS = {
     "transpose": 2,
     "depthwise": 16,
     "depthwise_weights": 16,
+    "extend": 30,
+    "fold": 54,
     "pool": 60,
     "pool_gradient": 56,
 }

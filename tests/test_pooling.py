@@ -197,6 +197,18 @@ def test_words_for_padding(xp, padding) -> None:
         check_mean(xp, pool, "float64", count_include_pad=False)
 
 
+@pytest.mark.parametrize("ceil_mode", [True, False])
+def test_causal_windows_hold_what_was_before(xp, ceil_mode) -> None:
+    options = {"padding": "causal", "stride": 2, "dilation": 2, "ceil_mode": ceil_mode}
+    pool = Pool((2, 3, 8), (3,), options)
+    check_max(xp, pool, "float32")
+    check_mean(xp, pool, "float64", count_include_pad=False)
+    y = to_host(cuconv.max_pool(xp.arange(8.0).reshape(1, 1, 8), 3, **options))
+    assert y[0, 0, :4].tolist() == [0, 2, 4, 6]
+    with pytest.raises(ValueError, match="for one spatial axis; there are 2"):
+        cuconv.max_pool(xp.ones((1, 1, 4, 4)), 2, padding="causal")
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("batched", [True, False])
 def test_global(xp, layout, batched) -> None:

@@ -233,10 +233,12 @@ def test_kernels_are_loaded_once_per_device(standin):
 def test_precompile(xp):
     # For each rank: the copy, two sums; a product for integers; for floats two loops
     # over channels, tiles of three sizes along one axis, and along two; and products
-    # without columns, for blocks of four sizes (three of doubles).
-    assert cuconv.precompile(("float32",), (2,)) == 3 + 2 + 6 + 4 * 4
-    assert cuconv.precompile(("float64",), (1,)) == 3 + 2 + 3 + 3 * 4
-    assert cuconv.precompile(("int8",), (1, 2)) == 5 + 4 * 4
+    # without columns, for blocks of four sizes (three of doubles).  For any rank:
+    # pooling by maxima and means, and norms of floats, and their gradients, of which
+    # that of a maximum takes indices or, of floats, x.
+    assert cuconv.precompile(("float32",), (2,)) == 3 + 2 + 6 + 4 * 4 + 7
+    assert cuconv.precompile(("float64",), (1,)) == 3 + 2 + 3 + 3 * 4 + 7
+    assert cuconv.precompile(("int8",), (1, 2)) == 5 + 4 * 4 + 3
     with pytest.raises(TypeError, match="object"):
         cuconv.precompile((object,))
 
@@ -315,6 +317,24 @@ def test_precompiled_kernels_are_those_that_run(standin):
     y = cuconv.conv(x, w)
     cuconv.conv_backward(y, x, w)
     assert _loaded.cache_info().misses == before
+
+
+def test_pooling_is_precompiled_too(standin):
+    from cuconv._cuda.compiler import _loaded
+
+    _loaded.cache_clear()
+    cuconv.precompile(("float16",), (2,))
+    before = _loaded.cache_info().misses
+    x = standin.ones((1, 2, 4, 6), "float16")
+    y, indices = cuconv.max_pool(x, 2, return_indices=True)
+    cuconv.max_pool_backward(y, indices, x.shape, 2)
+    cuconv.max_pool_backward(y, None, None, 2, x=x)
+    cuconv.avg_pool_backward(cuconv.avg_pool(x, 2), x.shape, 2)
+    cuconv.lp_pool_backward(y, x, cuconv.lp_pool(x, 2, 2), 2, 2)
+    cuconv.global_avg_pool_backward(cuconv.global_avg_pool(x), x.shape)
+    assert _loaded.cache_info().misses == before
+    cuconv.max_pool(standin.ones((1, 1, 4), "float32"), 2)
+    assert _loaded.cache_info().misses == before + 1, "nothing was counted"
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

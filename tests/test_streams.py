@@ -66,6 +66,7 @@ def every_call(xp: Any) -> dict[str, Callable[[], Any]]:
         "asarray": lambda: cuconv.asarray(x),
         **every_transposed_call(dy, w, block, filters),
         **every_pooling_call(x),
+        **every_separable_call(x),
     }
 
 
@@ -86,6 +87,21 @@ def every_transposed_call(x: Any, w: Any, block: Any, filters: Any) -> dict[str,
         ),
         "conv_transpose_weight_grad": lambda: cuconv.conv_transpose_weight_grad(
             dy, x, w.shape, **options
+        ),
+    }
+
+
+def every_separable_call(x: Any) -> dict[str, Any]:
+    w, points = x[0, :, :2, :6].reshape(4, 2, 3, 2), x[0, :, :2, 0].reshape(1, 8)
+    between = cuconv.depthwise_conv(x, w)
+    return {
+        "depthwise_conv": lambda: cuconv.depthwise_conv(x, w),
+        "depthwise_conv_backward": lambda: cuconv.depthwise_conv_backward(
+            between, x, w
+        ),
+        "separable_conv": lambda: cuconv.separable_conv(x, w, points),
+        "separable_conv_backward": lambda: cuconv.separable_conv_backward(
+            between[:, :1], x, w, points
         ),
     }
 
@@ -128,7 +144,7 @@ def every_pooling_call(x: Any) -> dict[str, Any]:
     }
 
 
-ELSEWHERE = {"ConvGradients", "MemoryLimitError", "config"}
+ELSEWHERE = {"ConvGradients", "MemoryLimitError", "SeparableGradients", "config"}
 
 
 @on_cupy
@@ -140,7 +156,7 @@ def test_no_public_call_waits_for_the_device(standin) -> None:
         before = len(waits)
         call()
         assert waits[before:] == [], name
-    assert len(calls) == 51
+    assert len(calls) == 55
     x, w, _ = operands(CASE, "float32").on(standin)
     cuconv.conv(x, w, strategy="benchmark", **CASE.options)
     float(x[0, 0, 0, 0])

@@ -198,6 +198,20 @@ def test_it_is_the_adjoint_of_the_convolution_with_the_same_weights(
     )
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_causal_is_that_of_the_convolution_that_leads_back(xp, layout) -> None:
+    options = {"padding": "causal", "stride": 2, "dilation": 2}
+    for more in ({}, {"output_size": 7}):
+        case = Case((2, 3, 4), (3, 2, 3), {**options, **more}).in_layout(layout)
+        arrays = operands(case)
+        for call in CALLS:
+            got = run(call, arrays.on(xp), case)
+            expect(call, arrays, case, np.float64, got)
+    cell = xp.asarray([[[0.0, 1.0, 0.0]]])
+    y = to_host(cuconv.conv_transpose(cell, xp.ones((1, 1, 2)), **options))
+    assert y.tolist() == [[[1, 0, 1, 0, 0, 0]]]
+
+
 @pytest.mark.parametrize("dtype", ["float64", "complex128"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_gradients_are_the_numerical_ones(xp, layout, dtype) -> None:

@@ -8,9 +8,10 @@ from benchmarks import machine
 from benchmarks.cases import Case
 from benchmarks.gpu.scale import HALF_AND_WHOLE, Scale
 from benchmarks.gpu.steps import Findings, StepError
+from benchmarks.layers import Layer
 from benchmarks.records import Record
 from benchmarks.runner import Effort, Worker, measure_case, workers
-from benchmarks.suites import OPERATIONS, Layer
+from benchmarks.suites import OPERATIONS
 from cuconv.strategies import strategies
 
 # An answer that takes longer means that a kernel hangs.

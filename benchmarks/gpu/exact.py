@@ -15,9 +15,11 @@ import ml_dtypes  # noqa: F401 - NumPy learns the name bfloat16
 import numpy as np
 
 import cuconv
-from benchmarks.cases import OPERANDS, Case, Host
+from benchmarks.cases import Case
+from benchmarks.definitions import Host
+from benchmarks.layers import Layer
 from benchmarks.peers.base import CupyDevice, cupy_device
-from benchmarks.suites import OPERATIONS, Layer, layer
+from benchmarks.suites import OPERATIONS, layer
 from benchmarks.taps import norm_error, reference
 from cuconv.config import PRECISIONS
 from cuconv.strategies import strategies
@@ -43,7 +45,7 @@ def cases() -> Iterator[Case]:
 def operands(case: Case) -> list[Host]:
     """Of -1, 0 and 1: their sums are exact in every type."""
     rng = np.random.default_rng(len(case.layer.name))
-    names = OPERANDS[case.operation]
+    names = case.definition.operands
     return [rng.integers(-1, 2, case.shapes[n]).astype(np.float32) for n in names]
 
 

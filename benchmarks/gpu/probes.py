@@ -25,9 +25,10 @@ import numpy as np
 import cuconv
 from benchmarks.cases import Case
 from benchmarks.gpu.scale import ARITHMETICS, HALF_AND_WHOLE, Scale
+from benchmarks.layers import Layer
 from benchmarks.peers.base import CupyDevice, cupy_device
 from benchmarks.peers.on_device import normal, operand, prepared
-from benchmarks.suites import Layer, depthwise, layer
+from benchmarks.suites import depthwise, layer
 
 Findings = Iterator[dict[str, Any]]
 

@@ -3,7 +3,8 @@
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from benchmarks.suites import SUITES, Layer
+from benchmarks.layers import Layer
+from benchmarks.suites import SUITES
 
 ARITHMETICS = ("float32", "tf32", "float16", "bfloat16")
 HALF_AND_WHOLE = ("float32", "float16")

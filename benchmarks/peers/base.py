@@ -12,9 +12,10 @@ from typing import Any, NamedTuple, Protocol, cast
 
 import numpy as np
 
-from benchmarks.cases import TOLERANCES, Array, Case, Host, relative_error
+from benchmarks.cases import TOLERANCES, Array, Case, relative_error
+from benchmarks.definitions import Host
+from benchmarks.layers import Sizes
 from benchmarks.peers.on_device import Maker, Prepared, prepared
-from benchmarks.suites import Sizes
 
 Call = Callable[[], Array]
 
@@ -253,7 +254,7 @@ def cupy_device() -> CupyDevice:
 
 
 class Peer:
-    """Runs the three operations its own way, on arrays of its own device."""
+    """Runs operations its own way, each a method, on arrays of its own device."""
 
     device: Device = HostDevice()
 
@@ -270,9 +271,8 @@ class Peer:
         if self.device.is_remote:
             return prepared(cast("Maker", self.device), case)
         operands = case.operands()
-        first, second = map(self.device.put, operands)
         return Prepared(
-            [(first, second)],
+            [tuple(map(self.device.put, operands))],
             lambda result: relative_error(case, operands, self.device.take(result)),
         )
 
@@ -289,9 +289,12 @@ class Peer:
         del case
         return {"strategy": None}
 
-    def call(self, case: Case, first: Array, second: Array) -> Call:
+    def call(self, case: Case, *operands: Array) -> Call:
         """A measurable call; what it needs beforehand is done here."""
-        return partial(getattr(self, case.operation), case, first, second)
+        operation = getattr(self, case.operation, None)
+        if operation is None:
+            raise RefusedError(f"this peer has no {case.operation}")
+        return partial(operation, case, *operands)
 
 
 def python_versions() -> dict[str, str]:

@@ -1,12 +1,13 @@
 """The library itself: ``cuconv``, ``cuconv@4MiB``, ``cuconv@fast`` and their kin."""
 
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 import cuconv
-from benchmarks.cases import OPERANDS, Array, Case
+from benchmarks.cases import Array, Case
+from benchmarks.layers import Sizes
 from benchmarks.peers.base import (
     Call,
     HostDevice,
@@ -15,7 +16,6 @@ from benchmarks.peers.base import (
     Wishes,
     cupy_device,
 )
-from benchmarks.suites import Sizes
 
 
 class LibraryHost(HostDevice):
@@ -26,20 +26,43 @@ class LibraryHost(HostDevice):
         return super().extra_bytes(call)
 
 
+class Way(NamedTuple):
+    """How an operation is called.
+
+    The name of a public function, the array whose shape it takes after its operands,
+    and whether it has a plan, a strategy and a precision.
+    """
+
+    function: str
+    shape: str | None = None
+    is_planned: bool = True
+
+
+WAYS = {
+    "forward": Way("conv"),
+    "input_grad": Way("conv_input_grad", "x"),
+    "weight_grad": Way("conv_weight_grad", "w"),
+    "transpose": Way("conv_transpose"),
+    "transpose_input_grad": Way("conv_transpose_input_grad", "x"),
+    "transpose_weight_grad": Way("conv_transpose_weight_grad", "w"),
+    "max_pool": Way("max_pool", is_planned=False),
+    "max_pool_backward": Way("max_pool_backward", "x", is_planned=False),
+    "avg_pool": Way("avg_pool", is_planned=False),
+    "avg_pool_backward": Way("avg_pool_backward", "x", is_planned=False),
+}
+
+
 class Library(Peer):
     def __init__(self, wishes: Wishes) -> None:
         super().__init__(wishes)
         self.device = cupy_device() if wishes.device == "cuda" else LibraryHost()
-        self._options = {
-            "memory_limit": wishes.memory_limit,
-            "strategy": wishes.strategy,
-            "layout": wishes.layout,
-        }
 
     def versions(self) -> dict[str, str]:
         return {"cuconv": cuconv.__version__}
 
     def plan(self, case: Case) -> dict[str, Any]:
+        if not WAYS[case.operation].is_planned:
+            return super().plan(case)
         plan = cuconv.plan_conv(
             self._shape(case, "x"),
             self._shape(case, "w"),
@@ -50,26 +73,19 @@ class Library(Peer):
         )
         return {"strategy": plan.strategy, "promised_bytes": plan.workspace_bytes}
 
-    def call(self, case: Case, first: Array, second: Array) -> Call:
+    def call(self, case: Case, *operands: Array) -> Call:
         self._check(case)
-        keywords = self._keywords(case)
+        way, keywords = WAYS[case.operation], self._keywords(case)
         if self.wishes.reuse_out:
             keywords["out"] = self.device.put(np.empty(case.result_shape, np.float32))
-        names = OPERANDS[case.operation]
-        first, second = (
-            self._placed(name, array)
-            for name, array in zip(names, (first, second), strict=True)
-        )
-        if case.operation == "forward":
-            return partial(cuconv.conv, first, second, **keywords)
-        function, result = {
-            "input_grad": (cuconv.conv_input_grad, "x"),
-            "weight_grad": (cuconv.conv_weight_grad, "w"),
-        }[case.operation]
-        return partial(function, first, second, self._shape(case, result), **keywords)
+        arrays = map(self._placed, case.definition.operands, operands)
+        shapes = [self._shape(case, way.shape)] if way.shape else []
+        return partial(getattr(cuconv, way.function), *arrays, *shapes, **keywords)
 
     def _check(self, case: Case) -> None:
         """Raise if the strategy that was asked for cannot run the case."""
+        if self.wishes.strategy != "auto" and not WAYS[case.operation].is_planned:
+            raise RefusedError(f"{case.operation} has no strategies")
         try:
             self.plan(case)
         except ValueError as error:
@@ -78,9 +94,16 @@ class Library(Peer):
             raise RefusedError(str(error)) from error
 
     def _keywords(self, case: Case) -> dict[str, Any]:
-        fast = case.arithmetic == "tf32"
-        precision = "fast" if fast else self.wishes.precision
-        return {**case.options, **self._options, "precision": precision}
+        wishes, fast = self.wishes, case.arithmetic == "tf32"
+        keywords = {
+            **case.options,
+            "memory_limit": wishes.memory_limit,
+            "layout": wishes.layout,
+        }
+        if WAYS[case.operation].is_planned:
+            keywords["strategy"] = wishes.strategy
+            keywords["precision"] = "fast" if fast else wishes.precision
+        return keywords
 
     def _is_last(self) -> bool:
         return self.wishes.layout == "channels_last"
@@ -102,6 +125,5 @@ class Library(Peer):
         return array.transpose(self._order(name, array.ndim)).copy()
 
     def plain(self, case: Case, result: Array) -> Array:
-        name = {"forward": "dy", "input_grad": "x", "weight_grad": "w"}[case.operation]
-        order = self._order(name, result.ndim)
+        order = self._order(case.definition.result, result.ndim)
         return result.transpose([order.index(axis) for axis in range(result.ndim)])

@@ -5,7 +5,8 @@ from itertools import product
 
 import numpy as np
 
-from benchmarks.cases import Case, Host
+from benchmarks.cases import Case
+from benchmarks.definitions import Host
 from benchmarks.peers.base import Peer, RefusedError
 
 MOST_MULTIPLICATIONS = 2_000_000

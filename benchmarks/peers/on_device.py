@@ -12,8 +12,9 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from benchmarks.cases import OPERANDS, Array, Case, Host
-from benchmarks.suites import Sizes
+from benchmarks.cases import RANDOM, Array, Case
+from benchmarks.definitions import Host
+from benchmarks.layers import Sizes
 from benchmarks.taps import norm_error, reference
 
 POOL = 4_000_037
@@ -44,7 +45,7 @@ class Maker(Protocol):
 class Prepared(NamedTuple):
     """Sets of operands of a case, and who checks the result of the first."""
 
-    sets: list[tuple[Array, Array]]
+    sets: list[tuple[Array, ...]]
     judge: Judge
 
 
@@ -57,13 +58,12 @@ def sets_for(operand_bytes: int, l2_bytes: int) -> int:
 # All peers of a process measure one case at a time, on the same operands.
 @lru_cache(maxsize=1)
 def prepared(device: Maker, case: Case) -> Prepared:
-    names = OPERANDS[case.operation]
-    itemsize = 4 if case.dtype == "float32" else 2
-    nbytes = itemsize * sum(prod(case.shapes[name]) for name in names)
-    sets = []
-    for turn in range(sets_for(nbytes, device.l2_bytes)):
-        first, second = (operand(device, case, name, turn) for name in names)
-        sets.append((first, second))
+    names = case.definition.operands
+    nbytes = sum(case.itemsize(name) * prod(case.shapes[name]) for name in names)
+    sets = [
+        tuple(operand(device, case, name, turn) for name in names)
+        for turn in range(sets_for(nbytes, device.l2_bytes))
+    ]
     first, second = (device.cast(array, "float64") for array in sets[0])
     true = reference(case, first, second, device.zeros)
     return Prepared(sets, partial(_error, device, true))
@@ -78,7 +78,7 @@ def _error(device: Maker, true: Array, result: Array) -> float:
 def operand(device: Maker, case: Case, name: str, turn: int) -> Array:
     """Standard normal numbers in the type of the case; weights are scaled."""
     shape = case.shapes[name]
-    seed = 1 + 3 * turn + ("x", "w", "dy").index(name)
+    seed = 1 + 3 * turn + RANDOM.index(name)
     numbers = normal(device, prod(shape), seed).reshape(shape)
     if name == "w":
         numbers = numbers * float(case.layer.patch**-0.5)

@@ -1,12 +1,15 @@
 """PyTorch, channels first: oneDNN on the CPU, cuDNN on a GPU."""
 
+from collections.abc import Callable
 from functools import cache, partial
 from typing import Any
 
 import numpy as np
 import torch
 
-from benchmarks.cases import Array, Case, Host
+from benchmarks.cases import Array, Case
+from benchmarks.definitions import Host
+from benchmarks.layers import Sizes, Transposed
 from benchmarks.peers.base import (
     Call,
     Peer,
@@ -15,15 +18,8 @@ from benchmarks.peers.base import (
     ResidentDevice,
     Wishes,
 )
-from benchmarks.suites import Sizes
 
 torch.set_grad_enabled(False)
-
-CONVOLUTIONS = (
-    torch.nn.functional.conv1d,
-    torch.nn.functional.conv2d,
-    torch.nn.functional.conv3d,
-)
 
 
 class TorchDevice(ResidentDevice):
@@ -97,39 +93,100 @@ def empty_like(array: Array, shape: Sizes) -> Array:
     )
 
 
+def functional(name: str, case: Case, *operands: Array) -> Call:
+    """Such as `torch.nn.functional.conv2d`."""
+    function = getattr(torch.nn.functional, f"{name}{len(case.layer.kernel)}d")
+    return partial(function, *operands, **case.options)
+
+
+def convolution_gradient(case: Case, dy: Array, other: Array) -> Call:
+    """One gradient alone; the operand that it does not need lends its shape only."""
+    wanted = case.definition.result
+    arrays = dict(zip(case.definition.operands, (dy, other), strict=True))
+    arrays[wanted] = empty_like(dy, case.shapes[wanted])
+    layer, options = case.layer, case.options
+    arguments = (
+        dy,
+        arrays["x"],
+        arrays["w"],
+        None,
+        layer.stride,
+        layer.padding,
+        layer.dilation,
+        isinstance(layer, Transposed),
+        options.get("output_padding", (0,) * len(layer.kernel)),
+        layer.groups,
+        (wanted == "x", wanted == "w", False),
+    )
+    place = ("x", "w").index(wanted)
+
+    def gradient() -> Array:
+        return torch.ops.aten.convolution_backward(*arguments)[place]
+
+    return gradient
+
+
+def max_pool_gradient(case: Case, dy: Array, indices: Array) -> Call:
+    name, ceil_mode = "max_pool{}d_with_indices_backward", False
+    return pool_gradient(name, case, dy, *windows(case), ceil_mode, in_planes(indices))
+
+
+def avg_pool_gradient(case: Case, dy: Array) -> Call:
+    # Without the dilation; nothing hangs over, padding counts, and no other divisor.
+    rest = *windows(case)[:3], False, True, None
+    return pool_gradient("avg_pool{}d_backward", case, dy, *rest)
+
+
+def pool_gradient(name: str, case: Case, dy: Array, *rest: Any) -> Call:
+    """By the operator of two or three axes; the input lends its shape only."""
+    operator = getattr(torch.ops.aten, name.format(max(2, len(case.layer.kernel))))
+    x = empty_like(dy, case.shapes["x"])
+    arrays = in_planes(dy), in_planes(x)
+
+    def gradient() -> Array:
+        return operator(*arrays, *rest).reshape(case.result_shape)
+
+    return gradient
+
+
+def in_planes(array: Array) -> Array:
+    """An array with one spatial axis as planes of one row."""
+    return array.unsqueeze(-2) if array.ndim == 3 else array
+
+
+def windows(case: Case) -> list[Sizes]:
+    """Kernel, stride, padding and dilation, as `in_planes` needs them."""
+    layer = case.layer
+    each = (layer.kernel, layer.stride, layer.padding, layer.dilation)
+    along_rows = (1, 1, 0, 1)
+    return [
+        (own, *sizes) if len(sizes) == 1 else sizes
+        for own, sizes in zip(along_rows, each, strict=True)
+    ]
+
+
+CALLS: dict[str, Callable[..., Call]] = {
+    "forward": partial(functional, "conv"),
+    "input_grad": convolution_gradient,
+    "weight_grad": convolution_gradient,
+    "transpose": partial(functional, "conv_transpose"),
+    "transpose_input_grad": convolution_gradient,
+    "transpose_weight_grad": convolution_gradient,
+    "max_pool": partial(functional, "max_pool"),
+    "max_pool_backward": max_pool_gradient,
+    "avg_pool": partial(functional, "avg_pool"),
+    "avg_pool_backward": avg_pool_gradient,
+}
+
+
 class Torch(Peer):
     device: Any = TorchDevice()
 
     def versions(self) -> dict[str, str]:
         return {"torch": torch.__version__, "threads": str(torch.get_num_threads())}
 
-    def call(self, case: Case, first: Array, second: Array) -> Call:
-        if case.operation == "forward":
-            convolve = CONVOLUTIONS[len(case.layer.kernel) - 1]
-            return partial(convolve, first, second, None, **case.options)
-        for_x = case.operation == "input_grad"
-        # The operand that a gradient does not need lends its shape only.
-        x = empty_like(first, case.shapes["x"]) if for_x else second
-        w = second if for_x else empty_like(first, case.shapes["w"])
-        return partial(self._gradient, first, x, w, case)
-
-    @staticmethod
-    def _gradient(dy: Array, x: Array, w: Array, case: Case) -> Array:
-        layer, for_x = case.layer, case.operation == "input_grad"
-        gradients = torch.ops.aten.convolution_backward(
-            dy,
-            x,
-            w,
-            None,
-            layer.stride,
-            layer.padding,
-            layer.dilation,
-            False,  # noqa: FBT003 - the operator takes it by place: not transposed
-            (0,) * len(layer.kernel),
-            layer.groups,
-            (for_x, not for_x, False),
-        )
-        return gradients[0 if for_x else 1]
+    def call(self, case: Case, *operands: Array) -> Call:
+        return CALLS[case.operation](case, *operands)
 
 
 @cache
@@ -146,15 +203,15 @@ class Cudnn(Torch):
         self.device = cuda_device()
         torch.backends.cudnn.benchmark = True
 
-    def call(self, case: Case, first: Array, second: Array) -> Call:
+    def call(self, case: Case, *operands: Array) -> Call:
         fast = case.arithmetic == "tf32" or self.wishes.precision == "fast"
         torch.backends.cudnn.allow_tf32 = fast
         if self.wishes.layout == "channels_last":
-            if first.ndim not in CHANNELS_LAST:
+            if operands[0].ndim not in CHANNELS_LAST:
                 raise RefusedError("PyTorch has no channels-last form of one axis")
-            form = CHANNELS_LAST[first.ndim]
-            first, second = (a.to(memory_format=form) for a in (first, second))
-        return super().call(case, first, second)
+            form = CHANNELS_LAST[operands[0].ndim]
+            operands = tuple(a.to(memory_format=form) for a in operands)
+        return super().call(case, *operands)
 
     def versions(self) -> dict[str, str]:
         return {

@@ -7,9 +7,10 @@ import numpy as np
 import scipy
 from scipy.signal import convolve, correlate
 
-from benchmarks.cases import Case, Host
+from benchmarks.cases import Case
+from benchmarks.definitions import Host
+from benchmarks.layers import Sizes
 from benchmarks.peers.base import Peer, RefusedError, ResidentDevice
-from benchmarks.suites import Sizes
 
 MOST_PAIRS = 4096
 

@@ -45,13 +45,8 @@ class WholeBuffer(Peer):
         total = self.xp.zeros(
             (case.batch, layer.groups, channels, *padded), dtype=np.float32
         )
-        axes = (layer.dilation, layer.stride, layer.out)
         for tap in np.ndindex(layer.kernel):
-            here = tuple(
-                slice(t * d, t * d + s * (n - 1) + 1, s)
-                for t, d, s, n in zip(tap, *axes, strict=True)
-            )
-            total[..., *here] += patches[:, :, :, *tap]
+            total[..., *layer.under(tap)] += patches[:, :, :, *tap]
         inner = zip(layer.padding, layer.size, strict=True)
         cut = total[..., *(slice(p, p + n) for p, n in inner)]
         return cut.reshape(case.result_shape)

@@ -8,6 +8,7 @@ import cupy
 import numpy as np
 
 from cuconv._cuda.elements import Variant
+from cuconv._cuda.pools import pool_variants
 from cuconv._cuda.source import kernel_source
 from cuconv._cuda.tilings import usual_variants
 from cuconv._cuda.variants import (
@@ -50,6 +51,7 @@ def precompile(
         check_type("dtype", dtype)
         variants.update(usual_variants(dtype, modern=modern))
         variants.update(tile_variants(dtype, ranks, wide=False))
+        variants.update(Variant(*named) for named in pool_variants([dtype], wide=False))
         if dtype.kind in "biu":
             variants.add(product_variant(dtype))
         else:

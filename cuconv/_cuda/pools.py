@@ -1,6 +1,6 @@
 """Pooling by `pool.cu` and `pool_gradient.cu`: their struct, variants and launches."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -16,7 +16,7 @@ from cuconv._cuda.structs import (
     spans_of,
     steps_of,
 )
-from cuconv.arrays import SUPPORTED_TYPES, Array, DType, accumulator
+from cuconv.arrays import Array, DType, accumulator
 from cuconv.geometry import Axis
 from cuconv.reduction import MAXIMUM, MEAN, NORM, Pooling
 
@@ -154,17 +154,16 @@ def _name(dtype: DType) -> str:
     return f"{dtype.name}_t" if word is None else f"{word}{dtype.itemsize}_t"
 
 
-def pool_variants() -> Iterator[tuple[str, tuple[str, ...]]]:
+def pool_variants(
+    dtypes: Iterable[DType], *, wide: bool
+) -> Iterator[tuple[str, tuple[str, ...]]]:
     """Kernel and macros for results of the type that they have by default."""
-    found: dict[tuple[str, tuple[str, ...]], None] = {}
-    for kernel, kind, types in _usual():
-        for wide in (False, True):
-            found[kernel, pool_macros(kind, types, wide=wide)] = None
-    yield from found
+    for kernel, kind, types in _usual(dtypes):
+        yield kernel, pool_macros(kind, types, wide=wide)
 
 
-def _usual() -> Iterator[tuple[str, str, PoolTypes]]:
-    for dtype in map(np.dtype, SUPPORTED_TYPES):
+def _usual(dtypes: Iterable[DType]) -> Iterator[tuple[str, str, PoolTypes]]:
+    for dtype in dtypes:
         mean = np.dtype(np.float64) if dtype.kind in "biu" else dtype
         own = PoolTypes(dtype, accumulator(dtype), dtype)
         yield "pool", MEAN, PoolTypes(dtype, accumulator(mean), mean)

@@ -63,8 +63,7 @@ def extend_variant(itemsize: int, rank: int, *, wide: bool) -> Variant:
 
 def fold_variant(dtype: DType, rank: int, *, wide: bool) -> Variant:
     """`fold` for sums of this type."""
-    macros = f"ELEMENT={ELEMENTS[dtype.name]}", *_index_macros(rank, wide=wide)
-    return Variant("fold", macros)
+    return _fold_variant(ELEMENTS[dtype.name], rank, wide=wide)
 
 
 def product_variant(dtype: DType) -> Variant:
@@ -116,6 +115,10 @@ def transpose_variant(itemsize: int) -> Variant:
     return Variant("transpose", (f"ELEMENT=word{itemsize}_t", size))
 
 
+def _fold_variant(element: str, rank: int, *, wide: bool) -> Variant:
+    return Variant("fold", (f"ELEMENT={element}", *_index_macros(rank, wide=wide)))
+
+
 def _sum_variant(kernel: str, element: str, rank: int, *, wide: bool) -> Variant:
     macros = f"ELEMENT={element}", f"SUM={SUMS.get(element, element)}"
     return Variant(kernel, (*macros, *_index_macros(rank, wide=wide)))
@@ -138,7 +141,9 @@ def all_variants(architecture: int = 90) -> Iterator[Variant]:
         for wide in (False, True):
             yield from tile_variants(np.dtype(name), (1, 2), wide=wide)
     yield from _direct_variants()
-    yield from (Variant(*named) for named in pool_variants())
+    types = [np.dtype(name) for name in SUPPORTED_TYPES]
+    pools = (pool_variants(types, wide=wide) for wide in (False, True))
+    yield from dict.fromkeys(Variant(*named) for each in pools for named in each)
     yield from map(transpose_variant, (2, 4))
     names = ("bool", "uint8", "uint16", "uint32", "uint64")
     yield from (product_variant(np.dtype(name)) for name in names)
@@ -152,11 +157,10 @@ def _column_variants(rank: int) -> Iterator[Variant]:
         for itemsize in (1, 2, 4, 8, 16):
             yield copy_variant(itemsize, rank, wide=wide)
             yield extend_variant(itemsize, rank, wide=wide)
-        for dtype in {ELEMENTS[n]: np.dtype(n) for n in SUPPORTED_TYPES}.values():
-            if accumulator(dtype) == dtype:
-                yield fold_variant(dtype, rank, wide=wide)
         for element in dict.fromkeys(ELEMENTS.values()):
             yield _sum_variant("col2im_gather", element, rank, wide=wide)
+            if element not in SUMS:
+                yield _fold_variant(element, rank, wide=wide)
             if element in _HAS_ATOMICS:
                 yield _sum_variant("col2im_scatter", element, rank, wide=wide)
 

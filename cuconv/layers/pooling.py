@@ -1,0 +1,470 @@
+"""Pooling as layers: without parameters, and with what their gradients need."""
+
+from abc import abstractmethod
+from collections.abc import Callable, Iterable
+from typing import Any, ClassVar, Unpack
+
+from cuconv.arrays import Array
+from cuconv.geometry import Sizes, WindowGeometry, channels_are_first
+from cuconv.layers.base import ENDLESS, Layer, kernel_of
+from cuconv.memory import MemoryLimit, parse_memory_limit
+from cuconv.pooling import (
+    MOST_AXES,
+    MeanOptions,
+    OutputSize,
+    PoolOptions,
+    adaptive_avg_pool,
+    adaptive_avg_pool_backward,
+    adaptive_max_pool,
+    adaptive_max_pool_backward,
+    avg_pool,
+    avg_pool_backward,
+    divided_by,
+    global_avg_pool,
+    global_avg_pool_backward,
+    global_max_pool,
+    global_max_pool_backward,
+    max_pool,
+    max_pool_backward,
+    window_geometry,
+)
+
+
+class _Pool(Layer):
+    """A function of `cuconv.pooling` and its gradient, and what both take."""
+
+    _pool: ClassVar[Callable[..., Any]]
+    _spread: ClassVar[Callable[..., Any]]
+
+    def __init__(self, *sizes: Any, memory_limit: MemoryLimit, **options: Any) -> None:
+        super().__init__()
+        if memory_limit is not None:
+            parse_memory_limit(memory_limit)
+        self._sizes = sizes
+        self._options = {"memory_limit": memory_limit, **options}
+
+    @abstractmethod
+    def _results(self, x: Array) -> tuple[Array, ...]:
+        """What is pooled, and arrays that the gradient needs."""
+
+    def forward(self, x: Array) -> Array:
+        """Pool, and keep what `backward` needs, which is not ``x``.
+
+        Of maxima that is where they are, and of means the shape of ``x``.
+
+        Parameters
+        ----------
+        x
+            (N, C, *spatial), or (N, *spatial, C) with channels last.
+
+        Returns
+        -------
+        array
+            (N, C, *out) in the layout and the type of ``x``; means of integers are
+            float64.
+
+        Raises
+        ------
+        ValueError, TypeError, MemoryLimitError
+            As the function of this name does.
+        """
+        y, *needed = self._results(x)
+        self._x = (*needed, x.shape)
+        return y
+
+    def backward(self, dy: Array, *, needs_input: bool = True) -> Array | None:
+        """Compute the gradient for the input of the last forward call.
+
+        Parameters
+        ----------
+        dy
+            Gradient for the output, in its shape.
+        needs_input
+            Whether to compute anything: there are no other gradients.
+
+        Returns
+        -------
+        array or None
+            Gradient for the input, in its shape and the type of ``dy``; None if it is
+            not needed.
+
+        Raises
+        ------
+        RuntimeError
+            If there was no forward call.
+        ValueError, TypeError, MemoryLimitError
+            As the gradient of the function does.
+        """
+        kept = self._kept()
+        if not needs_input:
+            return None
+        return self._spread(dy, *kept, *self._sizes, **self._options)
+
+
+class _Maxima(_Pool):
+    """Largest values: the gradient goes where they were."""
+
+    def _results(self, x: Array) -> tuple[Array, ...]:
+        options = {"return_indices": True, **self._options}
+        y, indices = self._pool(x, *self._sizes, **options)
+        return y, indices
+
+
+class _Means(_Pool):
+    """Means: the gradient is shared out."""
+
+    def _results(self, x: Array) -> tuple[Array, ...]:
+        return (self._pool(x, *self._sizes, **self._options),)
+
+
+class MaxPool(_Maxima):
+    """`cuconv.max_pool` as a layer, over one to three spatial axes.
+
+    Parameters
+    ----------
+    kernel_size
+        Taps along each spatial axis; how many there are gives the rank.  `MaxPool1d`,
+        `MaxPool2d` and `MaxPool3d` know their rank and take a single number too.
+    memory_limit, **options
+        As for `cuconv.max_pool`: stride, which is the kernel size by default, padding,
+        dilation, ceil_mode and layout.
+
+    Raises
+    ------
+    ValueError, TypeError
+        For sizes or options that suit no input.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from cuconv.layers import MaxPool
+    >>> layer = MaxPool((2, 2))
+    >>> y = layer(np.arange(16.0).reshape(1, 1, 4, 4))
+    >>> layer.backward(np.ones_like(y))[0, 0]
+    array([[0., 0., 0., 0.],
+           [0., 1., 0., 1.],
+           [0., 0., 0., 0.],
+           [0., 1., 0., 1.]])
+    """
+
+    rank: int | None = None
+    _pool = staticmethod(max_pool)
+    _spread = staticmethod(max_pool_backward)
+
+    def __init__(
+        self,
+        kernel_size: Sizes,
+        *,
+        memory_limit: MemoryLimit = None,
+        **options: Unpack[PoolOptions],
+    ) -> None:
+        kernel = kernel_of(kernel_size, self.rank)
+        _check_windows(kernel, options, PoolOptions)
+        super().__init__(kernel, memory_limit=memory_limit, **options)
+
+
+class MaxPool1d(MaxPool):
+    """`MaxPool` over one spatial axis: x (N, C, L).
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from cuconv.layers import MaxPool1d
+    >>> MaxPool1d(2)(np.zeros((1, 2, 8))).shape
+    (1, 2, 4)
+    """
+
+    rank = 1
+
+
+class MaxPool2d(MaxPool):
+    """`MaxPool` over two spatial axes: x (N, C, H, W).
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from cuconv.layers import MaxPool2d
+    >>> MaxPool2d(2)(np.zeros((1, 2, 8, 6))).shape
+    (1, 2, 4, 3)
+    """
+
+    rank = 2
+
+
+class MaxPool3d(MaxPool):
+    """`MaxPool` over three spatial axes: x (N, C, D, H, W).
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from cuconv.layers import MaxPool3d
+    >>> MaxPool3d((1, 2, 2))(np.zeros((1, 2, 4, 8, 6))).shape
+    (1, 2, 4, 4, 3)
+    """
+
+    rank = 3
+
+
+class AvgPool(_Means):
+    """`cuconv.avg_pool` as a layer, over one to three spatial axes.
+
+    Parameters
+    ----------
+    kernel_size
+        Taps along each spatial axis; how many there are gives the rank.  `AvgPool1d`,
+        `AvgPool2d` and `AvgPool3d` know their rank and take a single number too.
+    memory_limit, **options
+        As for `cuconv.avg_pool`: stride, which is the kernel size by default, padding,
+        dilation, ceil_mode,
+        count_include_pad, divisor_override and layout.
+
+    Raises
+    ------
+    ValueError, TypeError
+        For sizes or options that suit no input.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from cuconv.layers import AvgPool
+    >>> layer = AvgPool((3,), stride=2, padding=1, count_include_pad=False)
+    >>> y = layer(np.array([[[1.0, 2.0, 3.0, 4.0]]]))
+    >>> y, layer.backward(np.ones_like(y))
+    (array([[[1.5, 3. ]]]), array([[[0.5       , 0.83333333, 0.33333333, 0.33333333]]]))
+    """
+
+    rank: int | None = None
+    _pool = staticmethod(avg_pool)
+    _spread = staticmethod(avg_pool_backward)
+
+    def __init__(
+        self,
+        kernel_size: Sizes,
+        *,
+        memory_limit: MemoryLimit = None,
+        **options: Unpack[MeanOptions],
+    ) -> None:
+        kernel = kernel_of(kernel_size, self.rank)
+        _check_windows(kernel, options, MeanOptions)
+        divided_by(options)
+        super().__init__(kernel, memory_limit=memory_limit, **options)
+
+
+class AvgPool1d(AvgPool):
+    """`AvgPool` over one spatial axis: x (N, C, L).
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from cuconv.layers import AvgPool1d
+    >>> AvgPool1d(2)(np.zeros((1, 2, 8))).shape
+    (1, 2, 4)
+    """
+
+    rank = 1
+
+
+class AvgPool2d(AvgPool):
+    """`AvgPool` over two spatial axes: x (N, C, H, W).
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from cuconv.layers import AvgPool2d
+    >>> AvgPool2d(2)(np.zeros((1, 2, 8, 6))).shape
+    (1, 2, 4, 3)
+    """
+
+    rank = 2
+
+
+class AvgPool3d(AvgPool):
+    """`AvgPool` over three spatial axes: x (N, C, D, H, W).
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from cuconv.layers import AvgPool3d
+    >>> AvgPool3d((1, 2, 2))(np.zeros((1, 2, 4, 8, 6))).shape
+    (1, 2, 4, 4, 3)
+    """
+
+    rank = 3
+
+
+class AdaptiveMaxPool(_Maxima):
+    """`cuconv.adaptive_max_pool` as a layer: maxima of as many windows as asked for.
+
+    Parameters
+    ----------
+    output_size
+        Windows along each axis: one number for a batched input, or one for each axis;
+        None keeps the size of an axis.
+    layout, memory_limit
+        As for `cuconv.adaptive_max_pool`.
+
+    Raises
+    ------
+    ValueError, TypeError
+        For sizes or options that suit no input.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from cuconv.layers import AdaptiveMaxPool
+    >>> AdaptiveMaxPool((2, None))(np.zeros((1, 3, 7, 9))).shape
+    (1, 3, 2, 9)
+    """
+
+    _pool = staticmethod(adaptive_max_pool)
+    _spread = staticmethod(adaptive_max_pool_backward)
+
+    def __init__(
+        self,
+        output_size: OutputSize,
+        *,
+        layout: str = "channels_first",
+        memory_limit: MemoryLimit = None,
+    ) -> None:
+        _check_even(output_size, layout)
+        super().__init__(output_size, layout=layout, memory_limit=memory_limit)
+
+
+class AdaptiveAvgPool(_Means):
+    """`cuconv.adaptive_avg_pool` as a layer: means of as many windows as asked for.
+
+    Parameters
+    ----------
+    output_size
+        Windows along each axis: one number for a batched input, or one for each axis;
+        None keeps the size of an axis.
+    layout, memory_limit
+        As for `cuconv.adaptive_avg_pool`.
+
+    Raises
+    ------
+    ValueError, TypeError
+        For sizes or options that suit no input.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from cuconv.layers import AdaptiveAvgPool
+    >>> AdaptiveAvgPool(3)(np.arange(7.0).reshape(1, 1, 7))
+    array([[[1., 3., 5.]]])
+    """
+
+    _pool = staticmethod(adaptive_avg_pool)
+    _spread = staticmethod(adaptive_avg_pool_backward)
+
+    def __init__(
+        self,
+        output_size: OutputSize,
+        *,
+        layout: str = "channels_first",
+        memory_limit: MemoryLimit = None,
+    ) -> None:
+        _check_even(output_size, layout)
+        super().__init__(output_size, layout=layout, memory_limit=memory_limit)
+
+
+class GlobalMaxPool(_Maxima):
+    """`cuconv.global_max_pool` as a layer: the largest value of every plane.
+
+    Parameters
+    ----------
+    batched
+        Whether inputs have a batch axis.
+    layout, memory_limit
+        As for `cuconv.global_max_pool`.
+
+    Raises
+    ------
+    ValueError, TypeError
+        For options that suit no input.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from cuconv.layers import GlobalMaxPool
+    >>> GlobalMaxPool()(np.arange(12.0).reshape(1, 2, 6))
+    array([[[ 5.],
+            [11.]]])
+    """
+
+    _pool = staticmethod(global_max_pool)
+    _spread = staticmethod(global_max_pool_backward)
+
+    def __init__(
+        self,
+        *,
+        batched: bool = True,
+        layout: str = "channels_first",
+        memory_limit: MemoryLimit = None,
+    ) -> None:
+        channels_are_first(layout)
+        super().__init__(batched=batched, layout=layout, memory_limit=memory_limit)
+
+
+class GlobalAvgPool(_Means):
+    """`cuconv.global_avg_pool` as a layer: the mean of every plane.
+
+    Parameters
+    ----------
+    batched
+        Whether inputs have a batch axis.
+    layout, memory_limit
+        As for `cuconv.global_avg_pool`.
+
+    Raises
+    ------
+    ValueError, TypeError
+        For options that suit no input.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from cuconv.layers import GlobalAvgPool
+    >>> layer = GlobalAvgPool()
+    >>> layer(np.array([[[1.0, 2.0, 3.0, 6.0]]])), layer.backward(np.ones((1, 1, 1)))
+    (array([[[3.]]]), array([[[0.25, 0.25, 0.25, 0.25]]]))
+    """
+
+    _pool = staticmethod(global_avg_pool)
+    _spread = staticmethod(global_avg_pool_backward)
+
+    def __init__(
+        self,
+        *,
+        batched: bool = True,
+        layout: str = "channels_first",
+        memory_limit: MemoryLimit = None,
+    ) -> None:
+        channels_are_first(layout)
+        super().__init__(batched=batched, layout=layout, memory_limit=memory_limit)
+
+
+def _check_windows(kernel: tuple[int, ...], options: Any, kind: type) -> None:
+    """Refuse windows that lie in no input, however large it is."""
+    _check_rank("kernel_size", kernel)
+    window_geometry((ENDLESS,) * (len(kernel) + 1), kernel, options, kind)
+
+
+def _check_even(output_size: OutputSize, layout: str) -> None:
+    first = channels_are_first(layout)
+    sizes: tuple[Any, ...] = (output_size,)
+    if isinstance(output_size, Iterable):
+        sizes = tuple(output_size)
+    elif not layout.startswith("channels"):
+        sizes *= len(layout) - 2
+    _check_rank("output_size", sizes)
+    cells = tuple(1 if windows is None else ENDLESS for windows in sizes)
+    shape = (1, *cells) if first else (*cells, 1)
+    WindowGeometry.of_even(shape, sizes, layout=layout)
+
+
+def _check_rank(name: str, sizes: tuple[Any, ...]) -> None:
+    if not 1 <= len(sizes) <= MOST_AXES:
+        raise ValueError(
+            f"{name} has {len(sizes)} values; pooling takes 1 … {MOST_AXES} axes"
+        )

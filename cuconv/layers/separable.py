@@ -1,0 +1,194 @@
+"""Separable convolutions that hold the weights of both steps."""
+
+import math
+from typing import Any, ClassVar, Unpack
+
+import numpy as np
+
+from cuconv.arrays import Array
+from cuconv.geometry import Sizes
+from cuconv.layers.base import kernel_of, positive
+from cuconv.layers.weighted import Weighted, drawn
+from cuconv.leaves import default_array_module
+from cuconv.separable import (
+    SeparableGradients,
+    SeparableOptions,
+    separable_conv,
+    separable_conv_backward,
+)
+
+
+class SeparableConv(Weighted):
+    """A separable convolution: every channel alone, then all channels cell by cell.
+
+    Weights begin normal: those of the first step with standard deviation √(2 / taps),
+    as He et al. draw them for inputs that are rectified, and those of the second, whose
+    inputs are not, with √(1 / (in_channels · multiplier)).  Biases begin as zeros.
+
+    Parameters
+    ----------
+    in_channels, out_channels
+        Channels C of the input and K of the output.
+    kernel_size
+        Taps along each spatial axis; how many there are gives the rank.
+        `SeparableConv1d`, `SeparableConv2d` and `SeparableConv3d` know their rank and
+        take a single number too.
+    multiplier
+        Filters M of each channel in the first step.
+    bias
+        Whether a bias is added at the end.
+    xp, rng
+        As for `Conv`.
+    **options
+        As for `cuconv.separable_conv`; ``dtype`` as for `Conv`.
+
+    Attributes
+    ----------
+    parameters
+        ``"depthwise"``, (C, M, *kernel), ``"pointwise"``, (K, C · M), and ``"bias"``,
+        (K,), if there is one; with channels last (*kernel, C, M) and (C · M, K).  In a
+        state they are the weights of two convolutions as PyTorch has them, (C · M, 1,
+        *kernel) and (K, C · M, 1, …).
+    gradients
+        The same names, once `backward` has run.
+
+    Raises
+    ------
+    ValueError, TypeError
+        For sizes, types or options that do not fit, before anything is drawn.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from cuconv.layers import SeparableConv
+    >>> layer = SeparableConv(3, 8, (3, 3), multiplier=2, padding=1, xp=np, rng=0)
+    >>> y = layer(np.ones((2, 3, 5, 7), dtype=np.float32))
+    >>> dx = layer.backward(np.ones_like(y))
+    >>> y.shape, layer.gradients["depthwise"].shape, layer.gradients["pointwise"].shape
+    ((2, 8, 5, 7), (3, 2, 3, 3), (8, 6))
+    """
+
+    _found: ClassVar[dict[str, str]] = {
+        name: name for name in ("depthwise", "pointwise", "bias")
+    }
+    _known = tuple(SeparableOptions.__annotations__)
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: Sizes,
+        *,
+        multiplier: int = 1,
+        bias: bool = True,
+        xp: Any = None,
+        rng: np.random.Generator | int | None = None,
+        **options: Unpack[SeparableOptions],
+    ) -> None:
+        super().__init__(options)
+        channels = positive("in_channels", in_channels)
+        filters = positive("out_channels", out_channels)
+        each = positive("multiplier", multiplier)
+        kernel = kernel_of(kernel_size, self.rank)
+        chosen = self._settled()._replace(groups=channels)
+        first = (channels * each, 1, *kernel)
+        shape = first if self._is_channels_first else (*kernel, 1, channels * each)
+        chosen.geometry(self._endless(channels, len(kernel)), shape)
+        xp = default_array_module() if xp is None else xp
+        numbers = np.random.default_rng(rng)
+        taps = channels, each, *kernel
+        depthwise = drawn(taps, 2 / math.prod(kernel), self._dtype, numbers)
+        pointwise = drawn(
+            (filters, channels * each), 1 / (channels * each), self._dtype, numbers
+        )
+        if not self._is_channels_first:
+            depthwise, pointwise = np.moveaxis(depthwise, (0, 1), (-2, -1)), pointwise.T
+        self.parameters["depthwise"] = xp.asarray(np.ascontiguousarray(depthwise))
+        self.parameters["pointwise"] = xp.asarray(np.ascontiguousarray(pointwise))
+        if bias:
+            self._add_bias(filters, xp)
+
+    def forward(self, x: Array) -> Array:
+        """Convolve, and keep ``x`` (not a copy of it) for `backward`.
+
+        Parameters
+        ----------
+        x
+            (N, C, *spatial), or (N, *spatial, C) with channels last; the batch axis may
+            be missing.
+
+        Returns
+        -------
+        array
+            (N, K, *out) in the layout of ``x``.
+
+        Raises
+        ------
+        ValueError, TypeError, MemoryLimitError
+            As `cuconv.separable_conv` does.
+        """
+        weights = self.parameters["depthwise"], self.parameters["pointwise"]
+        y = separable_conv(x, *weights, self.parameters.get("bias"), **self._options)
+        self._x = x
+        return y
+
+    def _gradients(
+        self, dy: Array, x: Array, needs: tuple[str, ...]
+    ) -> SeparableGradients:
+        weights = self.parameters["depthwise"], self.parameters["pointwise"]
+        return separable_conv_backward(dy, x, *weights, needs=needs, **self._options)
+
+    def _channels_first(self, name: str, array: Array) -> Array:
+        if name == "bias":
+            return array
+        rank = self.parameters["depthwise"].ndim - 2
+        if name == "pointwise":
+            own = array if self._is_channels_first else array.T
+            return own[(..., *(None,) * rank)]
+        if not self._is_channels_first:
+            array = array.transpose(rank, rank + 1, *range(rank))
+        return array.reshape(-1, 1, *array.shape[2:])
+
+
+class SeparableConv1d(SeparableConv):
+    """`SeparableConv` over one spatial axis: x (N, C, L).
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from cuconv.layers import SeparableConv1d
+    >>> layer = SeparableConv1d(2, 4, 3, padding="causal", xp=np)
+    >>> layer(np.ones((1, 2, 10), dtype=np.float32)).shape
+    (1, 4, 10)
+    """
+
+    rank = 1
+
+
+class SeparableConv2d(SeparableConv):
+    """`SeparableConv` over two spatial axes: x (N, C, H, W).
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from cuconv.layers import SeparableConv2d
+    >>> layer = SeparableConv2d(6, 4, 3, stride=2, memory_limit="1 MiB", xp=np)
+    >>> layer(np.ones((1, 6, 9, 9), dtype=np.float32)).shape
+    (1, 4, 4, 4)
+    """
+
+    rank = 2
+
+
+class SeparableConv3d(SeparableConv):
+    """`SeparableConv` over three spatial axes: x (N, C, D, H, W).
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from cuconv.layers import SeparableConv3d
+    >>> SeparableConv3d(2, 4, (1, 3, 3), xp=np).parameters["depthwise"].shape
+    (2, 1, 1, 3, 3)
+    """
+
+    rank = 3

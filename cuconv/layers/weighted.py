@@ -1,0 +1,166 @@
+"""What layers with weights share: their options, how weights begin, and `backward`."""
+
+import math
+from abc import abstractmethod
+from collections.abc import Iterable
+from typing import Any, ClassVar
+
+import numpy as np
+
+from cuconv.arrays import Array, DType
+from cuconv.calls import ConvOptions, chosen_options
+from cuconv.geometry import Sizes, channels_are_first
+from cuconv.layers.base import ENDLESS, Layer, kernel_of
+from cuconv.leaves import default_array_module
+from cuconv.plan import Options
+from cuconv.planner import check_strategy_name
+
+
+class Weighted(Layer):
+    """A layer with weights, and the options of a convolution."""
+
+    rank: int | None = None
+    # The gradient of each parameter, by its name in what the function gives.
+    _found: ClassVar[dict[str, str]] = {"weight": "w", "bias": "bias"}
+    _known: ClassVar[Iterable[str]] = tuple(ConvOptions.__annotations__)
+
+    def __init__(self, options: Any) -> None:
+        super().__init__()
+        _check_known(options, self._known)
+        self._options: Any = {"dtype": np.float32, **options}
+        self._dtype = _parameter_type(self._options["dtype"])
+        self._options["dtype"] = self._dtype
+
+    @abstractmethod
+    def _gradients(self, dy: Array, x: Array, needs: tuple[str, ...]) -> Any:
+        """A named tuple of gradients: ``x`` for the input, the others by `_found`."""
+
+    def backward(self, dy: Array, *, needs_input: bool = True) -> Array | None:
+        """Fill `gradients` from the last forward call.
+
+        Parameters
+        ----------
+        dy
+            Gradient for the output, in its shape.
+        needs_input
+            Whether to compute the gradient for the input; a first layer has no use for
+            it.
+
+        Returns
+        -------
+        array or None
+            Gradient for the input, in its shape; None if it is not needed.
+
+        Raises
+        ------
+        RuntimeError
+            If there was no forward call.
+        ValueError, TypeError, MemoryLimitError
+            As the function of the gradients does, `cuconv.conv_backward` for `Conv`.
+        """
+        names = {name: self._found[name] for name in self.parameters}
+        needs = (*(("x",) if needs_input else ()), *names.values())
+        found = self._gradients(dy, self._kept(), needs)
+        self.gradients = {name: getattr(found, other) for name, other in names.items()}
+        return found.x
+
+    def _settled(self) -> Options:
+        """All options, checked as far as they are words."""
+        chosen = chosen_options(self._options).settled()
+        check_strategy_name(chosen.strategy)
+        self._is_channels_first = channels_are_first(chosen.layout)
+        return chosen
+
+    def _endless(self, channels: int, rank: int) -> tuple[int, ...]:
+        """The shape of an input to which no kernel is too long."""
+        size = (ENDLESS,) * rank
+        return (channels, *size) if self._is_channels_first else (*size, channels)
+
+    def _add_bias(self, channels: int, xp: Any) -> None:
+        self.parameters["bias"] = xp.zeros(channels, dtype=self._dtype)
+
+
+class Filters(Weighted):
+    """A layer with one bank of filters."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: Sizes,
+        *,
+        bias: bool,
+        xp: Any,
+        rng: np.random.Generator | int | None,
+        options: ConvOptions,
+    ) -> None:
+        super().__init__(options)
+        channels = self._channels(in_channels, out_channels, options.get("groups", 1))
+        shape = (*channels, *kernel_of(kernel_size, self.rank))
+        chosen = self._settled()
+        self._check_options(chosen, in_channels, self._in_layout(shape))
+        xp = default_array_module() if xp is None else xp
+        terms = self._terms(chosen, in_channels, shape[2:])
+        weight = drawn(shape, 2 / terms, self._dtype, np.random.default_rng(rng))
+        if not self._is_channels_first:
+            weight = np.moveaxis(weight, (0, 1), (-1, -2))
+        self.parameters["weight"] = xp.asarray(np.ascontiguousarray(weight))
+        if bias:
+            self._add_bias(out_channels, xp)
+
+    @abstractmethod
+    def _channels(
+        self, in_channels: int, out_channels: int, groups: int
+    ) -> tuple[int, int]:
+        """The two axes of the weights that are no taps, checked."""
+
+    @abstractmethod
+    def _check_options(
+        self, options: Options, in_channels: int, w_shape: tuple[int, ...]
+    ) -> None:
+        """Refuse options that suit no input at all."""
+
+    def _terms(
+        self, options: Options, in_channels: int, kernel: tuple[int, ...]
+    ) -> float:
+        """How many products an output sums: He's fan_in."""
+        return in_channels // options.groups * math.prod(kernel)
+
+    def _in_layout(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape of weights that PyTorch would have in this one."""
+        if self._is_channels_first:
+            return shape
+        return (*shape[2:], shape[1], shape[0])
+
+    def _channels_first(self, name: str, array: Array) -> Array:
+        if name == "bias" or self._is_channels_first:
+            return array
+        rank = array.ndim - 2
+        return array.transpose(rank + 1, rank, *range(rank))
+
+
+def _check_known(options: Iterable[str], known: Iterable[str]) -> None:
+    unknown = set(options) - set(known)
+    if unknown:
+        raise TypeError(
+            f"a layer has no option {', '.join(map(repr, sorted(unknown)))}"
+        )
+
+
+def drawn(
+    shape: tuple[int, ...], square: float, dtype: DType, rng: np.random.Generator
+) -> Array:
+    """Draw weights with this mean square."""
+    deviation = math.sqrt(square)
+    if dtype.kind == "c":
+        real, imaginary = rng.normal(scale=deviation / math.sqrt(2), size=(2, *shape))
+        return (real + 1j * imaginary).astype(dtype)
+    return rng.normal(scale=deviation, size=shape).astype(dtype)
+
+
+def _parameter_type(dtype: Any) -> DType:
+    resolved = np.dtype(np.float32 if dtype is None else dtype)
+    # bfloat16 is no kind of NumPy's own: it calls itself "V".
+    if resolved.kind not in "fc" and resolved.name != "bfloat16":
+        raise TypeError(f"a layer needs a floating or complex dtype; got {resolved}")
+    return resolved
