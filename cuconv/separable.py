@@ -97,7 +97,14 @@ class SeparableOptions(TypedDict, total=False):
 
 
 class SeparableGradients(NamedTuple):
-    """The gradients of a separable convolution; None where one was not asked for."""
+    """The gradients of a separable convolution; None where one was not asked for.
+
+    Examples
+    --------
+    >>> import cuconv
+    >>> cuconv.SeparableGradients(bias=0.5)
+    SeparableGradients(x=None, depthwise=None, pointwise=None, bias=0.5)
+    """
 
     x: Array | None = None
     depthwise: Array | None = None

@@ -841,6 +841,7 @@ AXES = st.builds(
     after=st.integers(-6, 6),
     overhang=st.just(0),
     windows=st.just(0),
+    spread=st.just(1),
 )
 
 

@@ -175,6 +175,12 @@ class _Worker:
 
         And the target, last.
         """
+        cells = self._single(block.output, block.window)
+        if cells is not None and indices is None:
+            axes = tuple(range(2, source.ndim))
+            how = {"out": target, "keepdims": True, "initial": start}
+            step.reduce(source[(..., *cells)], axes, target.dtype, **how)
+            return [source, target]
         passes = _passes(self._geometry, inner_first=indices is not None)
         seen = [source]
         for number, axis in enumerate(passes):
@@ -186,6 +192,13 @@ class _Worker:
             source = into
             seen.append(into)
         return seen
+
+    def _single(self, outputs: Ranges, cells: Ranges) -> tuple[slice, ...] | None:
+        """The cells under the only output of each axis; None if there are more."""
+        if any(stop - start != 1 for start, stop in outputs):
+            return None
+        each = zip(self._geometry.axes, outputs, cells, strict=True)
+        return tuple(axis.cells_under(first, span) for axis, (first, _), span in each)
 
     def _reduce(
         self,
@@ -321,6 +334,17 @@ class _Worker:
 
     def _sweep_back(self, region: Region, source: Array, target: Array) -> None:
         """Give to every cell what the windows over it hold, axis by axis."""
+        readable = tuple(
+            (start, max(start, min(stop, axis.end)))
+            for axis, (start, stop) in zip(
+                self._geometry.axes, region.cells, strict=True
+            )
+        )
+        single = self._single(region.output, readable)
+        if single is not None:
+            target[...] = 0
+            target[(..., *single)] = source
+            return
         passes = _passes(self._geometry, inner_first=True)
         for number, axis in enumerate(passes):
             shape = list(source.shape)
@@ -330,8 +354,7 @@ class _Worker:
             into = target if is_last else self._view(f"stage{number}", shape)
             into[...] = 0
             windows = self._geometry.axes[axis]
-            cells = start, max(start, min(stop, windows.end))
-            for meeting in windows.meetings(region.output[axis], cells):
+            for meeting in windows.meetings(region.output[axis], readable[axis]):
                 place = into[_along(axis, meeting.cells)]
                 np.add(place, source[_along(axis, meeting.outputs)], out=place)
             source = into
