@@ -5,11 +5,12 @@ from typing import Any, Unpack
 
 import numpy as np
 
-from cuconv.arrays import Array
+from cuconv.arrays import Array, any_lazy
 from cuconv.calls import (
     GRADIENTS,
     ConvGradients,
     ConvOptions,
+    bind,
     carry_out,
     check_needs,
     chosen_options,
@@ -17,10 +18,11 @@ from cuconv.calls import (
     inputs,
     shows_options,
 )
-from cuconv.composed import ZeroPoints, bind, check_zero_points, plan_of_shapes
+from cuconv.composed import ZeroPoints, check_zero_points, plan_of_shapes
+from cuconv.composed import bind as bind_now
 from cuconv.geometry import Sizes
 from cuconv.leaves import leaves_on
-from cuconv.plan import ROLES, Call, Plan, check_shape
+from cuconv.plan import ROLES, Plan, check_shape
 
 _BACKWARD_ALLOCATES = (
     "conv_backward allocates its results: call conv_input_grad and conv_weight_grad "
@@ -52,7 +54,8 @@ def conv(
     Parameters
     ----------
     x
-        Input, (N, C, *spatial), or (C, *spatial) for a single image.
+        Input, (N, C, *spatial), or (C, *spatial) for a single image: an array of NumPy
+        or CuPy, or a Dask array of their blocks, for which the result is one too.
     w
         Filters, (K, C / groups, *kernel).  With ``layout="channels_last"``: x is
         (N, *spatial, C) and w is (*kernel, C / groups, K).
@@ -60,7 +63,7 @@ def conv(
         (K,), added to every output position.
     out
         Array to write the result to; it must have its shape and type, and share no
-        memory with the inputs.
+        memory with the inputs.  Not with Dask arrays.
     x_zero_point, w_zero_point
         For x and w of int8 or uint8: what stands for zero in them, and is taken from
         every cell and weight before they are multiplied, without wrapping.  An integer
@@ -170,7 +173,7 @@ def conv(
     array([[[    0,   200, 12702,   127]]], dtype=int32)
     """
 
-    def bound() -> Call:
+    def bound() -> Any:
         chosen = chosen_options(options)
         arrays = inputs(x=x, w=w, bias=bias)
         geometry = chosen.geometry(x.shape, w.shape)
@@ -193,6 +196,8 @@ def _shifted(
     options: ConvOptions,
 ) -> Array:
     """`conv` of cells and weights less their zero points."""
+    if any_lazy((x, w)):
+        raise TypeError("x_zero_point and w_zero_point are not for Dask arrays")
     chosen = chosen_options(options)
     if chosen.dtype is None:
         chosen = chosen._replace(dtype=np.int32)
@@ -201,7 +206,7 @@ def _shifted(
     if bias is not None:
         check_shape("bias", bias, (geometry.filters,))
     zeros = check_zero_points(zeros, arrays, geometry)
-    return bind("forward", geometry, arrays, out, chosen, zeros).run()
+    return bind_now("forward", geometry, arrays, out, chosen, zeros).run()
 
 
 def _conv_of_rank(rank: int, x: Array, w: Array, *rest: Any, **options: Any) -> Array:
@@ -345,7 +350,7 @@ def conv_input_grad(
              [1., 2., 1.]]]])
     """
 
-    def bound() -> Call:
+    def bound() -> Any:
         chosen = chosen_options(options)
         arrays = inputs(dy=dy, w=w)
         geometry = chosen.geometry(x_shape, w.shape)
@@ -412,7 +417,7 @@ def conv_weight_grad(
              [20., 24.]]]])
     """
 
-    def bound() -> Call:
+    def bound() -> Any:
         chosen = chosen_options(options)
         arrays = inputs(dy=dy, x=x)
         geometry = chosen.geometry(x.shape, w_shape)

@@ -20,7 +20,7 @@ import operator
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
-from typing import NamedTuple, TypeAlias
+from typing import NamedTuple, TypeAlias, TypeVar
 
 LARGEST_PARAMETER = 2**31 - 1
 
@@ -40,6 +40,8 @@ Sizes: TypeAlias = int | Sequence[int]
 Padding: TypeAlias = int | str | Sequence[int | Sequence[int]]
 Range: TypeAlias = tuple[int, int]
 Ranges: TypeAlias = tuple[Range, ...]
+
+T = TypeVar("T")
 
 
 class Meeting(NamedTuple):
@@ -136,6 +138,25 @@ class Axis(NamedTuple):
     def window(self, start: int, stop: int) -> Range:
         """The input interval under output cells [start, stop), padding included."""
         return self.first(start), self.first(stop - 1) + self.extent
+
+    def under(self, start: int, stop: int) -> tuple[Range, Range]:
+        """The cells that exist under these outputs, and the padding at either end."""
+        return _clip(*self.window(start, stop), self.end)
+
+    def between(self, cells: Range, outputs: Range) -> "Axis":
+        """An axis of these cells and these outputs alone.
+
+        Other cells become padding, or negative padding where cells lie beyond the
+        windows.
+        """
+        start, stop = self.first(outputs[0]), self.first(outputs[1] - 1) + self.extent
+        counted = min(stop, self.size + self.after)
+        return self._replace(
+            size=cells[1] - cells[0],
+            before=cells[0] - start,
+            after=counted - cells[1],
+            overhang=stop - counted,
+        )
 
     def reached_from(self, start: int, stop: int) -> Range:
         """The output cells with a window that meets the input interval."""
@@ -272,6 +293,12 @@ class EvenAxis(Axis):
 
     def window(self, start: int, stop: int) -> Range:
         return self.first(start), self.last(stop - 1)
+
+    def between(self, cells: Range, outputs: Range) -> Axis:
+        """The whole axis: a part of evenly shared windows is not evenly shared."""
+        if (cells, outputs) != ((0, self.size), (0, self.windows)):
+            raise ValueError("windows that share an axis out evenly cannot be cut")
+        return self
 
     def reached_from(self, start: int, stop: int) -> Range:
         high = -(-stop * self.windows // self.size)
@@ -459,8 +486,12 @@ class WindowGeometry:
 
     def array_shape(self, channels: int, spatial: tuple[int, ...]) -> tuple[int, ...]:
         """The shape, in this layout, of an array with these channels and cells."""
+        return self.arranged(self.images, channels, spatial)
+
+    def arranged(self, images: T, channels: T, spatial: Sequence[T]) -> tuple[T, ...]:
+        """What belongs to every axis of an array, in the order of this layout."""
         inner = (channels, *spatial) if self.channels_first else (*spatial, channels)
-        return (self.images, *inner) if self.batched else inner
+        return (images, *inner) if self.batched else inner
 
     def column_shape(
         self,
@@ -532,7 +563,7 @@ class WindowGeometry:
     def block(self, images: Range, output: Ranges) -> Block:
         """The block that computes these images and output cells."""
         clipped = [
-            _clip(*axis.window(start, stop), axis.end)
+            axis.under(start, stop)
             for axis, (start, stop) in zip(self.axes, output, strict=True)
         ]
         window, padding = zip(*clipped, strict=True) if clipped else ((), ())

@@ -54,7 +54,8 @@ ROLES = {
     "transpose_input_grad": {"dy": "x", "w": "w"},
     "transpose_weight_grad": {"dy": "x", "x": "dy"},
 }
-_CONVOLUTION = {call: op for op, call in TRANSPOSED.items()}
+# Of each transposed operation, the one of the convolution that leads back.
+CONVOLUTION = {call: op for op, call in TRANSPOSED.items()}
 # Options that a transposed convolution does not have.
 _FORWARD_ALONE = "padding_mode", "input_dilation", "batch_groups"
 
@@ -740,7 +741,7 @@ def problem_of(
     """What a plan for these arrays depends on."""
     types = resolve_types(arrays, options.dtype)
     operand = leaves.operand_type(types)
-    op, roles = _CONVOLUTION.get(call, call), ROLES[call]
+    op, roles = CONVOLUTION.get(call, call), ROLES[call]
     if flipped:
         source = next(name for name, role in roles.items() if role == "dy")
         op, roles = "forward", {**roles, source: "x"}
@@ -760,7 +761,7 @@ def problem_of(
         module=leaves.xp.__name__,
         flipped=flipped,
         captured=leaves.is_capturing(),
-        transposed=call in _CONVOLUTION,
+        transposed=call in CONVOLUTION,
     )
     return replace(problem, direct=_direct(problem, in_roles, out, leaves))
 
@@ -786,7 +787,7 @@ def bind_with(
 
 def shapes_of(call: str, geometry: ConvGeometry) -> dict[str, tuple[int, ...]]:
     """The shapes of an operation's arrays by their names."""
-    channels = geometry.channels if call in _CONVOLUTION else geometry.filters
+    channels = geometry.channels if call in CONVOLUTION else geometry.filters
     own = {
         "x": geometry.x_shape,
         "w": geometry.w_shape,
