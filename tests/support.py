@@ -97,7 +97,6 @@ def _y_shape(case: Case) -> tuple[int, ...]:
     if key not in _SHAPES:
         batch = case.x_shape[: len(case.x_shape) == len(case.w_shape)]
         x = np.zeros((0, *case.x_shape[len(batch) :]))
-        batch = tuple(n // case.options.get("batch_groups", 1) for n in batch)
         y = testing.conv_reference(x, np.zeros(case.w_shape), **case.options)
         together = case.options.get("batch_groups", 1)
         _SHAPES[key] = (*(n // together for n in batch), *y.shape[1:])
