@@ -327,19 +327,19 @@ class Block(NamedTuple):
         return tuple(stop - start for start, stop in self.output)
 
 
-_AxisPhase: TypeAlias = tuple[slice, slice, Axis | None]
+_AxisPhase: TypeAlias = tuple[slice, slice, Axis]
 
 
 class Phase(NamedTuple):
     """Cells of a result that lie some steps apart, and the convolution that gives them.
 
-    ``results`` picks them along every axis, ``taps`` the taps that they need.
-    ``geometry`` is None where they need none: they are zero.
+    ``results`` picks them along every axis, ``taps`` the taps that they need.  Cells
+    that need none are in no phase: they are zero.
     """
 
     results: tuple[slice, ...]
     taps: tuple[slice, ...]
-    geometry: "ConvGeometry | None"
+    geometry: "ConvGeometry"
 
 
 class Region(NamedTuple):
@@ -797,9 +797,7 @@ class ConvGeometry(WindowGeometry):
     ) -> Iterator[Phase]:
         for picked in itertools.product(*axes):
             results, taps, each = zip(*picked, strict=True)
-            reached = tuple(axis for axis in each if axis is not None)
-            whole = len(reached) == self.rank
-            yield Phase(results, taps, replace(like, axes=reached) if whole else None)
+            yield Phase(results, taps, replace(like, axes=each))
 
     def rows(self, images: Range, rows: Range) -> Block:
         """The block that computes these rows along the first axis, whole in the others.
@@ -906,6 +904,7 @@ class ConvGeometry(WindowGeometry):
         (8, 64, 109, 109)
         """
         channels_are_first(layout)
+        _check_padding_mode(padding_mode)
         return _conv_geometry(
             _shape("x", x_shape),
             _shape("w", w_shape),
@@ -940,26 +939,26 @@ def _inputs(axis: Axis) -> Iterator[_AxisPhase]:
 def _axis_phases(
     axis: Axis, results: int, sources: int, steps: tuple[int, int], offset: int
 ) -> Iterator[_AxisPhase]:
-    """The phases of ``source * spread = result * step + t * dilation + offset``."""
+    """The phases of ``source * spread = result * step + t * dilation + offset``.
+
+    By their first taps, of which there may be far fewer than places for a phase.
+    """
     step, spread = steps
     common, shared = math.gcd(step, spread), math.gcd(axis.dilation, spread)
-    apart = spread // shared
-    inverse = pow(axis.dilation // shared, -1, apart)
-    for first in range(min(spread // common, results)):
-        picked = range(first, results, spread // common)
-        start = first * step + offset
-        rest, missed = divmod(-start, shared)
-        tap = rest * inverse % apart
-        taps = range(tap, axis.kernel, apart)
-        if missed or not taps:
-            yield _slice(picked), slice(0, 0, 1), None
+    period, apart = spread // common, spread // shared
+    inverse = pow(step // common, -1, period)
+    for tap in range(min(axis.kernel, apart)):
+        rest, missed = divmod(-offset - tap * axis.dilation, common)
+        first = rest * inverse % period
+        if missed or first >= results:
             continue
+        picked, taps = range(first, results, period), range(tap, axis.kernel, apart)
         other = Axis(
             size=sources,
             kernel=len(taps),
             stride=step // common,
             dilation=axis.dilation // shared,
-            before=-((start + tap * axis.dilation) // spread),
+            before=-((first * step + offset + tap * axis.dilation) // spread),
             after=0,
         )
         # As many cells as the windows of these results reach: no more, no less.
@@ -1242,7 +1241,7 @@ def _conv_geometry(
         *(split.sizes, kernel, stride, padding, dilation),
         input_dilation=input_dilation,
     )
-    _check_padding_mode(padding_mode, axes)
+    _check_repeats(padding_mode, axes)
     return ConvGeometry(
         split.images,
         split.channels,
@@ -1280,10 +1279,14 @@ def _check_batch_groups(
         )
 
 
-def _check_padding_mode(padding_mode: str, axes: tuple[Axis, ...]) -> None:
+def _check_padding_mode(padding_mode: str) -> None:
     if not isinstance(padding_mode, str) or padding_mode not in PADDING_MODES:
         words = ", ".join(map(repr, PADDING_MODES))
         raise ValueError(f"padding_mode must be one of {words}; got {padding_mode!r}")
+
+
+def _check_repeats(padding_mode: str, axes: tuple[Axis, ...]) -> None:
+    """Refuse what leaves cells outside the input nothing to repeat."""
     if padding_mode == "zeros":
         return
     for index, axis in enumerate(axes):

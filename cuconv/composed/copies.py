@@ -28,7 +28,8 @@ from cuconv.planner import NAMES
 from cuconv.profiling import stage
 
 _NEEDS_COPY = (
-    "padding_mode and batch_groups take a copy of what is read, in memory of its own"
+    "padding_mode, batch_groups and zero points take a copy of what is read, in memory "
+    "of its own"
 )
 
 
@@ -158,12 +159,18 @@ class Staged(Composed):
         nbytes = workspace_bytes(self._buffers)
         with self._leaves.memory(nbytes) as raw:
             space = carve(raw, aligned_start(raw), self._buffers)
-            if self.problem.op == "forward":
-                self._forward(first, second, bias, result, space)
-            elif self.problem.op == "input_grad":
-                self._input_grad(first, second, result, space)
-            else:
-                self._weight_grad(first, second, result, space)
+
+            def body(worker: int) -> None:
+                del worker
+                if self.problem.op == "forward":
+                    self._forward(first, second, bias, result, space)
+                elif self.problem.op == "input_grad":
+                    self._input_grad(first, second, result, space)
+                else:
+                    self._weight_grad(first, second, result, space)
+
+            # As a worker, for NumPy's buffers are then of the size that plans count.
+            self._leaves.parallel(body, 1, light=True)
 
     def _forward(
         self,

@@ -1,0 +1,45 @@
+"""What was found wrong in general convolutions, and must not come back."""
+
+from functools import partial
+
+import numpy as np
+import pytest
+from support import OPERATIONS, host_peak, integers, to_host
+
+import cuconv
+from cuconv.geometry import ConvGeometry
+
+
+@pytest.mark.parametrize("op", OPERATIONS)
+def test_cells_far_apart_take_no_phases_without_taps(op) -> None:
+    """A phase for every place between two cells would be 160 000 of them."""
+    plan = cuconv.plan_conv((1, 1, 9, 9), (1, 1, 3, 3), op=op, input_dilation=400)
+    assert plan.flops > 0
+    geometry = ConvGeometry.of_weights((1, 1, 9), (1, 1, 3), input_dilation=2**31 - 1)
+    assert len(list(geometry.phases())) == 3
+
+
+def test_results_in_no_phase_are_the_bias(xp) -> None:
+    x, w = xp.ones((1, 1, 2)), xp.full((1, 1, 1), 5.0)
+    y = cuconv.conv(x, w, xp.full((1,), 7.0), input_dilation=3)
+    assert to_host(y).tolist() == [[[12, 7, 7, 12]]]
+
+
+def test_a_padding_mode_that_is_no_word_is_named() -> None:
+    x, w = np.ones((1, 1, 4)), np.ones((1, 1, 3))
+    with pytest.raises(ValueError, match="padding_mode must be one of"):
+        cuconv.conv(x, w, padding_mode=["reflect"])
+
+
+def test_folds_keep_numpys_buffers_small() -> None:
+    """Cells that lie apart are added by way of buffers, of 8192 items by default."""
+    dy, w = integers((1, 2, 60, 60), "complex64"), integers((2, 4, 3, 3), "complex64")
+    out = np.zeros((2, 8, 120, 120), np.complex64)[::2, ::2, ::2, ::2]
+    options = {"padding": 1, "padding_mode": "circular", "out": out}
+    call = partial(cuconv.conv_input_grad, dy, w, out.shape, **options)
+    limit = 2**18
+
+    def nothing() -> None:
+        call(memory_limit=limit)
+
+    assert host_peak(nothing) <= limit
