@@ -4,10 +4,11 @@ from functools import partial
 
 import numpy as np
 import pytest
-from support import OPERATIONS, host_peak, integers, to_host
+from support import OPERATIONS, host_peak, integers, smallest_limit, to_host
 
 import cuconv
 from cuconv.geometry import ConvGeometry
+from cuconv.memory import MemoryLimitError
 
 
 @pytest.mark.parametrize("op", OPERATIONS)
@@ -43,3 +44,23 @@ def test_folds_keep_numpys_buffers_small() -> None:
         call(memory_limit=limit)
 
     assert host_peak(nothing) <= limit
+
+
+def test_sums_over_blocks_count_where_the_smallest_limit_is_sought() -> None:
+    """One block of a small x needs less than two, which have sums of a large w."""
+    x, dy = integers((2, 4, 8, 8), "float32"), integers((2, 64, 8, 8), "float32")
+    options = {"padding": 1, "padding_mode": "reflect"}
+    call = partial(cuconv.conv_weight_grad, dy, x, (64, 4, 3, 3), **options)
+    smallest = smallest_limit(call)
+    assert np.array_equal(call(memory_limit=smallest), call())
+    with pytest.raises(MemoryLimitError):
+        call(memory_limit=smallest - 1)
+
+
+def test_a_bias_beside_zero_points_is_added_before_rounding(xp) -> None:
+    """2051 and 2 lie on two sides of a tie in float16."""
+    x = xp.asarray(np.array([[[205], [1]]], np.uint8))
+    w = xp.asarray(np.array([[[10], [1]]], np.uint8))
+    bias = xp.asarray(np.array([2], np.uint8))
+    y = cuconv.conv(x, w, bias, x_zero_point=0, dtype="float16")
+    assert to_host(y).item() == np.float16(2053)

@@ -6,7 +6,7 @@ it and the plain convolution stay within the memory limit together.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import product
 from typing import NamedTuple
@@ -238,10 +238,12 @@ class Staged(Composed):
 def staged(request: Request, planner: Planner, kind: type[Staged] = Staged) -> Staged:
     """The plan with the largest blocks that leave half of the limit to the others.
 
+    Where none do, with the smallest that fit.
+
     Raises
     ------
     MemoryLimitError
-        If not even one row of one image fits.
+        If no cut fits.
     ValueError
         If a CUDA graph is being captured.
     """
@@ -258,26 +260,54 @@ def staged(request: Request, planner: Planner, kind: type[Staged] = Staged) -> S
 def _fitting(
     request: Request, planner: Planner, kind: type[Staged], limit: int
 ) -> Staged:
-    geometry = request.geometry
-    rows = 1 if geometry.is_spread else geometry.out[0]
-    smaller: Cut | None = Cut(geometry.results, geometry.out[0])
-    while smaller is not None:
-        cut = smaller
-        smaller = cut.halved() if cut.images > 1 or rows > 1 else None
-        shapes = cut.samples(geometry)
-        buffers = kind.buffers(request, cut, shapes)
-        if smaller is not None and workspace_bytes(buffers) > limit // 2:
-            continue
-        rest = max(limit - workspace_bytes(buffers), 0)
+    errors: list[MemoryLimitError] = []
+    for attempt in _attempts(request, planner, kind, limit):
         try:
-            inner = _inner(request, planner, kind, shapes, rest)
+            return attempt()
         except MemoryLimitError as error:
-            if smaller is None:
-                least = workspace_bytes(buffers) + error.smallest
+            errors.append(error)
+    raise min(errors, key=lambda error: error.smallest)
+
+
+def _attempts(
+    request: Request, planner: Planner, kind: type[Staged], limit: int
+) -> Iterator[Callable[[], Staged]]:
+    """What makes the plan with each cut, those that are wanted most first.
+
+    A small cut may need more than a large one: sums over blocks have their buffers too.
+    """
+    too_large = []
+    for cut in _cuts(request.geometry):
+        shapes = cut.samples(request.geometry)
+        buffers = kind.buffers(request, cut, shapes)
+
+        def attempt(
+            cut: Cut = cut,
+            shapes: dict[ConvGeometry, Block] = shapes,
+            buffers: tuple[Buffer, ...] = buffers,
+        ) -> Staged:
+            own = workspace_bytes(buffers)
+            try:
+                inner = _inner(request, planner, kind, shapes, max(limit - own, 0))
+            except MemoryLimitError as error:
+                least = own + error.smallest
                 raise MemoryLimitError(limit, least, NAMES[request.call]) from None
-            continue
-        return kind(request, planner, cut, inner, buffers)
-    raise AssertionError("the smallest cut answers or raises")
+            return kind(request, planner, cut, inner, buffers)
+
+        if workspace_bytes(buffers) > limit // 2:
+            too_large.append(attempt)
+        else:
+            yield attempt
+    yield from reversed(too_large)
+
+
+def _cuts(geometry: ConvGeometry) -> Iterator[Cut]:
+    """From the whole to a row of an image, or an image whose rows cannot be cut."""
+    cut: Cut | None = Cut(geometry.results, geometry.out[0])
+    while cut is not None:
+        yield cut
+        is_last = geometry.is_spread and cut.images == 1
+        cut = None if is_last else cut.halved()
 
 
 def _inner(
