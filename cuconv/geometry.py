@@ -717,14 +717,15 @@ class ConvGeometry(WindowGeometry):
     @cached_property
     def is_empty(self) -> bool:
         """Whether nothing is multiplied: no cell, or none under any window."""
-        if not self.is_plain:
-            return self.multiplications == 0
+        if self.multiplications == 0 or self.cells == 0:
+            return True
+        if self.is_spread or self.padding_mode != "zeros":
+            return False
         spans = (axis.window(0, axis.out) for axis in self.axes)
-        missed = any(
+        return any(
             min(stop, axis.size) <= max(start, 0)
             for axis, (start, stop) in zip(self.axes, spans, strict=True)
         )
-        return self.multiplications == 0 or missed
 
     @cached_property
     def y_shape(self) -> tuple[int, ...]:

@@ -64,3 +64,11 @@ def test_a_bias_beside_zero_points_is_added_before_rounding(xp) -> None:
     bias = xp.asarray(np.array([2], np.uint8))
     y = cuconv.conv(x, w, bias, x_zero_point=0, dtype="float16")
     assert to_host(y).item() == np.float16(2053)
+
+
+def test_groups_of_images_under_no_window_are_the_bias(xp) -> None:
+    """No cell is copied, and no memory is taken for a copy."""
+    x, w = xp.ones((2, 1, 1)), xp.ones((2, 1, 1))
+    bias = xp.asarray(np.array([3.0, 4.0]))
+    y = cuconv.conv(x, w, bias, stride=4, padding=((1, 2),), batch_groups=2)
+    assert to_host(y).tolist() == [[[3], [4]]]
