@@ -72,3 +72,18 @@ def test_groups_of_images_under_no_window_are_the_bias(xp) -> None:
     bias = xp.asarray(np.array([3.0, 4.0]))
     y = cuconv.conv(x, w, bias, stride=4, padding=((1, 2),), batch_groups=2)
     assert to_host(y).tolist() == [[[3], [4]]]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "int32"])
+def test_sums_over_blocks_reach_a_result_that_lies_apart(xp, dtype) -> None:
+    """The plans of blocks are for fresh buffers, and so is the sum of the first."""
+    x, dy = integers((2, 3, 9, 9), dtype), integers((2, 4, 9, 9), dtype)
+    w_shape = (4, 3, 3, 3)
+    options = {"padding": 1, "padding_mode": "circular", "precision": "strict"}
+    wanted = cuconv.conv_weight_grad(dy, x, w_shape, **options)
+    spaced = xp.zeros((8, 6, 6, 6), dtype)
+    out = spaced[::2, ::2, ::2, ::-2]
+    call = partial(cuconv.conv_weight_grad, xp.asarray(dy), xp.asarray(x), w_shape)
+    limit = smallest_limit(partial(call, out=out, **options))
+    call(out=out, memory_limit=limit, **options)
+    assert np.array_equal(to_host(out), wanted)

@@ -11,7 +11,7 @@ from functools import partial
 from itertools import product
 from typing import NamedTuple
 
-from cuconv.arrays import Array, grouped
+from cuconv.arrays import Array, grouped, is_aligned
 from cuconv.composed.base import Arrays, Composed, Index, Request, run_part
 from cuconv.geometry import Block, ConvGeometry, Range, Run
 from cuconv.leaves import refuse_capture
@@ -99,7 +99,8 @@ class Staged(Composed):
         if not request.is_weight_grad or single:
             return (copied,)
         cells = math.prod(geometry.w_shape)
-        names = ("part",) if is_whole else ("part", "sum")
+        is_ready = is_whole and _is_ready(request.result)
+        names = ("part",) if is_ready else ("part", "sum")
         return (copied, *(Buffer(name, cells, types.accumulate) for name in names))
 
     @classmethod
@@ -325,6 +326,11 @@ def _inner(
         return planner(request.call, part, arrays, result, options, request.leaves)
 
     return all_within({part: partial(plan, part, b) for part, b in shapes.items()})
+
+
+def _is_ready(result: Array) -> bool:
+    """Whether a plan for a fresh buffer can write here too."""
+    return bool(result.flags.c_contiguous) and is_aligned(result)
 
 
 def _is_whole(geometry: ConvGeometry, block: Block) -> bool:
