@@ -446,15 +446,13 @@ def test_true_is_an_integer_and_not_confused_with_one(layout) -> None:
 
 @given(axis=axes)
 def test_phases_meet_exactly_what_the_windows_meet(axis) -> None:
-    """Every (cell, tap, output) once, and every cell in one phase."""
+    """Every (cell, tap, output) once, and no cell in two phases."""
     geometry = ConvGeometry(1, 2, (axis,), filters=3)
     cells = range(axis.size)
     met, owned = [], []
     for phase in geometry.input_phases():
         own = cells[phase.results[0]]
         owned += own
-        if phase.geometry is None:
-            continue
         (other,) = phase.geometry.axes
         taps = range(axis.kernel)[phase.taps[0]][::-1]
         assert (phase.geometry.channels, phase.geometry.filters) == (3, 2)
@@ -463,7 +461,7 @@ def test_phases_meet_exactly_what_the_windows_meet(axis) -> None:
             output = cells_under(other, cell)[index]
             if 0 <= output < axis.out:
                 met.append((own[cell], tap, output))
-    assert sorted(owned) == list(cells)
+    assert len(set(owned)) == len(owned)
     windows = {o: cells_under(axis, o) for o in range(axis.out)}
     expected = [
         (cell, tap, o) for o, under in windows.items() for tap, cell in enumerate(under)

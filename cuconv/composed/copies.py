@@ -6,11 +6,11 @@ it and the plain convolution stay within the memory limit together.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import NamedTuple
 
-from cuconv.arrays import Array, grouped
+from cuconv.arrays import Array, grouped, is_aligned
 from cuconv.composed.base import (
     Arrays,
     Composed,
@@ -105,7 +105,8 @@ class Staged(Composed):
         if not request.is_weight_grad or single:
             return (copied,)
         cells = math.prod(geometry.w_shape)
-        names = ("part",) if is_whole else ("part", "sum")
+        is_ready = is_whole and _is_ready(request.result)
+        names = ("part",) if is_ready else ("part", "sum")
         return (copied, *(Buffer(name, cells, types.accumulate) for name in names))
 
     @classmethod
@@ -250,10 +251,12 @@ class Staged(Composed):
 def staged(request: Request, planner: Planner, kind: type[Staged] = Staged) -> Staged:
     """The plan with the largest blocks that leave half of the limit to the others.
 
+    Where none do, with the smallest that fit.
+
     Raises
     ------
     MemoryLimitError
-        If not even one row of one image fits.
+        If no cut fits.
     ValueError
         If a CUDA graph is being captured.
     """
@@ -270,43 +273,54 @@ def staged(request: Request, planner: Planner, kind: type[Staged] = Staged) -> S
 def _fitting(
     request: Request, planner: Planner, kind: type[Staged], limit: int
 ) -> Staged:
-    cuts = list(_cuts(request.geometry))
-    for cut in cuts:
+    errors: list[MemoryLimitError] = []
+    for attempt in _attempts(request, planner, kind, limit):
+        try:
+            return attempt()
+        except MemoryLimitError as error:
+            errors.append(error)
+    raise min(errors, key=lambda error: error.smallest)
+
+
+def _attempts(
+    request: Request, planner: Planner, kind: type[Staged], limit: int
+) -> Iterator[Callable[[], Staged]]:
+    """What makes the plan with each cut, those that are wanted most first.
+
+    A small cut may need more than a large one: sums over blocks have their buffers too.
+    """
+    too_large = []
+    for cut in _cuts(request.geometry):
         shapes = cut.samples(request.geometry)
         buffers = kind.buffers(request, cut, shapes)
-        copied = workspace_bytes(buffers)
-        if cut is not cuts[-1] and copied > limit // 2:
-            continue
-        try:
-            inner = _inner(request, planner, kind, shapes, max(limit - copied, 0))
-        except MemoryLimitError:
-            continue
-        return kind(request, planner, cut, inner, buffers)
-    least = [_least(request, planner, kind, cut, cuts[-1]) for cut in cuts]
-    raise MemoryLimitError(limit, min(least), NAMES[request.call])
+
+        def attempt(
+            cut: Cut = cut,
+            shapes: dict[ConvGeometry, Block] = shapes,
+            buffers: tuple[Buffer, ...] = buffers,
+        ) -> Staged:
+            own = workspace_bytes(buffers)
+            try:
+                inner = _inner(request, planner, kind, shapes, max(limit - own, 0))
+            except MemoryLimitError as error:
+                least = own + error.smallest
+                raise MemoryLimitError(limit, least, NAMES[request.call]) from None
+            return kind(request, planner, cut, inner, buffers)
+
+        if workspace_bytes(buffers) > limit // 2:
+            too_large.append(attempt)
+        else:
+            yield attempt
+    yield from reversed(too_large)
 
 
 def _cuts(geometry: ConvGeometry) -> Iterator[Cut]:
-    """The cuts to try, from everything at once to a row of an image."""
-    least = geometry.out[0] if geometry.is_spread else 1
+    """From the whole to a row of an image, or an image whose rows cannot be cut."""
     cut: Cut | None = Cut(geometry.results, geometry.out[0])
     while cut is not None:
         yield cut
-        cut = cut.halved() if cut.images > 1 or cut.rows > least else None
-
-
-def _least(
-    request: Request, planner: Planner, kind: type[Staged], cut: Cut, last: Cut
-) -> int:
-    """The smallest limit under which a cut is taken."""
-    shapes = cut.samples(request.geometry)
-    copied = workspace_bytes(kind.buffers(request, cut, shapes))
-    try:
-        _inner(request, planner, kind, shapes, 0)
-        rest = 0
-    except MemoryLimitError as error:
-        rest = error.smallest
-    return copied + (rest if cut == last else max(rest, copied))
+        is_last = geometry.is_spread and cut.images == 1
+        cut = None if is_last else cut.halved()
 
 
 def _inner(
@@ -325,6 +339,11 @@ def _inner(
 
     calls = {part: partial(plan, part, block) for part, block in shapes.items()}
     return within(calls, limit)
+
+
+def _is_ready(result: Array) -> bool:
+    """Whether a plan for a fresh buffer can write here too."""
+    return bool(result.flags.c_contiguous) and is_aligned(result)
 
 
 def _is_whole(geometry: ConvGeometry, block: Block) -> bool:

@@ -94,24 +94,26 @@ def phased(request: Request, planner: Planner) -> Phased:
     """The plan by phases: of x for an input gradient, else of y."""
     geometry = request.geometry
     by_input = request.is_input_grad
-    phases = geometry.input_phases() if by_input else geometry.phases()
-    pairs = [(phase.geometry, _step(request, phase)) for phase in phases]
+    phases = list(geometry.input_phases() if by_input else geometry.phases())
+    places = [_step(request, phase) for phase in phases]
     calls = {
-        number: partial(_plan_of, request, other, step)
-        for number, (other, step) in enumerate(pairs)
-        if other is not None
+        number: partial(_plan_of, request, phase.geometry, place)
+        for number, (phase, place) in enumerate(zip(phases, places, strict=True))
     }
     plans = within(calls, request.options.memory_limit)
-    steps = [
-        step._replace(plan=plans.get(number)) for number, (_, step) in enumerate(pairs)
-    ]
-    if request.is_weight_grad:
-        # Taps that meet no cell are in no phase.
-        steps = [step for step in steps if step.plan is not None]
-        met = sum(other.taps for other, _ in pairs if other is not None)
-        if met < geometry.taps:
-            steps.insert(0, _Step(None, (), (), (...,)))
+    steps = [place._replace(plan=plans[n]) for n, place in enumerate(places)]
+    if not _is_covered(request, phases):
+        steps.insert(0, _Step(None, (), (), (...,)))
     return Phased(request, planner, steps)
+
+
+def _is_covered(request: Request, phases: list[Phase]) -> bool:
+    """Whether the phases give all of the result; what they leave out is zero."""
+    geometry, parts = request.geometry, [phase.geometry for phase in phases]
+    if request.is_weight_grad:
+        return sum(part.taps for part in parts) == geometry.taps
+    whole = geometry.cells if request.is_input_grad else geometry.positions
+    return sum(part.positions for part in parts) == whole
 
 
 def faster_by_phases(request: Request, planner: Planner, whole: Plan) -> Plan | None:
