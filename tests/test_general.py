@@ -293,13 +293,11 @@ spread_axes = st.builds(
 
 @given(axis=spread_axes)
 def test_phases_of_y_meet_every_cell_and_no_zero_between_cells(axis) -> None:
-    """Every (output, tap, cell) once; outputs in one phase, taps in at most one."""
+    """Every (output, tap, cell) once; no output and no tap in two phases."""
     outputs, met, owned, taken = range(axis.out), [], [], []
     for phase in ConvGeometry(1, 2, (axis,), filters=3).phases():
         own = outputs[phase.results[0]]
         owned += own
-        if phase.geometry is None:
-            continue
         (other,) = phase.geometry.axes
         taps = range(axis.kernel)[phase.taps[0]]
         taken += taps
@@ -308,7 +306,7 @@ def test_phases_of_y_meet_every_cell_and_no_zero_between_cells(axis) -> None:
             cell = other.first(index) + number * other.dilation
             if 0 <= cell < axis.size:
                 met.append((own[index], tap, cell))
-    assert sorted(owned) == list(outputs)
+    assert len(set(owned)) == len(owned)
     assert len(set(taken)) == len(taken)
     places = {cell * axis.spread: cell for cell in range(axis.size)}
     expected = []
