@@ -286,6 +286,7 @@ class Plan:
         key = signature((*arrays, out))
         if key is not None and key == self._accepted and out is None:
             return self.run(self._with_weights(arrays), None)
+        arrays = tuple(map(plain, arrays))
         names = list(ROLES[self.problem.call])
         if self._weights is not None:
             names.remove("w")
@@ -388,6 +389,11 @@ class Plan:
         prepared._choice, prepared._is_plain = self._choice, self._is_plain
         prepared._weights = prepared._prepared(w)
         return prepared
+
+    @property
+    def is_prepared(self) -> bool:
+        """Whether weights are built in."""
+        return self._weights is not None
 
     def takes(self, w: Array) -> Array:
         """What `run` wants for these weights: those that were prepared, if any were."""
@@ -688,7 +694,9 @@ class Call(NamedTuple):
 
     def run(self) -> Array:
         plan, out = self.plan, self.out
-        if plan.options.strategy != "benchmark" or not plan.flops:
+        # Prepared weights are what one candidate takes, and no other.
+        is_open = plan.options.strategy == "benchmark" and not plan.is_prepared
+        if not is_open or not plan.flops:
             return plan.run(self.arrays, out)
         if out is None:
             # One result for all candidates: they take no more memory than one of them.

@@ -87,3 +87,39 @@ def test_sums_over_blocks_reach_a_result_that_lies_apart(xp, dtype) -> None:
     limit = smallest_limit(partial(call, out=out, **options))
     call(out=out, memory_limit=limit, **options)
     assert np.array_equal(to_host(out), wanted)
+
+
+class Sealed(np.ndarray):
+    """An array whose own arithmetic is not the library's."""
+
+    def __array_ufunc__(self, *arguments: object, **options: object) -> None:
+        raise AssertionError
+
+
+@pytest.mark.parametrize("options", [{}, {"padding": 1, "padding_mode": "reflect"}])
+def test_plans_take_subclasses_as_plain_arrays(options) -> None:
+    x, w = integers((2, 3, 9, 9), "float32"), integers((4, 3, 3, 3), "float32")
+    plan = cuconv.plan_conv(x.shape, w.shape, precision="strict", **options)
+    y = plan(x.view(Sealed), w.view(Sealed))
+    assert type(y) is np.ndarray
+    assert np.array_equal(y, plan(x, w))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"input_dilation": 2}, {"padding": 1, "padding_mode": "reflect"}],
+)
+@pytest.mark.parametrize("op", ["forward", "input_grad"])
+def test_a_prepared_plan_times_no_other_candidates(xp, op, options) -> None:
+    """Its weights are those of the candidate that they were prepared for."""
+    shapes = (1, 16, 9, 9), (16, 16, 3, 3)
+    options = {**options, "strategy": "benchmark", "precision": "standard"}
+    device = "cpu" if xp is np else "cuda"
+    plan = cuconv.plan_conv(*shapes, op=op, device=device, **options)
+    first = shapes[0] if op == "forward" else plan.problem.geometry.y_shape
+    a, w = (integers(shape, "float32") for shape in (first, shapes[1]))
+    prepared = plan.prepare(xp.asarray(w))
+    y = to_host(prepared(xp.asarray(a)))
+    wanted = to_host(plan(xp.asarray(a), xp.asarray(w)))
+    assert np.allclose(y, wanted, rtol=0, atol=1e-3)
+    assert np.array_equal(to_host(prepared(xp.asarray(a))), y)
