@@ -1,11 +1,12 @@
 """Convolution and its gradients: validate, plan, run."""
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, Unpack
 
 import numpy as np
 
-from cuconv.arrays import Array, any_lazy
+from cuconv.arrays import Array, any_lazy, is_array
 from cuconv.calls import (
     GRADIENTS,
     ConvGradients,
@@ -22,7 +23,7 @@ from cuconv.composed import ZeroPoints, check_zero_points, plan_of_shapes
 from cuconv.composed import bind as bind_now
 from cuconv.geometry import Sizes
 from cuconv.leaves import leaves_on
-from cuconv.plan import ROLES, Plan, check_shape
+from cuconv.plan import ROLES, Call, Plan, check_shape
 
 _BACKWARD_ALLOCATES = (
     "conv_backward allocates its results: call conv_input_grad and conv_weight_grad "
@@ -181,10 +182,13 @@ def conv(
             check_shape("bias", bias, (geometry.filters,))
         return bind("forward", geometry, arrays, out, chosen)
 
+    if x_zero_point is None and w_zero_point is None:
+        return carry_out("forward", (x, w, bias), out, options, bound)
     zeros = ZeroPoints(x_zero_point, w_zero_point)
-    if zeros.are_given:
-        return _shifted(x, w, bias, out, zeros, options)
-    return carry_out("forward", (x, w, bias), out, options, bound)
+    shifted = partial(_shifted, x, w, bias, out, zeros, options)
+    if any(map(is_array, zeros)):  # which may hold other numbers the next time
+        return shifted().run()
+    return carry_out("forward", (x, w, bias), out, options, shifted, zeros)
 
 
 def _shifted(
@@ -194,7 +198,7 @@ def _shifted(
     out: Array | None,
     zeros: ZeroPoints,
     options: ConvOptions,
-) -> Array:
+) -> Call:
     """`conv` of cells and weights less their zero points."""
     if any_lazy((x, w)):
         raise TypeError("x_zero_point and w_zero_point are not for Dask arrays")
@@ -206,7 +210,7 @@ def _shifted(
     if bias is not None:
         check_shape("bias", bias, (geometry.filters,))
     zeros = check_zero_points(zeros, arrays, geometry)
-    return bind_now("forward", geometry, arrays, out, chosen, zeros).run()
+    return bind_now("forward", geometry, arrays, out, chosen, zeros)
 
 
 def _conv_of_rank(rank: int, x: Array, w: Array, *rest: Any, **options: Any) -> Array:
