@@ -6,7 +6,7 @@ because a CuPy array can only exist where CuPy was imported first.
 
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from itertools import pairwise
 from typing import Any, NamedTuple, TypeAlias
@@ -74,7 +74,38 @@ def array_module(*arrays: Array) -> Any:
 
 def module_of(arrays: dict[str, Array]) -> Any:
     """`array_module` with the arguments' names for its messages."""
-    cupy = sys.modules.get("cupy")
+    xp = _common_module(arrays)
+    if xp is not np:
+        _check_devices(arrays)
+    return xp
+
+
+def module_of_blocks(arrays: dict[str, Array]) -> Any:
+    """`module_of` for arrays among which there are Dask arrays.
+
+    They count as what their blocks are; on which device those will lie is not known.
+    """
+    return _common_module({name: sample_of(array) for name, array in arrays.items()})
+
+
+def is_lazy(array: object) -> bool:
+    """Whether it is a Dask array: blocks that are computed later."""
+    # A Dask array can only exist where Dask was imported.
+    return isinstance(array, getattr(sys.modules.get("dask.array"), "Array", ()))
+
+
+def any_lazy(arrays: Iterable[object]) -> bool:
+    """Whether there is a Dask array among them."""
+    return "dask.array" in sys.modules and any(map(is_lazy, arrays))
+
+
+def sample_of(array: Array) -> Array:
+    """An array itself, or an empty one of the kind of a Dask array's blocks."""
+    return array._meta if is_lazy(array) else array  # noqa: SLF001 - Dask's word for it
+
+
+def _common_module(arrays: dict[str, Array]) -> Any:
+    """NumPy or CuPy; on which devices arrays lie is not looked at."""
     on_device = []
     on_host = []
     for name, array in arrays.items():
@@ -89,10 +120,7 @@ def module_of(arrays: dict[str, Array]) -> Any:
             f"host and device arrays are mixed: {', '.join(on_host)} in NumPy, "
             f"{', '.join(on_device)} in CuPy"
         )
-    if not on_device:
-        return np
-    _check_devices({name: arrays[name] for name in on_device})
-    return cupy
+    return sys.modules["cupy"] if on_device else np
 
 
 def is_array(array: object) -> bool:

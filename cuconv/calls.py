@@ -2,17 +2,28 @@
 
 import inspect
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple, ParamSpec, TypedDict, TypeVar
 
 import numpy as np
 
-from cuconv.arrays import Array, Types, check_overlap, module_of, plain, resolve_types
-from cuconv.composed import bind
+from cuconv.arrays import (
+    Array,
+    Types,
+    any_lazy,
+    check_overlap,
+    is_lazy,
+    module_of,
+    module_of_blocks,
+    plain,
+    resolve_types,
+)
+from cuconv.composed import bind as bind_now
 from cuconv.config import settings
 from cuconv.geometry import ConvGeometry, Padding, Sizes
 from cuconv.leaves import Leaves, leaves_of, refuse_capture
 from cuconv.memory import Buffer, MemoryLimit, MemoryLimitError, all_within
-from cuconv.plan import ROLES, Call, Options, Plan, signature
+from cuconv.plan import ROLES, Options, Plan, signature
 from cuconv.strategies.base import in_groups
 
 GRADIENTS = ("x", "w", "bias")
@@ -91,7 +102,7 @@ def carry_out(
     arrays: tuple[Array | None, ...],
     out: Array | None,
     options: ConvOptions,
-    bound: Callable[[], Call],
+    bound: Callable[[], Any],
     shape: object = None,
 ) -> Array:
     """Run a call: at once if one like it has been seen, else as ``bound`` finds it."""
@@ -131,8 +142,34 @@ def inputs(bias: Array | None = None, **arrays: Array) -> dict[str, Array]:
     """Arrays of one module by their names, the bias last if there is one."""
     if bias is not None:
         arrays["bias"] = bias
-    module_of(arrays)
+    if any_lazy(arrays.values()):
+        module_of_blocks(arrays)
+    else:
+        module_of(arrays)
     return {name: plain(array) for name, array in arrays.items()}
+
+
+def bind(
+    call: str,
+    geometry: ConvGeometry,
+    arrays: dict[str, Array],
+    out: Array | None,
+    options: Options,
+    like: Array | None = None,
+) -> Any:
+    """Check arrays and options, and plan; of Dask arrays, what is known of the blocks.
+
+    Returns
+    -------
+    Call or LazyCall
+        Its ``run()`` gives the result.  A gradient for x has the blocks of ``like``,
+        where that is a Dask array.
+    """
+    if any_lazy(arrays.values()):
+        from cuconv.lazy import conv as lazy  # noqa: PLC0415 - it imports Dask
+
+        return lazy.bind(call, geometry, arrays, out, options, like)
+    return bind_now(call, geometry, arrays, out, options)
 
 
 def check_needs(
@@ -142,7 +179,8 @@ def check_needs(
     known: Sequence[str] = GRADIENTS,
 ) -> None:
     """Refuse names that are no gradients, and a capture for the reason ``why``."""
-    refuse_capture(leaves_of(module_of(arrays), arrays["dy"]), why)
+    if not any_lazy(arrays.values()):
+        refuse_capture(leaves_of(module_of(arrays), arrays["dy"]), why)
     several = isinstance(needs, (tuple, list, set, frozenset))
     if not several or any(name not in known for name in needs):
         raise ValueError(f"needs must be several of {known}; got {needs!r}")
@@ -157,12 +195,13 @@ def gradients(
     transposed: bool = False,
 ) -> ConvGradients:
     """The gradients that are needed, from (dy, x, w) by their names."""
+    arrays = _alike(arrays, geometry, transposed=transposed)
     dy = arrays["dy"]
     prefix = "transpose_" if transposed else ""
 
-    def bound(op: str, other: str) -> Call:
+    def bound(op: str, other: str) -> Any:
         both = {"dy": dy, other: arrays[other]}
-        return bind(prefix + op, geometry, both, None, options)
+        return bind(prefix + op, geometry, both, None, options, arrays["x"])
 
     channels = geometry.channels if transposed else geometry.filters
     # Every call is planned before the first one runs: errors come first.
@@ -173,6 +212,20 @@ def gradients(
     }
     planned = all_within({name: calls[name] for name in GRADIENTS if name in needs})
     return ConvGradients(**{name: call.run() for name, call in planned.items()})
+
+
+def _alike(
+    arrays: dict[str, Array], geometry: ConvGeometry, *, transposed: bool
+) -> dict[str, Array]:
+    """With dy and x as Dask arrays where any array is one."""
+    if not any_lazy(arrays.values()):
+        return arrays
+    from cuconv.lazy import conv as lazy  # noqa: PLC0415 - it imports Dask
+
+    # What is x to the convolution that runs, and what its dy.
+    x, dy = ("dy", "x") if transposed else ("x", "dy")
+    both = lazy.alike(arrays[x], arrays[dy], geometry)
+    return {**arrays, **dict(zip((x, dy), both, strict=True))}
 
 
 class _BiasGrad(NamedTuple):
@@ -199,10 +252,14 @@ class _BiasGrad(NamedTuple):
 
 def bias_grad(
     geometry: ConvGeometry, channels: int, dy: Array, options: Options
-) -> _BiasGrad:
+) -> Any:
     """The gradient of a bias of so many channels, which fits the limit."""
     options = options.settled()
     types = resolve_types({"dy": dy}, options.dtype)
+    if is_lazy(dy):
+        from cuconv.lazy import conv as lazy  # noqa: PLC0415 - it imports Dask
+
+        return lazy.LazyCall(partial(lazy.bias_grad, dy, geometry, types))
     leaves = leaves_of(module_of({"dy": dy}), dy)
     itemsize = types.accumulate.itemsize
     sums = Buffer("sums", channels, types.accumulate)

@@ -1,15 +1,17 @@
 """Convolution and its gradients: validate, plan, run."""
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, Unpack
 
 import numpy as np
 
-from cuconv.arrays import Array
+from cuconv.arrays import Array, any_lazy, is_array
 from cuconv.calls import (
     GRADIENTS,
     ConvGradients,
     ConvOptions,
+    bind,
     carry_out,
     check_needs,
     chosen_options,
@@ -17,7 +19,8 @@ from cuconv.calls import (
     inputs,
     shows_options,
 )
-from cuconv.composed import ZeroPoints, bind, check_zero_points, plan_of_shapes
+from cuconv.composed import ZeroPoints, check_zero_points, plan_of_shapes
+from cuconv.composed import bind as bind_now
 from cuconv.geometry import Sizes
 from cuconv.leaves import leaves_on
 from cuconv.plan import ROLES, Call, Plan, check_shape
@@ -47,10 +50,13 @@ def conv(
 
         y[n, k, o] = bias[k] + Σ over c, t of x[n, c, i] · w[k, c, t]
 
+    where ``i`` counts the zeros of ``input_dilation`` too.
+
     Parameters
     ----------
     x
-        Input, (N, C, *spatial), or (C, *spatial) for a single image.
+        Input, (N, C, *spatial), or (C, *spatial) for a single image: an array of NumPy
+        or CuPy, or a Dask array of their blocks, for which the result is one too.
     w
         Filters, (K, C / groups, *kernel).  With ``layout="channels_last"``: x is
         (N, *spatial, C) and w is (*kernel, C / groups, K).
@@ -58,7 +64,13 @@ def conv(
         (K,), added to every output position.
     out
         Array to write the result to; it must have its shape and type, and share no
-        memory with the inputs.
+        memory with the inputs.  Not with Dask arrays.
+    x_zero_point, w_zero_point
+        For x and w of int8 or uint8: what stands for zero in them, and is taken from
+        every cell and weight before they are multiplied, without wrapping.  An integer
+        in the range of the array's type, or an array of that type and one cell; for w
+        also one of K cells, one for each filter.  Padding is ``x_zero_point``, and so
+        adds nothing.  ``dtype`` is int32 by default.  None: zero.
     stride, dilation
         Step between windows and between taps: an integer, or one for each axis.
     padding
@@ -68,16 +80,30 @@ def conv(
         ``"same_lower"`` with the extra cell before.  ``"causal"``, over one spatial
         axis alone, puts dilation · (kernel - 1) cells before and none after: output o
         sees no input beyond o · stride.
+    padding_mode
+        What padding reads, however long it is: ``"zeros"``; ``"reflect"``, the cell
+        that lies as far inside from the edge; ``"replicate"``, the edge;
+        ``"circular"``, the cell that comes next when x is repeated.  Where one end is
+        cropped, the other still reads all of x.
+    input_dilation
+        Distance between neighbouring cells of x, with zeros between them that are
+        never multiplied: an integer, or one for each axis.  ``padding`` lies around
+        them all.  Not above 1 with a ``padding_mode`` other than zeros.
     groups
         Split channels and filters into groups that do not see each other; ``groups=C``
         is depthwise convolution.
+    batch_groups
+        Split images and filters into B groups: images [b · N / B, (b + 1) · N / B) meet
+        filters [b · K / B, (b + 1) · K / B) alone, and y has N / B images and all K
+        filters.  Not together with ``groups``.
     layout
         ``"channels_first"`` or ``"channels_last"``; NCHW, NHWC and their kin in one and
         three dimensions are accepted too.
     dtype
-        Type of the result; by default NumPy's common type of the arrays.  float16 and
-        bfloat16 are summed in float32, everything else in the common type of arrays
-        and result.
+        Type of the result; by default NumPy's common type of the arrays, and int32
+        with zero points.  float16 and bfloat16 are summed in float32 and rounded once,
+        everything else in the common type of arrays and result: int8 and uint8 with
+        ``dtype=int32`` are summed in int32.
     strategy
         ``"auto"``, ``"benchmark"`` to time the candidates on these arrays and remember
         the fastest, or the name of one: ``"im2col"``, ``"pointwise"``,
@@ -100,9 +126,9 @@ def conv(
     Returns
     -------
     array
-        (N, K, *out) in the module of the inputs; without the batch axis if ``x`` has
-        none.  Along each axis out = (size + padding - dilation · (kernel - 1) - 1) //
-        stride + 1.
+        (N / batch_groups, K, *out) in the module of the inputs; without the batch axis
+        if ``x`` has none.  Along each axis out = (size + padding - dilation · (kernel -
+        1) - 1) // stride + 1, where size is (cells - 1) · input_dilation + 1.
 
     Raises
     ------
@@ -121,9 +147,34 @@ def conv(
     >>> cuconv.conv(x, w, stride=2)
     array([[[[10., 18.],
              [42., 50.]]]])
+
+    What padding reads, and cells two apart:
+
+    >>> x, one = np.array([[[1, 2, 3]]]), np.array([[[1]]])
+    >>> for mode in ("zeros", "reflect", "replicate", "circular"):
+    ...     print(cuconv.conv(x, one, padding=2, padding_mode=mode)[0, 0])
+    [0 0 1 2 3 0 0]
+    [3 2 1 2 3 2 1]
+    [1 1 1 2 3 3 3]
+    [2 3 1 2 3 1 2]
+    >>> cuconv.conv(x, np.array([[[1, 10]]]), padding=1, input_dilation=2)
+    array([[[10,  1, 20,  2, 30,  3]]])
+
+    The first image meets the first filter, the second image the second:
+
+    >>> x, w = np.array([[[1, 2]], [[3, 4]]]), np.array([[[1]], [[10]]])
+    >>> cuconv.conv(x, w, batch_groups=2)
+    array([[[ 1,  2],
+            [30, 40]]])
+
+    Bytes around 128, in which padding is 128 too:
+
+    >>> x, w = np.array([[[128, 130, 255]]], np.uint8), np.array([[[1, 100]]], np.int8)
+    >>> cuconv.conv(x, w, padding=1, x_zero_point=128)
+    array([[[    0,   200, 12702,   127]]], dtype=int32)
     """
 
-    def bound() -> Call:
+    def bound() -> Any:
         chosen = chosen_options(options)
         arrays = inputs(x=x, w=w, bias=bias)
         geometry = chosen.geometry(x.shape, w.shape)
@@ -131,10 +182,13 @@ def conv(
             check_shape("bias", bias, (geometry.filters,))
         return bind("forward", geometry, arrays, out, chosen)
 
+    if x_zero_point is None and w_zero_point is None:
+        return carry_out("forward", (x, w, bias), out, options, bound)
     zeros = ZeroPoints(x_zero_point, w_zero_point)
-    if zeros.are_given:
-        return _shifted(x, w, bias, out, zeros, options)
-    return carry_out("forward", (x, w, bias), out, options, bound)
+    shifted = partial(_shifted, x, w, bias, out, zeros, options)
+    if any(map(is_array, zeros)):  # which may hold other numbers the next time
+        return shifted().run()
+    return carry_out("forward", (x, w, bias), out, options, shifted, zeros)
 
 
 def _shifted(
@@ -144,8 +198,10 @@ def _shifted(
     out: Array | None,
     zeros: ZeroPoints,
     options: ConvOptions,
-) -> Array:
+) -> Call:
     """`conv` of cells and weights less their zero points."""
+    if any_lazy((x, w)):
+        raise TypeError("x_zero_point and w_zero_point are not for Dask arrays")
     chosen = chosen_options(options)
     if chosen.dtype is None:
         chosen = chosen._replace(dtype=np.int32)
@@ -154,7 +210,7 @@ def _shifted(
     if bias is not None:
         check_shape("bias", bias, (geometry.filters,))
     zeros = check_zero_points(zeros, arrays, geometry)
-    return bind("forward", geometry, arrays, out, chosen, zeros).run()
+    return bind_now("forward", geometry, arrays, out, chosen, zeros)
 
 
 def _conv_of_rank(rank: int, x: Array, w: Array, *rest: Any, **options: Any) -> Array:
@@ -253,7 +309,18 @@ def conv_input_grad(
     """The gradient of `conv` for its input.
 
     Each cell of the input receives, from every window over it, ``dy`` times the weight
-    it met there (conjugated where complex): the adjoint of ``x ↦ conv(x, w)``.
+    it met there (conjugated where complex): the adjoint of ``x ↦ conv(x, w)``.  With a
+    ``padding_mode``, that is from every window over it or over one of its images.
+
+    It is a convolution itself.  With p and q cells of zeros before and after, e =
+    dilation · (kernel - 1) + 1 and r the cells that strides leave over at the end,
+
+        dx = conv(dy, w flipped, channels and filters exchanged, conjugated,
+                  stride=input_dilation, input_dilation=stride, dilation=dilation,
+                  padding=((e - 1 - p, e - 1 - q + r),), groups=groups)
+
+    It is linear in ``dy`` and in ``w``.  A gradient ``v`` for its result hands
+    ``conv(v, w)`` on to ``dy``, and ``conv_weight_grad(dy, v, w_shape)`` to ``w``.
 
     Parameters
     ----------
@@ -287,7 +354,7 @@ def conv_input_grad(
              [1., 2., 1.]]]])
     """
 
-    def bound() -> Call:
+    def bound() -> Any:
         chosen = chosen_options(options)
         arrays = inputs(dy=dy, w=w)
         geometry = chosen.geometry(x_shape, w.shape)
@@ -310,6 +377,18 @@ def conv_weight_grad(
 
     Each weight receives the sum, over images and output positions, of ``dy`` times the
     input it met (conjugated where complex): the adjoint of ``w ↦ conv(x, w)``.
+
+    It is a convolution itself.  With p and q cells of padding before and after, and r
+    the cells that strides leave over at the end,
+
+        dw = conv(x conjugated, dy, images and channels exchanged in both,
+                  stride=dilation, dilation=stride, input_dilation=input_dilation,
+                  padding=((p, q - r),), padding_mode=padding_mode,
+                  groups=batch_groups, batch_groups=groups)
+
+    with filters and channels of the result exchanged back.  It is linear in ``dy`` and
+    in ``x``.  A gradient ``u`` for its result hands ``conv(x, u)`` on to ``dy``, and
+    ``conv_input_grad(dy, u, x_shape)`` to ``x``.
 
     Parameters
     ----------
@@ -342,7 +421,7 @@ def conv_weight_grad(
              [20., 24.]]]])
     """
 
-    def bound() -> Call:
+    def bound() -> Any:
         chosen = chosen_options(options)
         arrays = inputs(dy=dy, x=x)
         geometry = chosen.geometry(x.shape, w_shape)
@@ -362,6 +441,10 @@ def conv_backward(
     **options: Unpack[ConvOptions],
 ) -> ConvGradients:
     """All gradients of `conv`, or those that are needed.
+
+    They are linear in ``dy``, and each in ``w`` or in ``x``: gradients of gradients are
+    made of `conv` and these same calls, as `conv_input_grad` and `conv_weight_grad`
+    say.
 
     Parameters
     ----------

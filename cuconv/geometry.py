@@ -20,7 +20,7 @@ import operator
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
-from typing import NamedTuple, TypeAlias
+from typing import NamedTuple, TypeAlias, TypeVar
 
 LARGEST_PARAMETER = 2**31 - 1
 
@@ -40,6 +40,8 @@ Sizes: TypeAlias = int | Sequence[int]
 Padding: TypeAlias = int | str | Sequence[int | Sequence[int]]
 Range: TypeAlias = tuple[int, int]
 Ranges: TypeAlias = tuple[Range, ...]
+
+T = TypeVar("T")
 
 
 class Meeting(NamedTuple):
@@ -136,6 +138,25 @@ class Axis(NamedTuple):
     def window(self, start: int, stop: int) -> Range:
         """The input interval under output cells [start, stop), padding included."""
         return self.first(start), self.first(stop - 1) + self.extent
+
+    def under(self, start: int, stop: int) -> tuple[Range, Range]:
+        """The cells that exist under these outputs, and the padding at either end."""
+        return _clip(*self.window(start, stop), self.end)
+
+    def between(self, cells: Range, outputs: Range) -> "Axis":
+        """An axis of these cells and these outputs alone.
+
+        Other cells become padding, or negative padding where cells lie beyond the
+        windows.
+        """
+        start, stop = self.first(outputs[0]), self.first(outputs[1] - 1) + self.extent
+        counted = min(stop, self.size + self.after)
+        return self._replace(
+            size=cells[1] - cells[0],
+            before=cells[0] - start,
+            after=counted - cells[1],
+            overhang=stop - counted,
+        )
 
     def reached_from(self, start: int, stop: int) -> Range:
         """The output cells with a window that meets the input interval."""
@@ -273,6 +294,12 @@ class EvenAxis(Axis):
     def window(self, start: int, stop: int) -> Range:
         return self.first(start), self.last(stop - 1)
 
+    def between(self, cells: Range, outputs: Range) -> Axis:
+        """The whole axis: a part of evenly shared windows is not evenly shared."""
+        if (cells, outputs) != ((0, self.size), (0, self.windows)):
+            raise ValueError("windows that share an axis out evenly cannot be cut")
+        return self
+
     def reached_from(self, start: int, stop: int) -> Range:
         high = -(-stop * self.windows // self.size)
         return start * self.windows // self.size, high
@@ -326,19 +353,19 @@ class Block(NamedTuple):
         return tuple(stop - start for start, stop in self.output)
 
 
-_AxisPhase: TypeAlias = tuple[slice, slice, Axis | None]
+_AxisPhase: TypeAlias = tuple[slice, slice, Axis]
 
 
 class Phase(NamedTuple):
     """Cells of a result that lie some steps apart, and the convolution that gives them.
 
-    ``results`` picks them along every axis, ``taps`` the taps that they need.
-    ``geometry`` is None where they need none: they are zero.
+    ``results`` picks them along every axis, ``taps`` the taps that they need.  Cells
+    that need none are in no phase: they are zero.
     """
 
     results: tuple[slice, ...]
     taps: tuple[slice, ...]
-    geometry: "ConvGeometry | None"
+    geometry: "ConvGeometry"
 
 
 class Region(NamedTuple):
@@ -459,8 +486,12 @@ class WindowGeometry:
 
     def array_shape(self, channels: int, spatial: tuple[int, ...]) -> tuple[int, ...]:
         """The shape, in this layout, of an array with these channels and cells."""
+        return self.arranged(self.images, channels, spatial)
+
+    def arranged(self, images: T, channels: T, spatial: Sequence[T]) -> tuple[T, ...]:
+        """What belongs to every axis of an array, in the order of this layout."""
         inner = (channels, *spatial) if self.channels_first else (*spatial, channels)
-        return (self.images, *inner) if self.batched else inner
+        return (images, *inner) if self.batched else inner
 
     def column_shape(
         self,
@@ -532,7 +563,7 @@ class WindowGeometry:
     def block(self, images: Range, output: Ranges) -> Block:
         """The block that computes these images and output cells."""
         clipped = [
-            _clip(*axis.window(start, stop), axis.end)
+            axis.under(start, stop)
             for axis, (start, stop) in zip(self.axes, output, strict=True)
         ]
         window, padding = zip(*clipped, strict=True) if clipped else ((), ())
@@ -716,14 +747,15 @@ class ConvGeometry(WindowGeometry):
     @cached_property
     def is_empty(self) -> bool:
         """Whether nothing is multiplied: no cell, or none under any window."""
-        if not self.is_plain:
-            return self.multiplications == 0
+        if self.multiplications == 0 or self.cells == 0:
+            return True
+        if self.is_spread or self.padding_mode != "zeros":
+            return False
         spans = (axis.window(0, axis.out) for axis in self.axes)
-        missed = any(
+        return any(
             min(stop, axis.size) <= max(start, 0)
             for axis, (start, stop) in zip(self.axes, spans, strict=True)
         )
-        return self.multiplications == 0 or missed
 
     @cached_property
     def y_shape(self) -> tuple[int, ...]:
@@ -796,9 +828,7 @@ class ConvGeometry(WindowGeometry):
     ) -> Iterator[Phase]:
         for picked in itertools.product(*axes):
             results, taps, each = zip(*picked, strict=True)
-            reached = tuple(axis for axis in each if axis is not None)
-            whole = len(reached) == self.rank
-            yield Phase(results, taps, replace(like, axes=reached) if whole else None)
+            yield Phase(results, taps, replace(like, axes=each))
 
     def rows(self, images: Range, rows: Range) -> Block:
         """The block that computes these rows along the first axis, whole in the others.
@@ -905,6 +935,7 @@ class ConvGeometry(WindowGeometry):
         (8, 64, 109, 109)
         """
         channels_are_first(layout)
+        _check_padding_mode(padding_mode)
         return _conv_geometry(
             _shape("x", x_shape),
             _shape("w", w_shape),
@@ -939,26 +970,26 @@ def _inputs(axis: Axis) -> Iterator[_AxisPhase]:
 def _axis_phases(
     axis: Axis, results: int, sources: int, steps: tuple[int, int], offset: int
 ) -> Iterator[_AxisPhase]:
-    """The phases of ``source * spread = result * step + t * dilation + offset``."""
+    """The phases of ``source * spread = result * step + t * dilation + offset``.
+
+    By their first taps, of which there may be far fewer than places for a phase.
+    """
     step, spread = steps
     common, shared = math.gcd(step, spread), math.gcd(axis.dilation, spread)
-    apart = spread // shared
-    inverse = pow(axis.dilation // shared, -1, apart)
-    for first in range(min(spread // common, results)):
-        picked = range(first, results, spread // common)
-        start = first * step + offset
-        rest, missed = divmod(-start, shared)
-        tap = rest * inverse % apart
-        taps = range(tap, axis.kernel, apart)
-        if missed or not taps:
-            yield _slice(picked), slice(0, 0, 1), None
+    period, apart = spread // common, spread // shared
+    inverse = pow(step // common, -1, period)
+    for tap in range(min(axis.kernel, apart)):
+        rest, missed = divmod(-offset - tap * axis.dilation, common)
+        first = rest * inverse % period
+        if missed or first >= results:
             continue
+        picked, taps = range(first, results, period), range(tap, axis.kernel, apart)
         other = Axis(
             size=sources,
             kernel=len(taps),
             stride=step // common,
             dilation=axis.dilation // shared,
-            before=-((start + tap * axis.dilation) // spread),
+            before=-((first * step + offset + tap * axis.dilation) // spread),
             after=0,
         )
         # As many cells as the windows of these results reach: no more, no less.
@@ -1253,7 +1284,7 @@ def _conv_geometry(
         *(split.sizes, kernel, stride, padding, dilation),
         input_dilation=input_dilation,
     )
-    _check_padding_mode(padding_mode, axes)
+    _check_repeats(padding_mode, axes)
     return ConvGeometry(
         split.images,
         split.channels,
@@ -1291,10 +1322,14 @@ def _check_batch_groups(
         )
 
 
-def _check_padding_mode(padding_mode: str, axes: tuple[Axis, ...]) -> None:
+def _check_padding_mode(padding_mode: str) -> None:
     if not isinstance(padding_mode, str) or padding_mode not in PADDING_MODES:
         words = ", ".join(map(repr, PADDING_MODES))
         raise ValueError(f"padding_mode must be one of {words}; got {padding_mode!r}")
+
+
+def _check_repeats(padding_mode: str, axes: tuple[Axis, ...]) -> None:
+    """Refuse what leaves cells outside the input nothing to repeat."""
     if padding_mode == "zeros":
         return
     for index, axis in enumerate(axes):

@@ -7,7 +7,7 @@ plan promises and the memory that it takes cannot differ.
 
 import operator
 import re
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from decimal import Decimal
 from typing import Any, NamedTuple, TypeAlias, TypeVar
 
@@ -85,7 +85,7 @@ def parse_memory_limit(limit: int | str) -> int:
     return number
 
 
-def all_within(calls: dict[Key, Callable[[], R]]) -> dict[Key, R]:
+def all_within(calls: Mapping[Key, Callable[[], R]]) -> dict[Key, R]:
     """Make every call, or raise the error whose limit would do for all of them."""
     results, errors = {}, []
     for key, call in calls.items():

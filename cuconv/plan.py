@@ -54,7 +54,8 @@ ROLES = {
     "transpose_input_grad": {"dy": "x", "w": "w"},
     "transpose_weight_grad": {"dy": "x", "x": "dy"},
 }
-_CONVOLUTION = {call: op for op, call in TRANSPOSED.items()}
+# Of each transposed operation, the one of the convolution that leads back.
+CONVOLUTION = {call: op for op, call in TRANSPOSED.items()}
 # Options that a transposed convolution does not have.
 _FORWARD_ALONE = "padding_mode", "input_dilation", "batch_groups"
 
@@ -213,6 +214,14 @@ class Plan:
         return self._choice.workspace_bytes if self.flops else 0
 
     @property
+    def overhead_bytes(self) -> int:
+        """What of the workspace is no buffer, but what threads take beside theirs."""
+        if not self.flops:
+            return 0
+        itemsize = self.problem.types.accumulate.itemsize
+        return self._leaves.overhead(self.workers, itemsize)
+
+    @property
     def passed_over(self) -> dict[str, str]:
         """Every other strategy, and why it does not run."""
         return dict(self._decision.passed_over)
@@ -277,6 +286,7 @@ class Plan:
         key = signature((*arrays, out))
         if key is not None and key == self._accepted and out is None:
             return self.run(self._with_weights(arrays), None)
+        arrays = tuple(map(plain, arrays))
         names = list(ROLES[self.problem.call])
         if self._weights is not None:
             names.remove("w")
@@ -379,6 +389,11 @@ class Plan:
         prepared._choice, prepared._is_plain = self._choice, self._is_plain
         prepared._weights = prepared._prepared(w)
         return prepared
+
+    @property
+    def is_prepared(self) -> bool:
+        """Whether weights are built in."""
+        return self._weights is not None
 
     def takes(self, w: Array) -> Array:
         """What `run` wants for these weights: those that were prepared, if any were."""
@@ -599,11 +614,11 @@ class Plan:
             there is a ``bias``; ``dtype`` (of the result), ``device``, ``precision``
             and ``deterministic``; ``strategy``, with what it leaves open
             ``strategy_label``, and the ``parts`` that run it; the number of ``chunks``
-            and of ``workers``;
-            ``workspace_bytes``, ``memory_limit`` and ``bytes_moved`` in bytes,
-            ``flops`` in operations, ``arithmetic_intensity`` in operations for each
-            byte; ``estimate_nanoseconds``, what the rates say and no measurement; and
-            ``passed_over``, the reasons by the names of the other strategies.
+            and of ``workers``; ``workspace_bytes``, ``memory_limit`` and
+            ``bytes_moved`` in bytes, ``flops`` in operations, ``arithmetic_intensity``
+            in operations for each byte; ``estimate_nanoseconds``, what the rates say
+            and no measurement; and ``passed_over``, the reasons by the names of the
+            other strategies.
 
         Examples
         --------
@@ -679,7 +694,9 @@ class Call(NamedTuple):
 
     def run(self) -> Array:
         plan, out = self.plan, self.out
-        if plan.options.strategy != "benchmark" or not plan.flops:
+        # Prepared weights are what one candidate takes, and no other.
+        is_open = plan.options.strategy == "benchmark" and not plan.is_prepared
+        if not is_open or not plan.flops:
             return plan.run(self.arrays, out)
         if out is None:
             # One result for all candidates: they take no more memory than one of them.
@@ -732,7 +749,7 @@ def problem_of(
     """What a plan for these arrays depends on."""
     types = resolve_types(arrays, options.dtype)
     operand = leaves.operand_type(types)
-    op, roles = _CONVOLUTION.get(call, call), ROLES[call]
+    op, roles = CONVOLUTION.get(call, call), ROLES[call]
     if flipped:
         source = next(name for name, role in roles.items() if role == "dy")
         op, roles = "forward", {**roles, source: "x"}
@@ -752,7 +769,7 @@ def problem_of(
         module=leaves.xp.__name__,
         flipped=flipped,
         captured=leaves.is_capturing(),
-        transposed=call in _CONVOLUTION,
+        transposed=call in CONVOLUTION,
     )
     return replace(problem, direct=_direct(problem, in_roles, out, leaves))
 
@@ -778,7 +795,7 @@ def bind_with(
 
 def shapes_of(call: str, geometry: ConvGeometry) -> dict[str, tuple[int, ...]]:
     """The shapes of an operation's arrays by their names."""
-    channels = geometry.channels if call in _CONVOLUTION else geometry.filters
+    channels = geometry.channels if call in CONVOLUTION else geometry.filters
     own = {
         "x": geometry.x_shape,
         "w": geometry.w_shape,

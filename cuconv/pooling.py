@@ -5,6 +5,7 @@ import math
 import operator
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, ParamSpec, TypeAlias, TypedDict, TypeVar, Unpack
 
 import numpy as np
@@ -13,13 +14,17 @@ from cuconv.arrays import (
     Array,
     DType,
     accumulator,
+    any_lazy,
     check_out,
     check_overlap,
     check_type,
     grouped,
+    is_lazy,
     module_of,
+    module_of_blocks,
     plain,
     resolve_types,
+    sample_of,
 )
 from cuconv.config import settings
 from cuconv.geometry import Padding, Sizes, WindowGeometry
@@ -1031,7 +1036,10 @@ def _source_shape(x: Array | None, x_shape: Sequence[int] | None) -> Sequence[in
 def _named(**arrays: Array | None) -> dict[str, Array]:
     """Arrays by their names: of one module and one device, and of types we know."""
     named = {name: array for name, array in arrays.items() if array is not None}
-    module_of(named)
+    if any_lazy(named.values()):
+        module_of_blocks(named)
+    else:
+        module_of(named)
     for name, array in named.items():
         check_type(name, array.dtype)
     return {name: plain(array) for name, array in named.items()}
@@ -1194,8 +1202,34 @@ def _prepare(
     return leaves, cut
 
 
+def _of_blocks(
+    call: Callable[..., R], named: dict[str, Array], memory_limit: MemoryLimit
+) -> tuple[Callable[..., R], Callable[[Pooling], object]]:
+    """What runs a block of Dask arrays, and what checks one before there is any."""
+    limit = settings().memory_limit
+    if memory_limit is not None:
+        limit = parse_memory_limit(memory_limit)
+    samples = {name: sample_of(array) for name, array in named.items()}
+
+    def check(pooling: Pooling) -> object:
+        return _prepare(pooling, samples, {}, limit)
+
+    return partial(_at_once, call, limit), check
+
+
+def _at_once(
+    call: Callable[..., R], limit: MemoryLimit, pooling: Pooling, given: Any
+) -> R:
+    return call(pooling, given, None, limit)
+
+
 def _reduced(pooling: Pooling, x: Array, out: Any, memory_limit: MemoryLimit) -> Array:
     """Run a forward pass."""
+    if is_lazy(x):
+        from cuconv.lazy import pooling as lazy  # noqa: PLC0415 - it imports Dask
+
+        run, check = _of_blocks(_reduced, {"x": x}, memory_limit)
+        return lazy.reduced(pooling, x, out, run, check)
     g, named = pooling.geometry, {"x": x}
     shape = _y_shape(g)
     pair = pooling.with_indices
@@ -1226,6 +1260,11 @@ def _spread(
     """Run a gradient."""
     g, dy = pooling.geometry, named["dy"]
     check_shape("dy", dy, _y_shape(g))
+    if any_lazy(named.values()):
+        from cuconv.lazy import pooling as lazy  # noqa: PLC0415 - it imports Dask
+
+        run, check = _of_blocks(_spread, named, limit)
+        return lazy.spread(pooling, named, out, run, check)
     results = {"out": (out, g.x_shape, pooling.result)}
     leaves, cut = _prepare(pooling, named, results, limit)
     with leaves.device_of(dy):

@@ -31,6 +31,9 @@ def conv_reference(
     dilation: Sizes = 1,
     groups: int = 1,
     layout: str = "channels_first",
+    padding_mode: str = "zeros",
+    input_dilation: Sizes = 1,
+    batch_groups: int = 1,
 ) -> Host:
     """Convolve as `cuconv.conv` does, by seven loops over scalars.
 
@@ -43,6 +46,8 @@ def conv_reference(
     bias
         (K,).
     stride, padding, dilation, groups, layout
+        As for `cuconv.conv`.
+    padding_mode, input_dilation, batch_groups
         As for `cuconv.conv`.
 
     Returns
@@ -65,7 +70,10 @@ def conv_reference(
     dtype, (inputs, weights, *offset) = _as_numbers(x, w, bias)
     view = _View(layout, batched=x.ndim == w.ndim)
     images, filters = view.of_images(inputs), view.of_filters(weights)
-    loops = _Loops.of(images.shape, filters.shape, stride, padding, dilation, groups)
+    reading = _Reading(padding_mode, input_dilation, batch_groups)
+    loops = _Loops.of(
+        images.shape, filters.shape, stride, padding, dilation, groups, reading
+    )
     y = np.zeros(loops.y_shape, dtype=object)
     for each in offset:
         y += each.reshape(-1, *(1,) * len(loops.out))
@@ -84,6 +92,9 @@ def conv_input_grad_reference(
     dilation: Sizes = 1,
     groups: int = 1,
     layout: str = "channels_first",
+    padding_mode: str = "zeros",
+    input_dilation: Sizes = 1,
+    batch_groups: int = 1,
 ) -> Host:
     """The gradient of a convolution for its input, by loops over scalars.
 
@@ -96,6 +107,8 @@ def conv_input_grad_reference(
     x_shape
         Shape of the input.
     stride, padding, dilation, groups, layout
+        As for `cuconv.conv`.
+    padding_mode, input_dilation, batch_groups
         As for `cuconv.conv`.
 
     Returns
@@ -120,7 +133,10 @@ def conv_input_grad_reference(
     view = _View(layout, batched=len(x_shape) == w.ndim)
     dx = np.zeros(x_shape, dtype=object)
     cells, filters = view.of_images(dx), view.of_filters(weights)
-    loops = _Loops.of(cells.shape, filters.shape, stride, padding, dilation, groups)
+    reading = _Reading(padding_mode, input_dilation, batch_groups)
+    loops = _Loops.of(
+        cells.shape, filters.shape, stride, padding, dilation, groups, reading
+    )
     outputs = loops.checked(view.of_images(gradient))
     for at_y, at_w, at_x in loops:
         cells[at_x] += outputs[at_y] * filters[at_w].conjugate()
@@ -137,6 +153,9 @@ def conv_weight_grad_reference(
     dilation: Sizes = 1,
     groups: int = 1,
     layout: str = "channels_first",
+    padding_mode: str = "zeros",
+    input_dilation: Sizes = 1,
+    batch_groups: int = 1,
 ) -> Host:
     """The gradient of a convolution for its weights, by loops over scalars.
 
@@ -149,6 +168,8 @@ def conv_weight_grad_reference(
     w_shape
         Shape of the weights, (K, C / groups, *kernel).
     stride, padding, dilation, groups, layout
+        As for `cuconv.conv`.
+    padding_mode, input_dilation, batch_groups
         As for `cuconv.conv`.
 
     Returns
@@ -173,7 +194,10 @@ def conv_weight_grad_reference(
     view = _View(layout, batched=x.ndim == len(w_shape))
     dw = np.zeros(tuple(w_shape), dtype=object)
     images, weights = view.of_images(inputs), view.of_filters(dw)
-    loops = _Loops.of(images.shape, weights.shape, stride, padding, dilation, groups)
+    reading = _Reading(padding_mode, input_dilation, batch_groups)
+    loops = _Loops.of(
+        images.shape, weights.shape, stride, padding, dilation, groups, reading
+    )
     outputs = loops.checked(view.of_images(gradient))
     for at_y, at_w, at_x in loops:
         weights[at_w] += outputs[at_y] * images[at_x].conjugate()
@@ -373,6 +397,14 @@ class _View(NamedTuple):
         return array if self.batched else array[0]
 
 
+class _Reading(NamedTuple):
+    """What lies between and around the cells of x, and which images share a filter."""
+
+    padding_mode: str
+    input_dilation: Sizes
+    batch_groups: int
+
+
 @dataclass(frozen=True)
 class _Loops:
     """Who meets whom: iterating gives the indices of y, w and x of every product."""
@@ -384,6 +416,9 @@ class _Loops:
     before: Index
     dilation: Index
     groups: int
+    spread: Index
+    mode: str
+    batch_groups: int
 
     @classmethod
     def of(
@@ -394,15 +429,25 @@ class _Loops:
         padding: Padding,
         dilation: Sizes,
         groups: int,
+        reading: _Reading,
     ) -> "_Loops":
         if x_shape[1] != w_shape[1] * groups or w_shape[0] % groups:
             raise ValueError(
                 f"x {x_shape}, w {w_shape} and groups {groups} do not match"
             )
+        mode, apart, batch_groups = reading
+        if x_shape[0] % batch_groups or w_shape[0] % batch_groups:
+            raise ValueError(
+                f"x {x_shape}, w {w_shape} and batch_groups {batch_groups} do not match"
+            )
         rank = len(w_shape) - 2
         strides, dilations = _each(stride, rank), _each(dilation, rank)
+        spread = _each(apart, rank)
         spans = [d * (k - 1) + 1 for d, k in zip(dilations, w_shape[2:], strict=True)]
-        axes = list(zip(x_shape[2:], spans, strides, strict=True))
+        sizes = [
+            max((n - 1) * d + 1, 0) for n, d in zip(x_shape[2:], spread, strict=True)
+        ]
+        axes = list(zip(sizes, spans, strides, strict=True))
         if isinstance(padding, str):
             pads = [_word_pads(padding, *axis) for axis in axes]
         else:
@@ -414,11 +459,12 @@ class _Loops:
             for (size, span, step), pad in zip(axes, pads, strict=True)
         )
         before = tuple(pad[0] for pad in pads)
-        return cls(x_shape, w_shape, out, strides, before, dilations, groups)
+        more = spread, mode, batch_groups
+        return cls(x_shape, w_shape, out, strides, before, dilations, groups, *more)
 
     @property
     def y_shape(self) -> Index:
-        return (self.x_shape[0], self.w_shape[0], *self.out)
+        return (self.x_shape[0] // self.batch_groups, self.w_shape[0], *self.out)
 
     def checked(self, y: Host) -> Host:
         if y.shape != self.y_shape:
@@ -428,21 +474,41 @@ class _Loops:
     def __iter__(self) -> Iterator[tuple[Index, Index, Index]]:
         filters, channels = self.w_shape[:2]
         meetings = list(self._meetings())
-        for n in range(self.x_shape[0]):
+        for n in range(self.y_shape[0]):
             for k in range(filters):
                 first = k // (filters // self.groups) * channels
+                image = k // (filters // self.batch_groups) * self.y_shape[0] + n
                 for c in range(channels):
                     for o, t, i in meetings:
-                        yield (n, k, *o), (k, c, *t), (n, first + c, *i)
+                        yield (n, k, *o), (k, c, *t), (image, first + c, *i)
 
     def _meetings(self) -> Iterator[tuple[Index, Index, Index]]:
         """Output cell, tap and the input cell under it, where there is one."""
         for o in np.ndindex(*self.out):
             for t in np.ndindex(*self.w_shape[2:]):
                 each = zip(o, self.stride, t, self.dilation, self.before, strict=True)
-                i = tuple(a * s + b * d - before for a, s, b, d, before in each)
-                if all(0 <= j < n for j, n in zip(i, self.x_shape[2:], strict=True)):
+                places = [a * s + b * d - before for a, s, b, d, before in each]
+                axes = zip(places, self.x_shape[2:], self.spread, strict=True)
+                i = tuple(_read(*axis, self.mode) for axis in axes)
+                if min(i) >= 0:
                     yield o, t, i
+
+
+def _read(place: int, size: int, apart: int, mode: str) -> int:
+    """The cell of x that is read at a place of its axis; -1 where that is zero."""
+    inside = range(size)
+    if mode == "zeros":
+        return place // apart if place in range(0, size * apart, apart) else -1
+    if mode == "replicate":
+        return min(max(place, 0), size - 1)
+    while place not in inside:
+        if mode == "circular":
+            place += size if place < 0 else -size
+        elif size == 1:
+            place = 0
+        else:
+            place = -place if place < 0 else 2 * (size - 1) - place
+    return place
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from cuconv.calls import (
     GRADIENTS,
     ConvGradients,
     ConvOptions,
+    bind,
     carry_out,
     check_needs,
     chosen_options,
@@ -25,9 +26,8 @@ from cuconv.calls import (
     inputs,
     shows_options,
 )
-from cuconv.composed import bind
 from cuconv.geometry import Sizes
-from cuconv.plan import Call, check_shape
+from cuconv.plan import check_shape
 
 _BACKWARD_ALLOCATES = (
     "conv_transpose_backward allocates its results: call conv_transpose_input_grad and "
@@ -113,7 +113,7 @@ def conv_transpose(
     array([[[ 10., 102.,  20., 203.,  30., 300.]]])
     """
 
-    def bound() -> Call:
+    def bound() -> Any:
         chosen = chosen_options(options)
         arrays = inputs(x=x, w=w, bias=bias)
         geometry = chosen.transposed_geometry(
@@ -258,7 +258,7 @@ def conv_transpose_input_grad(
     array([[[210., 432., 654.]]])
     """
 
-    def bound() -> Call:
+    def bound() -> Any:
         chosen = chosen_options(options)
         arrays = inputs(dy=dy, w=w)
         geometry = chosen.transposed_geometry(
@@ -318,7 +318,7 @@ def conv_transpose_weight_grad(
     array([[[420., 531., 642.]]])
     """
 
-    def bound() -> Call:
+    def bound() -> Any:
         chosen = chosen_options(options)
         arrays = inputs(dy=dy, x=x)
         geometry = chosen.transposed_geometry(

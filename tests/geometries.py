@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 import hypothesis.strategies as st
 from support import LAYOUTS, Case
 
+from cuconv.geometry import PADDING_MODES
+
 
 def _distinct(draw: st.DrawFn, least: int, most: int, rank: int) -> list[int]:
     values = st.integers(least, most)
@@ -52,7 +54,35 @@ def cases(draw: st.DrawFn, ranks: tuple[int, ...] = (1, 2, 3)) -> Case:
             "groups": groups,
         },
     )
-    return case.in_layout(draw(st.sampled_from(LAYOUTS)))
+    return case.in_layout(_layout(draw))
+
+
+@st.composite
+def general_cases(draw: st.DrawFn, ranks: tuple[int, ...] = (1, 2, 3)) -> Case:
+    """A convolution with a padding mode, input dilation, batch groups, or several."""
+    case = draw(cases(ranks).filter(lambda c: c.layout == "channels_first"))
+    rank, options = len(case.w_shape) - 2, dict(case.options)
+    size, (filters, channels) = list(case.x_shape[-rank:]), case.w_shape[:2]
+    batch_groups = draw(st.integers(1, 3))
+    options["padding_mode"] = draw(st.sampled_from(PADDING_MODES))
+    if options["padding_mode"] == "zeros":
+        apart = _distinct(draw, 1, 4, rank)
+        options["input_dilation"] = tuple(apart)
+        # Spread over as many cells as before, or a few more.
+        size = [-(-(n - 1) // d) + 1 for n, d in zip(size, apart, strict=True)]
+    if batch_groups == 1:
+        start = case.x_shape[:-rank]
+        return Case((*start, *size), case.w_shape, options).in_layout(_layout(draw))
+    images = batch_groups * draw(st.integers(1, 2))
+    filters = batch_groups * filters // options["groups"]
+    options.update(groups=1, batch_groups=batch_groups)
+    kernel = case.w_shape[2:]
+    case = Case((images, channels, *size), (filters, channels, *kernel), options)
+    return case.in_layout(_layout(draw))
+
+
+def _layout(draw: st.DrawFn) -> str:
+    return draw(st.sampled_from(LAYOUTS))
 
 
 @st.composite
@@ -83,7 +113,7 @@ def transposed_cases(draw: st.DrawFn, ranks: tuple[int, ...] = (1, 2, 3)) -> Cas
             "groups": groups,
         },
     )
-    return case.in_layout(draw(st.sampled_from(LAYOUTS)))
+    return case.in_layout(_layout(draw))
 
 
 @st.composite
@@ -108,7 +138,7 @@ def tiled_cases(draw: st.DrawFn, most: int = 7) -> Case:
     options = {"stride": tuple(stride), "padding": tuple(pads), "groups": groups}
     x_shape = (*images, channels * groups, *size)
     case = Case(x_shape, (filters * groups, channels, *kernel), options)
-    return case.in_layout(draw(st.sampled_from(LAYOUTS)))
+    return case.in_layout(_layout(draw))
 
 
 @st.composite
@@ -123,7 +153,7 @@ def grouped_cases(draw: st.DrawFn, ranks: tuple[int, ...] = (1, 2, 3)) -> Case:
     shape[batched] = channels * groups
     wide = Case(tuple(shape), (each * groups, channels, *kernel), case.options)
     wide = _changed(wide, groups=groups)
-    return wide.in_layout(draw(st.sampled_from(LAYOUTS)))
+    return wide.in_layout(_layout(draw))
 
 
 class Pool(NamedTuple):
@@ -166,7 +196,7 @@ def even_pools(draw: st.DrawFn) -> Pool:
 def _in_layout(
     draw: st.DrawFn, shape: tuple[int, ...], kernel: list[int], options: dict[str, Any]
 ) -> Pool:
-    layout = draw(st.sampled_from(LAYOUTS))
+    layout = _layout(draw)
     if layout == "channels_last":
         batch = len(shape) - len(kernel) - 1
         shape = (*shape[:batch], *shape[batch + 1 :], shape[batch])

@@ -1,8 +1,7 @@
 """Bugs that other convolution libraries have shipped, one test for each class of them.
 
-The numbers are those of the project's list.  Not here are the classes of features that
-do not exist yet (8, 14, 15: transposed convolution, Winograd, pooling) and those of the
-CUDA kernels alone (18), which have tests of their own.
+The numbers are those of the project's list.  Not here are the classes of Winograd (14),
+pooling (15) and the CUDA kernels alone (18), which have tests of their own.
 """
 
 import itertools
@@ -31,7 +30,7 @@ from test_conv import PLACES
 
 import cuconv
 from cuconv import testing
-from cuconv.geometry import ConvGeometry
+from cuconv.geometry import PADDING_MODES, ConvGeometry
 
 
 def need_memory(gibibytes: int) -> None:
@@ -189,6 +188,13 @@ def test_05_stride_is_not_dilation(xp) -> None:
         check(xp, Case((2, 2, 14), (3, 2, 3), {"stride": stride, "dilation": dilation}))
 
 
+def test_05_nor_is_either_of_them_input_dilation(xp) -> None:
+    names = "stride", "dilation", "input_dilation"
+    for values in itertools.permutations((1, 2, 3)):
+        options = dict(zip(names, values, strict=True))
+        check(xp, Case((2, 4, 7), (6, 2, 3), {**options, "groups": 2, "padding": 1}))
+
+
 def test_06_no_axis_is_taken_for_another(xp) -> None:
     """All parameters differ, then every order of the axes in turn."""
     size, kernel, stride = (5, 8, 7), (1, 3, 2), (2, 1, 3)
@@ -264,6 +270,18 @@ def test_09_pads_larger_than_the_kernel_and_crops_larger_than_the_input(xp) -> N
             check(xp, case)
 
 
+@pytest.mark.parametrize("mode", PADDING_MODES)
+def test_09_padding_modes_far_beyond_the_input(xp, mode) -> None:
+    """Mirrors of mirrors, circles that go round again, and one end cropped away."""
+    checked = 0
+    for size, pad in itertools.product((1, 2, 4), ((3, 0), (0, 5), (11, 6), (-1, 9))):
+        for stride in (1, 3):
+            options = {"padding": (pad,), "stride": stride, "padding_mode": mode}
+            check(xp, Case((2, 2, size), (3, 2, 2), options))
+            checked += 1
+    assert checked == 24
+
+
 # 10, 20. Empty and degenerate
 
 
@@ -293,6 +311,25 @@ def test_10_backward_of_an_empty_batch(xp) -> None:
     assert got.x.shape == (0, 2, 5)
     testing.assert_equal(got.w, np.zeros((3, 2, 2)))
     testing.assert_equal(got.bias, np.zeros(3))
+
+
+@pytest.mark.parametrize(
+    "general",
+    [
+        {"padding_mode": "circular", "padding": (1, 2)},
+        {"input_dilation": (2, 3)},
+        {"batch_groups": 2},
+    ],
+)
+def test_10_empty_operands_of_general_convolutions(xp, general) -> None:
+    """No image, channel or filter: zeros over the NaN that was there."""
+    for images, channels, filters in ((0, 2, 2), (2, 0, 2), (2, 2, 0), (0, 0, 0)):
+        case = Case((images, channels, 4, 5), (filters, channels, 2, 3), general)
+        arrays = operands(case, "float32")
+        for op in OPERATIONS:
+            wanted = reference(op, arrays, case)
+            out = xp.full(wanted.shape, np.nan, dtype=np.float32)
+            testing.assert_equal(run(op, arrays.on(xp), case, out=out), wanted)
 
 
 def test_20_degenerate_products(xp) -> None:
@@ -413,6 +450,20 @@ def test_16_int8_and_uint8_sum_in_int32_on_demand(xp) -> None:
         testing.assert_equal(y, wanted, dtype="int32")
 
 
+def test_16_zero_points_do_not_wrap(xp) -> None:
+    """255 less 0 and -128 less 127, times as much, in sums past 16 bits."""
+    ends = {"int8": (-128, 127), "uint8": (0, 255)}
+    checked = 0
+    for (x_type, x_ends), (w_type, w_ends) in itertools.product(ends.items(), repeat=2):
+        for (a, b), (c, d) in ((x_ends, w_ends), (x_ends[::-1], w_ends)):
+            x, w = xp.full((1, 300, 2), a, x_type), xp.full((2, 300, 1), c, w_type)
+            y = cuconv.conv(x, w, x_zero_point=b, w_zero_point=d)
+            wanted = np.full((1, 2, 2), 300 * (a - b) * (c - d))
+            testing.assert_equal(y, wanted, dtype="int32")
+            checked += 1
+    assert checked == 8
+
+
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 @pytest.mark.parametrize("op", OPERATIONS)
 def test_17_half_types_sum_in_float32_in_every_chunking(xp, op, dtype) -> None:
@@ -470,6 +521,15 @@ def test_22_plans_are_not_confused(xp) -> None:
             testing.assert_equal(result, reference(op, arrays, case), dtype=wide)
             checked += 2
     assert checked == 240
+
+
+def test_22_plans_of_general_convolutions_are_not_confused(xp) -> None:
+    """The same arrays with one option after the other, twice over."""
+    ways: list[dict[str, Any]] = [{"padding_mode": mode} for mode in PADDING_MODES]
+    ways += [{"input_dilation": 2}, {"input_dilation": (1, 2)}]
+    cases = [Case((2, 2, 4, 3), (2, 2, 3, 2), {"padding": 2, **way}) for way in ways]
+    for case in 2 * cases:
+        check(xp, case)
 
 
 # 23, 25. Memory

@@ -61,6 +61,8 @@ def test_the_architecture_names_every_file():
     package = Path(cuconv.__file__).parent
     files = {path.name for path in package.glob("*.py")} - {"__init__.py", "version.py"}
     assert set(re.findall(r"\w+\.py", plan)) == files
+    for path in (package / "composed").glob("*.py"):
+        assert f"**`composed/{path.name}`**" in page
 
 
 def test_no_page_shows_code_that_nobody_runs():

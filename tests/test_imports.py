@@ -69,10 +69,11 @@ def test_a_call_on_numpy_does_not_either() -> None:
 def test_import_brings_in_nothing_heavy() -> None:
     """What the demonstration and the tests need is no business of the library."""
     heavy = {"scipy", "matplotlib", "sklearn", "rich", "PIL", "hypothesis", "pytest"}
+    heavy |= {"dask", "distributed", "zarr"}
     assert not heavy & modules_after("import cuconv, cuconv.testing")
 
 
-@pytest.mark.parametrize("name", ["cupy", "nvtx", "ml_dtypes"])
+@pytest.mark.parametrize("name", ["cupy", "nvtx", "ml_dtypes", "dask"])
 def test_it_works_without(name) -> None:
     run_python(BLOCK.format(name=name) + CONV)
 

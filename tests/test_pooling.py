@@ -421,6 +421,22 @@ def test_nothing_to_pool(xp, shape, kernel) -> None:
     assert cuconv.avg_pool_backward(y, shape, kernel, **options).shape == shape
 
 
+@pytest.mark.parametrize("shape", [(1, 1, 3, 0), (1, 1, 2, 3, 0)])
+def test_windows_of_padding_around_an_empty_axis(xp, shape) -> None:
+    kernel, pads = (2,) * (len(shape) - 2), [0] * (len(shape) - 3)
+    options = {"stride": 1, "padding": (*pads, 2)}
+    x = xp.zeros(shape, dtype="float32")
+    y, indices = cuconv.max_pool(x, kernel, return_indices=True, **options)
+    assert y.shape[-1] == 3
+    equal(to_host(y), np.full(y.shape, -np.inf, np.float32))
+    equal(to_host(indices), np.full(y.shape, -1))
+    equal(to_host(cuconv.avg_pool(x, kernel, **options)), np.zeros(y.shape, np.float32))
+    norms = cuconv.lp_pool(x, 2, kernel, **options)
+    equal(to_host(norms), np.zeros(y.shape, np.float32))
+    back = cuconv.max_pool_backward(y, indices, shape, kernel, **options)
+    assert back.shape == shape
+
+
 def test_no_window_at_all(xp) -> None:
     """An empty output has a gradient of zero, whatever was in memory."""
     x = xp.ones((2, 3, 5, 6))

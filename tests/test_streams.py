@@ -1,6 +1,7 @@
 """Nothing waits for the device; arrays, plans and rates are those of their device."""
 
 from collections.abc import Callable
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,6 +15,7 @@ from cuconv.leaves import leaves_of, leaves_on
 from cuconv.rates import CUDA_RATES, Gpu, cuda_block_bytes, cuda_rates
 
 CASE = Case((2, 4, 7, 9), (6, 2, 3, 2), {"stride": (2, 1), "padding": 1, "groups": 2})
+GENERAL = cuconv.conv, cuconv.conv_input_grad, cuconv.conv_weight_grad
 on_cupy = pytest.mark.parametrize("xp", ["cupy"], indirect=True)
 
 
@@ -47,6 +49,7 @@ def every_call(xp: Any) -> dict[str, Callable[[], Any]]:
         "conv1d": lambda: cuconv.conv1d(line, taps, groups=2),
         "conv2d": lambda: cuconv.conv2d(x, w, groups=2),
         "conv3d": lambda: cuconv.conv3d(block, filters, groups=2),
+        **every_general_call(x, w, dy),
         "conv_input_grad": lambda: cuconv.conv_input_grad(dy, w, x.shape, **options),
         "conv_weight_grad": lambda: cuconv.conv_weight_grad(dy, x, w.shape, **options),
         "conv_backward": lambda: cuconv.conv_backward(dy, x, w, **options),
@@ -68,6 +71,28 @@ def every_call(xp: Any) -> dict[str, Callable[[], Any]]:
         **every_pooling_call(x),
         **every_separable_call(x),
     }
+
+
+def every_general_call(x: Any, w: Any, dy: Any) -> dict[str, Any]:
+    """Calls with what is not plain, of each operation."""
+    options: dict[str, Any] = {
+        "padding mode": {**CASE.options, "padding_mode": "reflect"},
+        "input dilation": {"input_dilation": (2, 3), "groups": 2},
+        "batch groups": {"batch_groups": 2},
+    }
+    calls: dict[str, Any] = {}
+    for name, each in options.items():
+        cells = x[:, :2] if name == "batch groups" else x
+        y = cuconv.conv(cells, w, **each)
+        both = (cells, w), (y, w, cells.shape), (y, cells, w.shape)
+        for call, arrays in zip(GENERAL, both, strict=True):
+            calls[f"{call.__name__}, {name}"] = partial(call, *arrays, **each)
+    bytes_ = x.astype("int8"), w.astype("int8")
+    zeros = {"x_zero_point": 3, "w_zero_point": dy.astype("int8")[0, :, 0, 0].copy()}
+    calls["conv, zero points"] = partial(cuconv.conv, *bytes_, **zeros, groups=2)
+    small = {"padding_mode": "circular", "memory_limit": "64 KiB"}
+    calls["conv, blocks"] = partial(cuconv.conv, x, w, padding=9, groups=2, **small)
+    return calls
 
 
 def every_transposed_call(x: Any, w: Any, block: Any, filters: Any) -> dict[str, Any]:
@@ -156,7 +181,7 @@ def test_no_public_call_waits_for_the_device(standin) -> None:
         before = len(waits)
         call()
         assert waits[before:] == [], name
-    assert len(calls) == 55
+    assert len(calls) == 66
     x, w, _ = operands(CASE, "float32").on(standin)
     cuconv.conv(x, w, strategy="benchmark", **CASE.options)
     float(x[0, 0, 0, 0])

@@ -13,7 +13,7 @@ from functools import partial
 
 import numpy as np
 
-from cuconv.arrays import Array
+from cuconv.arrays import Array, DType
 from cuconv.composed.base import NO_ZEROS, Arrays, Request, ZeroPoints
 from cuconv.composed.copies import staged
 from cuconv.composed.integers import (
@@ -24,9 +24,25 @@ from cuconv.composed.integers import (
 from cuconv.composed.phases import faster_by_phases, phased
 from cuconv.geometry import ConvGeometry
 from cuconv.leaves import Leaves
-from cuconv.plan import Call, Options, Plan, bind_with, plain_plan, shapes_of, untouched
+from cuconv.plan import (
+    ROLES,
+    Call,
+    Options,
+    Plan,
+    bind_with,
+    plain_plan,
+    shapes_of,
+    untouched,
+)
 
-__all__ = ["ZeroPoints", "bind", "check_zero_points", "plan_of_shapes", "planned"]
+__all__ = [
+    "ZeroPoints",
+    "bind",
+    "check_zero_points",
+    "plan_of_shapes",
+    "plan_of_types",
+    "planned",
+]
 
 
 def planned(
@@ -74,8 +90,19 @@ def plan_of_shapes(
     bias: bool,
 ) -> Plan:
     """The plan for C-contiguous arrays of one type."""
-    own, shapes = np.dtype(options.dtype), shapes_of(call, geometry)
-    if not bias:
-        shapes.pop("bias", None)
-    arrays = {name: untouched(shape, own) for name, shape in shapes.items()}
+    names = (name for name in ROLES[call] if bias or name != "bias")
+    dtypes = dict.fromkeys(names, np.dtype(options.dtype))
+    return plan_of_types(call, geometry, leaves, options, dtypes)
+
+
+def plan_of_types(
+    call: str,
+    geometry: ConvGeometry,
+    leaves: Leaves,
+    options: Options,
+    dtypes: dict[str, DType],
+) -> Plan:
+    """The plan for C-contiguous arrays of these types by their names."""
+    shapes = shapes_of(call, geometry)
+    arrays = {name: untouched(shapes[name], own) for name, own in dtypes.items()}
     return planned(call, geometry, arrays, None, options.settled(), leaves)

@@ -2,12 +2,14 @@
 
 import copy
 from abc import abstractmethod
-from collections.abc import Iterable
-from typing import Any, NamedTuple, TypeAlias
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 from cuconv.arrays import Array, Types, plain, resolve_types
+from cuconv.config import config
 from cuconv.geometry import ConvGeometry
 from cuconv.leaves import Leaves
+from cuconv.memory import MemoryLimit, all_within
 from cuconv.plan import (
     Call,
     Options,
@@ -20,6 +22,7 @@ from cuconv.plan import (
 
 Arrays: TypeAlias = dict[str, Array]
 Index: TypeAlias = tuple[Any, ...]
+Key = TypeVar("Key")
 
 
 class ZeroPoints(NamedTuple):
@@ -95,6 +98,10 @@ class Composed(Plan):
         super().__init__(problem, decision, request.leaves, request.options)
 
     @property
+    def overhead_bytes(self) -> int:
+        return max(part.overhead_bytes for part in self._parts)
+
+    @property
     def is_light(self) -> bool:
         return all(part.is_light for part in self._parts)
 
@@ -138,6 +145,30 @@ class Composed(Plan):
     def _misplaced(self, given: Arrays, out: Array | None) -> list[str]:
         arrays = given if out is None else {**given, "out": out}
         return sorted(n for n, a in arrays.items() if not a.flags.c_contiguous)
+
+
+def held(plans: Iterable[Plan]) -> int:
+    """Bytes that plans take beyond inputs and results, run after each other.
+
+    The largest arena stays for the next plan, whose threads may have more overhead.
+    """
+    each = [(plan.workspace_bytes, plan.overhead_bytes) for plan in plans]
+    arenas = (total - overhead for total, overhead in each)
+    return max(arenas, default=0) + max((overhead for _, overhead in each), default=0)
+
+
+def within(
+    calls: Mapping[Key, Callable[[], Plan]], limit: MemoryLimit
+) -> dict[Key, Plan]:
+    """Plans that each fit a limit, so that they do so after each other too.
+
+    Of one thread each they have the same overhead, and the largest alone counts.
+    """
+    found = all_within(calls)
+    if not isinstance(limit, int) or held(found.values()) <= limit:
+        return found
+    with config(num_threads=1):
+        return all_within(calls)
 
 
 def run_part(

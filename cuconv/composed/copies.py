@@ -6,19 +6,26 @@ it and the plain convolution stay within the memory limit together.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import NamedTuple
 
-from cuconv.arrays import Array, grouped
-from cuconv.composed.base import Arrays, Composed, Index, Request, run_part
+from cuconv.arrays import Array, grouped, is_aligned
+from cuconv.composed.base import (
+    Arrays,
+    Composed,
+    Index,
+    Request,
+    held,
+    run_part,
+    within,
+)
 from cuconv.geometry import Block, ConvGeometry, Range
 from cuconv.leaves import refuse_capture
 from cuconv.memory import (
     Buffer,
     MemoryLimitError,
     aligned_start,
-    all_within,
     carve,
     workspace_bytes,
 )
@@ -27,7 +34,8 @@ from cuconv.planner import NAMES
 from cuconv.profiling import stage
 
 _NEEDS_COPY = (
-    "padding_mode and batch_groups take a copy of what is read, in memory of its own"
+    "padding_mode, batch_groups and zero points take a copy of what is read, in memory "
+    "of its own"
 )
 
 
@@ -97,7 +105,8 @@ class Staged(Composed):
         if not request.is_weight_grad or single:
             return (copied,)
         cells = math.prod(geometry.w_shape)
-        names = ("part",) if is_whole else ("part", "sum")
+        is_ready = is_whole and _is_ready(request.result)
+        names = ("part",) if is_ready else ("part", "sum")
         return (copied, *(Buffer(name, cells, types.accumulate) for name in names))
 
     @classmethod
@@ -133,8 +142,7 @@ class Staged(Composed):
 
     @property
     def workspace_bytes(self) -> int:
-        inner = max(part.workspace_bytes for part in self._parts)
-        return workspace_bytes(self._buffers) + inner
+        return workspace_bytes(self._buffers) + held(self._parts)
 
     @property
     def memory_limit(self) -> int:
@@ -161,12 +169,18 @@ class Staged(Composed):
         nbytes = workspace_bytes(self._buffers)
         with self._leaves.memory(nbytes) as raw:
             space = carve(raw, aligned_start(raw), self._buffers)
-            if self.problem.op == "forward":
-                self._forward(first, second, bias, result, space)
-            elif self.problem.op == "input_grad":
-                self._input_grad(first, second, result, space)
-            else:
-                self._weight_grad(first, second, result, space)
+
+            def body(worker: int) -> None:
+                del worker
+                if self.problem.op == "forward":
+                    self._forward(first, second, bias, result, space)
+                elif self.problem.op == "input_grad":
+                    self._input_grad(first, second, result, space)
+                else:
+                    self._weight_grad(first, second, result, space)
+
+            # One worker, but as workers do: with what NumPy buffers within bounds.
+            self._leaves.parallel(body, 1, light=True)
 
     def _forward(
         self,
@@ -237,10 +251,12 @@ class Staged(Composed):
 def staged(request: Request, planner: Planner, kind: type[Staged] = Staged) -> Staged:
     """The plan with the largest blocks that leave half of the limit to the others.
 
+    Where none do, with the smallest that fit.
+
     Raises
     ------
     MemoryLimitError
-        If not even one row of one image fits.
+        If no cut fits.
     ValueError
         If a CUDA graph is being captured.
     """
@@ -257,26 +273,54 @@ def staged(request: Request, planner: Planner, kind: type[Staged] = Staged) -> S
 def _fitting(
     request: Request, planner: Planner, kind: type[Staged], limit: int
 ) -> Staged:
-    geometry = request.geometry
-    rows = 1 if geometry.is_spread else geometry.out[0]
-    smaller: Cut | None = Cut(geometry.results, geometry.out[0])
-    while smaller is not None:
-        cut = smaller
-        smaller = cut.halved() if cut.images > 1 or rows > 1 else None
-        shapes = cut.samples(geometry)
-        buffers = kind.buffers(request, cut, shapes)
-        if smaller is not None and workspace_bytes(buffers) > limit // 2:
-            continue
-        rest = max(limit - workspace_bytes(buffers), 0)
+    errors: list[MemoryLimitError] = []
+    for attempt in _attempts(request, planner, kind, limit):
         try:
-            inner = _inner(request, planner, kind, shapes, rest)
+            return attempt()
         except MemoryLimitError as error:
-            if smaller is None:
-                least = workspace_bytes(buffers) + error.smallest
+            errors.append(error)
+    raise min(errors, key=lambda error: error.smallest)
+
+
+def _attempts(
+    request: Request, planner: Planner, kind: type[Staged], limit: int
+) -> Iterator[Callable[[], Staged]]:
+    """What makes the plan with each cut, those that are wanted most first.
+
+    A small cut may need more than a large one: sums over blocks have their buffers too.
+    """
+    too_large = []
+    for cut in _cuts(request.geometry):
+        shapes = cut.samples(request.geometry)
+        buffers = kind.buffers(request, cut, shapes)
+
+        def attempt(
+            cut: Cut = cut,
+            shapes: dict[ConvGeometry, Block] = shapes,
+            buffers: tuple[Buffer, ...] = buffers,
+        ) -> Staged:
+            own = workspace_bytes(buffers)
+            try:
+                inner = _inner(request, planner, kind, shapes, max(limit - own, 0))
+            except MemoryLimitError as error:
+                least = own + error.smallest
                 raise MemoryLimitError(limit, least, NAMES[request.call]) from None
-            continue
-        return kind(request, planner, cut, inner, buffers)
-    raise AssertionError("the smallest cut answers or raises")
+            return kind(request, planner, cut, inner, buffers)
+
+        if workspace_bytes(buffers) > limit // 2:
+            too_large.append(attempt)
+        else:
+            yield attempt
+    yield from reversed(too_large)
+
+
+def _cuts(geometry: ConvGeometry) -> Iterator[Cut]:
+    """From the whole to a row of an image, or an image whose rows cannot be cut."""
+    cut: Cut | None = Cut(geometry.results, geometry.out[0])
+    while cut is not None:
+        yield cut
+        is_last = geometry.is_spread and cut.images == 1
+        cut = None if is_last else cut.halved()
 
 
 def _inner(
@@ -293,7 +337,13 @@ def _inner(
         options = options._replace(memory_limit=limit)
         return planner(request.call, part, arrays, result, options, request.leaves)
 
-    return all_within({part: partial(plan, part, b) for part, b in shapes.items()})
+    calls = {part: partial(plan, part, block) for part, block in shapes.items()}
+    return within(calls, limit)
+
+
+def _is_ready(result: Array) -> bool:
+    """Whether a plan for a fresh buffer can write here too."""
+    return bool(result.flags.c_contiguous) and is_aligned(result)
 
 
 def _is_whole(geometry: ConvGeometry, block: Block) -> bool:

@@ -72,12 +72,20 @@ class Shifted(Staged):
             sums = in_buffer(space["y"], part.y_shape)
             run_part(plan, copied, weights, None, sums)
             target = y[index_of_y(g, block)]
+            # Sums in the type that everything is added in take the bias before they
+            # are rounded; exact ones may have no room for it.
+            is_wide = sums.dtype == self.problem.types.accumulate
+            if bias is not None and is_wide:
+                self._add(bias, part, sums)
             leaves.copy(sums, target)
-            if bias is not None:
-                cells = in_groups(target, part)
-                ones = (1,) * g.rank
-                offset = bias.reshape(1, part.groups, -1, *ones)
-                xp.add(cells, offset, out=cells, casting="unsafe")
+            if bias is not None and not is_wide:
+                self._add(bias, part, target)
+
+    def _add(self, bias: Array, part: ConvGeometry, cells: Array) -> None:
+        """Add the bias to cells of y."""
+        by_group = in_groups(cells, part)
+        offset = bias.reshape(1, part.groups, -1, *(1,) * part.rank)
+        self._xp.add(by_group, offset, out=by_group, casting="unsafe")
 
 
 def is_faster_shifted(request: Request) -> bool:

@@ -11,9 +11,9 @@ from functools import partial
 from typing import NamedTuple
 
 from cuconv.arrays import Array
-from cuconv.composed.base import Composed, Index, Request, run_part
+from cuconv.composed.base import Composed, Index, Request, held, run_part, within
 from cuconv.geometry import ConvGeometry, Phase
-from cuconv.memory import MemoryLimitError, all_within
+from cuconv.memory import MemoryLimitError
 from cuconv.plan import Plan, Planner, fill, plain_plan, shapes_of, untouched
 
 # An input gradient goes by phases where that is estimated to take less than this part
@@ -47,7 +47,7 @@ class Phased(Composed):
 
     @property
     def workspace_bytes(self) -> int:
-        return max(part.workspace_bytes for part in self._parts)
+        return held(self._parts)
 
     @property
     def flops(self) -> int:
@@ -94,25 +94,26 @@ def phased(request: Request, planner: Planner) -> Phased:
     """The plan by phases: of x for an input gradient, else of y."""
     geometry = request.geometry
     by_input = request.is_input_grad
-    phases = geometry.input_phases() if by_input else geometry.phases()
-    pairs = [(phase.geometry, _step(request, phase)) for phase in phases]
-    plans = all_within(
-        {
-            number: partial(_plan_of, request, other, step)
-            for number, (other, step) in enumerate(pairs)
-            if other is not None
-        }
-    )
-    steps = [
-        step._replace(plan=plans.get(number)) for number, (_, step) in enumerate(pairs)
-    ]
-    if request.is_weight_grad:
-        # Taps that meet no cell are in no phase.
-        steps = [step for step in steps if step.plan is not None]
-        met = sum(other.taps for other, _ in pairs if other is not None)
-        if met < geometry.taps:
-            steps.insert(0, _Step(None, (), (), (...,)))
+    phases = list(geometry.input_phases() if by_input else geometry.phases())
+    places = [_step(request, phase) for phase in phases]
+    calls = {
+        number: partial(_plan_of, request, phase.geometry, place)
+        for number, (phase, place) in enumerate(zip(phases, places, strict=True))
+    }
+    plans = within(calls, request.options.memory_limit)
+    steps = [place._replace(plan=plans[n]) for n, place in enumerate(places)]
+    if not _is_covered(request, phases):
+        steps.insert(0, _Step(None, (), (), (...,)))
     return Phased(request, planner, steps)
+
+
+def _is_covered(request: Request, phases: list[Phase]) -> bool:
+    """Whether the phases give all of the result; what they leave out is zero."""
+    geometry, parts = request.geometry, [phase.geometry for phase in phases]
+    if request.is_weight_grad:
+        return sum(part.taps for part in parts) == geometry.taps
+    whole = geometry.cells if request.is_input_grad else geometry.positions
+    return sum(part.positions for part in parts) == whole
 
 
 def faster_by_phases(request: Request, planner: Planner, whole: Plan) -> Plan | None:

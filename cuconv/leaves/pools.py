@@ -118,7 +118,8 @@ class HostPools:
 
             def body(index: int) -> None:
                 own = raw[index * each : (index + 1) * each]
-                views = carve(own, aligned_start(own), buffers) if each else {}
+                # Buffers of no cells are there too: an axis of x may be empty.
+                views = carve(own, aligned_start(own) if each else 0, buffers)
                 worker = _Worker(pooling, views)
                 for span, piece in items:
                     self._check()

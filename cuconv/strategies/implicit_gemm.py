@@ -210,15 +210,15 @@ class ImplicitGemm:
         g = job.problem.geometry
         dy, dx = _operand(job, "dy", in_groups(dy, g)), in_groups(out, g)
         how = _how(job, conjugated=int(job.problem.conjugates_weights))
-        # Where no tap reaches, a sum is its beginning: channels beside their cells.
-        start = 0 if bias is None else bias.reshape(g.groups, -1, *(1,) * g.rank)
         reverse = (slice(None, None, -1),) * g.rank
-        for number, phase in enumerate(g.input_phases()):
+        phases = list(g.input_phases())
+        if sum(phase.geometry.positions for phase in phases) < g.cells:
+            # Where no tap reaches, a sum is its beginning: channels beside their cells.
+            ones = (1,) * g.rank
+            dx[...] = 0 if bias is None else bias.reshape(g.groups, -1, *ones)
+        for number, phase in enumerate(phases):
             cells = dx[(..., *phase.results)]
             with stage("product", self.name, number):
-                if phase.geometry is None:
-                    cells[...] = start
-                    continue
                 taps = weights[(..., *phase.taps)][(..., *reverse)]
                 _kernels(job).convolve(
                     *(taps, dy, bias, cells, phase.geometry.axes, how),

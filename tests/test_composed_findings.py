@@ -1,0 +1,125 @@
+"""What was found wrong in general convolutions, and must not come back."""
+
+from functools import partial
+
+import numpy as np
+import pytest
+from support import OPERATIONS, host_peak, integers, smallest_limit, to_host
+
+import cuconv
+from cuconv.geometry import ConvGeometry
+from cuconv.memory import MemoryLimitError
+
+
+@pytest.mark.parametrize("op", OPERATIONS)
+def test_cells_far_apart_take_no_phases_without_taps(op) -> None:
+    """A phase for every place between two cells would be 160 000 of them."""
+    plan = cuconv.plan_conv((1, 1, 9, 9), (1, 1, 3, 3), op=op, input_dilation=400)
+    assert plan.flops > 0
+    geometry = ConvGeometry.of_weights((1, 1, 9), (1, 1, 3), input_dilation=2**31 - 1)
+    assert len(list(geometry.phases())) == 3
+
+
+def test_results_in_no_phase_are_the_bias(xp) -> None:
+    x, w = xp.ones((1, 1, 2)), xp.full((1, 1, 1), 5.0)
+    y = cuconv.conv(x, w, xp.full((1,), 7.0), input_dilation=3)
+    assert to_host(y).tolist() == [[[12, 7, 7, 12]]]
+
+
+def test_a_padding_mode_that_is_no_word_is_named() -> None:
+    x, w = np.ones((1, 1, 4)), np.ones((1, 1, 3))
+    with pytest.raises(ValueError, match="padding_mode must be one of"):
+        cuconv.conv(x, w, padding_mode=["reflect"])
+
+
+def test_folds_keep_numpys_buffers_small() -> None:
+    """Cells that lie apart are added by way of buffers, of 8192 items by default."""
+    dy, w = integers((1, 2, 60, 60), "complex64"), integers((2, 4, 3, 3), "complex64")
+    out = np.zeros((2, 8, 120, 120), np.complex64)[::2, ::2, ::2, ::2]
+    options = {"padding": 1, "padding_mode": "circular", "out": out}
+    call = partial(cuconv.conv_input_grad, dy, w, out.shape, **options)
+    limit = 2**18
+
+    def nothing() -> None:
+        call(memory_limit=limit)
+
+    assert host_peak(nothing) <= limit
+
+
+def test_sums_over_blocks_count_where_the_smallest_limit_is_sought() -> None:
+    """One block of a small x needs less than two, which have sums of a large w."""
+    x, dy = integers((2, 4, 8, 8), "float32"), integers((2, 64, 8, 8), "float32")
+    options = {"padding": 1, "padding_mode": "reflect"}
+    call = partial(cuconv.conv_weight_grad, dy, x, (64, 4, 3, 3), **options)
+    smallest = smallest_limit(call)
+    assert np.array_equal(call(memory_limit=smallest), call())
+    with pytest.raises(MemoryLimitError):
+        call(memory_limit=smallest - 1)
+
+
+def test_a_bias_beside_zero_points_is_added_before_rounding(xp) -> None:
+    """2051 and 2 lie on two sides of a tie in float16."""
+    x = xp.asarray(np.array([[[205], [1]]], np.uint8))
+    w = xp.asarray(np.array([[[10], [1]]], np.uint8))
+    bias = xp.asarray(np.array([2], np.uint8))
+    y = cuconv.conv(x, w, bias, x_zero_point=0, dtype="float16")
+    assert to_host(y).item() == np.float16(2053)
+
+
+def test_groups_of_images_under_no_window_are_the_bias(xp) -> None:
+    """No cell is copied, and no memory is taken for a copy."""
+    x, w = xp.ones((2, 1, 1)), xp.ones((2, 1, 1))
+    bias = xp.asarray(np.array([3.0, 4.0]))
+    y = cuconv.conv(x, w, bias, stride=4, padding=((1, 2),), batch_groups=2)
+    assert to_host(y).tolist() == [[[3], [4]]]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "int32"])
+def test_sums_over_blocks_reach_a_result_that_lies_apart(xp, dtype) -> None:
+    """The plans of blocks are for fresh buffers, and so is the sum of the first."""
+    x, dy = integers((2, 3, 9, 9), dtype), integers((2, 4, 9, 9), dtype)
+    w_shape = (4, 3, 3, 3)
+    options = {"padding": 1, "padding_mode": "circular", "precision": "strict"}
+    wanted = cuconv.conv_weight_grad(dy, x, w_shape, **options)
+    spaced = xp.zeros((8, 6, 6, 6), dtype)
+    out = spaced[::2, ::2, ::2, ::-2]
+    call = partial(cuconv.conv_weight_grad, xp.asarray(dy), xp.asarray(x), w_shape)
+    limit = smallest_limit(partial(call, out=out, **options))
+    call(out=out, memory_limit=limit, **options)
+    assert np.array_equal(to_host(out), wanted)
+
+
+class Sealed(np.ndarray):
+    """An array whose own arithmetic is not the library's."""
+
+    def __array_ufunc__(self, *arguments: object, **options: object) -> None:
+        raise AssertionError
+
+
+@pytest.mark.parametrize("options", [{}, {"padding": 1, "padding_mode": "reflect"}])
+def test_plans_take_subclasses_as_plain_arrays(options) -> None:
+    x, w = integers((2, 3, 9, 9), "float32"), integers((4, 3, 3, 3), "float32")
+    plan = cuconv.plan_conv(x.shape, w.shape, precision="strict", **options)
+    y = plan(x.view(Sealed), w.view(Sealed))
+    assert type(y) is np.ndarray
+    assert np.array_equal(y, plan(x, w))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"input_dilation": 2}, {"padding": 1, "padding_mode": "reflect"}],
+)
+@pytest.mark.parametrize("op", ["forward", "input_grad"])
+def test_a_prepared_plan_times_no_other_candidates(xp, op, options) -> None:
+    """Its weights are those of the candidate that they were prepared for."""
+    shapes = (1, 16, 9, 9), (16, 16, 3, 3)
+    options = {**options, "strategy": "benchmark", "precision": "standard"}
+    device = "cpu" if xp is np else "cuda"
+    plan = cuconv.plan_conv(*shapes, op=op, device=device, **options)
+    first = shapes[0] if op == "forward" else plan.problem.geometry.y_shape
+    a, w = (integers(shape, "float32") for shape in (first, shapes[1]))
+    prepared = plan.prepare(xp.asarray(w))
+    y = to_host(prepared(xp.asarray(a)))
+    wanted = to_host(plan(xp.asarray(a), xp.asarray(w)))
+    assert np.allclose(y, wanted, rtol=0, atol=1e-3)
+    assert np.array_equal(to_host(prepared(xp.asarray(a))), y)
