@@ -187,7 +187,9 @@ def test_several_workers_share_the_limit(choices) -> None:
         with cuconv.config(num_threads=4):
             for limit in (2**18, 2**20, 2**22, 2**24):
                 assert_within(np, call, max(limit, smallest_limit(call)))
-    assert {choice.cut.workers for choice in choices} >= {1, 4}
+    workers = {choice.cut.workers for choice in choices}
+    assert min(workers) == 1
+    assert max(workers) > 2
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
