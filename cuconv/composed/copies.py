@@ -8,12 +8,11 @@ it and the plain convolution stay within the memory limit together.
 import math
 from collections.abc import Callable, Iterator
 from functools import partial
-from itertools import product
 from typing import NamedTuple
 
 from cuconv.arrays import Array, grouped, is_aligned
 from cuconv.composed.base import Arrays, Composed, Index, Request, run_part
-from cuconv.geometry import Block, ConvGeometry, Range, Run
+from cuconv.geometry import Axis, Block, ConvGeometry, Range, Ranges, Run
 from cuconv.leaves import refuse_capture
 from cuconv.memory import (
     Buffer,
@@ -364,7 +363,7 @@ def _copies(
     geometry: ConvGeometry, block: Block, cells: Array, copied: Array
 ) -> Iterator[tuple[Array, Array]]:
     """What of the input goes where in its copy, piece by piece."""
-    for runs in product(*_runs(geometry, block)):
+    for runs in _runs(geometry.axes, block.window, geometry.padding_mode):
         yield _pair(geometry, runs, cells, copied)
 
 
@@ -372,15 +371,25 @@ def _folds(
     geometry: ConvGeometry, block: Block, cells: Array, copied: Array
 ) -> Iterator[tuple[Array, Array]]:
     """The same with as many cells on either side: the adjoint adds one to one."""
-    each = _runs(geometry, block)
-    single = ([one for run in runs for one in run.one_to_one()] for runs in each)
-    for runs in product(*single):
+    each = geometry.axes, block.window, geometry.padding_mode
+    for runs in _runs(*each, one_to_one=True):
         yield _pair(geometry, runs, cells, copied)
 
 
-def _runs(geometry: ConvGeometry, block: Block) -> list[list[Run]]:
-    each = zip(geometry.axes, block.window, strict=True)
-    return [list(axis.runs(window, geometry.padding_mode)) for axis, window in each]
+def _runs(
+    axes: tuple[Axis, ...], window: Ranges, mode: str, *, one_to_one: bool = False
+) -> Iterator[tuple[Run, ...]]:
+    """Runs along every axis, every combination, the last axis fastest.
+
+    One at a time: wide padding has more of them than there is memory for their list.
+    """
+    if not axes:
+        yield ()
+        return
+    for run in axes[0].runs(window[0], mode):
+        for part in run.one_to_one() if one_to_one else (run,):
+            for rest in _runs(axes[1:], window[1:], mode, one_to_one=one_to_one):
+                yield (part, *rest)
 
 
 def _pair(
