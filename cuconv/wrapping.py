@@ -5,7 +5,6 @@ outside the array read is said by `cuconv.geometry.Axis.runs`.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from itertools import product
 from typing import Any
 
 from cuconv.arrays import Array
@@ -21,7 +20,7 @@ def extend(
     mode: str,
 ) -> None:
     """Copy what the windows read, with a cast."""
-    for runs in product(*_runs(axes, windows, mode)):
+    for runs in _runs(axes, windows, mode):
         copy(*_pair(runs, cells, copied))
 
 
@@ -36,9 +35,7 @@ def fold(
     add: bool,
 ) -> None:
     """Sum in every cell what its copies hold, on top of what is there with ``add``."""
-    each = _runs(axes, windows, mode)
-    single = ([one for run in runs for one in run.one_to_one()] for runs in each)
-    picked = product(*single)
+    picked = _runs(axes, windows, mode, one_to_one=True)
     if not add and _reads_all(axes, windows):
         inside, outside = _pair(next(picked), cells, copied)
         inside[...] = outside
@@ -55,9 +52,20 @@ def _reads_all(axes: Sequence[Axis], windows: Ranges) -> bool:
     return all(start <= 0 and stop >= axis.size > 0 for axis, (start, stop) in each)
 
 
-def _runs(axes: Sequence[Axis], windows: Ranges, mode: str) -> Iterator[list[Run]]:
-    for axis, window in zip(axes, windows, strict=True):
-        yield list(axis.runs(window, mode))
+def _runs(
+    axes: Sequence[Axis], windows: Ranges, mode: str, *, one_to_one: bool = False
+) -> Iterator[tuple[Run, ...]]:
+    """Runs along every axis, every combination, the last axis fastest.
+
+    One at a time: wide padding has more of them than there is memory for their list.
+    """
+    if not axes:
+        yield ()
+        return
+    for run in axes[0].runs(windows[0], mode):
+        for part in run.one_to_one() if one_to_one else (run,):
+            for rest in _runs(axes[1:], windows[1:], mode, one_to_one=one_to_one):
+                yield (part, *rest)
 
 
 def _pair(runs: tuple[Run, ...], cells: Array, copied: Array) -> tuple[Array, Array]:

@@ -123,3 +123,12 @@ def test_a_prepared_plan_times_no_other_candidates(xp, op, options) -> None:
     wanted = to_host(plan(xp.asarray(a), xp.asarray(w)))
     assert np.allclose(y, wanted, rtol=0, atol=1e-3)
     assert np.array_equal(to_host(prepared(xp.asarray(a))), y)
+
+
+@pytest.mark.parametrize("mode", ["replicate", "reflect"])
+def test_wide_padding_is_not_listed(mode) -> None:
+    """Thousands of pieces: a list of them would take megabytes."""
+    dy, w = np.ones((1, 1, 4001), np.float32), np.ones((1, 1, 2), np.float32)
+    options = {"padding": 2000, "padding_mode": mode}
+    call = partial(cuconv.conv_input_grad, dy, w, (1, 1, 2), **options)
+    assert host_peak(partial(call, memory_limit=2**18)) <= 2**18
