@@ -132,3 +132,14 @@ def test_wide_padding_is_not_listed(mode) -> None:
     options = {"padding": 2000, "padding_mode": mode}
     call = partial(cuconv.conv_input_grad, dy, w, (1, 1, 2), **options)
     assert host_peak(partial(call, memory_limit=2**18)) <= 2**18
+
+
+@pytest.mark.parametrize("batch_groups", [1, 2])
+def test_no_cells_to_lie_apart(xp, batch_groups) -> None:
+    x, w, dy = xp.ones((2, 1, 0, 1)), xp.ones((2, 1, 1, 1)), xp.ones((2, 2, 2, 3))
+    options = {"input_dilation": 3, "padding": 1, "batch_groups": batch_groups}
+    dy = dy[: 2 // batch_groups]
+    assert not to_host(cuconv.conv(x, w, **options)).any()
+    gradients = cuconv.conv_backward(dy, x, w, **options)
+    assert gradients.x.shape == x.shape
+    assert not to_host(gradients.w).any()
