@@ -132,3 +132,28 @@ def test_wide_padding_is_not_listed(mode) -> None:
     options = {"padding": 2000, "padding_mode": mode}
     call = partial(cuconv.conv_input_grad, dy, w, (1, 1, 2), **options)
     assert host_peak(partial(call, memory_limit=2**18)) <= 2**18
+
+
+@pytest.mark.parametrize("op", OPERATIONS)
+def test_blocks_whose_windows_step_over_all_cells(xp, op) -> None:
+    """The whole spans the only row; a block of one row of y never reads it."""
+    options = {"stride": 2, "padding": 3, "batch_groups": 2, "strategy": "im2col"}
+    x, w, dy = xp.ones((2, 3, 1, 1)), xp.ones((4, 3, 1, 1)), xp.ones((1, 4, 4, 4))
+    call = {
+        "forward": partial(cuconv.conv, x, w, **options),
+        "input_grad": partial(cuconv.conv_input_grad, dy, w, x.shape, **options),
+        "weight_grad": partial(cuconv.conv_weight_grad, dy, x, w.shape, **options),
+    }[op]
+    limit = smallest_limit(call)
+    assert not to_host(call(memory_limit=limit)).any()
+
+
+@pytest.mark.parametrize("batch_groups", [1, 2])
+def test_no_cells_to_lie_apart(xp, batch_groups) -> None:
+    x, w, dy = xp.ones((2, 1, 0, 1)), xp.ones((2, 1, 1, 1)), xp.ones((2, 2, 2, 3))
+    options = {"input_dilation": 3, "padding": 1, "batch_groups": batch_groups}
+    dy = dy[: 2 // batch_groups]
+    assert not to_host(cuconv.conv(x, w, **options)).any()
+    gradients = cuconv.conv_backward(dy, x, w, **options)
+    assert gradients.x.shape == x.shape
+    assert not to_host(gradients.w).any()

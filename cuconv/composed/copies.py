@@ -95,7 +95,8 @@ class Staged(Composed):
         """The memory that copies take, and sums over blocks."""
         geometry, arrays, types = request.geometry, request.arrays, request.types
         is_whole = types.result == types.accumulate
-        largest = max(math.prod(part.x_shape) for part in shapes)
+        # A cell where no block reads any: no bytes would be no array of a device.
+        largest = max(1, *(math.prod(part.x_shape) for part in shapes))
         if request.is_input_grad:
             cells = math.prod(geometry.x_shape) // geometry.results * cut.images
             sums = () if is_whole else (Buffer("dx", cells, types.accumulate),)

@@ -124,8 +124,12 @@ class Problem:
 
     @cached_property
     def as_forward(self) -> "Problem | None":
-        """An input gradient as the forward pass over dy; None where strides forbid."""
-        if self.op != "input_grad" or not self.geometry.is_unit_stride:
+        """An input gradient as the forward pass over dy; None where there is none.
+
+        Strides forbid it, and a general convolution has no `ConvGeometry.adjoint`.
+        """
+        g = self.geometry
+        if self.op != "input_grad" or not (g.is_unit_stride and g.is_plain):
             return None
         direct = {"x"} if "dy" in self.direct else set()
         return replace(
