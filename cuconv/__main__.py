@@ -21,7 +21,8 @@ from cuconv._cuda.device import why_not
 from cuconv.conv import plan_conv
 from cuconv.leaves import default_array_module, precompile
 from cuconv.memory import MemoryLimitError, parse_memory_limit
-from cuconv.plan import ROLES, Options, Plan
+from cuconv.options import Options
+from cuconv.plan import ROLES, Plan
 
 _DEMO_PACKAGES = ("matplotlib", "PIL", "rich", "sklearn")
 

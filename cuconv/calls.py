@@ -23,7 +23,8 @@ from cuconv.config import settings
 from cuconv.geometry import ConvGeometry, Padding, Sizes
 from cuconv.leaves import Leaves, leaves_of, refuse_capture
 from cuconv.memory import Buffer, MemoryLimit, MemoryLimitError, all_within
-from cuconv.plan import ROLES, Options, Plan, signature
+from cuconv.options import Options
+from cuconv.plan import ROLES, Plan, signature
 from cuconv.strategies.base import in_groups
 
 GRADIENTS = ("x", "w", "bias")

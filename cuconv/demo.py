@@ -30,7 +30,8 @@ from cuconv.geometry import Block, ConvGeometry
 from cuconv.layers import Conv2d
 from cuconv.leaves import default_array_module
 from cuconv.memory import parse_memory_limit
-from cuconv.plan import Options, Plan
+from cuconv.options import Options
+from cuconv.plan import Plan
 from cuconv.testing import conv_reference, relative_error
 
 # Photographs are scaled down to this many cells on the longer side.

@@ -1,6 +1,6 @@
 """From arrays and options to a `Plan`: what will run, why, and running it."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any, NamedTuple, Protocol
 
@@ -17,17 +17,15 @@ from cuconv.arrays import (
     plain,
     resolve_types,
 )
-from cuconv.config import check_deterministic, check_precision, settings
-from cuconv.geometry import Axis, ConvGeometry, Padding, Sizes
+from cuconv.geometry import Axis, ConvGeometry
 from cuconv.leaves import Leaves, leaves_of, refuse_capture
 from cuconv.memory import (
-    MemoryLimit,
     aligned_start,
     allocated,
     carve,
-    parse_memory_limit,
     workspace_bytes,
 )
+from cuconv.options import Options
 from cuconv.planner import NAMES, Choice, Decision, decide
 from cuconv.profiling import stage
 from cuconv.strategies import Job, Problem
@@ -56,83 +54,6 @@ ROLES = {
 }
 # Of each transposed operation, the one of the convolution that leads back.
 CONVOLUTION = {call: op for op, call in TRANSPOSED.items()}
-# Options that a transposed convolution does not have.
-_FORWARD_ALONE = "padding_mode", "input_dilation", "batch_groups"
-
-
-class Options(NamedTuple):
-    """The options of every convolution with their defaults, written here alone."""
-
-    stride: Sizes = 1
-    padding: Padding = 0
-    dilation: Sizes = 1
-    groups: int = 1
-    layout: str = "channels_first"
-    dtype: Any = None
-    strategy: str = "auto"
-    precision: str | None = None
-    deterministic: bool | None = None
-    memory_limit: MemoryLimit = None
-    padding_mode: str = "zeros"
-    input_dilation: Sizes = 1
-    batch_groups: int = 1
-
-    def geometry(self, x_shape: Sequence[int], w_shape: Sequence[int]) -> ConvGeometry:
-        return ConvGeometry.of_weights(
-            x_shape,
-            w_shape,
-            stride=self.stride,
-            padding=self.padding,
-            dilation=self.dilation,
-            groups=self.groups,
-            layout=self.layout,
-            padding_mode=self.padding_mode,
-            input_dilation=self.input_dilation,
-            batch_groups=self.batch_groups,
-        )
-
-    def transposed_geometry(
-        self,
-        x_shape: Sequence[int],
-        w_shape: Sequence[int],
-        output_padding: Sizes,
-        output_size: Sizes | None,
-    ) -> ConvGeometry:
-        for name in _FORWARD_ALONE:
-            given, usual = getattr(self, name), self._field_defaults[name]
-            if given != usual:
-                raise ValueError(
-                    f"a transposed convolution has no {name}; got {given!r}"
-                )
-        return ConvGeometry.of_transposed(
-            x_shape,
-            w_shape,
-            stride=self.stride,
-            padding=self.padding,
-            output_padding=output_padding,
-            output_size=output_size,
-            dilation=self.dilation,
-            groups=self.groups,
-            layout=self.layout,
-        )
-
-    def settled(self) -> "Options":
-        """With the settings that hold here in place of None; words are checked."""
-        now = settings()
-        if not isinstance(self.strategy, str):
-            raise TypeError(f"strategy must be a word; got {self.strategy!r}")
-        limit, precision, same = self.memory_limit, self.precision, self.deterministic
-        return self._replace(
-            memory_limit=(
-                now.memory_limit if limit is None else parse_memory_limit(limit)
-            ),
-            precision=now.precision
-            if precision is None
-            else check_precision(precision),
-            deterministic=(
-                now.deterministic if same is None else check_deterministic(same)
-            ),
-        )
 
 
 class Plan:

@@ -60,7 +60,8 @@ from cuconv.memory import (
     carve,
     workspace_bytes,
 )
-from cuconv.plan import Call, Options, Plan, check_shape, untouched
+from cuconv.options import Options
+from cuconv.plan import Call, Plan, check_shape, untouched
 from cuconv.planner import most
 from cuconv.profiling import stage
 from cuconv.sweeps import Cut, Piece, Sweep

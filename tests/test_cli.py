@@ -13,7 +13,7 @@ import pytest
 
 import cuconv
 from cuconv import __main__ as command
-from cuconv.plan import Options
+from cuconv.options import Options
 
 PAGE = Path(__file__).parent.parent / "docs" / "cli.md"
 SHAPES = ("2x4x9x8", "6x4x3x2")

@@ -37,7 +37,7 @@ from cuconv.blocking import Blocking, block_sizes
 from cuconv.composed import bind
 from cuconv.geometry import ConvGeometry
 from cuconv.memory import MemoryLimitError
-from cuconv.plan import Options
+from cuconv.options import Options
 from cuconv.strategies import implicit_gemm
 from cuconv.strategies.base import filters_of, in_groups
 

@@ -24,16 +24,8 @@ from cuconv.composed.integers import (
 from cuconv.composed.phases import faster_by_phases, phased
 from cuconv.geometry import ConvGeometry
 from cuconv.leaves import Leaves
-from cuconv.plan import (
-    ROLES,
-    Call,
-    Options,
-    Plan,
-    bind_with,
-    plain_plan,
-    shapes_of,
-    untouched,
-)
+from cuconv.options import Options
+from cuconv.plan import ROLES, Call, Plan, bind_with, plain_plan, shapes_of, untouched
 
 __all__ = [
     "ZeroPoints",

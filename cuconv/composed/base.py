@@ -10,15 +10,8 @@ from cuconv.config import config
 from cuconv.geometry import ConvGeometry
 from cuconv.leaves import Leaves
 from cuconv.memory import MemoryLimit, all_within
-from cuconv.plan import (
-    Call,
-    Options,
-    Plan,
-    Planner,
-    bind_with,
-    problem_of,
-    untouched,
-)
+from cuconv.options import Options
+from cuconv.plan import Call, Plan, Planner, bind_with, problem_of, untouched
 
 Arrays: TypeAlias = dict[str, Array]
 Index: TypeAlias = tuple[Any, ...]

@@ -29,7 +29,8 @@ from cuconv.memory import (
     carve,
     workspace_bytes,
 )
-from cuconv.plan import Options, Plan, Planner, untouched
+from cuconv.options import Options
+from cuconv.plan import Plan, Planner, untouched
 from cuconv.planner import NAMES
 from cuconv.profiling import stage
 

@@ -18,7 +18,8 @@ from cuconv.composed.base import Arrays, Request, ZeroPoints, run_part
 from cuconv.composed.copies import Cut, Staged, in_buffer, index_of_y
 from cuconv.geometry import Block, ConvGeometry
 from cuconv.memory import Buffer
-from cuconv.plan import Options, untouched
+from cuconv.options import Options
+from cuconv.plan import untouched
 from cuconv.strategies.base import LIGHT_PRODUCT, in_groups
 
 _EXACT = (np.float32, 2**24), (np.float64, 2**53)

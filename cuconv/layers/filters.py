@@ -12,7 +12,7 @@ from cuconv.conv import conv, conv_backward
 from cuconv.geometry import Sizes
 from cuconv.layers.base import positive
 from cuconv.layers.weighted import Filters
-from cuconv.plan import Options
+from cuconv.options import Options
 from cuconv.transpose import conv_transpose, conv_transpose_backward
 
 

@@ -12,7 +12,7 @@ from cuconv.calls import ConvOptions, chosen_options
 from cuconv.geometry import Sizes, channels_are_first
 from cuconv.layers.base import ENDLESS, Layer, kernel_of
 from cuconv.leaves import default_array_module
-from cuconv.plan import Options
+from cuconv.options import Options
 from cuconv.planner import check_strategy_name
 
 

@@ -38,7 +38,8 @@ from cuconv.lazy.blocks import (
 )
 from cuconv.lazy.borders import bordered, folded, without_border
 from cuconv.leaves import leaves_of
-from cuconv.plan import CONVOLUTION, ROLES, Options
+from cuconv.options import Options
+from cuconv.plan import CONVOLUTION, ROLES
 
 
 class LazyCall(NamedTuple):

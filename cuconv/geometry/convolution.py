@@ -1,0 +1,429 @@
+"""The shapes of one convolution: windows over the input, filters over windows."""
+
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
+from typing import NamedTuple
+
+from cuconv.geometry.axis import AxisPhase, Range, phases_of_inputs, phases_of_outputs
+from cuconv.geometry.options import (
+    Padding,
+    Sizes,
+    Split,
+    as_index,
+    axes_of,
+    channels_are_first,
+    check_padding_mode,
+    check_repeats,
+    checked_shape,
+    frozen,
+    per_axis,
+    split_shape,
+)
+from cuconv.geometry.transposed import Ends, Source, transposed_axes
+from cuconv.geometry.windows import Block, WindowGeometry
+
+
+class Phase(NamedTuple):
+    """Cells of a result that lie some steps apart, and the convolution that gives them.
+
+    ``results`` picks them along every axis, ``taps`` the taps that they need.  Cells
+    that need none are in no phase: they are zero.
+    """
+
+    results: tuple[slice, ...]
+    taps: tuple[slice, ...]
+    geometry: "ConvGeometry"
+
+
+@dataclass(frozen=True)
+class ConvGeometry(WindowGeometry):
+    """The shapes of one convolution: windows over the input, filters over windows.
+
+    ``filters`` is K, ``groups`` is G; group g maps channels [g·C/G, (g+1)·C/G) to
+    filters [g·K/G, (g+1)·K/G).  With ``batch_groups`` B, images [b·N/B, (b+1)·N/B) are
+    mapped to filters [b·K/B, (b+1)·K/B), and y has N/B images.  ``padding_mode`` is one
+    of `PADDING_MODES`.
+    """
+
+    filters: int = 1
+    groups: int = 1
+    batch_groups: int = 1
+    padding_mode: str = "zeros"
+
+    @cached_property
+    def results(self) -> int:
+        """Images of y."""
+        return self.images // self.batch_groups
+
+    @cached_property
+    def group_channels(self) -> int:
+        return self.channels // self.groups
+
+    @cached_property
+    def group_filters(self) -> int:
+        return self.filters // self.groups
+
+    @cached_property
+    def patch(self) -> int:
+        """Cells under one window in one group: the length of a dot product."""
+        return self.group_channels * self.taps
+
+    @cached_property
+    def multiplications(self) -> int:
+        """Multiply-adds of one pass, padding counted as if it were data."""
+        return self.results * self.positions * self.filters * self.patch
+
+    @cached_property
+    def is_empty(self) -> bool:
+        """Whether nothing is multiplied: no cell, or none under any window."""
+        if self.multiplications == 0 or self.cells == 0:
+            return True
+        if self.is_spread or self.padding_mode != "zeros":
+            return False
+        spans = (axis.window(0, axis.out) for axis in self.axes)
+        return any(
+            min(stop, axis.size) <= max(start, 0)
+            for axis, (start, stop) in zip(self.axes, spans, strict=True)
+        )
+
+    @cached_property
+    def y_shape(self) -> tuple[int, ...]:
+        shape = self.array_shape(self.filters, self.out)
+        return (self.results, *shape[1:]) if self.batch_groups > 1 else shape
+
+    @cached_property
+    def w_shape(self) -> tuple[int, ...]:
+        if self.channels_first:
+            return (self.filters, self.group_channels, *self.kernel)
+        return (*self.kernel, self.group_channels, self.filters)
+
+    @cached_property
+    def is_unit_stride(self) -> bool:
+        return all(axis.stride == 1 for axis in self.axes)
+
+    @cached_property
+    def adjoint(self) -> "ConvGeometry":
+        """The convolution of dy, with flipped weights, that gives dx.
+
+        With stride 1, ``i = o + t · dilation - before`` turned round is ``o = i +
+        (kernel - 1 - t) · dilation - (extent - 1 - before)``: a convolution again.
+        """
+        axes = tuple(
+            axis._replace(
+                size=axis.out,
+                before=axis.extent - 1 - axis.before,
+                after=axis.extent - 1 - axis.after,
+            )
+            for axis in self.axes
+        )
+        return replace(self, axes=axes, channels=self.filters, filters=self.channels)
+
+    @cached_property
+    def is_spread(self) -> bool:
+        """Whether cells of the input lie apart."""
+        return any(axis.spread > 1 for axis in self.axes)
+
+    @cached_property
+    def is_copied(self) -> bool:
+        """Whether a plain one would need a copy of the input, padded or regrouped."""
+        is_wrapped = self.padding_mode != "zeros" and self.is_padded
+        return is_wrapped or self.batch_groups > 1
+
+    @cached_property
+    def is_plain(self) -> bool:
+        """Whether it is a convolution that strategies know."""
+        return not (self.is_spread or self.is_copied)
+
+    def phases(self) -> Iterator[Phase]:
+        """Cut the output so that no zero between cells of x is multiplied.
+
+        In ``j * spread = o * stride + t * dilation - before``, an output fixes
+        ``t * dilation`` modulo the spread.  The taps of a phase are therefore evenly
+        spaced, and so are the cells that they meet.  No two phases share a tap.
+        """
+        return self._phases(map(phases_of_outputs, self.axes), self)
+
+    def input_phases(self) -> Iterator[Phase]:
+        """Cut the input so that its gradient is plain convolutions over dy.
+
+        The same line, the other way: a cell fixes ``t * dilation`` modulo the stride.
+        Filters and channels are exchanged, and taps come in reverse.
+        """
+        backward = replace(self, channels=self.filters, filters=self.channels)
+        return self._phases(map(phases_of_inputs, self.axes), backward)
+
+    def _phases(
+        self, axes: Iterable[Iterable[AxisPhase]], like: "ConvGeometry"
+    ) -> Iterator[Phase]:
+        for picked in itertools.product(*axes):
+            results, taps, each = zip(*picked, strict=True)
+            yield Phase(results, taps, replace(like, axes=each))
+
+    def rows(self, images: Range, rows: Range) -> Block:
+        """The block that computes these rows along the first axis, whole in the others.
+
+        ``images`` are those of the output.  Where cells outside the input are not zero,
+        its windows go beyond the input, and nothing is left of the padding.
+        """
+        output = (rows, *((0, out) for out in self.out[1:]))
+        if self.is_spread:
+            window = tuple((0, size) for size in self.size)
+            pads = tuple((axis.before, axis.after) for axis in self.axes)
+            return Block(images, output, window, pads)
+        if self.padding_mode == "zeros":
+            return self.block(images, output)
+        each = zip(self.axes, output, strict=True)
+        window = tuple(axis.window(*span) for axis, span in each)
+        return Block(images, output, window, ((0, 0),) * self.rank)
+
+    def part(self, block: Block) -> "ConvGeometry":
+        """The convolution that computes a block from a copy of what it reads.
+
+        Its padding is zeros, and it shares no batch out: that is the copy's affair.
+        """
+        axes = tuple(
+            axis._replace(size=stop - start, before=before, after=after)
+            for axis, (start, stop), (before, after) in zip(
+                self.axes, block.window, block.padding, strict=True
+            )
+        )
+        return replace(
+            self,
+            images=block.images[1] - block.images[0],
+            channels=self.channels * self.batch_groups,
+            groups=self.groups * self.batch_groups,
+            axes=axes,
+            batched=True,
+            padding_mode="zeros",
+            batch_groups=1,
+        )
+
+    @classmethod
+    def of_transposed(
+        cls,
+        x_shape: Sequence[int],
+        w_shape: Sequence[int],
+        *,
+        stride: Sizes = 1,
+        padding: Padding = 0,
+        output_padding: Sizes = 0,
+        output_size: Sizes | None = None,
+        dilation: Sizes = 1,
+        groups: int = 1,
+        layout: str = "channels_first",
+    ) -> "ConvGeometry":
+        """Geometry of the convolution whose input gradient is ``conv_transpose(x, w)``.
+
+        Its ``y_shape`` is ``x_shape``, and its ``x_shape`` is that of the result; see
+        `cuconv.conv_transpose`.
+
+        Examples
+        --------
+        >>> from cuconv.geometry import ConvGeometry
+        >>> g = ConvGeometry.of_transposed((8, 64, 28, 28), (64, 3, 4, 4), stride=2)
+        >>> g.x_shape
+        (8, 3, 58, 58)
+        """
+        channels_are_first(layout)
+        return _transposed_geometry(
+            checked_shape("x", x_shape),
+            checked_shape("w", w_shape),
+            frozen("stride", stride),
+            Ends(
+                frozen("padding", padding),
+                frozen("output_padding", output_padding),
+                None if output_size is None else frozen("output_size", output_size),
+            ),
+            frozen("dilation", dilation),
+            as_index("groups", groups),
+            layout,
+        )
+
+    @classmethod
+    def of_weights(
+        cls,
+        x_shape: Sequence[int],
+        w_shape: Sequence[int],
+        *,
+        stride: Sizes = 1,
+        padding: Padding = 0,
+        dilation: Sizes = 1,
+        groups: int = 1,
+        layout: str = "channels_first",
+        padding_mode: str = "zeros",
+        input_dilation: Sizes = 1,
+        batch_groups: int = 1,
+    ) -> "ConvGeometry":
+        """Geometry of ``conv(x, w)`` from the two shapes; see `cuconv.conv`.
+
+        Examples
+        --------
+        >>> from cuconv.geometry import ConvGeometry
+        >>> g = ConvGeometry.of_weights((8, 3, 224, 224), (64, 3, 7, 7), stride=2)
+        >>> g.y_shape
+        (8, 64, 109, 109)
+        """
+        channels_are_first(layout)
+        check_padding_mode(padding_mode)
+        return _conv_geometry(
+            checked_shape("x", x_shape),
+            checked_shape("w", w_shape),
+            frozen("stride", stride),
+            frozen("padding", padding),
+            frozen("dilation", dilation),
+            layout,
+            _Sharing(
+                as_index("groups", groups),
+                as_index("batch_groups", batch_groups),
+                padding_mode,
+                frozen("input_dilation", input_dilation),
+            ),
+        )
+
+
+class _Sharing(NamedTuple):
+    """Who sees whom, and what lies between and around the cells of the input."""
+
+    groups: int
+    batch_groups: int
+    padding_mode: str
+    input_dilation: object
+
+
+@lru_cache(maxsize=4096)
+def _conv_geometry(
+    x_shape: tuple[int, ...],
+    w_shape: tuple[int, ...],
+    stride: object,
+    padding: object,
+    dilation: object,
+    layout: str,
+    sharing: _Sharing,
+) -> ConvGeometry:
+    split = split_shape(x_shape, _rank_of(w_shape), layout)
+    filters, channels, kernel = _split_weights(
+        w_shape, channels_first=split.channels_first
+    )
+    groups, batch_groups, padding_mode, input_dilation = sharing
+    _check_channels(split, channels, filters, groups)
+    _check_batch_groups(split, filters, groups, batch_groups)
+    axes = axes_of(
+        *(split.sizes, kernel, stride, padding, dilation),
+        input_dilation=input_dilation,
+    )
+    check_repeats(padding_mode, axes)
+    return ConvGeometry(
+        split.images,
+        split.channels,
+        axes,
+        split.channels_first,
+        split.batched,
+        filters,
+        groups,
+        batch_groups,
+        padding_mode,
+    )
+
+
+def _check_channels(split: Split, expected: int, filters: int, groups: int) -> None:
+    if groups < 1:
+        raise ValueError(f"groups must be at least 1; got {groups}")
+    if expected * groups != split.channels:
+        last = split.sizes[-1]
+        fits_last = split.channels_first and last == expected * groups
+        hint = f"; its last axis has {last}: layout='channels_last'?"
+        raise ValueError(
+            f"channels do not match: x has {split.channels} and w expects "
+            f"{expected} × groups {groups} = {expected * groups}"
+            f"{hint if fits_last else ''}"
+        )
+    if filters % groups:
+        raise ValueError(f"groups {groups} do not divide the {filters} filters of w")
+
+
+def _check_batch_groups(
+    split: Split, filters: int, groups: int, batch_groups: int
+) -> None:
+    if batch_groups < 1:
+        raise ValueError(f"batch_groups must be at least 1; got {batch_groups}")
+    if batch_groups == 1:
+        return
+    if groups > 1:
+        raise ValueError(
+            f"groups {groups} and batch_groups {batch_groups} both share out filters: "
+            "one of them must be 1"
+        )
+    if not split.batched:
+        raise ValueError(f"batch_groups {batch_groups} need x with a batch axis")
+    if split.images % batch_groups:
+        raise ValueError(
+            f"batch_groups {batch_groups} do not divide the {split.images} images of x"
+        )
+    if filters % batch_groups:
+        raise ValueError(
+            f"batch_groups {batch_groups} do not divide the {filters} filters of w"
+        )
+
+
+def _rank_of(w_shape: tuple[int, ...]) -> int:
+    rank = len(w_shape) - 2
+    if rank < 1:
+        raise ValueError(
+            f"w has {len(w_shape)} axes; it needs at least 3: filters, channels, space"
+        )
+    return rank
+
+
+class _Weights(NamedTuple):
+    filters: int
+    channels: int
+    kernel: tuple[int, ...]
+
+
+def _split_weights(w_shape: tuple[int, ...], *, channels_first: bool) -> _Weights:
+    """Filters, channels of a group and taps, from either layout."""
+    if channels_first:
+        return _Weights(w_shape[0], w_shape[1], w_shape[2:])
+    return _Weights(w_shape[-1], w_shape[-2], w_shape[:-2])
+
+
+@lru_cache(maxsize=4096)
+def _transposed_geometry(
+    x_shape: tuple[int, ...],
+    w_shape: tuple[int, ...],
+    stride: object,
+    ends: Ends,
+    dilation: object,
+    groups: int,
+    layout: str,
+) -> ConvGeometry:
+    rank = _rank_of(w_shape)
+    split = split_shape(x_shape, rank, layout)
+    weights = _split_weights(w_shape, channels_first=split.channels_first)
+    _check_transposed_channels(split.channels, weights.filters, groups)
+    per_axis("kernel_size", weights.kernel, rank, 1)
+    strides = per_axis("stride", stride, rank, 1)
+    dilations = per_axis("dilation", dilation, rank, 1)
+    each = zip(split.sizes, weights.kernel, strides, dilations, strict=True)
+    return ConvGeometry(
+        split.images,
+        weights.channels * groups,
+        transposed_axes([Source(i, *axis) for i, axis in enumerate(each)], ends),
+        split.channels_first,
+        split.batched,
+        weights.filters,
+        groups,
+    )
+
+
+def _check_transposed_channels(channels: int, expected: int, groups: int) -> None:
+    if groups < 1:
+        raise ValueError(f"groups must be at least 1; got {groups}")
+    if expected != channels:
+        raise ValueError(
+            f"channels do not match: x has {channels} and w expects {expected}"
+        )
+    if channels % groups:
+        raise ValueError(f"groups {groups} do not divide the {channels} channels of x")

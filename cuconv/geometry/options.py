@@ -1,0 +1,259 @@
+"""What callers say of sizes, strides, padding and layout, checked: all shape errors."""
+
+import operator
+from collections.abc import Sequence
+from typing import NamedTuple, TypeAlias
+
+from cuconv.geometry.axis import Axis, EvenAxis, Range, Ranges
+
+LARGEST_PARAMETER = 2**31 - 1
+
+PADDING_WORDS = ("valid", "same", "same_lower", "causal")
+
+# What a cell outside the input reads as: zero, or the cell that it mirrors (the edge
+# itself not repeated), the nearest one, or the one as far from the other end.
+PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
+
+LAYOUTS = {
+    "channels_first": True,
+    "channels_last": False,
+    **dict.fromkeys(("NCL", "NCW", "NCHW", "NCDHW"), True),
+    **dict.fromkeys(("NLC", "NWC", "NHWC", "NDHWC"), False),
+}
+
+Sizes: TypeAlias = int | Sequence[int]
+
+Padding: TypeAlias = int | str | Sequence[int | Sequence[int]]
+
+
+def as_index(name: str, value: object) -> int:
+    """An integer of any library's, as Python's own."""
+    if type(value) is int:
+        return value
+    try:
+        return operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        kind = type(value).__name__
+        raise TypeError(
+            f"{name} must be made of integers; got {value!r} ({kind})"
+        ) from None
+
+
+def frozen(name: str, value: object) -> object:
+    """An option as a hashable value of plain integers: the key of the caches."""
+    if type(value) is int or isinstance(value, str):
+        return value
+    if isinstance(value, (tuple, list)) or getattr(value, "ndim", 0) > 0:
+        return tuple(frozen(name, item) for item in value)  # type: ignore[attr-defined]
+    return as_index(name, value)
+
+
+def checked_shape(name: str, shape: Sequence[int]) -> tuple[int, ...]:
+    """A shape as plain integers, none of them negative."""
+    try:
+        sizes = tuple(map(operator.index, shape))
+    except TypeError:
+        raise TypeError(
+            f"the shape of {name} must be made of integers; got {shape!r}"
+        ) from None
+    if min(sizes, default=0) < 0:
+        raise ValueError(f"the shape of {name} is {sizes}; sizes cannot be negative")
+    return sizes
+
+
+def per_axis(name: str, value: object, rank: int, least: int) -> tuple[int, ...]:
+    """One integer for each spatial axis, each at least ``least``."""
+    values = (value,) * rank if isinstance(value, int) else value
+    if not isinstance(values, tuple) or not all(isinstance(v, int) for v in values):
+        raise TypeError(f"{name} must be an integer or one per axis; got {value!r}")
+    if len(values) != rank:
+        raise ValueError(f"{name} has {len(values)} values for {rank} spatial axes")
+    for axis, item in enumerate(values):
+        if not least <= item <= LARGEST_PARAMETER:
+            raise ValueError(
+                f"{name} of spatial axis {axis} is {item}; "
+                f"it must lie in {least} … {LARGEST_PARAMETER}"
+            )
+    return values
+
+
+def channels_are_first(layout: str) -> bool:
+    """Whether a layout word puts the channels before the spatial axes."""
+    if not isinstance(layout, str) or layout not in LAYOUTS:
+        words = ", ".join(map(repr, LAYOUTS))
+        raise ValueError(f"layout must be one of {words}; got {layout!r}")
+    return LAYOUTS[layout]
+
+
+def _check_layout_rank(layout: str, rank: int) -> None:
+    if not layout.startswith("channels") and len(layout) != rank + 2:
+        raise ValueError(
+            f"layout {layout!r} has {len(layout) - 2} spatial axes "
+            f"and the kernel has {rank}"
+        )
+
+
+class Split(NamedTuple):
+    """The shape of x, axis by axis of its meaning."""
+
+    images: int
+    channels: int
+    sizes: tuple[int, ...]
+    channels_first: bool
+    batched: bool
+
+
+def split_shape(x_shape: tuple[int, ...], rank: int, layout: str) -> Split:
+    """What the axes of x are in this layout."""
+    channels_first = channels_are_first(layout)
+    _check_layout_rank(layout, rank)
+    if len(x_shape) not in (rank + 1, rank + 2):
+        raise ValueError(
+            f"x has {len(x_shape)} axes; {rank} spatial axes need {rank + 2}, "
+            f"or {rank + 1} without the batch axis"
+        )
+    batched = len(x_shape) == rank + 2
+    images, inner = (x_shape[0], x_shape[1:]) if batched else (1, x_shape)
+    channels, sizes = (
+        (inner[0], inner[1:]) if channels_first else (inner[-1], inner[:-1])
+    )
+    return Split(images, channels, sizes, channels_first, batched)
+
+
+def _check_word_rank(word: object, rank: int) -> None:
+    if word == "causal" and rank != 1:
+        raise ValueError(f"padding 'causal' is for one spatial axis; there are {rank}")
+
+
+def word_pads(word: str, size: int, kernel: int, stride: int, dilation: int) -> Range:
+    """Padding that makes the output ceil(size / stride) cells long, or none."""
+    if word == "valid":
+        return 0, 0
+    if word == "causal":
+        return dilation * (kernel - 1), 0
+    out = -(-size // stride)
+    total = max(0, (out - 1) * stride + dilation * (kernel - 1) + 1 - size)
+    less = total // 2
+    return (less, total - less) if word == "same" else (total - less, less)
+
+
+def pads_of(
+    padding: object,
+    sizes: tuple[int, ...],
+    kernel: tuple[int, ...],
+    strides: tuple[int, ...],
+    dilations: tuple[int, ...],
+) -> Ranges:
+    """The padding before and after each axis, from any form of ``padding``."""
+    rank = len(sizes)
+    if isinstance(padding, str):
+        if padding not in PADDING_WORDS:
+            words = ", ".join(map(repr, PADDING_WORDS))
+            raise ValueError(
+                f"padding must be integers or one of {words}; got {padding!r}"
+            )
+        _check_word_rank(padding, rank)
+        each = zip(sizes, kernel, strides, dilations, strict=True)
+        return tuple(word_pads(padding, *axis) for axis in each)
+    if isinstance(padding, tuple) and any(isinstance(p, tuple) for p in padding):
+        pairs = tuple(p if isinstance(p, tuple) else (p, p) for p in padding)
+        if len(pairs) != rank:
+            raise ValueError(f"padding has {len(pairs)} values for {rank} spatial axes")
+        if any(len(pair) != 2 for pair in pairs):
+            raise ValueError(f"padding must be (before, after) pairs; got {padding!r}")
+        befores = per_axis(
+            "padding", tuple(p[0] for p in pairs), rank, -LARGEST_PARAMETER
+        )
+        afters = per_axis(
+            "padding", tuple(p[1] for p in pairs), rank, -LARGEST_PARAMETER
+        )
+        return tuple(zip(befores, afters, strict=True))
+    each_side = per_axis("padding", padding, rank, -LARGEST_PARAMETER)
+    return tuple((p, p) for p in each_side)
+
+
+def _check_fits(index: int, axis: Axis, padding: object) -> None:
+    # "same" or "causal" over an empty axis gives an empty output, which is no mistake.
+    if axis.padded >= axis.extent or (axis.size == 0 and padding in PADDING_WORDS[1:]):
+        return
+    raise ValueError(
+        f"the kernel is larger than the padded input on spatial axis {index}: it spans "
+        f"{axis.extent} cells (kernel {axis.kernel}, dilation {axis.dilation}) and "
+        f"the input has {axis.padded} "
+        f"({_cells_text(axis)} + padding {axis.before} + {axis.after})"
+    )
+
+
+def _cells_text(axis: Axis) -> str:
+    if axis.spread == 1:
+        return f"{axis.size}"
+    return f"{axis.spread_size}: {axis.size} with input_dilation {axis.spread}"
+
+
+def axes_of(
+    sizes: tuple[int, ...],
+    kernel: tuple[int, ...],
+    stride: object,
+    padding: object,
+    dilation: object,
+    *,
+    ceil_mode: bool = False,
+    input_dilation: object = 1,
+) -> tuple[Axis, ...]:
+    """One `Axis` for each spatial axis; refused where a kernel does not fit."""
+    rank = len(sizes)
+    per_axis("kernel_size", kernel, rank, 1)
+    strides = per_axis("stride", stride, rank, 1)
+    dilations = per_axis("dilation", dilation, rank, 1)
+    spreads = per_axis("input_dilation", input_dilation, rank, 1)
+    each = zip(sizes, kernel, strides, dilations, spreads, strict=True)
+    axes = tuple(Axis(n, k, s, d, 0, 0, spread=apart) for n, k, s, d, apart in each)
+    spread_sizes = tuple(axis.spread_size for axis in axes)
+    pads = pads_of(padding, spread_sizes, kernel, strides, dilations)
+    axes = tuple(
+        axis._replace(before=before, after=after)
+        for axis, (before, after) in zip(axes, pads, strict=True)
+    )
+    if ceil_mode:
+        axes = tuple(axis.rounded_up for axis in axes)
+    for index, axis in enumerate(axes):
+        _check_fits(index, axis, padding)
+    return axes
+
+
+def even_axis(index: int, size: int, windows: int) -> Axis:
+    """The axis of adaptive pooling."""
+    if not 0 <= windows <= LARGEST_PARAMETER:
+        raise ValueError(
+            f"output_size of spatial axis {index} is {windows}; "
+            f"it must lie in 0 … {LARGEST_PARAMETER}"
+        )
+    if windows and not size:
+        raise ValueError(
+            f"spatial axis {index} has 0 cells, too few for output_size {windows}"
+        )
+    return EvenAxis.of(size, windows)
+
+
+def check_padding_mode(padding_mode: str) -> None:
+    """Refuse a word that is no padding mode."""
+    if not isinstance(padding_mode, str) or padding_mode not in PADDING_MODES:
+        words = ", ".join(map(repr, PADDING_MODES))
+        raise ValueError(f"padding_mode must be one of {words}; got {padding_mode!r}")
+
+
+def check_repeats(padding_mode: str, axes: tuple[Axis, ...]) -> None:
+    """Refuse what leaves cells outside the input nothing to repeat."""
+    if padding_mode == "zeros":
+        return
+    for index, axis in enumerate(axes):
+        if axis.spread > 1:
+            raise ValueError(
+                f"padding_mode {padding_mode!r} and input_dilation {axis.spread} of "
+                f"spatial axis {index} do not go together: zeros lie between the cells"
+            )
+        if not axis.size and (axis.before > 0 or axis.after > 0):
+            raise ValueError(
+                f"padding_mode {padding_mode!r} needs cells to repeat; spatial axis "
+                f"{index} has 0 and padding {axis.before} + {axis.after}"
+            )

@@ -1,0 +1,120 @@
+"""How large the result of a transposed convolution is, axis by axis."""
+
+from typing import NamedTuple
+
+from cuconv.geometry.axis import Axis, Range
+from cuconv.geometry.options import (
+    PADDING_WORDS,
+    _check_word_rank,
+    pads_of,
+    per_axis,
+    word_pads,
+)
+
+
+class Ends(NamedTuple):
+    """What says how large the result of a transposed convolution is."""
+
+    padding: object
+    output_padding: object
+    output_size: object
+
+    @property
+    def word(self) -> str | None:
+        """The padding, if it is a word that says how large the result is."""
+        is_word = isinstance(self.padding, str) and self.padding in PADDING_WORDS[1:]
+        return str(self.padding) if is_word else None
+
+
+class Source(NamedTuple):
+    """One axis of the input of a transposed convolution, and how it is spread."""
+
+    axis: int
+    size: int
+    kernel: int
+    stride: int
+    dilation: int
+
+    @property
+    def reach(self) -> int:
+        """Cells from the first one that a tap writes to the last, both counted."""
+        return (self.size - 1) * self.stride + self.dilation * (self.kernel - 1) + 1
+
+    @property
+    def most_more(self) -> int:
+        """The largest output_padding."""
+        return max(self.stride, self.dilation) - 1
+
+    def checked(self, more: int) -> int:
+        """An output_padding that is not too large."""
+        if more > self.most_more:
+            raise ValueError(
+                f"output_padding of spatial axis {self.axis} is {more}; it must be "
+                f"less than stride {self.stride} or dilation {self.dilation}, "
+                "whichever is larger"
+            )
+        return more
+
+    def padded(self, pads: Range, more: int) -> Axis:
+        """The axis of the convolution that leads back here."""
+        before, after = pads
+        size = self.reach - before - after + more
+        if size < 0:
+            raise ValueError(
+                f"the result has {size} cells on spatial axis {self.axis}: x has "
+                f"{self.size}, which reach {self.reach} (kernel {self.kernel}, stride "
+                f"{self.stride}, dilation {self.dilation}), less padding {before} and "
+                f"{after}, plus output_padding {more}"
+            )
+        # A whole stride more would be room for another window: it is cropped.
+        after -= more - more % self.stride
+        return Axis(size, self.kernel, self.stride, self.dilation, before, after)
+
+    def of_word(self, word: str, wanted: int | None) -> Axis:
+        """The axis whose padding a word names: ``wanted`` cells, or size · stride."""
+        most = self.size * self.stride
+        least = max(most - self.stride + 1, 0)
+        size = most if wanted is None else wanted
+        self._check_size(size, least, most)
+        pads = word_pads(word, size, self.kernel, self.stride, self.dilation)
+        return Axis(size, self.kernel, self.stride, self.dilation, *pads)
+
+    def of_size(self, pads: Range, wanted: int) -> Axis:
+        """The axis with the output_padding that makes ``wanted`` cells."""
+        least = self.reach - sum(pads)
+        self._check_size(wanted, least, least + self.most_more)
+        return self.padded(pads, wanted - least)
+
+    def _check_size(self, size: int, least: int, most: int) -> None:
+        if not least <= size <= most:
+            raise ValueError(
+                f"output_size of spatial axis {self.axis} is {size}; it can be "
+                f"{least} … {most}"
+            )
+
+
+def transposed_axes(sources: list[Source], ends: Ends) -> tuple[Axis, ...]:
+    """The axes of the convolution whose input gradient has the result's size."""
+    rank, word = len(sources), ends.word
+    more = per_axis("output_padding", ends.output_padding, rank, 0)
+    sized = word is not None or ends.output_size is not None
+    if any(more) and sized:
+        other = f"padding {word!r}" if word else f"output_size {ends.output_size}"
+        raise ValueError(
+            f"output_padding {ends.output_padding} and {other} both say how large the "
+            "result is: give one of them"
+        )
+    more = tuple(s.checked(cells) for s, cells in zip(sources, more, strict=True))
+    wanted: tuple[int | None, ...] = (None,) * rank
+    if ends.output_size is not None:
+        wanted = per_axis("output_size", ends.output_size, rank, 0)
+    if word is not None:
+        _check_word_rank(word, rank)
+        pairs = zip(sources, wanted, strict=True)
+        return tuple(source.of_word(word, size) for source, size in pairs)
+    _, sizes, kernel, strides, dilations = zip(*sources, strict=True)
+    pads = pads_of(ends.padding, sizes, kernel, strides, dilations)
+    return tuple(
+        source.padded(pair, cells) if size is None else source.of_size(pair, size)
+        for source, pair, cells, size in zip(sources, pads, more, wanted, strict=True)
+    )

@@ -1,0 +1,395 @@
+"""How windows slide over a batch of arrays, and the blocks that they are cut into."""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from typing import NamedTuple
+
+from cuconv.geometry.axis import Axis, Range, Ranges, T
+from cuconv.geometry.options import (
+    Padding,
+    Sizes,
+    as_index,
+    axes_of,
+    channels_are_first,
+    checked_shape,
+    even_axis,
+    frozen,
+    split_shape,
+)
+
+
+class Tile(NamedTuple):
+    """How much of an array one block spans: images, and cells of every axis."""
+
+    images: int
+    cells: tuple[int, ...]
+
+    @property
+    def positions(self) -> int:
+        return self.images * math.prod(self.cells)
+
+
+class Block(NamedTuple):
+    """A block of the output and the input that it needs.
+
+    ``window`` are the input cells that exist; ``padding`` counts the cells of zeros
+    before and after them, so that along each axis window and padding together are
+    ``(stop - start - 1) * stride + extent`` cells.
+    """
+
+    images: Range
+    output: Ranges
+    window: Ranges
+    padding: Ranges
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Output cells along every axis."""
+        return tuple(stop - start for start, stop in self.output)
+
+
+class Region(NamedTuple):
+    """A block of the input and the output cells whose windows meet it."""
+
+    images: Range
+    cells: Ranges
+    output: Ranges
+
+    @property
+    def is_reached(self) -> bool:
+        """Whether any window meets it: strides may jump over cells."""
+        return all(stop > start for start, stop in self.output)
+
+
+def tile_of(images: int, sizes: tuple[int, ...], cells: int) -> Tile:
+    """The largest tile of at most ``cells`` cells (at least one).
+
+    Inner axes fill up before outer ones, so that a tile is one run of memory in each
+    channel: only one axis is cut, those outside it have one cell, those inside are
+    whole.  The cut is balanced: 56 rows in tiles of at most 15 make 4 of 14.
+    """
+    budget = max(cells, 1)
+    steps = []
+    for size in (*reversed(sizes), images):
+        pieces = math.ceil(size / min(size, budget)) if size else 1
+        steps.append(max(math.ceil(size / pieces), 1))
+        budget = budget // max(size, 1) if pieces == 1 else 1
+    return Tile(steps[-1], tuple(reversed(steps[:-1])))
+
+
+def _spans(ranges: Sequence[Range], steps: Sequence[int]) -> Iterator[Ranges]:
+    """Cut ranges into steps, every combination, the last axis fastest.
+
+    One at a time: an image may have more blocks than there is memory for their list.
+    """
+    if not ranges:
+        yield ()
+        return
+    start, stop = ranges[0]
+    for low in range(start, stop, steps[0]):
+        for rest in _spans(ranges[1:], steps[1:]):
+            yield ((low, min(low + steps[0], stop)), *rest)
+
+
+@dataclass(frozen=True)
+class WindowGeometry:
+    """How windows slide over a batch of multi-channel arrays.
+
+    Parameters
+    ----------
+    images, channels
+        Batch size N and channels C.
+    axes
+        One `Axis` for each spatial axis, outermost first.
+    channels_first
+        (N, C, *spatial) if true, (N, *spatial, C) if not.
+    batched
+        Whether the arrays carry the batch axis; without it, ``images`` is 1.
+    """
+
+    images: int
+    channels: int
+    axes: tuple[Axis, ...]
+    channels_first: bool = True
+    batched: bool = True
+
+    @property
+    def rank(self) -> int:
+        return len(self.axes)
+
+    @cached_property
+    def size(self) -> tuple[int, ...]:
+        return tuple(axis.size for axis in self.axes)
+
+    @cached_property
+    def kernel(self) -> tuple[int, ...]:
+        return tuple(axis.kernel for axis in self.axes)
+
+    @cached_property
+    def out(self) -> tuple[int, ...]:
+        return tuple(axis.out for axis in self.axes)
+
+    @cached_property
+    def taps(self) -> int:
+        return math.prod(self.kernel)
+
+    @cached_property
+    def positions(self) -> int:
+        """Output positions in one image."""
+        return math.prod(self.out)
+
+    @cached_property
+    def cells(self) -> int:
+        """Input cells in one channel of one image."""
+        return math.prod(self.size)
+
+    @cached_property
+    def is_padded(self) -> bool:
+        return any(axis.before > 0 or axis.after > 0 for axis in self.axes)
+
+    @cached_property
+    def is_pointwise(self) -> bool:
+        """Whether the column matrix is the input itself."""
+        return all(axis[1:6] == (1, 1, axis.dilation, 0, 0) for axis in self.axes)
+
+    @cached_property
+    def x_shape(self) -> tuple[int, ...]:
+        return self.array_shape(self.channels, self.size)
+
+    def array_shape(self, channels: int, spatial: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape, in this layout, of an array with these channels and cells."""
+        return self.arranged(self.images, channels, spatial)
+
+    def arranged(self, images: T, channels: T, spatial: Sequence[T]) -> tuple[T, ...]:
+        """What belongs to every axis of an array, in the order of this layout."""
+        inner = (channels, *spatial) if self.channels_first else (*spatial, channels)
+        return (images, *inner) if self.batched else inner
+
+    def column_shape(
+        self,
+        order: str = "rows",
+        images: int | None = None,
+        out: tuple[int, ...] | None = None,
+    ) -> tuple[int, ...]:
+        """The shape of the column matrix, or of a block of it.
+
+        ``order`` is one of those that `cuconv.im2col` knows.
+
+        Examples
+        --------
+        >>> from cuconv.geometry import WindowGeometry
+        >>> WindowGeometry.of((32, 64, 56, 56), (3, 3), padding=1).column_shape()
+        (100352, 576)
+        """
+        patch = self.channels * self.taps
+        images = self.images if images is None else images
+        positions = self.positions if out is None else math.prod(out)
+        shapes = {
+            "rows": (images * positions, patch),
+            "columns": (patch, images * positions),
+            "batched": (images, patch, positions),
+        }
+        if not isinstance(order, str) or order not in shapes:
+            words = ", ".join(map(repr, shapes))
+            raise ValueError(f"order must be one of {words}; got {order!r}")
+        return (
+            shapes[order] if self.batched or order != "batched" else shapes[order][1:]
+        )
+
+    def column_bytes(self, itemsize: int) -> int:
+        """How many bytes the whole column matrix would take.
+
+        Examples
+        --------
+        >>> from cuconv.geometry import WindowGeometry
+        >>> WindowGeometry.of((32, 64, 56, 56), (3, 3), padding=1).column_bytes(4)
+        231211008
+        """
+        return math.prod(self.column_shape()) * itemsize
+
+    def tile(self, positions: int) -> Tile:
+        """The largest output tile of at most this many positions."""
+        return tile_of(self.images, self.out, positions)
+
+    def region_tile(self, cells: int) -> Tile:
+        """The largest input tile of at most this many cells."""
+        return tile_of(self.images, self.size, cells)
+
+    def count_blocks(self, tile: Tile) -> int:
+        """How many blocks of this tile cover the output."""
+        sizes = (self.images, *self.out)
+        steps = (tile.images, *tile.cells)
+        return math.prod(-(-n // step) for n, step in zip(sizes, steps, strict=True))
+
+    def count_regions(self, tile: Tile) -> int:
+        """How many regions of this tile cover the input."""
+        sizes = (self.images, *self.size)
+        steps = (tile.images, *tile.cells)
+        return math.prod(-(-n // step) for n, step in zip(sizes, steps, strict=True))
+
+    def reach(self, tile: Tile) -> int:
+        """Output positions whose windows meet a region of this tile, at most."""
+        each = zip(self.axes, tile.cells, strict=True)
+        return tile.images * math.prod(axis.reach(cells) for axis, cells in each)
+
+    def block(self, images: Range, output: Ranges) -> Block:
+        """The block that computes these images and output cells."""
+        clipped = [
+            axis.under(start, stop)
+            for axis, (start, stop) in zip(self.axes, output, strict=True)
+        ]
+        window, padding = zip(*clipped, strict=True) if clipped else ((), ())
+        return Block(images, output, window, padding)
+
+    def blocks(
+        self,
+        tile: Tile,
+        images: Range | None = None,
+        output: Ranges | None = None,
+    ) -> Iterator[Block]:
+        """Cut the output (or the given part of it) into blocks, in memory order.
+
+        Parameters
+        ----------
+        tile
+            The largest block wanted; see `tile`.  In memory, the positions of a block
+            are one run in each channel.
+        images, output
+            The part to cut; all of it by default.
+        """
+        whole = tuple((0, out) for out in self.out)
+        ranges = ((0, self.images) if images is None else images, *(output or whole))
+        steps = self._run_steps(tile, ranges[1:])
+        for picked, *spans in _spans(ranges, steps):
+            yield self.block(picked, tuple(spans))
+
+    def pieces(self, tile: Tile) -> Iterator[Block]:
+        """Cut the output into blocks that need not be one run of memory."""
+        whole = [(0, size) for size in (self.images, *self.out)]
+        for picked, *spans in _spans(whole, (tile.images, *tile.cells)):
+            yield self.block(picked, tuple(spans))
+
+    def _run_steps(self, tile: Tile, ranges: Ranges) -> tuple[int, ...]:
+        """Steps that make every block one run of positions in memory.
+
+        Outside an axis that is not taken whole, blocks have a single cell.
+        """
+        steps: list[int] = []
+        is_whole = True
+        for step, span, out in zip(
+            reversed(tile.cells), reversed(ranges), reversed(self.out), strict=True
+        ):
+            steps.append(max(step, 1) if is_whole else 1)
+            is_whole = is_whole and span == (0, out) and step >= out
+        steps.append(max(tile.images, 1) if is_whole else 1)
+        return tuple(reversed(steps))
+
+    def regions(self, tile: Tile) -> Iterator[Region]:
+        """Cut the input into regions, each with the output cells that reach it."""
+        whole = [(0, size) for size in (self.images, *self.size)]
+        for picked, *cells in _spans(whole, (tile.images, *tile.cells)):
+            reached = tuple(
+                axis.reached_from(*span)
+                for axis, span in zip(self.axes, cells, strict=True)
+            )
+            yield Region(picked, tuple(cells), reached)
+
+    @classmethod
+    def of(
+        cls,
+        x_shape: Sequence[int],
+        kernel_size: Sizes,
+        *,
+        stride: Sizes = 1,
+        padding: Padding = 0,
+        dilation: Sizes = 1,
+        ceil_mode: bool = False,
+        layout: str = "channels_first",
+    ) -> "WindowGeometry":
+        """Geometry of windows over an array of shape ``x_shape``.
+
+        A ``kernel_size`` of several numbers fixes the rank, and ``x_shape`` may then
+        lack the batch axis; a single number means a batched array.  ``ceil_mode`` adds
+        a window along every axis that has cells left over (`Axis.rounded_up`).
+
+        Raises
+        ------
+        ValueError, TypeError
+            For every option that does not fit; the message names both numbers.
+        """
+        channels_are_first(layout)
+        return _window_geometry(
+            checked_shape("x", x_shape),
+            frozen("kernel_size", kernel_size),
+            frozen("stride", stride),
+            frozen("padding", padding),
+            frozen("dilation", dilation),
+            layout,
+            ceil_mode,
+        )
+
+    @classmethod
+    def of_even(
+        cls,
+        x_shape: Sequence[int],
+        output_size: Sequence[int | None] | int | None,
+        *,
+        layout: str = "channels_first",
+    ) -> "WindowGeometry":
+        """Geometry of windows that share every axis out evenly: `EvenAxis`.
+
+        ``output_size`` has one number for each spatial axis, and None to keep a size;
+        a single one means a batched array.
+
+        Examples
+        --------
+        >>> from cuconv.geometry import WindowGeometry
+        >>> WindowGeometry.of_even((2, 3, 7, 9), (4, None)).out
+        (4, 9)
+        """
+        shape = checked_shape("x", x_shape)
+        if output_size is None or isinstance(output_size, int):
+            output_size = (output_size,) * (len(shape) - 2)
+        split = split_shape(shape, len(output_size), layout)
+        wanted = [
+            size if windows is None else as_index("output_size", windows)
+            for size, windows in zip(split.sizes, output_size, strict=True)
+        ]
+        axes = map(even_axis, range(len(wanted)), split.sizes, wanted)
+        return cls(
+            split.images,
+            split.channels,
+            tuple(axes),
+            split.channels_first,
+            split.batched,
+        )
+
+
+@lru_cache(maxsize=4096)
+def _window_geometry(
+    x_shape: tuple[int, ...],
+    kernel_size: int | tuple[int, ...],
+    stride: object,
+    padding: object,
+    dilation: object,
+    layout: str,
+    ceil_mode: bool,  # noqa: FBT001 - the key of a cache
+) -> WindowGeometry:
+    if isinstance(kernel_size, str):
+        raise TypeError(f"kernel_size must be integers; got {kernel_size!r}")
+    if isinstance(kernel_size, int):
+        kernel_size = (kernel_size,) * (len(x_shape) - 2)
+    if not kernel_size:
+        raise ValueError(
+            f"x has {len(x_shape)} axes, which leaves no spatial axis; "
+            "a kernel_size of one number needs a batch and a channel axis beside them"
+        )
+    split = split_shape(x_shape, len(kernel_size), layout)
+    axes = axes_of(
+        split.sizes, kernel_size, stride, padding, dilation, ceil_mode=ceil_mode
+    )
+    return WindowGeometry(
+        split.images, split.channels, axes, split.channels_first, split.batched
+    )
