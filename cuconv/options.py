@@ -51,7 +51,7 @@ class Options(NamedTuple):
     ) -> ConvGeometry:
         for name in _FORWARD_ALONE:
             given, usual = getattr(self, name), self._field_defaults[name]
-            if given != usual:
+            if not _is_usual(given, usual):
                 raise ValueError(
                     f"a transposed convolution has no {name}; got {given!r}"
                 )
@@ -84,3 +84,11 @@ class Options(NamedTuple):
                 now.deterministic if same is None else check_deterministic(same)
             ),
         )
+
+
+def _is_usual(given: Any, usual: Any) -> bool:
+    """Whether an option has its default, or has it for each axis."""
+    if isinstance(given, str):
+        return bool(given == usual)
+    several = hasattr(given, "__iter__")
+    return all(item == usual for item in given) if several else bool(given == usual)

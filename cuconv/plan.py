@@ -516,7 +516,7 @@ class Plan:
         yield "work", f"{self.flops / 1e9:.4g} GFLOP, {self.bytes_moved / 1e6:.4g} MB"
         yield "intensity", f"{self.arithmetic_intensity:.4g} FLOP per byte"
         yield "estimate", f"{self.nanoseconds / 1e6:.3g} ms"
-        for name, reason in self._decision.passed_over:
+        for name, reason in self.passed_over.items():
             yield "passed over", f"{name}: {reason}"
 
     def _composition(self) -> str:

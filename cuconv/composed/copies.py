@@ -54,22 +54,26 @@ class Cut(NamedTuple):
 
     def blocks(self, geometry: ConvGeometry) -> Iterator[Block]:
         """The blocks, those of the same images after each other."""
-        for images in _spans(geometry.results, self.images):
-            for rows in _spans(geometry.out[0], self.rows):
+        for images in _in_steps(geometry.results, self.images):
+            for rows in _in_steps(geometry.out[0], self.rows):
                 yield geometry.rows(images, rows)
 
     def samples(self, geometry: ConvGeometry) -> dict[ConvGeometry, Block]:
         """A block for each plain convolution that there is among the blocks."""
         rest = geometry.results % self.images or self.images
+        rows = list(_in_steps(geometry.out[0], self.rows))
+        if geometry.padding_mode != "zeros":
+            # Their windows are equally long, but for the last.
+            rows = rows[:1] + rows[-1:]
         shapes: dict[ConvGeometry, Block] = {}
         for images in dict.fromkeys((self.images, rest)):
-            for rows in _spans(geometry.out[0], self.rows):
-                block = geometry.rows((0, images), rows)
+            for span in rows:
+                block = geometry.rows((0, images), span)
                 shapes.setdefault(geometry.part(block), block)
         return shapes
 
 
-def _spans(whole: int, step: int) -> Iterator[Range]:
+def _in_steps(whole: int, step: int) -> Iterator[Range]:
     for first in range(0, whole, step):
         yield first, min(first + step, whole)
 
@@ -200,11 +204,11 @@ class Staged(Composed):
         self, dy: Array, w: Array, dx: Array, space: dict[str, Array]
     ) -> None:
         g = self.problem.geometry
-        for images in _spans(g.results, self._cut.images):
+        for images in _in_steps(g.results, self._cut.images):
             target = cells = _cells(dx, g, images)
             if "dx" in space:
                 cells = in_buffer(space["dx"], target.shape)
-            for number, rows in enumerate(_spans(g.out[0], self._cut.rows)):
+            for number, rows in enumerate(_in_steps(g.out[0], self._cut.rows)):
                 block = g.rows(images, rows)
                 part = g.part(block)
                 copied = in_buffer(space["x"], part.x_shape)

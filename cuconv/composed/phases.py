@@ -40,6 +40,12 @@ class Phased(Composed):
         plans = [step.plan for step in steps if step.plan is not None]
         super().__init__(request, planner, plans or [_nothing(request)])
         self._steps = steps
+        # What the phases were chosen over, and why.
+        self.instead_of: dict[str, str] = {}
+
+    @property
+    def passed_over(self) -> dict[str, str]:
+        return {**self.instead_of, **super().passed_over}
 
     @property
     def chunks(self) -> int:
@@ -130,7 +136,11 @@ def faster_by_phases(request: Request, planner: Planner, whole: Plan) -> Plan | 
     except MemoryLimitError:
         return None
     cost = found.rank + count * _CALL_NANOSECONDS
-    return found if cost < _WORTH_PHASES * whole.choice.rank else None
+    if cost >= _WORTH_PHASES * whole.choice.rank:
+        return None
+    slower = f"estimated {whole.choice.rank / found.rank:.2f} times as long"
+    found.instead_of = {f"all phases at once, {whole.choice.label}": slower}
+    return found
 
 
 def _step(request: Request, phase: Phase) -> _Step:
