@@ -882,3 +882,15 @@ def test_even_axes(size, windows, data) -> None:
     met = [i for i, cells in enumerate(under) if cells[0] < high and cells[-1] >= low]
     assert axis.reached_from(low, high) == (met[0], met[-1] + 1)
     assert axis.reach(high - low) >= len(met)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64", "float16"])
+def test_places_of_maxima_are_added_up_alike_without_numba(dtype, monkeypatch) -> None:
+    """The same bits: both loops add in the order of the windows."""
+    x = np.random.default_rng(0).standard_normal((2, 3, 9, 8)).astype(dtype)
+    y, indices = cuconv.max_pool(x, 3, stride=1, padding=1, return_indices=True)
+    dy = np.random.default_rng(1).standard_normal(y.shape).astype(dtype)
+    gradient = partial(cuconv.max_pool_backward, dy, indices, x.shape, 3, stride=1)
+    found = gradient(padding=1)
+    monkeypatch.setattr(host_pools, "jit_is_installed", lambda: False)
+    np.testing.assert_array_equal(found, gradient(padding=1))

@@ -7,8 +7,6 @@ columns).
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from functools import cache
-from importlib.util import find_spec
 from typing import Any, Protocol
 
 import numpy as np
@@ -17,6 +15,7 @@ from cuconv.arrays import Array, DType, Types
 from cuconv.blocking import Blocking
 from cuconv.geometry import Axis, Block, Ranges, Tile, WindowGeometry
 from cuconv.leaves.host import HostLeaves
+from cuconv.leaves.machine import jit_is_installed as jit_is_installed
 from cuconv.memory import Buffer
 from cuconv.rates import Rates
 from cuconv.reduction import Given, PoolCut, Pooling
@@ -329,12 +328,6 @@ def release_memory() -> None:
     >>> cuconv.release_memory()
     """
     _HOST.release()
-
-
-@cache
-def jit_is_installed() -> bool:
-    """Whether Numba is there; it is imported when one of its loops first runs."""
-    return find_spec("numba") is not None
 
 
 def default_array_module() -> Any:

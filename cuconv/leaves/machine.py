@@ -1,9 +1,10 @@
-"""Words for the machine that NumPy runs on: what was timed on another says nothing."""
+"""The machine that NumPy runs on: words for it, and whether Numba is there."""
 
 import os
 import platform
 from contextlib import suppress
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,10 @@ import numpy as np
 
 @cache
 def host_machine() -> tuple[str, ...]:
-    """The version of NumPy, its BLAS, and the processors."""
+    """The version of NumPy, its BLAS, and the processors.
+
+    What was timed on another machine says nothing.
+    """
     blas = np.show_config(mode="dicts")["Build Dependencies"]["blas"]
     return (
         np.__version__,
@@ -29,3 +33,9 @@ def _processor() -> str:
             if line.startswith("model name"):
                 return line
     return platform.platform()
+
+
+@cache
+def jit_is_installed() -> bool:
+    """Whether Numba is there; it is imported when one of its loops first runs."""
+    return find_spec("numba") is not None

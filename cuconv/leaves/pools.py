@@ -24,6 +24,7 @@ from numpy.lib.stride_tricks import as_strided
 
 from cuconv.arrays import Array, DType, is_aligned, merged_stride, stored
 from cuconv.geometry import Block, Range, Ranges, Region, WindowGeometry
+from cuconv.leaves.machine import jit_is_installed
 from cuconv.leaves.sharing import Shared
 from cuconv.memory import (
     Buffer,
@@ -43,6 +44,8 @@ if TYPE_CHECKING:
 _PIECE = 2**19
 # Below this many cells a second worker costs more than it saves.
 _WORTH_WORKERS = 2**17
+# Sums that a compiled loop adds up; NumPy's keeps other threads waiting.
+_LOOPED = np.dtype(np.float32), np.dtype(np.float64)
 _INDEX, _BOOL = np.dtype(np.int64), np.dtype(bool)
 # Numbers that are counted up at a time.
 _STRIP = 1024
@@ -373,7 +376,7 @@ class _Worker:
         reach = zip(target.shape, steps, strict=True)
         length = 1 + sum((n - 1) * step for n, step in reach)
         cells = as_strided(target, (length,), (target.itemsize,))
-        np.add.at(cells, self._buffers["at"][: dy.size], what)
+        _add_at(cells, self._buffers["at"][: dy.size], what)
         if target is not dx:
             np.copyto(dx, target, casting="unsafe")
 
@@ -469,6 +472,16 @@ class _Worker:
         return stored(
             self._buffers[name], head, (), tuple(shape[2:]), channels_first=first
         ).cells[:, 0]
+
+
+def _add_at(cells: Array, places: Array, values: Array) -> None:
+    """``cells[places] += values``, every place as often as it is named, in order."""
+    if cells.dtype in _LOOPED and values.dtype == cells.dtype and jit_is_installed():
+        from cuconv.leaves import jit  # noqa: PLC0415 - Numba, when first needed
+
+        jit.add_at(cells, places.view(np.uint64), values)
+    else:
+        np.add.at(cells, places, values)
 
 
 def _passes(geometry: WindowGeometry, *, inner_first: bool) -> list[int]:
