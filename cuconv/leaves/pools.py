@@ -366,6 +366,9 @@ class _Worker:
         """Add dy where the indices say; an index out of the plane names no cell."""
         indices = self._indices(region, given, span)
         dy = given.dy[_place(region.images, span, region.output)]
+        whole = dx.shape[2:] == self._geometry.size
+        if whole and dy.size and _add_in_planes(dx, indices, dy):
+            return
         target = dx
         if dx.dtype != self._pooling.accumulate or not _runs_upward(dx):
             target = self._view("sum", dx.shape)
@@ -376,7 +379,7 @@ class _Worker:
         reach = zip(target.shape, steps, strict=True)
         length = 1 + sum((n - 1) * step for n, step in reach)
         cells = as_strided(target, (length,), (target.itemsize,))
-        _add_at(cells, self._buffers["at"][: dy.size], what)
+        np.add.at(cells, self._buffers["at"][: dy.size], what)
         if target is not dx:
             np.copyto(dx, target, casting="unsafe")
 
@@ -474,14 +477,21 @@ class _Worker:
         ).cells[:, 0]
 
 
-def _add_at(cells: Array, places: Array, values: Array) -> None:
-    """``cells[places] += values``, every place as often as it is named, in order."""
-    if cells.dtype in _LOOPED and values.dtype == cells.dtype and jit_is_installed():
-        from cuconv.leaves import jit  # noqa: PLC0415 - Numba, when first needed
+def _add_in_planes(dx: Array, indices: Array, dy: Array) -> bool:
+    """Add dy where the indices say by a compiled loop; false where it cannot.
 
-        jit.add_at(cells, places.view(np.uint64), values)
-    else:
-        np.add.at(cells, places, values)
+    It takes whole planes that lie one after another, of one type.
+    """
+    arrays = dx, indices, dy
+    lie = all(array.flags.c_contiguous and is_aligned(array) for array in arrays)
+    if not (lie and dx.dtype == dy.dtype in _LOOPED and jit_is_installed()):
+        return False
+    from cuconv.leaves import jit  # noqa: PLC0415 - Numba, when first needed
+
+    planes = math.prod(dx.shape[:2])
+    cells, places, values = (array.reshape(planes, -1) for array in arrays)
+    jit.add_in_planes(cells, places.view(np.uint64), values)
+    return True
 
 
 def _passes(geometry: WindowGeometry, *, inner_first: bool) -> list[int]:
