@@ -5,22 +5,28 @@ outside the array read is said by `cuconv.geometry.Axis.runs`.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from cuconv.arrays import Array
 from cuconv.geometry import Axis, Ranges, Run
+
+
+class Reading(NamedTuple):
+    """What windows read along every axis; cells outside the array as ``mode`` says."""
+
+    axes: Sequence[Axis]
+    windows: Ranges
+    mode: str
 
 
 def extend(
     copy: Callable[[Array, Array], None],
     cells: Array,
     copied: Array,
-    axes: Sequence[Axis],
-    windows: Ranges,
-    mode: str,
+    reading: Reading,
 ) -> None:
     """Copy what the windows read, with a cast."""
-    for runs in _runs(axes, windows, mode):
+    for runs in _runs(*reading):
         copy(*_pair(runs, cells, copied))
 
 
@@ -28,15 +34,13 @@ def fold(
     xp: Any,
     copied: Array,
     cells: Array,
-    axes: Sequence[Axis],
-    windows: Ranges,
-    mode: str,
+    reading: Reading,
     *,
     add: bool,
 ) -> None:
     """Sum in every cell what its copies hold, on top of what is there with ``add``."""
-    picked = _runs(axes, windows, mode, one_to_one=True)
-    if not add and _reads_all(axes, windows):
+    picked = _runs(*reading, one_to_one=True)
+    if not add and _reads_all(reading):
         inside, outside = _pair(next(picked), cells, copied)
         inside[...] = outside
     elif not add:
@@ -46,9 +50,9 @@ def fold(
         xp.add(inside, outside, out=inside)
 
 
-def _reads_all(axes: Sequence[Axis], windows: Ranges) -> bool:
+def _reads_all(reading: Reading) -> bool:
     """Whether all cells are in the first run of every axis: those that repeat none."""
-    each = zip(axes, windows, strict=True)
+    each = zip(reading.axes, reading.windows, strict=True)
     return all(start <= 0 and stop >= axis.size > 0 for axis, (start, stop) in each)
 
 

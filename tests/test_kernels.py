@@ -19,6 +19,7 @@ from cuconv._cuda.variants import all_variants, has_atomics
 from cuconv._cuda.words import Lie, Words, words_of
 from cuconv.arrays import SUPPORTED_TYPES, grouped, stored
 from cuconv.geometry import Axis, ConvGeometry
+from cuconv.wrapping import Reading
 
 pytestmark = pytest.mark.parametrize("xp", ["cupy"], indirect=True)
 
@@ -367,8 +368,8 @@ def test_extend(xp, rank, dtype, mode, wide_index):
     x = integers((2, 2, 3, *SIZES[rank]), dtype, seed=rank)
     expected = window_of(x, rank, mode)
     copied = xp.empty(expected.shape, dtype=dtype)
-    place = axes_of(rank), WINDOWS[rank], mode
-    cuda_leaves().extend(xp.asarray(x), copied, *place)
+    place = Reading(axes_of(rank), WINDOWS[rank], mode)
+    cuda_leaves().extend(xp.asarray(x), copied, place)
     np.testing.assert_array_equal(to_host(copied), expected)
 
 
@@ -384,6 +385,6 @@ def test_fold_sums_what_has_read_a_cell(xp, rank, dtype, mode, add, wide_index):
     expected = x.copy() if add else np.zeros_like(x)
     np.add.at(expected.reshape(-1), readers, copied)
     target = xp.asarray(x)
-    place = axes_of(rank), WINDOWS[rank], mode
-    cuda_leaves().fold(xp.asarray(copied), target, *place, add=add)
+    place = Reading(axes_of(rank), WINDOWS[rank], mode)
+    cuda_leaves().fold(xp.asarray(copied), target, place, add=add)
     np.testing.assert_array_equal(to_host(target), expected)

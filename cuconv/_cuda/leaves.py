@@ -40,6 +40,7 @@ from cuconv.geometry import (
 from cuconv.memory import Buffer
 from cuconv.rates import cuda_block_bytes, cuda_rates
 from cuconv.reduction import Given, PoolCut, Pooling
+from cuconv.wrapping import Reading
 
 _THREADS = 256
 # As the kernels number them in wrap.cuh.
@@ -255,30 +256,28 @@ class CudaLeaves:
         self,
         cells: Array,
         copied: Array,
-        axes: Sequence[Axis],
-        windows: Ranges,
-        mode: str,
+        reading: Reading,
     ) -> None:
         if cells.dtype != copied.dtype:
-            wrapping.extend(self.copy, cells, copied, axes, windows, mode)
+            wrapping.extend(self.copy, cells, copied, reading)
             return
-        packed = pack_windows(cells, copied, axes, windows, over_output=True)
-        variant = extend_variant(cells.dtype.itemsize, len(axes), wide=packed.wide)
-        _launch(variant, packed, cells, copied, _MODES[mode])
+        packed = pack_windows(cells, copied, reading, over_output=True)
+        variant = extend_variant(
+            cells.dtype.itemsize, len(reading.axes), wide=packed.wide
+        )
+        _launch(variant, packed, cells, copied, _MODES[reading.mode])
 
     def fold(
         self,
         copied: Array,
         cells: Array,
-        axes: Sequence[Axis],
-        windows: Ranges,
-        mode: str,
+        reading: Reading,
         *,
         add: bool,
     ) -> None:
-        packed = pack_windows(cells, copied, axes, windows, over_output=False)
-        variant = fold_variant(cells.dtype, len(axes), wide=packed.wide)
-        _launch(variant, packed, copied, cells, _MODES[mode], np.int32(add))
+        packed = pack_windows(cells, copied, reading, over_output=False)
+        variant = fold_variant(cells.dtype, len(reading.axes), wide=packed.wide)
+        _launch(variant, packed, copied, cells, _MODES[reading.mode], np.int32(add))
 
     def parallel(
         self, body: Callable[[int], None], workers: int, *, light: bool = False

@@ -13,7 +13,8 @@ import numpy as np
 
 from cuconv._cuda.words import Words
 from cuconv.arrays import Array, DType
-from cuconv.geometry import Axis, Ranges
+from cuconv.geometry import Axis
+from cuconv.wrapping import Reading
 
 # Threads of a launch at most: the grid stride must not carry an index past 2^31.
 MOST_THREADS = 2**24
@@ -192,8 +193,7 @@ def pack(
 def pack_windows(
     cells: Array,
     copied: Array,
-    axes: Sequence[Axis],
-    windows: Ranges,
+    reading: Reading,
     *,
     over_output: bool,
 ) -> Launch:
@@ -201,9 +201,9 @@ def pack_windows(
 
     One item per cell of the copy, or of the array.
     """
-    each = tuple(Axis(axis.size, 1, 1, 1, 0, 0) for axis in axes)
-    firsts = tuple(start for start, _ in windows)
-    columns = copied[(slice(None),) * 3 + (None,) * len(axes)]
+    each = tuple(Axis(axis.size, 1, 1, 1, 0, 0) for axis in reading.axes)
+    firsts = tuple(start for start, _ in reading.windows)
+    columns = copied[(slice(None),) * 3 + (None,) * len(each)]
     return pack(cells, columns, each, firsts, over_output=over_output)
 
 

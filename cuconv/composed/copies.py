@@ -33,6 +33,7 @@ from cuconv.options import Options
 from cuconv.plan import Plan, Planner, untouched
 from cuconv.planner import NAMES
 from cuconv.profiling import stage
+from cuconv.wrapping import Reading
 
 _NEEDS_COPY = (
     "padding_mode, batch_groups and zero points take a copy of what is read, in memory "
@@ -214,11 +215,9 @@ class Staged(Composed):
                 copied = in_buffer(space["x"], part.x_shape)
                 run_part(self._inner[part], dy[self._of_y(block)], w, None, copied)
                 with stage("fold", "input", number):
-                    self._leaves.fold(
-                        *(_grouped(copied, g), cells, g.axes),
-                        *(block.window, g.padding_mode),
-                        add=number > 0,
-                    )
+                    reading = Reading(g.axes, block.window, g.padding_mode)
+                    placed = _grouped(copied, g)
+                    self._leaves.fold(placed, cells, reading, add=number > 0)
             if cells is not target:
                 self._leaves.copy(cells, target)
 
@@ -245,9 +244,8 @@ class Staged(Composed):
         copied = in_buffer(space["x"], part.x_shape)
         cells = _cells(x, g, block.images)
         with stage("copy", "input", number):
-            self._leaves.extend(
-                *(cells, _grouped(copied, g), g.axes, block.window, g.padding_mode)
-            )
+            reading = Reading(g.axes, block.window, g.padding_mode)
+            self._leaves.extend(cells, _grouped(copied, g), reading)
         return self._inner[part], copied
 
     def _of_y(self, block: Block) -> Index:

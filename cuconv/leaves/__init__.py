@@ -19,6 +19,7 @@ from cuconv.leaves.machine import jit_is_installed as jit_is_installed
 from cuconv.memory import Buffer
 from cuconv.rates import Rates
 from cuconv.reduction import Given, PoolCut, Pooling
+from cuconv.wrapping import Reading
 
 
 class TileTransforms(Protocol):
@@ -251,22 +252,15 @@ class Leaves(Protocol):
         self,
         cells: Array,
         copied: Array,
-        axes: Sequence[Axis],
-        windows: Ranges,
-        mode: str,
+        reading: Reading,
     ) -> None:
-        """Copy with a cast what windows read; cells outside as ``mode`` says.
-
-        Both are grouped; ``windows`` are intervals of cells along every axis.
-        """
+        """Copy with a cast what windows read; both arrays are grouped."""
 
     def fold(
         self,
         copied: Array,
         cells: Array,
-        axes: Sequence[Axis],
-        windows: Ranges,
-        mode: str,
+        reading: Reading,
         *,
         add: bool,
     ) -> None:

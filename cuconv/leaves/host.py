@@ -24,6 +24,7 @@ from cuconv.leaves.pools import HostPools
 from cuconv.memory import Buffer
 from cuconv.profiling import stage
 from cuconv.rates import HOST_RATES
+from cuconv.wrapping import Reading
 
 # NumPy adds strided arrays by way of three buffers of this many items; a thousand are
 # as fast as its default of 8192.
@@ -196,23 +197,19 @@ class HostLeaves:
         self,
         cells: Array,
         copied: Array,
-        axes: Sequence[Axis],
-        windows: Ranges,
-        mode: str,
+        reading: Reading,
     ) -> None:
-        wrapping.extend(self.copy, cells, copied, axes, windows, mode)
+        wrapping.extend(self.copy, cells, copied, reading)
 
     def fold(
         self,
         copied: Array,
         cells: Array,
-        axes: Sequence[Axis],
-        windows: Ranges,
-        mode: str,
+        reading: Reading,
         *,
         add: bool,
     ) -> None:
-        wrapping.fold(np, copied, cells, axes, windows, mode, add=add)
+        wrapping.fold(np, copied, cells, reading, add=add)
 
     def parallel(
         self, body: Callable[[int], None], workers: int, *, light: bool = False
