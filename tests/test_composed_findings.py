@@ -4,7 +4,17 @@ from functools import partial
 
 import numpy as np
 import pytest
-from support import OPERATIONS, host_peak, integers, smallest_limit, to_host
+from support import (
+    OPERATIONS,
+    Case,
+    host_peak,
+    integers,
+    operands,
+    reference,
+    run,
+    smallest_limit,
+    to_host,
+)
 
 import cuconv
 from cuconv.geometry import ConvGeometry
@@ -157,3 +167,16 @@ def test_no_cells_to_lie_apart(xp, batch_groups) -> None:
     gradients = cuconv.conv_backward(dy, x, w, **options)
     assert gradients.x.shape == x.shape
     assert not to_host(gradients.w).any()
+
+
+@pytest.mark.parametrize("xp", ["cupy"], indirect=True)
+@pytest.mark.parametrize("layout", ["channels_first", "channels_last"])
+def test_a_gradient_between_cells_that_lie_apart_needs_no_columns(xp, layout) -> None:
+    """By the kernel that gathers as it multiplies, as a CUDA graph wants it."""
+    case = Case((2, 4, 5, 4), (6, 2, 3, 3), {"groups": 2, "padding": 2})
+    case.options.update(input_dilation=(2, 3), stride=(1, 2), dilation=(2, 1))
+    case = case.in_layout(layout)
+    arrays = operands(case, "complex128")
+    expected = reference("input_grad", arrays, case)
+    found = run("input_grad", arrays.on(xp), case, strategy="implicit_gemm")
+    np.testing.assert_array_equal(to_host(found), expected)

@@ -421,7 +421,7 @@ def test_plans_are_printed_with_their_options() -> None:
     shapes = (4, 3, 9, 8), (6, 3, 3, 3)
     mode = str(cuconv.plan_conv(*shapes, padding=2, padding_mode="circular"))
     assert "padding mode  circular" in mode
-    assert "parts         1 copies for up to 4 images and 11 rows" in mode
+    assert "parts         one copy, for 4 images and 11 rows" in mode
     spread = str(cuconv.plan_conv(*shapes, input_dilation=(2, 1), padding=1))
     assert "9 cells, 3 taps, stride 1, dilation 1, input dilation 2, padding" in spread
     assert "parts         2 phases" in spread

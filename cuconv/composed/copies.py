@@ -168,7 +168,11 @@ class Staged(Composed):
 
     def _composition(self) -> str:
         images, rows = self._cut
-        return f"{self._count} copies for up to {images} images and {rows} rows"
+        size = f"{images} images and {rows} rows"
+        one = self._count == 1
+        return (
+            f"one copy, for {size}" if one else f"{self._count} copies, each for {size}"
+        )
 
     def _carry_out(
         self, first: Array, second: Array, bias: Array | None, result: Array

@@ -69,7 +69,10 @@ class ImplicitGemm:
         return verdict(
             (problem.module == "numpy", "it is a CUDA kernel"),
             (g.rank > 3, f"{g.rank} axes, 3 at most"),
-            (problem.flipped, "its input gradient goes phase by phase"),
+            (
+                problem.flipped and g.is_unit_stride,
+                "its input gradient goes phase by phase",
+            ),
             (
                 not problem.uniform,
                 f"not all arrays are {problem.operand}, and it casts none",
