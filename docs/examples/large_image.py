@@ -26,7 +26,12 @@ CHANNELS, FILTERS, STRIDE = 3, 4, 2
 
 def main() -> int:
     chosen = parsed_arguments()
-    limit = parse_bytes(chosen.memory_limit)
+    limit, own = parse_bytes(chosen.memory_limit), peak_bytes()
+    if limit < 1.5 * own:
+        # Dask would restart such workers again and again.
+        print(f"a worker holds {format_bytes(own)} before it has done anything:")
+        print(f"{format_bytes(limit)} are too little")
+        return 2
     weights = np.random.default_rng(0).integers(-2, 3, (FILTERS, CHANNELS, 3, 3))
     weights = weights.astype(np.float32)
     with (
