@@ -114,11 +114,15 @@ def git(*words: str) -> str:
     return done.stdout.strip()
 
 
-def run_python(*arguments: str) -> str:
-    """What a program prints in a process of its own."""
-    command = [sys.executable, *arguments]
+def run_python(*arguments: str, **variables: str) -> str:
+    """What a program prints in a process of its own, with these variables set."""
     done = subprocess.run(  # noqa: S603
-        command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True
+        [sys.executable, *arguments],
+        cwd=ROOT,
+        env={**os.environ, **variables},
+        check=True,
+        stdout=subprocess.PIPE,
+        text=True,
     )
     return done.stdout
 
