@@ -8,7 +8,7 @@ every access outside of it.
 
 import sys
 from collections.abc import Iterator
-from itertools import product
+from itertools import chain, product
 from typing import Any
 
 import ml_dtypes  # noqa: F401 - NumPy learns the name bfloat16
@@ -22,6 +22,7 @@ from benchmarks.peers.base import CupyDevice, cupy_device
 from benchmarks.suites import OPERATIONS, layer
 from benchmarks.taps import norm_error, reference
 from cuconv.config import PRECISIONS
+from cuconv.geometry import PADDING_MODES
 from cuconv.strategies import strategies
 
 DTYPES = ("float32", "float16", "bfloat16")
@@ -32,6 +33,15 @@ LAYERS = (
     Layer(18, (9, 12), 18, (3, 3), (2, 1), (1, 1), (1, 1), groups=18),
     layer(5, 14, 7, 4, 3, rank=1, dilation=2),
     layer(3, 5, 4, 3, rank=3),
+)
+# General convolutions, which are made of plain ones: on the host they are exact.
+GENERAL: tuple[dict[str, Any], ...] = (
+    *(
+        {"padding_mode": mode, "padding": ((7, 3), (2, -1))}
+        for mode in PADDING_MODES[1:]
+    ),
+    {"input_dilation": (2, 3), "padding": 2, "stride": (1, 2), "groups": 2},
+    {"batch_groups": 2, "padding": 1, "dilation": 2},
 )
 # Of strategies that round, in the types that they are allowed to round in.
 LARGEST_ERROR = 2e-2
@@ -103,12 +113,35 @@ def mistakes() -> Iterator[tuple[str, str]]:
             yield f"{strategy} {case.operation}", words
 
 
+def general_mistakes() -> Iterator[tuple[str, str]]:
+    """The same of general convolutions, on both devices."""
+    device = cupy_device()
+    rng = np.random.default_rng(0)
+    for options in GENERAL:
+        channels = 4 // options.get("groups", 1)
+        x, w = (
+            rng.integers(-1, 2, shape).astype(np.float32)
+            for shape in ((4, 4, 9, 7), (6, channels, 3, 2))
+        )
+        y = cuconv.conv(x, w, precision="strict", **options)
+        dy = rng.integers(-1, 2, y.shape).astype(np.float32)
+        gradients = cuconv.conv_backward(dy, x, w, precision="strict", **options)
+        on_device = [device.put(array) for array in (dy, x, w)]
+        found = cuconv.conv(*on_device[1:], precision="strict", **options)
+        others = cuconv.conv_backward(*on_device, precision="strict", **options)
+        for operation, got, true in zip(
+            OPERATIONS, (found, others.x, others.w), (y, *gradients[:2]), strict=True
+        ):
+            wrong = not np.array_equal(device.take(got), true)
+            yield f"general {operation}", f"{options}" if wrong else ""
+
+
 def main() -> None:
     if "--without-pool" in sys.argv:
         cupy_device().xp.cuda.set_allocator(None)
     counts: dict[str, int] = {}
     wrong = []
-    for what, words in mistakes():
+    for what, words in chain(mistakes(), general_mistakes()):
         counts[what] = counts.get(what, 0) + 1
         wrong += [f"{what}: {words}"] * bool(words)
     for what, count in counts.items():
