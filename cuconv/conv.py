@@ -23,6 +23,7 @@ from cuconv.composed import ZeroPoints, check_zero_points, plan_of_shapes
 from cuconv.composed import bind as bind_now
 from cuconv.geometry import Sizes
 from cuconv.leaves import leaves_on
+from cuconv.options import check_bias
 from cuconv.plan import ROLES, Call, Plan, check_shape
 
 _BACKWARD_ALLOCATES = (
@@ -546,6 +547,7 @@ def plan_conv(
     (8, 64, 56, 56)
     """
     chosen = chosen_options({"dtype": "float32", **options})
+    check_bias(bias)
     if not isinstance(op, str) or op not in ROLES:
         words = ", ".join(map(repr, ROLES))
         raise ValueError(f"op must be one of {words}; got {op!r}")

@@ -688,7 +688,7 @@ REFUSED = {
     "a norm of zero": (
         lambda xp: cuconv.lp_pool(xp.asarray(X), 0, 2),
         ValueError,
-        "norm_type must be a positive number; got 0",
+        "norm_type must be positive and finite; got 0",
     ),
     "a norm of integers": (
         lambda xp: cuconv.lp_pool(xp.zeros((1, 1, 4), dtype="int8"), 2, 2),
@@ -729,7 +729,7 @@ REFUSED = {
     "neither indices nor x": (
         lambda xp: cuconv.max_pool_backward(xp.zeros((2, 3, 3, 3)), None, X.shape, 2),
         TypeError,
-        "neither of them are",
+        "one of them; got neither",
     ),
     "x of another shape": (
         lambda xp: cuconv.max_pool_backward(
@@ -749,6 +749,16 @@ REFUSED = {
         ),
         TypeError,
         "dy has type bool",
+    ),
+    "a list": (
+        lambda xp: cuconv.max_pool([[[1.0, 2.0]]], 2),
+        TypeError,
+        "list, of which numpy.asarray makes one",
+    ),
+    "a list where the rank is known": (
+        lambda xp: cuconv.avg_pool1d([[[1.0, 2.0]]], 2),
+        TypeError,
+        "list, of which numpy.asarray makes one",
     ),
     "an unknown option": (
         lambda xp: cuconv.max_pool(xp.asarray(X), 2, strides=1),

@@ -24,6 +24,7 @@ from cuconv.geometry.options import (
     Padding,
     Sizes,
     channels_are_first,
+    check_axes,
 )
 from cuconv.geometry.windows import Block, Region, Tile, WindowGeometry, tile_of
 
@@ -47,5 +48,6 @@ __all__ = [
     "Tile",
     "WindowGeometry",
     "channels_are_first",
+    "check_axes",
     "tile_of",
 ]

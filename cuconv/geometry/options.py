@@ -53,8 +53,10 @@ def checked_shape(name: str, shape: Sequence[int]) -> tuple[int, ...]:
     try:
         sizes = tuple(map(operator.index, shape))
     except TypeError:
+        own = getattr(shape, "shape", None)
+        got = repr(shape) if own is None else f"an array, whose shape is {tuple(own)}"
         raise TypeError(
-            f"the shape of {name} must be made of integers; got {shape!r}"
+            f"the shape of {name} must be made of integers; got {got}"
         ) from None
     if min(sizes, default=0) < 0:
         raise ValueError(f"the shape of {name} is {sizes}; sizes cannot be negative")
@@ -93,6 +95,16 @@ def _check_layout_rank(layout: str, rank: int) -> None:
         )
 
 
+def check_axes(axes: int, rank: int) -> None:
+    """Refuse an x that has not one axis, or two, beside so many spatial ones."""
+    if axes not in (rank + 1, rank + 2):
+        need = "axis needs" if rank == 1 else "axes need"
+        raise ValueError(
+            f"x has {axes} axes; {rank} spatial {need} {rank + 2}, "
+            f"or {rank + 1} without the batch axis"
+        )
+
+
 class Split(NamedTuple):
     """The shape of x, axis by axis of its meaning."""
 
@@ -107,11 +119,7 @@ def split_shape(x_shape: tuple[int, ...], rank: int, layout: str) -> Split:
     """What the axes of x are in this layout."""
     channels_first = channels_are_first(layout)
     _check_layout_rank(layout, rank)
-    if len(x_shape) not in (rank + 1, rank + 2):
-        raise ValueError(
-            f"x has {len(x_shape)} axes; {rank} spatial axes need {rank + 2}, "
-            f"or {rank + 1} without the batch axis"
-        )
+    check_axes(len(x_shape), rank)
     batched = len(x_shape) == rank + 2
     images, inner = (x_shape[0], x_shape[1:]) if batched else (1, x_shape)
     channels, sizes = (
