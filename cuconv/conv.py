@@ -108,7 +108,8 @@ def conv(
     strategy
         ``"auto"``, ``"benchmark"`` to time the candidates on these arrays and remember
         the fastest, or the name of one: ``"im2col"``, ``"pointwise"``,
-        ``"tap_matmul"``, ``"winograd"``, ``"depthwise"``, ``"fft"``.
+        ``"tap_matmul"``, ``"winograd"``, ``"depthwise"``, ``"fft"`` (NumPy alone) and
+        ``"implicit_gemm"`` (CuPy alone).
     precision
         ``"strict"``: every result is a plain sum of products.  ``"standard"``: Winograd
         too, in tiles of up to 6 cells: float32 within 1e-5 of the largest result, and

@@ -375,7 +375,7 @@ def lp_pool(
         three spatial axes.  The batch axis may be missing if ``kernel_size`` names
         every axis.  float16, bfloat16, float32 or float64.
     norm_type
-        The power p, a positive number: 1 gives sums, 2 Euclidean norms.
+        The power p, positive and finite: 1 gives sums, 2 Euclidean norms.
     kernel_size
         Taps along each axis: one number for a batched ``x``, or one for each axis.
     out
