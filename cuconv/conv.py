@@ -218,7 +218,10 @@ def _shifted(
 def _conv_of_rank(rank: int, x: Array, w: Array, *rest: Any, **options: Any) -> Array:
     axes = getattr(w, "ndim", rank + 2)
     if axes != rank + 2:
-        raise ValueError(f"conv{rank}d needs weights of {rank + 2} axes; w has {axes}")
+        raise ValueError(
+            f"conv{rank}d needs weights of {rank + 2} axes, for filters, channels and "
+            f"space; w has {axes}"
+        )
     return conv(x, w, *rest, **options)
 
 

@@ -2,10 +2,10 @@
 
 import inspect
 import math
-import operator
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
+from numbers import Real
 from typing import Any, ParamSpec, TypeAlias, TypedDict, TypeVar, Unpack
 
 import numpy as np
@@ -28,7 +28,14 @@ from cuconv.arrays import (
     sample_of,
 )
 from cuconv.config import settings
-from cuconv.geometry import Padding, Sizes, WindowGeometry, check_axes
+from cuconv.geometry import (
+    Padding,
+    Sizes,
+    WindowGeometry,
+    as_index,
+    check_axes,
+    kernel_of_rank,
+)
 from cuconv.leaves import Leaves, leaves_of, refuse_capture
 from cuconv.memory import MemoryLimit, MemoryLimitError, parse_memory_limit
 from cuconv.plan import NEEDS_OUT, check_shape
@@ -984,9 +991,7 @@ def avg_pool3d(
 
 def _of_rank(rank: int, x: Array, kernel_size: Sizes) -> Sizes:
     """The kernel with a number for each of so many axes."""
-    kernel = (kernel_size,) * rank if isinstance(kernel_size, int) else kernel_size
-    if len(kernel) != rank:
-        raise ValueError(f"kernel_size has {len(kernel)} values for {rank} axes")
+    kernel = kernel_of_rank(kernel_size, rank)
     check_axes(len(_shape_of(x)), rank)
     return kernel
 
@@ -1030,7 +1035,7 @@ def divided_by(options: Any) -> dict[str, Any]:
     """What a mean divides by, as fields of `Pooling`."""
     divisor = options.get("divisor_override")
     if divisor is not None:
-        divisor = operator.index(divisor)
+        divisor = as_index("divisor_override", divisor)
         if not divisor:
             raise ValueError("divisor_override must not be 0")
     counts_padding = bool(options.get("count_include_pad", True))
@@ -1162,6 +1167,8 @@ def _norm_of(
             raise TypeError(f"{name} has type {array.dtype}; lp_pool takes real floats")
         if array.dtype != dtype:
             raise TypeError(f"{name} has type {array.dtype} and x has {dtype}")
+    if not isinstance(norm_type, Real):
+        raise TypeError(f"norm_type must be a number; got {norm_type!r}")
     power = float(norm_type)
     if not 0 < power < math.inf:
         raise ValueError(f"norm_type must be positive and finite; got {norm_type}")

@@ -79,6 +79,11 @@ def per_axis(name: str, value: object, rank: int, least: int) -> tuple[int, ...]
     return values
 
 
+def kernel_of_rank(kernel_size: Sizes, rank: int) -> tuple[int, ...]:
+    """The taps along each of so many axes, from one number or from one for each."""
+    return per_axis("kernel_size", frozen("kernel_size", kernel_size), rank, 1)
+
+
 def channels_are_first(layout: str) -> bool:
     """Whether a layout word puts the channels before the spatial axes."""
     if not isinstance(layout, str) or layout not in LAYOUTS:

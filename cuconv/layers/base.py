@@ -1,6 +1,5 @@
 """What every layer is: parameters, gradients, and the ways to move and keep them."""
 
-import operator
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
@@ -10,7 +9,7 @@ from typing import Any, Self
 import numpy as np
 
 from cuconv.arrays import Array, array_module
-from cuconv.geometry import Sizes
+from cuconv.geometry import Sizes, as_index
 from cuconv.interchange import asarray
 
 # Longer than any kernel with its dilation, and than what padding may crop.
@@ -210,7 +209,7 @@ class Layer(ABC):
 
 def positive(name: str, value: int) -> int:
     """A size, which must be one at least."""
-    number = operator.index(value)
+    number = as_index(name, value)
     if number < 1:
         raise ValueError(f"{name} must be at least 1; got {number}")
     return number
