@@ -149,6 +149,8 @@ def _instead(array: object) -> str:
     masked = isinstance(array, np.ma.MaskedArray)
     if not masked and any(hasattr(array, name) for name in _SHARED):
         return f"got {kind}, of which cuconv.asarray makes one without a copy"
+    if isinstance(array, (list, tuple)):
+        return f"got {kind}, of which numpy.asarray makes one"
     return f"got {kind}"
 
 
@@ -166,6 +168,17 @@ def plain(array: Array) -> Array:
     return array
 
 
+def as_dtype(dtype: Any) -> DType:
+    """The type that an option ``dtype`` says."""
+    try:
+        resolved: DType = np.dtype(dtype)
+    except TypeError:
+        raise TypeError(
+            f"dtype must be a type of NumPy's or its name, as 'float32'; got {dtype!r}"
+        ) from None
+    return resolved
+
+
 def check_type(name: str, dtype: DType) -> None:
     """Refuse a type that the two modules do not share."""
     if dtype.name not in SUPPORTED_TYPES:
@@ -181,7 +194,7 @@ def resolve_types(arrays: dict[str, Array], dtype: Any) -> Types:
     NumPy gives the operands and the result together.
     """
     dtypes = tuple((name, array.dtype) for name, array in arrays.items())
-    return _resolved(dtypes, None if dtype is None else np.dtype(dtype))
+    return _resolved(dtypes, None if dtype is None else as_dtype(dtype))
 
 
 @lru_cache(maxsize=1024)

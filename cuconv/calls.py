@@ -184,7 +184,9 @@ def check_needs(
         refuse_capture(leaves_of(module_of(arrays), arrays["dy"]), why)
     several = isinstance(needs, (tuple, list, set, frozenset))
     if not several or any(name not in known for name in needs):
-        raise ValueError(f"needs must be several of {known}; got {needs!r}")
+        raise ValueError(
+            f"needs must be several of {known}, as ({known[0]!r},); got {needs!r}"
+        )
 
 
 def gradients(

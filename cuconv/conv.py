@@ -23,6 +23,7 @@ from cuconv.composed import ZeroPoints, check_zero_points, plan_of_shapes
 from cuconv.composed import bind as bind_now
 from cuconv.geometry import Sizes
 from cuconv.leaves import leaves_on
+from cuconv.options import check_bias
 from cuconv.plan import ROLES, Call, Plan, check_shape
 
 _BACKWARD_ALLOCATES = (
@@ -107,7 +108,8 @@ def conv(
     strategy
         ``"auto"``, ``"benchmark"`` to time the candidates on these arrays and remember
         the fastest, or the name of one: ``"im2col"``, ``"pointwise"``,
-        ``"tap_matmul"``, ``"winograd"``, ``"depthwise"``, ``"fft"``.
+        ``"tap_matmul"``, ``"winograd"``, ``"depthwise"``, ``"fft"`` (NumPy alone) and
+        ``"implicit_gemm"`` (CuPy alone).
     precision
         ``"strict"``: every result is a plain sum of products.  ``"standard"``: Winograd
         too, in tiles of up to 6 cells: float32 within 1e-5 of the largest result, and
@@ -216,7 +218,10 @@ def _shifted(
 def _conv_of_rank(rank: int, x: Array, w: Array, *rest: Any, **options: Any) -> Array:
     axes = getattr(w, "ndim", rank + 2)
     if axes != rank + 2:
-        raise ValueError(f"conv{rank}d needs weights of {rank + 2} axes; w has {axes}")
+        raise ValueError(
+            f"conv{rank}d needs weights of {rank + 2} axes, for filters, channels and "
+            f"space; w has {axes}"
+        )
     return conv(x, w, *rest, **options)
 
 
@@ -546,6 +551,7 @@ def plan_conv(
     (8, 64, 56, 56)
     """
     chosen = chosen_options({"dtype": "float32", **options})
+    check_bias(bias)
     if not isinstance(op, str) or op not in ROLES:
         words = ", ".join(map(repr, ROLES))
         raise ValueError(f"op must be one of {words}; got {op!r}")

@@ -79,7 +79,10 @@ def parse_memory_limit(limit: int | str) -> int:
     except TypeError:
         number = None
     if number is None or isinstance(limit, bool):
-        raise TypeError(f"memory_limit must be bytes or a word; got {limit!r}")
+        raise TypeError(
+            "memory_limit must be bytes or a word, a whole number or as "
+            f'"64 MiB"; got {limit!r}'
+        )
     if number < 0:
         raise ValueError(f"memory_limit must not be negative; got {number}")
     return number

@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from cuconv.config import check_deterministic, check_precision, settings
 from cuconv.geometry import ConvGeometry, Padding, Sizes
 from cuconv.memory import MemoryLimit, parse_memory_limit
@@ -84,6 +86,13 @@ class Options(NamedTuple):
                 now.deterministic if same is None else check_deterministic(same)
             ),
         )
+
+
+def check_bias(bias: object) -> None:
+    """Refuse an array where the question is whether there is a bias."""
+    if not isinstance(bias, (bool, np.bool_)):
+        kind = type(bias).__name__
+        raise TypeError(f"bias must be True or False, whether there is one; got {kind}")
 
 
 def _is_usual(given: Any, usual: Any) -> bool:

@@ -448,11 +448,14 @@ class Plan:
         needed = [name for name in names if name != "bias"]
         if self.problem.has_bias and "bias" in names:
             needed.append("bias")
+        words = ", ".join(needed)
         if len(arrays) > len(names) or any(name not in given for name in needed):
-            words = ", ".join(needed)
             raise TypeError(f"the plan takes {words}; got {len(arrays)} arrays")
         if "bias" in given and not self.problem.has_bias:
-            raise ValueError("the plan was made without a bias; plan_conv(bias=True)")
+            why = "was made without a bias; plan_conv(bias=True)"
+            if self.is_prepared:
+                why = f"takes {words} alone: its weights are prepared, and it {why}"
+            raise ValueError(f"the plan {why}")
         if module_of(given if out is None else {**given, "out": out}) is not self._xp:
             raise TypeError(f"the plan is for {self._xp.__name__} arrays")
         place = leaves_of(self._xp, next(iter(given.values()))).device

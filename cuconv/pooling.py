@@ -2,10 +2,10 @@
 
 import inspect
 import math
-import operator
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
+from numbers import Real
 from typing import Any, ParamSpec, TypeAlias, TypedDict, TypeVar, Unpack
 
 import numpy as np
@@ -15,6 +15,7 @@ from cuconv.arrays import (
     DType,
     accumulator,
     any_lazy,
+    as_dtype,
     check_out,
     check_overlap,
     check_type,
@@ -27,7 +28,14 @@ from cuconv.arrays import (
     sample_of,
 )
 from cuconv.config import settings
-from cuconv.geometry import Padding, Sizes, WindowGeometry
+from cuconv.geometry import (
+    Padding,
+    Sizes,
+    WindowGeometry,
+    as_index,
+    check_axes,
+    kernel_of_rank,
+)
 from cuconv.leaves import Leaves, leaves_of, refuse_capture
 from cuconv.memory import MemoryLimit, MemoryLimitError, parse_memory_limit
 from cuconv.plan import NEEDS_OUT, check_shape
@@ -158,7 +166,7 @@ def max_pool(
     >>> cuconv.max_pool(x, 3, stride=2, padding=1, return_indices=True)
     (array([[[5., 5., 2.]]]), array([[[1, 1, 3]]]))
     """
-    geometry = window_geometry(x, kernel_size, options)
+    geometry = window_geometry(_shape_of(x), kernel_size, options)
     return _maximum(x, geometry, return_indices, out, memory_limit)
 
 
@@ -295,7 +303,7 @@ def avg_pool(
     >>> cuconv.avg_pool(x, 2, padding=1, count_include_pad=False)
     array([[[2., 5., 8.]]])
     """
-    geometry = window_geometry(x, kernel_size, options, MeanOptions)
+    geometry = window_geometry(_shape_of(x), kernel_size, options, MeanOptions)
     return _mean(x, geometry, divided_by(options), dtype, out, memory_limit)
 
 
@@ -374,7 +382,7 @@ def lp_pool(
         three spatial axes.  The batch axis may be missing if ``kernel_size`` names
         every axis.  float16, bfloat16, float32 or float64.
     norm_type
-        The power p, a positive number: 1 gives sums, 2 Euclidean norms.
+        The power p, positive and finite: 1 gives sums, 2 Euclidean norms.
     kernel_size
         Taps along each axis: one number for a batched ``x``, or one for each axis.
     out
@@ -416,7 +424,7 @@ def lp_pool(
     >>> cuconv.lp_pool(np.array([[[3.0, -4.0, 5.0, 12.0]]]), 2, 2)
     array([[[ 5., 13.]]])
     """
-    geometry = window_geometry(x, kernel_size, options)
+    geometry = window_geometry(_shape_of(x), kernel_size, options)
     named = _named(x=x)
     pooling = _norm_of(named, geometry, norm_type)
     return _reduced(pooling, named["x"], out, memory_limit)
@@ -474,7 +482,7 @@ def lp_pool_backward(
     >>> cuconv.lp_pool_backward(np.ones(y.shape), x, y, 2, 2)
     array([[[ 0.6, -0.8,  0. ,  0. ]]])
     """
-    geometry = window_geometry(x, kernel_size, options)
+    geometry = window_geometry(_shape_of(x), kernel_size, options)
     named = _named(dy=dy, x=x, y=y)
     pooling = replace(_norm_of(named, geometry, norm_type), is_gradient=True)
     check_shape("y", y, _y_shape(geometry))
@@ -526,7 +534,7 @@ def adaptive_max_pool(
     >>> cuconv.adaptive_max_pool(np.arange(7.0).reshape(1, 1, 7), 3)
     array([[[2., 4., 6.]]])
     """
-    geometry = WindowGeometry.of_even(x.shape, output_size, layout=layout)
+    geometry = WindowGeometry.of_even(_shape_of(x), output_size, layout=layout)
     return _maximum(x, geometry, return_indices, out, memory_limit)
 
 
@@ -612,7 +620,7 @@ def adaptive_avg_pool(
     >>> cuconv.adaptive_avg_pool(np.arange(7.0).reshape(1, 1, 7), 3)
     array([[[1., 3., 5.]]])
     """
-    geometry = WindowGeometry.of_even(x.shape, output_size, layout=layout)
+    geometry = WindowGeometry.of_even(_shape_of(x), output_size, layout=layout)
     return _mean(x, geometry, {}, dtype, out, memory_limit)
 
 
@@ -701,7 +709,7 @@ def global_max_pool(
     <BLANKLINE>
             [[5]]]]))
     """
-    geometry = _whole(x.shape, layout, batched=batched)
+    geometry = _whole(_shape_of(x), layout, batched=batched)
     return _maximum(x, geometry, return_indices, out, memory_limit)
 
 
@@ -789,7 +797,7 @@ def global_avg_pool(
     array([[[2.5],
             [8.5]]])
     """
-    geometry = _whole(x.shape, layout, batched=batched)
+    geometry = _whole(_shape_of(x), layout, batched=batched)
     return _mean(x, geometry, {}, dtype, out, memory_limit)
 
 
@@ -853,7 +861,8 @@ def max_pool1d(
     >>> cuconv.max_pool1d(np.zeros((1, 2, 8)), 2).shape
     (1, 2, 4)
     """
-    geometry = window_geometry(x, _of_rank(1, x, kernel_size), options)
+    kernel = _of_rank(1, x, kernel_size)
+    geometry = window_geometry(x.shape, kernel, options)
     return _maximum(x, geometry, return_indices, out, memory_limit)
 
 
@@ -876,7 +885,8 @@ def max_pool2d(
     >>> cuconv.max_pool2d(np.zeros((1, 2, 8, 6)), 2).shape
     (1, 2, 4, 3)
     """
-    geometry = window_geometry(x, _of_rank(2, x, kernel_size), options)
+    kernel = _of_rank(2, x, kernel_size)
+    geometry = window_geometry(x.shape, kernel, options)
     return _maximum(x, geometry, return_indices, out, memory_limit)
 
 
@@ -899,7 +909,8 @@ def max_pool3d(
     >>> cuconv.max_pool3d(np.zeros((1, 2, 4, 8, 6)), 2).shape
     (1, 2, 2, 4, 3)
     """
-    geometry = window_geometry(x, _of_rank(3, x, kernel_size), options)
+    kernel = _of_rank(3, x, kernel_size)
+    geometry = window_geometry(x.shape, kernel, options)
     return _maximum(x, geometry, return_indices, out, memory_limit)
 
 
@@ -922,7 +933,9 @@ def avg_pool1d(
     >>> cuconv.avg_pool1d(np.zeros((1, 2, 8)), 2).shape
     (1, 2, 4)
     """
-    geometry = window_geometry(x, _of_rank(1, x, kernel_size), options, MeanOptions)
+    geometry = window_geometry(
+        _shape_of(x), _of_rank(1, x, kernel_size), options, MeanOptions
+    )
     return _mean(x, geometry, divided_by(options), dtype, out, memory_limit)
 
 
@@ -945,7 +958,9 @@ def avg_pool2d(
     >>> cuconv.avg_pool2d(np.zeros((1, 2, 8, 6)), 2).shape
     (1, 2, 4, 3)
     """
-    geometry = window_geometry(x, _of_rank(2, x, kernel_size), options, MeanOptions)
+    geometry = window_geometry(
+        _shape_of(x), _of_rank(2, x, kernel_size), options, MeanOptions
+    )
     return _mean(x, geometry, divided_by(options), dtype, out, memory_limit)
 
 
@@ -968,27 +983,30 @@ def avg_pool3d(
     >>> cuconv.avg_pool3d(np.zeros((1, 2, 4, 8, 6)), 2).shape
     (1, 2, 2, 4, 3)
     """
-    geometry = window_geometry(x, _of_rank(3, x, kernel_size), options, MeanOptions)
+    geometry = window_geometry(
+        _shape_of(x), _of_rank(3, x, kernel_size), options, MeanOptions
+    )
     return _mean(x, geometry, divided_by(options), dtype, out, memory_limit)
 
 
 def _of_rank(rank: int, x: Array, kernel_size: Sizes) -> Sizes:
     """The kernel with a number for each of so many axes."""
-    kernel = (kernel_size,) * rank if isinstance(kernel_size, int) else kernel_size
-    if len(kernel) != rank:
-        raise ValueError(f"kernel_size has {len(kernel)} values for {rank} axes")
-    if x.ndim not in (rank + 1, rank + 2):
-        raise ValueError(
-            f"x has {x.ndim} axes; {rank} spatial axes need {rank + 2}, "
-            f"or {rank + 1} without the batch axis"
-        )
+    kernel = kernel_of_rank(kernel_size, rank)
+    check_axes(len(_shape_of(x)), rank)
     return kernel
 
 
+def _shape_of(x: Array) -> tuple[int, ...]:
+    """The shape of an input; what is no array is refused."""
+    module_of_blocks({"x": x})
+    shape: tuple[int, ...] = x.shape
+    return shape
+
+
 def window_geometry(
-    x: Array | Sequence[int], kernel_size: Sizes, options: Any, kind: type = PoolOptions
+    shape: Sequence[int], kernel_size: Sizes, options: Any, kind: type = PoolOptions
 ) -> WindowGeometry:
-    """The windows over an array, or one of this shape."""
+    """The windows over an array of this shape."""
     names = list(kind.__annotations__)
     unknown = sorted(set(options) - set(names))
     if unknown:
@@ -996,7 +1014,7 @@ def window_geometry(
         raise TypeError(f"there is no option {unknown[0]!r}; the options are {known}")
     stride = options.get("stride")
     return WindowGeometry.of(
-        getattr(x, "shape", x),
+        shape,
         kernel_size,
         stride=kernel_size if stride is None else stride,
         padding=options.get("padding", 0),
@@ -1017,7 +1035,7 @@ def divided_by(options: Any) -> dict[str, Any]:
     """What a mean divides by, as fields of `Pooling`."""
     divisor = options.get("divisor_override")
     if divisor is not None:
-        divisor = operator.index(divisor)
+        divisor = as_index("divisor_override", divisor)
         if not divisor:
             raise ValueError("divisor_override must not be 0")
     counts_padding = bool(options.get("count_include_pad", True))
@@ -1070,7 +1088,7 @@ def _maximum_gradient(
     named = _named(dy=dy, indices=indices, x=x)
     if (indices is None) == (x is None):
         both = "both" if x is not None else "neither"
-        raise TypeError(f"indices or x must be given; {both} of them are")
+        raise TypeError(f"indices or x must be given, one of them; got {both}")
     if dy.dtype == bool:
         raise TypeError("dy has type bool, which cannot be summed")
     if indices is not None:
@@ -1100,7 +1118,7 @@ def _mean(
     memory_limit: MemoryLimit,
 ) -> Array:
     named = _named(x=x)
-    result = _mean_type(x.dtype) if dtype is None else np.dtype(dtype)
+    result = _mean_type(x.dtype) if dtype is None else as_dtype(dtype)
     if result.kind in "biu":
         raise TypeError(f"a mean needs a real or complex dtype; got {result}")
     types = resolve_types(named, result)
@@ -1149,9 +1167,11 @@ def _norm_of(
             raise TypeError(f"{name} has type {array.dtype}; lp_pool takes real floats")
         if array.dtype != dtype:
             raise TypeError(f"{name} has type {array.dtype} and x has {dtype}")
+    if not isinstance(norm_type, Real):
+        raise TypeError(f"norm_type must be a number; got {norm_type!r}")
     power = float(norm_type)
     if not 0 < power < math.inf:
-        raise ValueError(f"norm_type must be a positive number; got {norm_type}")
+        raise ValueError(f"norm_type must be positive and finite; got {norm_type}")
     return Pooling(NORM, geometry, dtype, accumulator(dtype), dtype, norm=power)
 
 

@@ -159,8 +159,10 @@ class _Filters(NamedTuple):
         place = len(x_shape) - rank - 1 if first else len(x_shape) - 1
         # Where x has another number of axes, the geometry says so.
         if len(x_shape) - rank in (1, 2) and x_shape[place] != channels:
+            form = "(C, M, *kernel)" if first else "(*kernel, C, M)"
             raise ValueError(
-                f"channels do not match: x has {x_shape[place]} and {name} {channels}"
+                f"channels do not match: x has {x_shape[place]} and {name} {channels}; "
+                f"{name} is {form}"
             )
         # Without channels there is one group of none.
         filters, each = channels * multiplier, min(channels, 1)

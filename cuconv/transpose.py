@@ -131,7 +131,8 @@ def _of_rank(rank: int, x: Array, w: Array, *rest: Any, **options: Any) -> Array
     axes = getattr(w, "ndim", rank + 2)
     if axes != rank + 2:
         raise ValueError(
-            f"conv_transpose{rank}d needs weights of {rank + 2} axes; w has {axes}"
+            f"conv_transpose{rank}d needs weights of {rank + 2} axes, for channels, "
+            f"filters and space; w has {axes}"
         )
     return conv_transpose(x, w, *rest, **options)
 

@@ -156,7 +156,10 @@ OPTIONS = {
     "deterministic": ({"deterministic": "yes"}, TypeError, "deterministic"),
     "memory": ({"memory_limit": "much"}, ValueError, "'much'"),
     "dtype": ({"dtype": "int8"}, TypeError, "floating or complex dtype; got int8"),
-    "unknown": ({"strides": 2}, TypeError, "no option 'strides'"),
+    "no dtype": ({"dtype": "f33"}, TypeError, "name, as 'float32'; got 'f33'"),
+    "unknown": ({"strides": 2}, TypeError, "no option 'strides'; the options are"),
+    "bias": ({"bias": np.ones(4)}, TypeError, "bias must be True or False"),
+    "module": ({"xp": "numpy"}, TypeError, "module numpy or cupy; got 'numpy'"),
 }
 
 
@@ -165,7 +168,7 @@ OPTIONS = {
 def test_options_are_checked_when_a_layer_is_made(name, kind) -> None:
     options, error, words = OPTIONS[name]
     with pytest.raises(error, match=words):
-        kind(6, 4, 3, xp=np, **options)
+        kind(6, 4, 3, **{"xp": np, **options})
 
 
 def test_output_padding_is_checked_when_a_layer_is_made() -> None:

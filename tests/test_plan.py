@@ -277,6 +277,8 @@ def test_the_number_of_arrays(xp) -> None:
             plan(*arrays)
     with pytest.raises(ValueError, match="made without a bias"):
         plain(x, w, bias)
+    with pytest.raises(ValueError, match="takes x alone: its weights are prepared"):
+        plain.prepare(w)(x, w)
     with pytest.raises(ValueError, match=r"bias has shape \(4,\) and must have \(5,\)"):
         with_bias(x, w, bias[:4])
 
@@ -335,6 +337,8 @@ def test_words_that_mean_nothing() -> None:
         ({"strides": 1}, TypeError, "no option 'strides'"),
         ({"memory_limit": 7}, cuconv.MemoryLimitError, "of 7 bytes"),
         ({"stride": 0}, ValueError, "stride"),
+        ({"bias": np.ones(1)}, TypeError, "bias must be True or False"),
+        ({"dtype": "f33"}, TypeError, "got 'f33'"),
     ):
         with pytest.raises(error, match=words):
             plan(**options)
@@ -342,6 +346,8 @@ def test_words_that_mean_nothing() -> None:
         cuconv.plan_conv((1, 1, 3), (1, 1, 4))
     with pytest.raises(TypeError, match="must be made of integers"):
         cuconv.plan_conv((1, 1.0, 3), (1, 1, 2))
+    with pytest.raises(TypeError, match=r"an array, whose shape is \(1, 1, 3\)"):
+        cuconv.plan_conv(np.zeros((1, 1, 3)), (1, 1, 2))  # type: ignore[arg-type]
 
 
 # Prepared weights

@@ -456,7 +456,8 @@ def test_named_ranks(xp, kind, rank) -> None:
     wanted = general(x, (2,) * rank, stride=1, padding=1)
     equal(to_host(named(x, 2, stride=1, padding=1)), to_host(wanted))
     equal(to_host(named(x[0], 2, stride=1, padding=1)), to_host(wanted[0]))
-    with pytest.raises(ValueError, match=f"5 values for {rank} axes"):
+    equal(to_host(named(x, np.int64(2), stride=1, padding=1)), to_host(wanted))
+    with pytest.raises(ValueError, match=f"5 values for {rank} spatial axes"):
         named(x, (2,) * 5)
     with pytest.raises(ValueError, match=f"x has 6 axes; {rank} spatial"):
         named(xp.zeros((1,) * 6), 2)
@@ -688,7 +689,7 @@ REFUSED = {
     "a norm of zero": (
         lambda xp: cuconv.lp_pool(xp.asarray(X), 0, 2),
         ValueError,
-        "norm_type must be a positive number; got 0",
+        "norm_type must be positive and finite; got 0",
     ),
     "a norm of integers": (
         lambda xp: cuconv.lp_pool(xp.zeros((1, 1, 4), dtype="int8"), 2, 2),
@@ -729,7 +730,7 @@ REFUSED = {
     "neither indices nor x": (
         lambda xp: cuconv.max_pool_backward(xp.zeros((2, 3, 3, 3)), None, X.shape, 2),
         TypeError,
-        "neither of them are",
+        "one of them; got neither",
     ),
     "x of another shape": (
         lambda xp: cuconv.max_pool_backward(
@@ -749,6 +750,31 @@ REFUSED = {
         ),
         TypeError,
         "dy has type bool",
+    ),
+    "a list": (
+        lambda xp: cuconv.max_pool([[[1.0, 2.0]]], 2),
+        TypeError,
+        "list, of which numpy.asarray makes one",
+    ),
+    "a list where the rank is known": (
+        lambda xp: cuconv.avg_pool1d([[[1.0, 2.0]]], 2),
+        TypeError,
+        "list, of which numpy.asarray makes one",
+    ),
+    "no kernel": (
+        lambda xp: cuconv.max_pool2d(xp.asarray(X), None),
+        TypeError,
+        "kernel_size must be made of integers; got None",
+    ),
+    "a divisor that is no integer": (
+        lambda xp: cuconv.avg_pool2d(xp.asarray(X), 2, divisor_override=2.5),
+        TypeError,
+        "divisor_override must be made of integers; got 2.5",
+    ),
+    "a norm in words": (
+        lambda xp: cuconv.lp_pool(xp.asarray(X), "2", 2),
+        TypeError,
+        "norm_type must be a number; got '2'",
     ),
     "an unknown option": (
         lambda xp: cuconv.max_pool(xp.asarray(X), 2, strides=1),

@@ -11,9 +11,7 @@ Every part is planned as if it had been asked for alone: any strategy may run it
 
 from functools import partial
 
-import numpy as np
-
-from cuconv.arrays import Array, DType
+from cuconv.arrays import Array, DType, as_dtype
 from cuconv.composed.base import NO_ZEROS, Arrays, Request, ZeroPoints
 from cuconv.composed.copies import staged
 from cuconv.composed.integers import (
@@ -83,7 +81,7 @@ def plan_of_shapes(
 ) -> Plan:
     """The plan for C-contiguous arrays of one type."""
     names = (name for name in ROLES[call] if bias or name != "bias")
-    dtypes = dict.fromkeys(names, np.dtype(options.dtype))
+    dtypes = dict.fromkeys(names, as_dtype(options.dtype))
     return plan_of_types(call, geometry, leaves, options, dtypes)
 
 

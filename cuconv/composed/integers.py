@@ -130,7 +130,10 @@ def _checked(name: str, zero: Any, array: Array, most: int) -> Any:
         return number
     module_of({name: array, f"{name}_zero_point": zero})
     if zero.dtype != own:
-        raise TypeError(f"{name}_zero_point has type {zero.dtype} and {name} {own}")
+        raise TypeError(
+            f"{name}_zero_point has type {zero.dtype} and {name} {own}: it must be "
+            "the same, or an integer of Python's"
+        )
     if zero.shape not in ((), (1,), (most,)):
         others = f" or {(most,)}" if most > 1 else ""
         raise ValueError(

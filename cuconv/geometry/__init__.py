@@ -23,7 +23,10 @@ from cuconv.geometry.options import (
     PADDING_WORDS,
     Padding,
     Sizes,
+    as_index,
     channels_are_first,
+    check_axes,
+    kernel_of_rank,
 )
 from cuconv.geometry.windows import Block, Region, Tile, WindowGeometry, tile_of
 
@@ -46,6 +49,9 @@ __all__ = [
     "Sizes",
     "Tile",
     "WindowGeometry",
+    "as_index",
     "channels_are_first",
+    "check_axes",
+    "kernel_of_rank",
     "tile_of",
 ]

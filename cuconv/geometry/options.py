@@ -53,8 +53,10 @@ def checked_shape(name: str, shape: Sequence[int]) -> tuple[int, ...]:
     try:
         sizes = tuple(map(operator.index, shape))
     except TypeError:
+        own = getattr(shape, "shape", None)
+        got = repr(shape) if own is None else f"an array, whose shape is {tuple(own)}"
         raise TypeError(
-            f"the shape of {name} must be made of integers; got {shape!r}"
+            f"the shape of {name} must be made of integers; got {got}"
         ) from None
     if min(sizes, default=0) < 0:
         raise ValueError(f"the shape of {name} is {sizes}; sizes cannot be negative")
@@ -77,6 +79,11 @@ def per_axis(name: str, value: object, rank: int, least: int) -> tuple[int, ...]
     return values
 
 
+def kernel_of_rank(kernel_size: Sizes, rank: int) -> tuple[int, ...]:
+    """The taps along each of so many axes, from one number or from one for each."""
+    return per_axis("kernel_size", frozen("kernel_size", kernel_size), rank, 1)
+
+
 def channels_are_first(layout: str) -> bool:
     """Whether a layout word puts the channels before the spatial axes."""
     if not isinstance(layout, str) or layout not in LAYOUTS:
@@ -90,6 +97,16 @@ def _check_layout_rank(layout: str, rank: int) -> None:
         raise ValueError(
             f"layout {layout!r} has {len(layout) - 2} spatial axes "
             f"and the kernel has {rank}"
+        )
+
+
+def check_axes(axes: int, rank: int) -> None:
+    """Refuse an x that has not one axis, or two, beside so many spatial ones."""
+    if axes not in (rank + 1, rank + 2):
+        need = "axis needs" if rank == 1 else "axes need"
+        raise ValueError(
+            f"x has {axes} axes; {rank} spatial {need} {rank + 2}, "
+            f"or {rank + 1} without the batch axis"
         )
 
 
@@ -107,11 +124,7 @@ def split_shape(x_shape: tuple[int, ...], rank: int, layout: str) -> Split:
     """What the axes of x are in this layout."""
     channels_first = channels_are_first(layout)
     _check_layout_rank(layout, rank)
-    if len(x_shape) not in (rank + 1, rank + 2):
-        raise ValueError(
-            f"x has {len(x_shape)} axes; {rank} spatial axes need {rank + 2}, "
-            f"or {rank + 1} without the batch axis"
-        )
+    check_axes(len(x_shape), rank)
     batched = len(x_shape) == rank + 2
     images, inner = (x_shape[0], x_shape[1:]) if batched else (1, x_shape)
     channels, sizes = (

@@ -1,6 +1,6 @@
 """What every layer is: parameters, gradients, and the ways to move and keep them."""
 
-import operator
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -9,7 +9,7 @@ from typing import Any, Self
 import numpy as np
 
 from cuconv.arrays import Array, array_module
-from cuconv.geometry import Sizes
+from cuconv.geometry import Sizes, as_index
 from cuconv.interchange import asarray
 
 # Longer than any kernel with its dilation, and than what padding may crop.
@@ -77,6 +77,11 @@ class Layer(ABC):
         Layer
             This layer.
 
+        Raises
+        ------
+        TypeError
+            If ``xp`` is neither module.
+
         Examples
         --------
         >>> import cuconv
@@ -85,6 +90,7 @@ class Layer(ABC):
         >>> cuconv.array_module(layer.parameters["weight"]).__name__
         'numpy'
         """
+        check_module(xp)
         for arrays in (self.parameters, self.gradients):
             arrays.update({name: _moved(array, xp) for name, array in arrays.items()})
         self._x = None
@@ -203,7 +209,7 @@ class Layer(ABC):
 
 def positive(name: str, value: int) -> int:
     """A size, which must be one at least."""
-    number = operator.index(value)
+    number = as_index(name, value)
     if number < 1:
         raise ValueError(f"{name} must be at least 1; got {number}")
     return number
@@ -222,6 +228,13 @@ def kernel_of(kernel_size: Sizes, rank: int | None) -> tuple[int, ...]:
     if len(kernel) != (rank or max(len(kernel), 1)):
         raise ValueError(f"kernel_size has {len(kernel)} values; needed: {rank or 1}")
     return kernel
+
+
+def check_module(xp: Any) -> None:
+    """Refuse what is no array module of ours."""
+    # CuPy was imported by whoever has it to give.
+    if xp is None or (xp is not np and xp is not sys.modules.get("cupy")):
+        raise TypeError(f"xp must be the module numpy or cupy; got {xp!r}")
 
 
 def _moved(array: Array, xp: Any) -> Array:

@@ -215,8 +215,7 @@ class AvgPool(_Means):
         `AvgPool2d` and `AvgPool3d` know their rank and take a single number too.
     memory_limit, **options
         As for `cuconv.avg_pool`: stride, which is the kernel size by default, padding,
-        dilation, ceil_mode,
-        count_include_pad, divisor_override and layout.
+        dilation, ceil_mode, count_include_pad, divisor_override and layout.
 
     Raises
     ------

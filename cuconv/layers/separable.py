@@ -7,9 +7,10 @@ import numpy as np
 
 from cuconv.arrays import Array
 from cuconv.geometry import Sizes
-from cuconv.layers.base import kernel_of, positive
+from cuconv.layers.base import check_module, kernel_of, positive
 from cuconv.layers.weighted import Weighted, drawn
 from cuconv.leaves import default_array_module
+from cuconv.options import check_bias
 from cuconv.separable import (
     SeparableGradients,
     SeparableOptions,
@@ -86,6 +87,7 @@ class SeparableConv(Weighted):
         **options: Unpack[SeparableOptions],
     ) -> None:
         super().__init__(options)
+        check_bias(bias)
         channels = positive("in_channels", in_channels)
         filters = positive("out_channels", out_channels)
         each = positive("multiplier", multiplier)
@@ -95,6 +97,7 @@ class SeparableConv(Weighted):
         shape = first if self._is_channels_first else (*kernel, 1, channels * each)
         chosen.geometry(self._endless(channels, len(kernel)), shape)
         xp = default_array_module() if xp is None else xp
+        check_module(xp)
         numbers = np.random.default_rng(rng)
         taps = channels, each, *kernel
         depthwise = drawn(taps, 2 / math.prod(kernel), self._dtype, numbers)

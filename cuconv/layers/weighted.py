@@ -7,12 +7,12 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from cuconv.arrays import Array, DType
+from cuconv.arrays import Array, DType, as_dtype
 from cuconv.calls import ConvOptions, chosen_options
 from cuconv.geometry import Sizes, channels_are_first
-from cuconv.layers.base import ENDLESS, Layer, kernel_of
+from cuconv.layers.base import ENDLESS, Layer, check_module, kernel_of
 from cuconv.leaves import default_array_module
-from cuconv.options import Options
+from cuconv.options import Options, check_bias
 from cuconv.planner import check_strategy_name
 
 
@@ -95,11 +95,13 @@ class Filters(Weighted):
         options: ConvOptions,
     ) -> None:
         super().__init__(options)
+        check_bias(bias)
         channels = self._channels(in_channels, out_channels, options.get("groups", 1))
         shape = (*channels, *kernel_of(kernel_size, self.rank))
         chosen = self._settled()
         self._check_options(chosen, in_channels, self._in_layout(shape))
         xp = default_array_module() if xp is None else xp
+        check_module(xp)
         terms = self._terms(chosen, in_channels, shape[2:])
         weight = drawn(shape, 2 / terms, self._dtype, np.random.default_rng(rng))
         if not self._is_channels_first:
@@ -142,8 +144,9 @@ class Filters(Weighted):
 def _check_known(options: Iterable[str], known: Iterable[str]) -> None:
     unknown = set(options) - set(known)
     if unknown:
+        words = ", ".join(map(repr, sorted(unknown)))
         raise TypeError(
-            f"a layer has no option {', '.join(map(repr, sorted(unknown)))}"
+            f"a layer has no option {words}; the options are {', '.join(known)}"
         )
 
 
@@ -159,7 +162,7 @@ def drawn(
 
 
 def _parameter_type(dtype: Any) -> DType:
-    resolved = np.dtype(np.float32 if dtype is None else dtype)
+    resolved = as_dtype(np.float32 if dtype is None else dtype)
     # bfloat16 is no kind of NumPy's own: it calls itself "V".
     if resolved.kind not in "fc" and resolved.name != "bfloat16":
         raise TypeError(f"a layer needs a floating or complex dtype; got {resolved}")

@@ -181,7 +181,10 @@ def _loops_refuse(problem: Problem) -> tuple[tuple[bool, str], ...]:
     """What the loops over NumPy arrays cannot do."""
     missing = [n for n in _OPERANDS[problem.op] if n not in problem.direct]
     return (
-        (not jit_is_installed(), "Numba is not installed, which compiles its loops"),
+        (
+            not jit_is_installed(),
+            "Numba is not installed, which compiles its loops (extra jit)",
+        ),
         (problem.operand.char not in "fd", f"its loops would round {problem.operand}"),
         (
             bool(missing),
