@@ -78,19 +78,28 @@ def chosen_options(options: Any, known: Sequence[str] = Options._fields) -> Opti
     return Options(**options)
 
 
+def shows_only(names: Sequence[str]) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Spell these of the ``**options`` out in the signature that `help` shows."""
+
+    def decorate(function: Callable[P, R]) -> Callable[P, R]:
+        signature = inspect.signature(function)
+        own = [p for p in signature.parameters.values() if p.kind != p.VAR_KEYWORD]
+        spelled = [
+            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default)
+            for name, default in Options._field_defaults.items()
+            if name in names and name not in signature.parameters
+        ]
+        function.__signature__ = signature.replace(  # type: ignore[attr-defined]
+            parameters=[*own, *spelled]
+        )
+        return function
+
+    return decorate
+
+
 def shows_options(function: Callable[P, R]) -> Callable[P, R]:
-    """Spell ``**options`` out in the signature that `help` and editors show."""
-    signature = inspect.signature(function)
-    own = [p for p in signature.parameters.values() if p.kind != p.VAR_KEYWORD]
-    spelled = [
-        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default)
-        for name, default in Options._field_defaults.items()
-        if name not in signature.parameters
-    ]
-    function.__signature__ = signature.replace(  # type: ignore[attr-defined]
-        parameters=[*own, *spelled]
-    )
-    return function
+    """Spell all ``**options`` out in the signature that `help` and editors show."""
+    return shows_only(Options._fields)(function)
 
 
 # Calls that have been checked and planned before, by everything that they depend on.

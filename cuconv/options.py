@@ -10,7 +10,7 @@ from cuconv.geometry import ConvGeometry, Padding, Sizes
 from cuconv.memory import MemoryLimit, parse_memory_limit
 
 # Options that a transposed convolution does not have.
-_FORWARD_ALONE = "padding_mode", "input_dilation", "batch_groups"
+FORWARD_ALONE = "padding_mode", "input_dilation", "batch_groups"
 
 
 class Options(NamedTuple):
@@ -51,7 +51,7 @@ class Options(NamedTuple):
         output_padding: Sizes,
         output_size: Sizes | None,
     ) -> ConvGeometry:
-        for name in _FORWARD_ALONE:
+        for name in FORWARD_ALONE:
             given, usual = getattr(self, name), self._field_defaults[name]
             if not _is_usual(given, usual):
                 raise ValueError(

@@ -11,7 +11,6 @@ of the output of one image with the cells of x under it.  Every step of a piece 
 planned as a convolution of its own, in the memory that the piece leaves.
 """
 
-import inspect
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
@@ -38,7 +37,7 @@ from cuconv.calls import (
     chosen_options,
     gradients,
     inputs,
-    shows_options,
+    shows_only,
 )
 from cuconv.composed import planned
 from cuconv.conv import conv
@@ -117,22 +116,6 @@ _DEPTHWISE_OPTIONS = tuple(n for n in ConvOptions.__annotations__ if n != "group
 _SEPARABLE_OPTIONS = tuple(SeparableOptions.__annotations__)
 
 
-def _shows_only(names: Sequence[str]) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """`shows_options`, of which only some are there."""
-
-    def decorate(function: Callable[P, R]) -> Callable[P, R]:
-        shown = shows_options(function)
-        signature = inspect.signature(shown)
-        hidden = set(Options._fields) - set(names)
-        kept = [p for p in signature.parameters.values() if p.name not in hidden]
-        shown.__signature__ = signature.replace(  # type: ignore[attr-defined]
-            parameters=kept
-        )
-        return shown
-
-    return decorate
-
-
 class _Filters(NamedTuple):
     """What the weights (C, M, *kernel) of a depthwise convolution are to `conv`.
 
@@ -174,7 +157,7 @@ class _Filters(NamedTuple):
         return cls(shape, max(channels, 1), copied)
 
 
-@_shows_only(_DEPTHWISE_OPTIONS)
+@shows_only(_DEPTHWISE_OPTIONS)
 def depthwise_conv(
     x: Array,
     w: Array,
@@ -242,7 +225,7 @@ def depthwise_conv(
     return conv(x, w.reshape(filters.shape), bias, out=out, **more)
 
 
-@_shows_only(_DEPTHWISE_OPTIONS)
+@shows_only(_DEPTHWISE_OPTIONS)
 def depthwise_conv_backward(
     dy: Array,
     x: Array,
@@ -390,7 +373,7 @@ class _Step(NamedTuple):
             total += self.out
 
 
-@_shows_only(_SEPARABLE_OPTIONS)
+@shows_only(_SEPARABLE_OPTIONS)
 def separable_conv(
     x: Array,
     depthwise: Array,
@@ -481,7 +464,7 @@ def separable_conv(
     return into["y"]
 
 
-@_shows_only(_SEPARABLE_OPTIONS)
+@shows_only(_SEPARABLE_OPTIONS)
 def separable_conv_backward(
     dy: Array,
     x: Array,

@@ -24,18 +24,21 @@ from cuconv.calls import (
     chosen_options,
     gradients,
     inputs,
-    shows_options,
+    shows_only,
 )
 from cuconv.geometry import Sizes
+from cuconv.options import FORWARD_ALONE, Options
 from cuconv.plan import check_shape
 
+# Those of `conv` that a transposed convolution has too.
+_OPTIONS = tuple(name for name in Options._fields if name not in FORWARD_ALONE)
 _BACKWARD_ALLOCATES = (
     "conv_transpose_backward allocates its results: call conv_transpose_input_grad and "
     "conv_transpose_weight_grad with out=, and sum dy for the bias"
 )
 
 
-@shows_options
+@shows_only(_OPTIONS)
 def conv_transpose(
     x: Array,
     w: Array,
@@ -137,7 +140,7 @@ def _of_rank(rank: int, x: Array, w: Array, *rest: Any, **options: Any) -> Array
     return conv_transpose(x, w, *rest, **options)
 
 
-@shows_options
+@shows_only(_OPTIONS)
 def conv_transpose1d(
     x: Array,
     w: Array,
@@ -162,7 +165,7 @@ def conv_transpose1d(
     return _of_rank(1, x, w, bias, out=out, **more, **options)
 
 
-@shows_options
+@shows_only(_OPTIONS)
 def conv_transpose2d(
     x: Array,
     w: Array,
@@ -188,7 +191,7 @@ def conv_transpose2d(
     return _of_rank(2, x, w, bias, out=out, **more, **options)
 
 
-@shows_options
+@shows_only(_OPTIONS)
 def conv_transpose3d(
     x: Array,
     w: Array,
@@ -215,7 +218,7 @@ def conv_transpose3d(
     return _of_rank(3, x, w, bias, out=out, **more, **options)
 
 
-@shows_options
+@shows_only(_OPTIONS)
 def conv_transpose_input_grad(
     dy: Array,
     w: Array,
@@ -272,7 +275,7 @@ def conv_transpose_input_grad(
     return carry_out("transpose_input_grad", (dy, w), out, options, bound, shapes)
 
 
-@shows_options
+@shows_only(_OPTIONS)
 def conv_transpose_weight_grad(
     dy: Array,
     x: Array,
@@ -332,7 +335,7 @@ def conv_transpose_weight_grad(
     return carry_out("transpose_weight_grad", (dy, x), out, options, bound, shapes)
 
 
-@shows_options
+@shows_only(_OPTIONS)
 def conv_transpose_backward(
     dy: Array,
     x: Array,
