@@ -40,15 +40,15 @@ class ConvOptions(TypedDict, total=False):
     padding: Padding
     dilation: Sizes
     groups: int
+    padding_mode: str
+    input_dilation: Sizes
+    batch_groups: int
     layout: str
     dtype: Any
     strategy: str
     precision: str | None
     deterministic: bool | None
     memory_limit: MemoryLimit
-    padding_mode: str
-    input_dilation: Sizes
-    batch_groups: int
 
 
 class ConvGradients(NamedTuple):

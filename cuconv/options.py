@@ -20,15 +20,15 @@ class Options(NamedTuple):
     padding: Padding = 0
     dilation: Sizes = 1
     groups: int = 1
+    padding_mode: str = "zeros"
+    input_dilation: Sizes = 1
+    batch_groups: int = 1
     layout: str = "channels_first"
     dtype: Any = None
     strategy: str = "auto"
     precision: str | None = None
     deterministic: bool | None = None
     memory_limit: MemoryLimit = None
-    padding_mode: str = "zeros"
-    input_dilation: Sizes = 1
-    batch_groups: int = 1
 
     def geometry(self, x_shape: Sequence[int], w_shape: Sequence[int]) -> ConvGeometry:
         return ConvGeometry.of_weights(
