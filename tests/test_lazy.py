@@ -128,6 +128,20 @@ def test_borders_that_repeat_the_input(mode, pads, layout) -> None:
         equal(got, eager)
 
 
+@pytest.mark.parametrize("mode", ["reflect", "replicate", "circular"])
+def test_a_border_of_arrays_with_empty_chunks(mode) -> None:
+    options = {"padding": ((2, 1), (1, 0)), "padding_mode": mode}
+    x, w = integers((2, 2, 4, 3)), integers((1, 2, 3, 2))
+    X = da.from_array(x, chunks=((0, 2), (2,), (2, 0, 1, 0, 1), (0, 3)))
+    y = cuconv.conv(x, w, **options)
+    equal(cuconv.conv(X, w, **options), y)
+    wanted = cuconv.conv_backward(y, x, w, **options)
+    for got, eager in zip(
+        cuconv.conv_backward(y, X, w, **options), wanted, strict=True
+    ):
+        equal(got, eager)
+
+
 def test_a_border_leaves_chunks_as_they_are() -> None:
     x, w = da.zeros((1, 1, 40), chunks=(1, 1, 10)), np.ones((1, 1, 5))
     options = {"padding": 2, "padding_mode": "circular"}
