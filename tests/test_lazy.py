@@ -201,6 +201,24 @@ def test_filters_are_cut_as_those_of_lazy_weights() -> None:
     equal(grouped, cuconv.conv(np.concatenate([x, x], 1), w, groups=2))
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_weights_of_a_depthwise_convolution(layout) -> None:
+    """Lazy ones, and those that must be copied."""
+    x, w = integers((2, 3, 9)), np.asfortranarray(integers((3, 2, 3)))
+    if layout == "channels_last":
+        x, w = np.moveaxis(x, 1, -1), np.moveaxis(w, -1, 0)
+    options = {"padding": 1, "layout": layout}
+    y = cuconv.depthwise_conv(x, w, **options)
+    wanted = cuconv.depthwise_conv_backward(y, x, w, **options)
+    X, W = da.from_array(x, chunks=2), da.from_array(w, chunks=2)
+    for given_x, given_w in ((X, W), (x, W), (X, w)):
+        equal(cuconv.depthwise_conv(given_x, given_w, **options), y)
+        found = cuconv.depthwise_conv_backward(y, given_x, given_w, **options)
+        equal(found.x, wanted.x)
+        for mine, his in ((found.w, wanted.w), (found.bias, wanted.bias)):
+            testing.assert_equal(np.asarray(mine), his)
+
+
 @pytest.mark.parametrize("shape", [(0, 2, 6), (2, 2, 0), (2, 0, 6)])
 def test_nothing_in_a_batch_an_axis_or_the_channels(shape) -> None:
     x, w = np.zeros(shape), np.ones((3, shape[1], 3))
