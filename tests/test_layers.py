@@ -156,6 +156,7 @@ OPTIONS = {
     "deterministic": ({"deterministic": "yes"}, TypeError, "deterministic"),
     "memory": ({"memory_limit": "much"}, ValueError, "'much'"),
     "dtype": ({"dtype": "int8"}, TypeError, "floating or complex dtype; got int8"),
+    "wide dtype": ({"dtype": np.longdouble}, TypeError, "dtype has type"),
     "unknown": ({"strides": 2}, TypeError, "no option 'strides'"),
 }
 
