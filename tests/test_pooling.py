@@ -583,6 +583,15 @@ def test_workers_change_nothing(name, monkeypatch) -> None:
         x = np.asfortranarray(x) if layout == 0 else x
 
 
+def test_workers_change_no_bit_of_a_mean_of_long_windows(monkeypatch) -> None:
+    """Even where a piece of several workers is one window, and that of one is two."""
+    x = np.random.default_rng(0).standard_normal((1, 1, 1024, 256), dtype="float32")
+    monkeypatch.setattr(host.HostLeaves, "workers", lambda _: 1)
+    wanted = cuconv.avg_pool(x, (512, 256))
+    monkeypatch.setattr(host.HostLeaves, "workers", lambda _: 2)
+    np.testing.assert_array_equal(cuconv.avg_pool(x, (512, 256)), wanted)
+
+
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_wide_offsets(dtype, monkeypatch) -> None:
     """64-bit offsets, by pretending that launches are huge."""

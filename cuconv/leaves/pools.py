@@ -178,8 +178,11 @@ class _Worker:
 
         And the target, last.
         """
-        cells = self._single(block.output, block.window)
-        if cells is not None and indices is None:
+        cells = None
+        # Sums are cut alike in pieces of any size; maxima do not ask for an order.
+        if indices is None and (step is np.maximum or self._geometry.positions == 1):
+            cells = self._single(block.output, block.window)
+        if cells is not None:
             axes = tuple(range(2, source.ndim))
             how = {"out": target, "keepdims": True, "initial": start}
             step.reduce(source[(..., *cells)], axes, target.dtype, **how)
