@@ -1072,8 +1072,8 @@ def _maximum(
 ) -> Array:
     named = _named(x=x)
     _check_ordered("x", x.dtype)
-    types = dict.fromkeys(("source", "accumulate", "result"), x.dtype)
-    pooling = Pooling(MAXIMUM, geometry, **types, with_indices=bool(return_indices))
+    dtypes = (_native(x.dtype),) * 3
+    pooling = Pooling(MAXIMUM, geometry, *dtypes, with_indices=bool(return_indices))
     return _reduced(pooling, named["x"], out, memory_limit)
 
 
@@ -1097,14 +1097,15 @@ def _maximum_gradient(
             raise TypeError(f"indices have type {indices.dtype} and must have int64")
     if x is not None:
         _check_ordered("x", x.dtype)
+    dtype = _native(dy.dtype)
     pooling = Pooling(
         MAXIMUM,
         geometry,
-        dy.dtype,
-        accumulator(dy.dtype),
-        dy.dtype,
+        dtype,
+        accumulator(dtype),
+        dtype,
         is_gradient=True,
-        values=None if x is None else x.dtype,
+        values=None if x is None else _native(x.dtype),
     )
     return _spread(pooling, named, out, memory_limit)
 
@@ -1150,7 +1151,12 @@ def _mean_gradient(
 
 
 def _mean_type(dtype: DType) -> DType:
-    return np.dtype(np.float64) if dtype.kind in "biu" else dtype
+    return np.dtype(np.float64) if dtype.kind in "biu" else _native(dtype)
+
+
+def _native(dtype: DType) -> DType:
+    """A type in the machine's own byte order, which results have."""
+    return dtype.newbyteorder("=")
 
 
 def _check_ordered(name: str, dtype: DType) -> None:
@@ -1161,11 +1167,11 @@ def _check_ordered(name: str, dtype: DType) -> None:
 def _norm_of(
     named: dict[str, Array], geometry: WindowGeometry, norm_type: float
 ) -> Pooling:
-    dtype = named["x"].dtype
+    dtype = _native(named["x"].dtype)
     for name, array in named.items():
         if array.dtype.kind not in "fV":
             raise TypeError(f"{name} has type {array.dtype}; lp_pool takes real floats")
-        if array.dtype != dtype:
+        if _native(array.dtype) != dtype:
             raise TypeError(f"{name} has type {array.dtype} and x has {dtype}")
     if not isinstance(norm_type, Real):
         raise TypeError(f"norm_type must be a number; got {norm_type!r}")

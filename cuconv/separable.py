@@ -21,6 +21,7 @@ from typing import Any, NamedTuple, ParamSpec, TypeAlias, TypedDict, TypeVar, Un
 from cuconv.arrays import (
     Array,
     Types,
+    any_lazy,
     check_out,
     check_overlap,
     is_aligned,
@@ -128,9 +129,8 @@ class _Filters(NamedTuple):
     copied: int
 
     @classmethod
-    def of(
-        cls, name: str, w: Array, x_shape: tuple[int, ...], layout: str
-    ) -> "_Filters":
+    def of(cls, name: str, arrays: dict[str, Array], layout: str) -> "_Filters":
+        w, x_shape = arrays[name], arrays["x"].shape
         first, rank = channels_are_first(layout), w.ndim - 2
         if rank < 1:
             raise ValueError(
@@ -152,8 +152,11 @@ class _Filters(NamedTuple):
         shape = (filters, each, *w.shape[2:])
         if not first:
             shape = (*w.shape[:-2], each, filters)
-        is_view = merged_stride(w.shape[split], w.strides[split]) is not None
-        copied = 0 if is_view else Buffer("copy", w.size, w.dtype).nbytes
+        copied = 0
+        # A graph holds weights as it does any input: no block makes a copy of them.
+        if not any_lazy(arrays.values()):
+            is_view = merged_stride(w.shape[split], w.strides[split]) is not None
+            copied = 0 if is_view else Buffer("copy", w.size, w.dtype).nbytes
         return cls(shape, max(channels, 1), copied)
 
 
@@ -213,7 +216,7 @@ def depthwise_conv(
     """
     chosen = chosen_options(options, _DEPTHWISE_OPTIONS)
     arrays = inputs(x=x, w=w, bias=bias)
-    filters = _Filters.of("w", w, x.shape, chosen.layout)
+    filters = _Filters.of("w", arrays, chosen.layout)
     more: Any = {**options, "groups": filters.groups}
     if filters.copied:
         chosen = chosen._replace(groups=filters.groups)
@@ -271,7 +274,7 @@ def depthwise_conv_backward(
     chosen = chosen_options(options, _DEPTHWISE_OPTIONS)
     arrays = inputs(dy=dy, x=x, w=w)
     check_needs(needs, arrays, _BACKWARD_ALLOCATES)
-    filters = _Filters.of("w", w, x.shape, chosen.layout)
+    filters = _Filters.of("w", arrays, chosen.layout)
     chosen = chosen._replace(groups=filters.groups)
     geometry = chosen.geometry(x.shape, filters.shape)
     check_shape("dy", dy, geometry.y_shape)
@@ -569,7 +572,7 @@ class _Separable(NamedTuple):
         x, w, points = (arrays[name] for name in ("x", "depthwise", "pointwise"))
         leaves = leaves_of(module_of(arrays), x)
         refuse_capture(leaves, _TAKES_MEMORY)
-        own = _Filters.of("depthwise", w, x.shape, options.layout)
+        own = _Filters.of("depthwise", arrays, options.layout)
         options = options._replace(groups=own.groups).settled()
         geometry = options.geometry(x.shape, own.shape)
         filters = _filters_of(points, w, geometry)

@@ -156,6 +156,7 @@ OPTIONS = {
     "deterministic": ({"deterministic": "yes"}, TypeError, "deterministic"),
     "memory": ({"memory_limit": "much"}, ValueError, "'much'"),
     "dtype": ({"dtype": "int8"}, TypeError, "floating or complex dtype; got int8"),
+    "wide dtype": ({"dtype": np.longdouble}, TypeError, "dtype has type"),
     "no dtype": ({"dtype": "f33"}, TypeError, "name, as 'float32'; got 'f33'"),
     "unknown": ({"strides": 2}, TypeError, "no option 'strides'; the options are"),
     "bias": ({"bias": np.ones(4)}, TypeError, "bias must be True or False"),

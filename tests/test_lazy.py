@@ -128,6 +128,20 @@ def test_borders_that_repeat_the_input(mode, pads, layout) -> None:
         equal(got, eager)
 
 
+@pytest.mark.parametrize("mode", ["reflect", "replicate", "circular"])
+def test_a_border_of_arrays_with_empty_chunks(mode) -> None:
+    options = {"padding": ((2, 1), (1, 0)), "padding_mode": mode}
+    x, w = integers((2, 2, 4, 3)), integers((1, 2, 3, 2))
+    X = da.from_array(x, chunks=((0, 2), (2,), (2, 0, 1, 0, 1), (0, 3)))
+    y = cuconv.conv(x, w, **options)
+    equal(cuconv.conv(X, w, **options), y)
+    wanted = cuconv.conv_backward(y, x, w, **options)
+    for got, eager in zip(
+        cuconv.conv_backward(y, X, w, **options), wanted, strict=True
+    ):
+        equal(got, eager)
+
+
 def test_a_border_leaves_chunks_as_they_are() -> None:
     x, w = da.zeros((1, 1, 40), chunks=(1, 1, 10)), np.ones((1, 1, 5))
     options = {"padding": 2, "padding_mode": "circular"}
@@ -179,9 +193,30 @@ def test_filters_are_cut_as_those_of_lazy_weights() -> None:
         y = cuconv.conv(X, W, B, padding=1)
         assert y.chunks[1] == (4, 2)
         equal(y, cuconv.conv(x, w, bias, padding=1))
+    empty = da.from_array(w, chunks=((2, 0, 4, 0), 4, 3))
+    assert cuconv.conv(x, empty, B).chunks[1] == (2, 4)
+    equal(cuconv.conv(x, empty, B), cuconv.conv(x, w, bias))
     grouped = cuconv.conv(np.concatenate([x, x], 1), W, groups=2)
     assert grouped.chunks[1] == (6,)
     equal(grouped, cuconv.conv(np.concatenate([x, x], 1), w, groups=2))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_weights_of_a_depthwise_convolution(layout) -> None:
+    """Lazy ones, and those that must be copied."""
+    x, w = integers((2, 3, 9)), np.asfortranarray(integers((3, 2, 3)))
+    if layout == "channels_last":
+        x, w = np.moveaxis(x, 1, -1), np.moveaxis(w, -1, 0)
+    options = {"padding": 1, "layout": layout}
+    y = cuconv.depthwise_conv(x, w, **options)
+    wanted = cuconv.depthwise_conv_backward(y, x, w, **options)
+    X, W = da.from_array(x, chunks=2), da.from_array(w, chunks=2)
+    for given_x, given_w in ((X, W), (x, W), (X, w)):
+        equal(cuconv.depthwise_conv(given_x, given_w, **options), y)
+        found = cuconv.depthwise_conv_backward(y, given_x, given_w, **options)
+        equal(found.x, wanted.x)
+        for mine, his in ((found.w, wanted.w), (found.bias, wanted.bias)):
+            testing.assert_equal(np.asarray(mine), his)
 
 
 @pytest.mark.parametrize("shape", [(0, 2, 6), (2, 2, 0), (2, 0, 6)])

@@ -380,6 +380,32 @@ def test_any_view_and_any_out(xp, view) -> None:
     equal(to_host(out), to_host(mean))
 
 
+@pytest.mark.parametrize("dtype", ["f2", "f4", "i4"])
+def test_results_have_the_byte_order_of_the_machine(dtype) -> None:
+    """NumPy alone: CuPy has only that one."""
+    x = integers((2, 3, 6, 7), dtype, 1)
+    foreign = x.dtype.newbyteorder()
+
+    def calls(order: Any) -> Any:
+        a = x.astype(order)
+        y, indices = cuconv.max_pool(a, 2, return_indices=True)
+        dy = y.astype(order)
+        yield y
+        yield indices
+        yield cuconv.max_pool_backward(dy, indices, x.shape, 2)
+        yield cuconv.max_pool_backward(dy, None, None, 2, x=a)
+        yield cuconv.avg_pool(a, 2)
+        yield cuconv.avg_pool_backward(dy, x.shape, 2)
+        if x.dtype.kind == "f":
+            norms = cuconv.lp_pool(a, 2, 2)
+            yield norms
+            yield cuconv.lp_pool_backward(dy, a, norms.astype(order), 2, 2)
+
+    for got, wanted in zip(calls(foreign), calls(x.dtype), strict=True):
+        assert got.dtype.isnative
+        equal(got, wanted, dtype=wanted.dtype)
+
+
 def test_zero_strides(xp) -> None:
     x = spread_over(xp, xp.asarray(integers((1, 3, 1, 5))), (2, 3, 4, 5))
     y, indices = cuconv.max_pool(x, (2, 3), return_indices=True)
@@ -556,6 +582,15 @@ def test_workers_change_nothing(name, monkeypatch) -> None:
         for one, two in zip(got, wanted, strict=True) if pair else ((got, wanted),):
             equal(one, two)
         x = np.asfortranarray(x) if layout == 0 else x
+
+
+def test_workers_change_no_bit_of_a_mean_of_long_windows(monkeypatch) -> None:
+    """Even where a piece of several workers is one window, and that of one is two."""
+    x = np.random.default_rng(0).standard_normal((1, 1, 1024, 256), dtype="float32")
+    monkeypatch.setattr(host.HostLeaves, "workers", lambda _: 1)
+    wanted = cuconv.avg_pool(x, (512, 256))
+    monkeypatch.setattr(host.HostLeaves, "workers", lambda _: 2)
+    np.testing.assert_array_equal(cuconv.avg_pool(x, (512, 256)), wanted)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])

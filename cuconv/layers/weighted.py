@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from cuconv.arrays import Array, DType, as_dtype
+from cuconv.arrays import Array, DType, as_dtype, check_type
 from cuconv.calls import ConvOptions, chosen_options
 from cuconv.geometry import Sizes, channels_are_first
 from cuconv.layers.base import ENDLESS, Layer, check_module, kernel_of
@@ -166,4 +166,5 @@ def _parameter_type(dtype: Any) -> DType:
     # bfloat16 is no kind of NumPy's own: it calls itself "V".
     if resolved.kind not in "fc" and resolved.name != "bfloat16":
         raise TypeError(f"a layer needs a floating or complex dtype; got {resolved}")
+    check_type("dtype", resolved)
     return resolved

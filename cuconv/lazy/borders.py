@@ -40,6 +40,7 @@ def bordered(x: Array, geometry: ConvGeometry) -> Array:
     >>> bordered(x, ConvGeometry.of_weights((1, 5), (1, 1, 3), **options)).compute()
     array([[2, 1, 0, 1, 2, 3, 4, 3, 2]])
     """
+    x = _without_empty_chunks(x)
     for place, axis in _placed(geometry):
         parts = []
         for run in sorted(_runs(axis, geometry), key=lambda run: run.window.start):
@@ -52,6 +53,7 @@ def bordered(x: Array, geometry: ConvGeometry) -> Array:
 
 def folded(dx: Array, geometry: ConvGeometry, chunks: tuple[Chunks, ...]) -> Array:
     """The adjoint of `bordered`: cells receive what their copies in the border have."""
+    dx = _without_empty_chunks(dx)
     for place, axis in _placed(geometry):
         inner, *border = _runs(axis, geometry)
         total = dx[*_at(place), inner.window]
@@ -72,6 +74,12 @@ def _added(total: Array, part: Array, run: Run, place: int) -> Array:
     cells = (slice(0, first), slice(first, last), slice(last, None))
     low, met, high = (total[*_at(place), some] for some in cells)
     return da.concatenate([low, met + part, high], axis=place)
+
+
+def _without_empty_chunks(array: Array) -> Array:
+    """Dask repeats, reverses and joins arrays with empty chunks wrongly."""
+    kept = (tuple(n for n in own if n) or (0,) for own in array.chunks)
+    return array.rechunk(tuple(kept))
 
 
 def _runs(axis: Axis, geometry: ConvGeometry) -> list[Run]:

@@ -91,7 +91,7 @@ def _filter_chunks(
     if call != "forward" or geometry.groups > 1 or not is_lazy(arrays["w"]):
         return (geometry.filters,)
     chunks: Chunks = arrays["w"].chunks[0 if geometry.channels_first else -1]
-    return chunks
+    return tuple(count for count in chunks if count) or (geometry.filters,)
 
 
 def _by_filters(

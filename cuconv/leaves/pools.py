@@ -178,8 +178,10 @@ class _Worker:
 
         And the target, last.
         """
-        cells = self._single(block.output, block.window)
-        if cells is not None and indices is None:
+        cells = None
+        if indices is None and (step is np.maximum or self._sums_alike(source)):
+            cells = self._single(block.output, block.window)
+        if cells is not None:
             axes = tuple(range(2, source.ndim))
             how = {"out": target, "keepdims": True, "initial": start}
             step.reduce(source[(..., *cells)], axes, target.dtype, **how)
@@ -195,6 +197,16 @@ class _Worker:
             source = into
             seen.append(into)
         return seen
+
+    def _sums_alike(self, source: Array) -> bool:
+        """Whether pieces of any size take sums over all axes in one order.
+
+        They do where the whole call has one output in a plane, and planes are runs of
+        memory; elsewhere NumPy's order depends on how many channels a piece has.
+        """
+        rank = self._geometry.rank
+        run = merged_stride(source.shape[-rank:], source.strides[-rank:])
+        return self._geometry.positions == 1 and run == source.itemsize
 
     def _single(self, outputs: Ranges, cells: Ranges) -> tuple[slice, ...] | None:
         """The cells under the only output of each axis; None if there are more."""
