@@ -1,7 +1,7 @@
 """The figures in README.md and docs/benchmarks.md, written between two marks."""
 
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -75,15 +75,24 @@ def device_summary(here: Sequence[Record]) -> list[str]:
     peers = dict.fromkeys(p for r in here for p in report.others_of(r))
     header = ["layers", "batch", "operation", *peers]
     rows = [row for record in here for row in summary_rows(record, list(peers))]
-    origins = dict.fromkeys(report.machine_line(record) for record in here)
     return [
         paragraph(
             "Time of cuconv ÷ time of a peer, geometric means over the layers of "
             "networks: below 1, cuconv is faster."
         ),
         "\n".join(report.Table("", header, rows).markdown()),
-        *(paragraph(f"{line}.") for line in origins),
+        *(paragraph(f"{line}.") for line in origins(here)),
     ]
+
+
+def origins(here: Sequence[Record]) -> Iterator[str]:
+    """Where records come from, in a line for all that differ in their commit alone."""
+    commits: dict[str, dict[str, None]] = {}
+    for record in here:
+        place, _, commit = report.machine_line(record).rpartition(", commit ")
+        commits.setdefault(place, {})[commit] = None
+    for place, own in commits.items():
+        yield f"{place}, {'commits' if len(own) > 1 else 'commit'} {', '.join(own)}"
 
 
 def summary_rows(record: Record, peers: Sequence[str]) -> list[list[str]]:
