@@ -955,3 +955,15 @@ def test_places_of_maxima_are_added_up_alike_without_numba(dtype, monkeypatch) -
     found = gradient(padding=1)
     monkeypatch.setattr(host_pools, "jit_is_installed", lambda: False)
     np.testing.assert_array_equal(found, gradient(padding=1))
+
+
+@pytest.mark.parametrize("channels", [14, 15])
+def test_channels_that_lie_last_are_summed_alike_by_any_number(channels) -> None:
+    """Eight threads would have a channel each, which NumPy adds up in pairs."""
+    x = np.random.default_rng(0).standard_normal((2, 134, 189, channels))
+    found = []
+    for threads in (1, 4, 8):
+        with cuconv.config(num_threads=threads):
+            found.append(cuconv.avg_pool(x, (118, 168), layout="channels_last"))
+    for other in found[1:]:
+        np.testing.assert_array_equal(found[0], other)

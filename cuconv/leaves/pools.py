@@ -565,6 +565,10 @@ def _cut(pooling: Pooling, budget: int, workers: int) -> PoolCut:
     several = max(budget * own // cells, 1)
     fitting = several // own if g.channels_first else several
     channels = max(min(g.channels, fitting), 1)
+    if not g.channels_first:
+        # One channel alone NumPy would sum in another order than several.
+        while channels < g.channels and (channels == 1 or g.channels % channels == 1):
+            channels += 1
     tile = g.region_tile if pooling.is_gradient else g.tile
     return PoolCut(tile(several // channels), channels, workers)
 
