@@ -1,6 +1,5 @@
 """What all convolutions share: options, calls seen before, and gradients together."""
 
-import inspect
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple, ParamSpec, TypedDict, TypeVar
@@ -23,7 +22,7 @@ from cuconv.config import settings
 from cuconv.geometry import ConvGeometry, Padding, Sizes
 from cuconv.leaves import Leaves, leaves_of, refuse_capture
 from cuconv.memory import Buffer, MemoryLimit, MemoryLimitError, all_within
-from cuconv.options import Options
+from cuconv.options import Options, spells_out
 from cuconv.plan import ROLES, Plan, signature
 from cuconv.strategies.base import in_groups
 
@@ -80,21 +79,8 @@ def chosen_options(options: Any, known: Sequence[str] = Options._fields) -> Opti
 
 def shows_only(names: Sequence[str]) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """Spell these of the ``**options`` out in the signature that `help` shows."""
-
-    def decorate(function: Callable[P, R]) -> Callable[P, R]:
-        signature = inspect.signature(function)
-        own = [p for p in signature.parameters.values() if p.kind != p.VAR_KEYWORD]
-        spelled = [
-            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default)
-            for name, default in Options._field_defaults.items()
-            if name in names and name not in signature.parameters
-        ]
-        function.__signature__ = signature.replace(  # type: ignore[attr-defined]
-            parameters=[*own, *spelled]
-        )
-        return function
-
-    return decorate
+    defaults = Options._field_defaults
+    return spells_out({name: defaults[name] for name in defaults if name in names})
 
 
 def shows_options(function: Callable[P, R]) -> Callable[P, R]:

@@ -1,7 +1,8 @@
 """The options of every convolution, and what stands for those that are not given."""
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import numpy as np
 
@@ -9,8 +10,32 @@ from cuconv.config import check_deterministic, check_precision, settings
 from cuconv.geometry import ConvGeometry, Padding, Sizes
 from cuconv.memory import MemoryLimit, parse_memory_limit
 
+P = ParamSpec("P")
+R = TypeVar("R")
+
 # Options that a transposed convolution does not have.
 FORWARD_ALONE = "padding_mode", "input_dilation", "batch_groups"
+
+
+def spells_out(
+    defaults: Mapping[str, Any],
+) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Put options in place of ``**options`` in the signature that `help` shows."""
+
+    def decorate(function: Callable[P, R]) -> Callable[P, R]:
+        signature = inspect.signature(function)
+        own = [p for p in signature.parameters.values() if p.kind != p.VAR_KEYWORD]
+        spelled = [
+            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default)
+            for name, default in defaults.items()
+            if name not in signature.parameters
+        ]
+        function.__signature__ = signature.replace(  # type: ignore[attr-defined]
+            parameters=[*own, *spelled]
+        )
+        return function
+
+    return decorate
 
 
 class Options(NamedTuple):

@@ -38,6 +38,7 @@ from cuconv.geometry import (
 )
 from cuconv.leaves import Leaves, leaves_of, refuse_capture
 from cuconv.memory import MemoryLimit, MemoryLimitError, parse_memory_limit
+from cuconv.options import spells_out
 from cuconv.plan import NEEDS_OUT, check_shape
 from cuconv.profiling import stage
 from cuconv.reduction import MAXIMUM, MEAN, NORM, Given, PoolCut, Pooling
@@ -81,17 +82,9 @@ _DEFAULTS: dict[str, Any] = {
 
 def _shows_options(function: Callable[P, R]) -> Callable[P, R]:
     """Spell ``**options`` out in the signature that `help` and editors show."""
-    signature = inspect.signature(function)
-    *own, last = signature.parameters.values()
+    last = [*inspect.signature(function).parameters.values()][-1]
     names = last.annotation.__args__[0].__annotations__
-    spelled = [
-        inspect.Parameter(name, last.KEYWORD_ONLY, default=_DEFAULTS[name])
-        for name in names
-    ]
-    function.__signature__ = signature.replace(  # type: ignore[attr-defined]
-        parameters=[*own, *spelled]
-    )
-    return function
+    return spells_out({name: _DEFAULTS[name] for name in names})(function)
 
 
 @_shows_options
@@ -1012,15 +1005,16 @@ def window_geometry(
     if unknown:
         known = ", ".join(names)
         raise TypeError(f"there is no option {unknown[0]!r}; the options are {known}")
-    stride = options.get("stride")
+    chosen = {**_DEFAULTS, **options}
+    stride = chosen["stride"]
     return WindowGeometry.of(
         shape,
         kernel_size,
         stride=kernel_size if stride is None else stride,
-        padding=options.get("padding", 0),
-        dilation=options.get("dilation", 1),
-        ceil_mode=bool(options.get("ceil_mode", False)),
-        layout=options.get("layout", "channels_first"),
+        padding=chosen["padding"],
+        dilation=chosen["dilation"],
+        ceil_mode=bool(chosen["ceil_mode"]),
+        layout=chosen["layout"],
     )
 
 
@@ -1033,12 +1027,13 @@ def _whole(shape: Sequence[int], layout: str, *, batched: bool) -> WindowGeometr
 
 def divided_by(options: Any) -> dict[str, Any]:
     """What a mean divides by, as fields of `Pooling`."""
-    divisor = options.get("divisor_override")
+    chosen = {**_DEFAULTS, **options}
+    divisor = chosen["divisor_override"]
     if divisor is not None:
         divisor = as_index("divisor_override", divisor)
         if not divisor:
             raise ValueError("divisor_override must not be 0")
-    counts_padding = bool(options.get("count_include_pad", True))
+    counts_padding = bool(chosen["count_include_pad"])
     return {"counts_padding": counts_padding, "divisor": divisor}
 
 
