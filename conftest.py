@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-LAZY = Path("cuconv/lazy"), Path("tests/test_lazy.py")
+LAZY = Path("cuconv/dask"), Path("tests/test_lazy.py")
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:

@@ -12,8 +12,8 @@ from typing import Any, NotRequired, TypedDict
 from benchmarks import machine, nvrtc, records
 from benchmarks.report import Table
 from benchmarks.show import show_table
-from cuconv._cuda.elements import Variant
-from cuconv._cuda.variants import all_variants
+from cuconv.backends.cuda.elements import Variant
+from cuconv.backends.cuda.variants import all_variants
 
 KERNELS = "kernels"
 # Which macros make a variant what it is; the others only check its structs' sizes.

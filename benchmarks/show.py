@@ -47,10 +47,10 @@ def as_text(table: Table) -> list[str]:
     lines = [table.header, *table.rows, *table.summary]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     notes = [f"  {note}" for note in table.notes]
-    return [table.title, *(spread(line, widths) for line in lines), *notes]
+    return [table.title, *(input_dilation(line, widths) for line in lines), *notes]
 
 
-def spread(line: Sequence[str], widths: Sequence[int]) -> str:
+def input_dilation(line: Sequence[str], widths: Sequence[int]) -> str:
     cells = zip(line, widths, strict=True)
     padded = (
         f"{cell:>{w}}" if i else f"{cell:<{w}}" for i, (cell, w) in enumerate(cells)

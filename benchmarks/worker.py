@@ -54,7 +54,7 @@ class Session:
         this = Case.from_json(case)
         operands, judge = self.peer.prepare(this)
         calls = tuple(self.peer.call(this, *each) for each in operands)
-        error = judge(self.peer.plain(this, calls[0]()))
+        error = judge(self.peer.base_array(this, calls[0]()))
         found = {"error": error if error < inf else None}
         if not error <= (most := self.peer.tolerance(this)):
             reason = f"relative error {error:.1e} above {most:.0e}"

@@ -1,8 +1,7 @@
 """Convolution for people who hold NumPy or CuPy arrays."""
 
 from cuconv.arrays import array_module
-from cuconv.calls import ConvGradients
-from cuconv.columns import col2im, im2col, iter_im2col, patches
+from cuconv.backends import default_array_module, precompile, release_memory
 from cuconv.config import config
 from cuconv.conv import (
     conv,
@@ -14,10 +13,20 @@ from cuconv.conv import (
     conv_weight_grad,
     plan_conv,
 )
-from cuconv.interchange import asarray
-from cuconv.leaves import default_array_module, precompile, release_memory
+from cuconv.conv_transpose import (
+    conv_transpose,
+    conv_transpose1d,
+    conv_transpose2d,
+    conv_transpose3d,
+    conv_transpose_backward,
+    conv_transpose_input_grad,
+    conv_transpose_weight_grad,
+)
+from cuconv.devices import asarray
+from cuconv.engine.call import ConvGradients
+from cuconv.engine.plan import Plan
+from cuconv.im2col import col2im, im2col, iter_im2col, patches
 from cuconv.memory import MemoryLimitError
-from cuconv.plan import Plan
 from cuconv.pooling import (
     adaptive_avg_pool,
     adaptive_avg_pool_backward,
@@ -46,15 +55,6 @@ from cuconv.separable import (
     depthwise_conv_backward,
     separable_conv,
     separable_conv_backward,
-)
-from cuconv.transpose import (
-    conv_transpose,
-    conv_transpose1d,
-    conv_transpose2d,
-    conv_transpose3d,
-    conv_transpose_backward,
-    conv_transpose_input_grad,
-    conv_transpose_weight_grad,
 )
 from cuconv.version import __version__ as __version__
 

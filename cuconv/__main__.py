@@ -17,12 +17,12 @@ import numpy as np
 from threadpoolctl import ThreadpoolController
 
 from cuconv import __version__
-from cuconv._cuda.device import why_not
+from cuconv.backends import default_array_module, precompile
+from cuconv.backends.cuda.device import why_not
 from cuconv.conv import plan_conv
-from cuconv.leaves import default_array_module, precompile
+from cuconv.engine.plan import ROLES, Plan
 from cuconv.memory import MemoryLimitError, parse_memory_limit
 from cuconv.options import Options
-from cuconv.plan import ROLES, Plan
 
 _DEMO_PACKAGES = ("matplotlib", "PIL", "rich", "sklearn")
 

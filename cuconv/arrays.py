@@ -88,20 +88,20 @@ def module_of_blocks(arrays: dict[str, Array]) -> Any:
     return _common_module({name: sample_of(array) for name, array in arrays.items()})
 
 
-def is_lazy(array: object) -> bool:
+def is_dask(array: object) -> bool:
     """Whether it is a Dask array: blocks that are computed later."""
     # A Dask array can only exist where Dask was imported.
     return isinstance(array, getattr(sys.modules.get("dask.array"), "Array", ()))
 
 
-def any_lazy(arrays: Iterable[object]) -> bool:
+def any_dask(arrays: Iterable[object]) -> bool:
     """Whether there is a Dask array among them."""
-    return "dask.array" in sys.modules and any(map(is_lazy, arrays))
+    return "dask.array" in sys.modules and any(map(is_dask, arrays))
 
 
 def sample_of(array: Array) -> Array:
     """An array itself, or an empty one of the kind of a Dask array's blocks."""
-    return array._meta if is_lazy(array) else array  # noqa: SLF001 - Dask's word for it
+    return array._meta if is_dask(array) else array  # noqa: SLF001 - Dask's word for it
 
 
 def _common_module(arrays: dict[str, Array]) -> Any:
@@ -161,7 +161,7 @@ def _check_devices(arrays: dict[str, Array]) -> None:
         raise ValueError(f"arrays lie on different devices: {places}")
 
 
-def plain(array: Array) -> Array:
+def base_array(array: Array) -> Array:
     """The array without the habits of a subclass (`numpy.matrix`, `numpy.memmap`)."""
     if type(array) is not np.ndarray and isinstance(array, np.ndarray):
         return array.view(np.ndarray)

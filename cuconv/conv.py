@@ -6,8 +6,9 @@ from typing import Any, Unpack
 
 import numpy as np
 
-from cuconv.arrays import Array, any_lazy, is_array
-from cuconv.calls import (
+from cuconv.arrays import Array, any_dask, is_array
+from cuconv.backends import backend_on
+from cuconv.engine.call import (
     GRADIENTS,
     ConvGradients,
     ConvOptions,
@@ -19,12 +20,11 @@ from cuconv.calls import (
     inputs,
     shows_options,
 )
-from cuconv.composed import ZeroPoints, check_zero_points, plan_of_shapes
-from cuconv.composed import bind as bind_now
+from cuconv.engine.plan import ROLES, Call, Plan, check_shape
+from cuconv.engine.rewrites import ZeroPoints, check_zero_points, plan_of_shapes
+from cuconv.engine.rewrites import bind as bind_now
 from cuconv.geometry import Sizes
-from cuconv.leaves import leaves_on
 from cuconv.options import check_bias
-from cuconv.plan import ROLES, Call, Plan, check_shape
 
 _BACKWARD_ALLOCATES = (
     "conv_backward allocates its results: call conv_input_grad and conv_weight_grad "
@@ -202,7 +202,7 @@ def _shifted(
     options: ConvOptions,
 ) -> Call:
     """`conv` of cells and weights less their zero points."""
-    if any_lazy((x, w)):
+    if any_dask((x, w)):
         raise TypeError("x_zero_point and w_zero_point are not for Dask arrays")
     chosen = chosen_options(options)
     if chosen.dtype is None:
@@ -564,4 +564,4 @@ def plan_conv(
         )
     else:
         geometry = chosen.geometry(x_shape, w_shape)
-    return plan_of_shapes(op, geometry, leaves_on(device), chosen, bias=bias)
+    return plan_of_shapes(op, geometry, backend_on(device), chosen, bias=bias)

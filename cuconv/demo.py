@@ -24,14 +24,14 @@ from rich.table import Table
 from sklearn.datasets import load_sample_image
 
 from cuconv.arrays import Array
-from cuconv.composed import bind
+from cuconv.backends import default_array_module
 from cuconv.conv import conv, conv_input_grad, conv_weight_grad
+from cuconv.engine.plan import Plan
+from cuconv.engine.rewrites import bind
 from cuconv.geometry import Block, ConvGeometry
 from cuconv.layers import Conv2d
-from cuconv.leaves import default_array_module
 from cuconv.memory import parse_memory_limit
 from cuconv.options import Options
-from cuconv.plan import Plan
 from cuconv.testing import conv_reference, relative_error
 
 # Photographs are scaled down to this many cells on the longer side.

@@ -14,20 +14,23 @@ from cuconv.arrays import (
     Array,
     DType,
     accumulator,
-    any_lazy,
+    any_dask,
     as_dtype,
+    base_array,
     check_out,
     check_overlap,
     check_type,
     grouped,
-    is_lazy,
+    is_dask,
     module_of,
     module_of_blocks,
-    plain,
     resolve_types,
     sample_of,
 )
+from cuconv.backends import Backend, backend_of, refuse_capture
 from cuconv.config import settings
+from cuconv.engine.plan import NEEDS_OUT, check_shape
+from cuconv.engine.pool import MAXIMUM, MEAN, NORM, PoolInputs, PoolProblem, PoolTiling
 from cuconv.geometry import (
     Padding,
     Sizes,
@@ -36,12 +39,9 @@ from cuconv.geometry import (
     check_axes,
     kernel_of_rank,
 )
-from cuconv.leaves import Leaves, leaves_of, refuse_capture
 from cuconv.memory import MemoryLimit, MemoryLimitError, parse_memory_limit
 from cuconv.options import spells_out
-from cuconv.plan import NEEDS_OUT, check_shape
 from cuconv.profiling import stage
-from cuconv.reduction import MAXIMUM, MEAN, NORM, Given, PoolCut, Pooling
 
 OutputSize: TypeAlias = int | Sequence[int | None] | None
 
@@ -479,7 +479,7 @@ def lp_pool_backward(
     named = _named(dy=dy, x=x, y=y)
     pooling = replace(_norm_of(named, geometry, norm_type), is_gradient=True)
     check_shape("y", y, _y_shape(geometry))
-    return _spread(pooling, named, out, memory_limit)
+    return _backward(pooling, named, out, memory_limit)
 
 
 def adaptive_max_pool(
@@ -1049,13 +1049,13 @@ def _source_shape(x: Array | None, x_shape: Sequence[int] | None) -> Sequence[in
 def _named(**arrays: Array | None) -> dict[str, Array]:
     """Arrays by their names: of one module and one device, and of types we know."""
     named = {name: array for name, array in arrays.items() if array is not None}
-    if any_lazy(named.values()):
+    if any_dask(named.values()):
         module_of_blocks(named)
     else:
         module_of(named)
     for name, array in named.items():
         check_type(name, array.dtype)
-    return {name: plain(array) for name, array in named.items()}
+    return {name: base_array(array) for name, array in named.items()}
 
 
 def _maximum(
@@ -1068,7 +1068,7 @@ def _maximum(
     named = _named(x=x)
     _check_ordered("x", x.dtype)
     dtypes = (_native(x.dtype),) * 3
-    pooling = Pooling(MAXIMUM, geometry, *dtypes, with_indices=bool(return_indices))
+    pooling = PoolProblem(MAXIMUM, geometry, *dtypes, with_indices=bool(return_indices))
     return _reduced(pooling, named["x"], out, memory_limit)
 
 
@@ -1093,7 +1093,7 @@ def _maximum_gradient(
     if x is not None:
         _check_ordered("x", x.dtype)
     dtype = _native(dy.dtype)
-    pooling = Pooling(
+    pooling = PoolProblem(
         MAXIMUM,
         geometry,
         dtype,
@@ -1102,7 +1102,7 @@ def _maximum_gradient(
         is_gradient=True,
         values=None if x is None else _native(x.dtype),
     )
-    return _spread(pooling, named, out, memory_limit)
+    return _backward(pooling, named, out, memory_limit)
 
 
 def _mean(
@@ -1118,7 +1118,7 @@ def _mean(
     if result.kind in "biu":
         raise TypeError(f"a mean needs a real or complex dtype; got {result}")
     types = resolve_types(named, result)
-    pooling = Pooling(
+    pooling = PoolProblem(
         MEAN, geometry, x.dtype, types.accumulate, types.result, **divided
     )
     return _reduced(pooling, named["x"], out, memory_limit)
@@ -1133,7 +1133,7 @@ def _mean_gradient(
 ) -> Array:
     named = _named(dy=dy)
     types = resolve_types(named, _mean_type(dy.dtype))
-    pooling = Pooling(
+    pooling = PoolProblem(
         MEAN,
         geometry,
         dy.dtype,
@@ -1142,7 +1142,7 @@ def _mean_gradient(
         is_gradient=True,
         **divided,
     )
-    return _spread(pooling, named, out, memory_limit)
+    return _backward(pooling, named, out, memory_limit)
 
 
 def _mean_type(dtype: DType) -> DType:
@@ -1161,7 +1161,7 @@ def _check_ordered(name: str, dtype: DType) -> None:
 
 def _norm_of(
     named: dict[str, Array], geometry: WindowGeometry, norm_type: float
-) -> Pooling:
+) -> PoolProblem:
     dtype = _native(named["x"].dtype)
     for name, array in named.items():
         if array.dtype.kind not in "fV":
@@ -1173,7 +1173,7 @@ def _norm_of(
     power = float(norm_type)
     if not 0 < power < math.inf:
         raise ValueError(f"norm_type must be positive and finite; got {norm_type}")
-    return Pooling(NORM, geometry, dtype, accumulator(dtype), dtype, norm=power)
+    return PoolProblem(NORM, geometry, dtype, accumulator(dtype), dtype, norm=power)
 
 
 def _y_shape(geometry: WindowGeometry) -> tuple[int, ...]:
@@ -1188,11 +1188,11 @@ def _cells(array: Array, geometry: WindowGeometry) -> Array:
 
 
 def _prepare(
-    pooling: Pooling,
+    pooling: PoolProblem,
     named: dict[str, Array],
     results: dict[str, tuple[Array | None, tuple[int, ...], DType]],
     memory_limit: MemoryLimit,
-) -> tuple[Leaves, PoolCut]:
+) -> tuple[Backend, PoolTiling]:
     """Check everything that can be wrong, before anything is allocated."""
     if pooling.geometry.rank > MOST_AXES:
         raise ValueError(
@@ -1200,11 +1200,11 @@ def _prepare(
             "at most"
         )
     xp = module_of(named)
-    leaves = leaves_of(xp, next(iter(named.values())))
+    backend = backend_of(xp, next(iter(named.values())))
     inputs = dict(named)
     for name, (array, shape, dtype) in results.items():
         if array is None:
-            refuse_capture(leaves, NEEDS_OUT)
+            refuse_capture(backend, NEEDS_OUT)
             continue
         module_of({**named, name: array})
         check_out(array, shape, dtype)
@@ -1214,40 +1214,42 @@ def _prepare(
     if memory_limit is not None:
         limit = parse_memory_limit(memory_limit)
     if limit is not None:
-        return leaves, leaves.pools.cut(pooling, limit)
+        return backend, backend.pools.tiling(pooling, limit)
     try:
-        cut = leaves.pools.cut(pooling, leaves.default_memory_limit)
+        tiling = backend.pools.tiling(pooling, backend.default_memory_limit)
     except MemoryLimitError as error:
         # Without a limit of the caller's, the least that will do.
-        cut = leaves.pools.cut(pooling, error.smallest)
-    return leaves, cut
+        tiling = backend.pools.tiling(pooling, error.smallest)
+    return backend, tiling
 
 
 def _of_blocks(
     call: Callable[..., R], named: dict[str, Array], memory_limit: MemoryLimit
-) -> tuple[Callable[..., R], Callable[[Pooling], object]]:
+) -> tuple[Callable[..., R], Callable[[PoolProblem], object]]:
     """What runs a block of Dask arrays, and what checks one before there is any."""
     limit = settings().memory_limit
     if memory_limit is not None:
         limit = parse_memory_limit(memory_limit)
     samples = {name: sample_of(array) for name, array in named.items()}
 
-    def check(pooling: Pooling) -> object:
+    def check(pooling: PoolProblem) -> object:
         return _prepare(pooling, samples, {}, limit)
 
     return partial(_at_once, call, limit), check
 
 
 def _at_once(
-    call: Callable[..., R], limit: MemoryLimit, pooling: Pooling, given: Any
+    call: Callable[..., R], limit: MemoryLimit, pooling: PoolProblem, given: Any
 ) -> R:
     return call(pooling, given, None, limit)
 
 
-def _reduced(pooling: Pooling, x: Array, out: Any, memory_limit: MemoryLimit) -> Array:
+def _reduced(
+    pooling: PoolProblem, x: Array, out: Any, memory_limit: MemoryLimit
+) -> Array:
     """Run a forward pass."""
-    if is_lazy(x):
-        from cuconv.lazy import pooling as lazy  # noqa: PLC0415 - it imports Dask
+    if is_dask(x):
+        from cuconv.dask import pooling as lazy  # noqa: PLC0415 - it imports Dask
 
         run, check = _of_blocks(_reduced, {"x": x}, memory_limit)
         return lazy.reduced(pooling, x, out, run, check)
@@ -1260,40 +1262,42 @@ def _reduced(pooling: Pooling, x: Array, out: Any, memory_limit: MemoryLimit) ->
     results = {"out": (given[0], shape, pooling.result)}
     if pair:
         results["the indices of out"] = given[1], shape, _INDEX
-    leaves, cut = _prepare(pooling, named, results, memory_limit)
-    with leaves.device_of(x):
+    backend, tiling = _prepare(pooling, named, results, memory_limit)
+    with backend.device_of(x):
         y, *indices = (
-            leaves.xp.empty(shape, dtype=dtype) if array is None else array
+            backend.xp.empty(shape, dtype=dtype) if array is None else array
             for array, _, dtype in results.values()
         )
-        found = _cells(plain(indices[0]), g) if pair else None
+        found = _cells(base_array(indices[0]), g) if pair else None
         with stage("pool", pooling.kind):
             if y.size:
-                leaves.pools.reduce(
-                    pooling, cut, _cells(x, g), _cells(plain(y), g), found
+                backend.pools.reduce(
+                    pooling, tiling, _cells(x, g), _cells(base_array(y), g), found
                 )
     return (y, *indices) if pair else y
 
 
-def _spread(
-    pooling: Pooling, named: dict[str, Array], out: Array | None, limit: MemoryLimit
+def _backward(
+    pooling: PoolProblem, named: dict[str, Array], out: Array | None, limit: MemoryLimit
 ) -> Array:
     """Run a gradient."""
     g, dy = pooling.geometry, named["dy"]
     check_shape("dy", dy, _y_shape(g))
-    if any_lazy(named.values()):
-        from cuconv.lazy import pooling as lazy  # noqa: PLC0415 - it imports Dask
+    if any_dask(named.values()):
+        from cuconv.dask import pooling as lazy  # noqa: PLC0415 - it imports Dask
 
-        run, check = _of_blocks(_spread, named, limit)
-        return lazy.spread(pooling, named, out, run, check)
+        run, check = _of_blocks(_backward, named, limit)
+        return lazy.backward(pooling, named, out, run, check)
     results = {"out": (out, g.x_shape, pooling.result)}
-    leaves, cut = _prepare(pooling, named, results, limit)
-    with leaves.device_of(dy):
-        dx = leaves.xp.empty(g.x_shape, dtype=pooling.result) if out is None else out
-        given = Given(**{name: _cells(array, g) for name, array in named.items()})
+    backend, tiling = _prepare(pooling, named, results, limit)
+    with backend.device_of(dy):
+        dx = backend.xp.empty(g.x_shape, dtype=pooling.result) if out is None else out
+        given = PoolInputs(**{name: _cells(array, g) for name, array in named.items()})
         with stage("pool", pooling.kind):
             if dy.size:
-                leaves.pools.spread(pooling, cut, given, _cells(plain(dx), g))
+                backend.pools.backward(
+                    pooling, tiling, given, _cells(base_array(dx), g)
+                )
             else:
                 dx[...] = 0
     return dx

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple, ParamSpec, TypeAlias, TypedDict, TypeVar, Un
 from cuconv.arrays import (
     Array,
     Types,
-    any_lazy,
+    any_dask,
     check_out,
     check_overlap,
     is_aligned,
@@ -29,7 +29,9 @@ from cuconv.arrays import (
     module_of,
     resolve_types,
 )
-from cuconv.calls import (
+from cuconv.backends import Backend, backend_of, refuse_capture
+from cuconv.conv import conv
+from cuconv.engine.call import (
     GRADIENTS,
     ConvGradients,
     ConvOptions,
@@ -40,8 +42,10 @@ from cuconv.calls import (
     inputs,
     shows_only,
 )
-from cuconv.composed import planned
-from cuconv.conv import conv
+from cuconv.engine.plan import Call, Plan, check_shape, stub_array
+from cuconv.engine.planner import most
+from cuconv.engine.rewrites import planned
+from cuconv.engine.traversal import Piece, Tiling, Traversal
 from cuconv.geometry import (
     Axis,
     ConvGeometry,
@@ -51,7 +55,6 @@ from cuconv.geometry import (
     Sizes,
     channels_are_first,
 )
-from cuconv.leaves import Leaves, leaves_of, refuse_capture
 from cuconv.memory import (
     Buffer,
     MemoryLimit,
@@ -61,10 +64,7 @@ from cuconv.memory import (
     workspace_bytes,
 )
 from cuconv.options import Options
-from cuconv.plan import Call, Plan, check_shape, untouched
-from cuconv.planner import most
 from cuconv.profiling import stage
-from cuconv.sweeps import Cut, Piece, Sweep
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -154,7 +154,7 @@ class _Filters(NamedTuple):
             shape = (*w.shape[:-2], each, filters)
         copied = 0
         # A graph holds weights as it does any input: no block makes a copy of them.
-        if not any_lazy(arrays.values()):
+        if not any_dask(arrays.values()):
             is_view = merged_stride(w.shape[split], w.strides[split]) is not None
             copied = 0 if is_view else Buffer("copy", w.size, w.dtype).nbytes
         return cls(shape, max(channels, 1), copied)
@@ -221,7 +221,7 @@ def depthwise_conv(
     if filters.copied:
         chosen = chosen._replace(groups=filters.groups)
         geometry = chosen.geometry(x.shape, filters.shape)
-        arrays["w"] = untouched(filters.shape, w.dtype)
+        arrays["w"] = stub_array(filters.shape, w.dtype)
         step = _Step("forward", geometry, arrays, out, chosen)
         plans = [partial(step.plan, _leaves_for_copies(x))]
         more["memory_limit"] = _beside_copy(filters.copied, plans, chosen)
@@ -288,10 +288,10 @@ def depthwise_conv_backward(
     return found._replace(w=None if found.w is None else found.w.reshape(w.shape))
 
 
-def _leaves_for_copies(array: Array) -> Leaves:
-    leaves = leaves_of(module_of({"x": array}), array)
-    refuse_capture(leaves, "w must be copied: its axes C and M do not lie in one run")
-    return leaves
+def _leaves_for_copies(array: Array) -> Backend:
+    backend = backend_of(module_of({"x": array}), array)
+    refuse_capture(backend, "w must be copied: its axes C and M do not lie in one run")
+    return backend
 
 
 def _plans_of_gradients(
@@ -302,14 +302,14 @@ def _plans_of_gradients(
 ) -> list[Planning]:
     """How the gradients are planned for which w will be a copy."""
     dy, x = arrays["dy"], arrays["x"]
-    leaves = leaves_of(module_of({"dy": dy}), dy)
-    w = untouched(geometry.w_shape, arrays["w"].dtype)
+    backend = backend_of(module_of({"dy": dy}), dy)
+    w = stub_array(geometry.w_shape, arrays["w"].dtype)
     steps = {
         "x": _Step("input_grad", geometry, {"dy": dy, "w": w}, None, options),
         "w": _Step("weight_grad", geometry, {"dy": dy, "x": x}, None, options),
     }
     plans: list[Planning] = [
-        partial(step.plan, leaves) for name, step in steps.items() if name in needs
+        partial(step.plan, backend) for name, step in steps.items() if name in needs
     ]
     if "bias" in needs:
         plans.append(_bias_planning(geometry, dy, options))
@@ -361,15 +361,17 @@ class _Step(NamedTuple):
     options: Options
     total: Array | None = None
 
-    def plan(self, leaves: Leaves, limit: int) -> Plan:
+    def plan(self, backend: Backend, limit: int) -> Plan:
         """Plan it for a result of the type of ``out``."""
         dtype = self.options.dtype if self.out is None else self.out.dtype
         own = self.options._replace(dtype=dtype, memory_limit=limit).settled()
         with stage("plan"):
-            return planned(self.call, self.geometry, self.arrays, self.out, own, leaves)
+            return planned(
+                self.call, self.geometry, self.arrays, self.out, own, backend
+            )
 
-    def run(self, leaves: Leaves, limit: int) -> None:
-        plan = self.plan(leaves, limit)
+    def run(self, backend: Backend, limit: int) -> None:
+        plan = self.plan(backend, limit)
         Call(plan, tuple(self.arrays.values()), self.out).run()
         total = self.total
         if total is not None:
@@ -458,12 +460,12 @@ def separable_conv(
         xp = module_of({**arrays, "out": out})
         check_out(out, shape, result)
         check_overlap(xp, out, arrays)
-    into = {"y": untouched(shape, result) if out is None else out}
-    cut = call.fitting(into)
-    with call.leaves.device_of(x):
+    into = {"y": stub_array(shape, result) if out is None else out}
+    tiling = call.fitting(into)
+    with call.backend.device_of(x):
         if out is None:
-            into["y"] = call.leaves.xp.empty(shape, dtype=result)
-        call.run(cut, into)
+            into["y"] = call.backend.xp.empty(shape, dtype=result)
+        call.run(tiling, into)
     return into["y"]
 
 
@@ -528,12 +530,12 @@ def separable_conv_backward(
         "depthwise": call.geometry.w_shape,
         "pointwise": call.whole.w_shape,
     }
-    into = {n: untouched(shapes[n], call.types.result) for n in shapes if n in needs}
+    into = {n: stub_array(shapes[n], call.types.result) for n in shapes if n in needs}
     plans = [_bias_planning(call.whole, dy, call.options)] if "bias" in needs else []
-    cut = call.fitting(into, plans)
-    with call.leaves.device_of(x):
-        into = {n: call.leaves.xp.empty(a.shape, a.dtype) for n, a in into.items()}
-        call.run(cut, into)
+    tiling = call.fitting(into, plans)
+    with call.backend.device_of(x):
+        into = {n: call.backend.xp.empty(a.shape, a.dtype) for n, a in into.items()}
+        call.run(tiling, into)
     for name, weights in (("depthwise", depthwise), ("pointwise", pointwise)):
         if name in into:
             into[name] = into[name].reshape(weights.shape)
@@ -544,7 +546,7 @@ def separable_conv_backward(
 
 
 # How calls that were seen before were shared out.
-_SEEN: dict[object, Cut] = {}
+_SEEN: dict[object, Tiling] = {}
 _MOST_SEEN = 1024
 
 
@@ -561,17 +563,17 @@ class _Separable(NamedTuple):
     copied: Array | None
     types: Types
     options: Options
-    leaves: Leaves
-    makes: frozenset[str]
+    backend: Backend
+    results: frozenset[str]
 
     @classmethod
     def of(
-        cls, arrays: dict[str, Array], makes: frozenset[str], options: Options
+        cls, arrays: dict[str, Array], results: frozenset[str], options: Options
     ) -> "_Separable":
         """Check shapes and types, and see the weights as `conv` does."""
         x, w, points = (arrays[name] for name in ("x", "depthwise", "pointwise"))
-        leaves = leaves_of(module_of(arrays), x)
-        refuse_capture(leaves, _TAKES_MEMORY)
+        backend = backend_of(module_of(arrays), x)
+        refuse_capture(backend, _TAKES_MEMORY)
         own = _Filters.of("depthwise", arrays, options.layout)
         options = options._replace(groups=own.groups).settled()
         geometry = options.geometry(x.shape, own.shape)
@@ -581,32 +583,34 @@ class _Separable(NamedTuple):
         place = (..., *axes) if geometry.channels_first else axes
         given = {
             **arrays,
-            "depthwise": untouched(own.shape, w.dtype),
+            "depthwise": stub_array(own.shape, w.dtype),
             "pointwise": points[place],
         }
         if not own.copied:
             given["depthwise"] = arrays["depthwise"].reshape(own.shape)
         options = options._replace(dtype=types.result)
         copied = arrays["depthwise"] if own.copied else None
-        return cls(geometry, filters, given, copied, types, options, leaves, makes)
+        return cls(geometry, filters, given, copied, types, options, backend, results)
 
     @property
     def whole(self) -> ConvGeometry:
         """The geometry of the second step."""
         return _second(self.geometry, self.filters)
 
-    def fitting(self, into: dict[str, Array], beside: Sequence[Planning] = ()) -> Cut:
+    def fitting(
+        self, into: dict[str, Array], beside: Sequence[Planning] = ()
+    ) -> Tiling:
         """The largest pieces that fit, or an error that names what would do.
 
         ``beside`` are plans of calls that come before or after.
         """
         key = self._key(into, beside)
-        cut = _SEEN.get(key)
-        if cut is None:
+        tiling = _SEEN.get(key)
+        if tiling is None:
             if len(_SEEN) >= _MOST_SEEN:
                 _SEEN.clear()
-            cut = _SEEN[key] = self._found(into, beside)
-        return cut
+            tiling = _SEEN[key] = self._found(into, beside)
+        return tiling
 
     def _key(self, into: dict[str, Array], beside: Sequence[Planning]) -> object:
         """What the plans of the steps depend on."""
@@ -617,52 +621,52 @@ class _Separable(NamedTuple):
         )
         options = self.options
         words = options.strategy, options.precision, options.deterministic
-        place = self.leaves.device, self.leaves.workers(), options.memory_limit
-        how = self.geometry, self.types, self.makes, len(beside), self.copied is None
+        place = self.backend.device, self.backend.workers(), options.memory_limit
+        how = self.geometry, self.types, self.results, len(beside), self.copied is None
         return lies, words, place, how
 
-    def _found(self, into: dict[str, Array], beside: Sequence[Planning]) -> Cut:
+    def _found(self, into: dict[str, Array], beside: Sequence[Planning]) -> Tiling:
         limit = self.options.memory_limit
         if isinstance(limit, int):
             return self._within(limit, into, beside)
         try:
-            return self._within(self.leaves.default_memory_limit, into, beside)
+            return self._within(self.backend.default_memory_limit, into, beside)
         except MemoryLimitError as error:
             return self._within(error.smallest, into, beside)
 
-    def run(self, cut: Cut, into: dict[str, Array]) -> None:
+    def run(self, tiling: Tiling, into: dict[str, Array]) -> None:
         """Carry it out on arrays that have been checked."""
-        leaves = self.leaves
-        with leaves.memory(workspace_bytes(cut.buffers)) as lent:
-            raw = lent if lent.size else leaves.xp.empty(0, dtype=leaves.xp.uint8)
-            buffers = carve(raw, aligned_start(raw) if raw.size else 0, cut.buffers)
-            if self.copied is not None and self.makes:
+        backend = self.backend
+        with backend.memory(workspace_bytes(tiling.buffers)) as lent:
+            raw = lent if lent.size else backend.xp.empty(0, dtype=backend.xp.uint8)
+            buffers = carve(raw, aligned_start(raw) if raw.size else 0, tiling.buffers)
+            if self.copied is not None and self.results:
                 buffers["copy"].reshape(self.copied.shape)[...] = self.copied
             is_first = True
-            for piece in chain.from_iterable(sweep.pieces() for sweep in cut.sweeps):
+            for piece in chain.from_iterable(sweep.pieces() for sweep in tiling.sweeps):
                 for step in self._steps(piece, into, buffers, is_first=is_first):
-                    step.run(leaves, cut.limit)
+                    step.run(backend, tiling.limit)
                 is_first = False
             for name in self._weights & set(buffers):
-                leaves.copy(buffers[name].reshape(into[name].shape), into[name])
+                backend.copy(buffers[name].reshape(into[name].shape), into[name])
 
     @property
     def _weights(self) -> frozenset[str]:
         """The gradients that are summed over pieces."""
-        return self.makes & {"depthwise", "pointwise"}
+        return self.results & {"depthwise", "pointwise"}
 
     def _within(
         self, limit: int, into: dict[str, Array], beside: Sequence[Planning]
-    ) -> Cut:
+    ) -> Tiling:
         least = _least(beside)
         counts = self._counts() if least <= limit else []
-        cuts = [self._cut(count, limit) for count in reversed(counts)]
+        tilings = [self._cut(count, limit) for count in reversed(counts)]
         # The largest pieces first, but half of the limit is for the steps if it can be:
         # in what little the largest may leave, their blocks would be tiny.
-        cuts.sort(key=lambda cut: cut.limit < limit // 2)
-        for cut in cuts:
-            if cut.limit >= 0 and self._fits(cut, into):
-                return cut
+        tilings.sort(key=lambda tiling: tiling.limit < limit // 2)
+        for tiling in tilings:
+            if tiling.limit >= 0 and self._fits(tiling, into):
+                return tiling
         raise MemoryLimitError(limit, max(least, self._smallest(into)), _NAME)
 
     def _counts(self) -> list[int]:
@@ -673,27 +677,27 @@ class _Separable(NamedTuple):
         halves = (1 << i for i in range((images * positions - 1).bit_length()))
         return [*halves, images * positions]
 
-    def _cut(self, positions: int, limit: int) -> Cut:
-        if not self.makes:
-            return Cut((), (), limit)
+    def _cut(self, positions: int, limit: int) -> Tiling:
+        if not self.results:
+            return Tiling((), (), limit)
         sweeps = self._sweeps(positions)
         buffers = tuple(self._buffers(sweeps))
-        overhead = self.leaves.overhead(1, self.types.accumulate.itemsize)
-        return Cut(sweeps, buffers, limit - overhead - workspace_bytes(buffers))
+        overhead = self.backend.overhead(1, self.types.accumulate.itemsize)
+        return Tiling(sweeps, buffers, limit - overhead - workspace_bytes(buffers))
 
-    def _sweeps(self, positions: int) -> tuple[Sweep, ...]:
-        g, makes = self.geometry, self.makes
-        blocks = Sweep(g, g.tile(positions), makes)
-        if blocks.is_whole or "x" not in makes:
+    def _sweeps(self, positions: int) -> tuple[Traversal, ...]:
+        g, results = self.geometry, self.results
+        blocks = Traversal(g, g.tile(positions), results)
+        if blocks.is_whole or "x" not in results:
             return (blocks,)
         # What several outputs give to a cell of x is summed in one piece.
         cells = most(lambda n: g.reach(g.region_tile(n)) <= positions, g.cells)
-        regions = Sweep(g, g.region_tile(cells), makes & {"x"}, over_x=True)
-        if makes == {"x"}:
+        regions = Traversal(g, g.region_tile(cells), results & {"x"}, over_x=True)
+        if results == {"x"}:
             return (regions,)
-        return blocks._replace(makes=makes - {"x"}), regions
+        return blocks._replace(results=results - {"x"}), regions
 
-    def _buffers(self, sweeps: tuple[Sweep, ...]) -> Iterator[Buffer]:
+    def _buffers(self, sweeps: tuple[Traversal, ...]) -> Iterator[Buffer]:
         g, types = self.geometry, self.types
         cells = g.filters * max(sweep.positions for sweep in sweeps)
         yield Buffer("between", cells, types.result)
@@ -708,10 +712,10 @@ class _Separable(NamedTuple):
             for name in sorted(self._weights):
                 yield Buffer(name, sizes[name], types.accumulate)
 
-    def _fits(self, cut: Cut, into: dict[str, Array]) -> bool:
+    def _fits(self, tiling: Tiling, into: dict[str, Array]) -> bool:
         try:
-            for step in self._kinds(cut, into):
-                step.plan(self.leaves, cut.limit)
+            for step in self._kinds(tiling, into):
+                step.plan(self.backend, tiling.limit)
         except MemoryLimitError:
             return False
         return True
@@ -720,17 +724,19 @@ class _Separable(NamedTuple):
         """The smallest limit that would do."""
         best: int | None = None
         for count in self._counts():
-            cut = self._cut(count, 0)
-            if best is None or -cut.limit < best:
-                plans = (partial(s.plan, self.leaves) for s in self._kinds(cut, into))
-                needed = _least(plans) - cut.limit
+            tiling = self._cut(count, 0)
+            if best is None or -tiling.limit < best:
+                plans = (
+                    partial(s.plan, self.backend) for s in self._kinds(tiling, into)
+                )
+                needed = _least(plans) - tiling.limit
                 best = needed if best is None else min(best, needed)
         return best or 0
 
-    def _kinds(self, cut: Cut, into: dict[str, Array]) -> Iterator[_Step]:
+    def _kinds(self, tiling: Tiling, into: dict[str, Array]) -> Iterator[_Step]:
         """The steps of a piece of every kind, of arrays that are not there yet."""
-        buffers = {b.name: untouched((b.cells,), b.dtype) for b in cut.buffers}
-        for piece in cut.kinds():
+        buffers = {b.name: stub_array((b.cells,), b.dtype) for b in tiling.buffers}
+        for piece in tiling.kinds():
             for is_first in (True, False)[: 1 + ("part" in buffers)]:
                 yield from self._steps(piece, into, buffers, is_first=is_first)
 
@@ -743,7 +749,7 @@ class _Separable(NamedTuple):
         is_first: bool,
     ) -> Iterator[_Step]:
         """What is done for a piece, in this order: its buffers are used again."""
-        one, makes = self._first(piece), piece.makes
+        one, results = self._first(piece), piece.results
         two = _second(one, self.filters)
         x = self._at(self.given["x"], piece.images, piece.cells)
         w, points = self.given["depthwise"], self.given["pointwise"]
@@ -760,23 +766,23 @@ class _Separable(NamedTuple):
             part = buffers["part"][: total.size].reshape(shape)
             return step._replace(out=part, total=total)
 
-        if makes & {"y", "pointwise"}:
+        if results & {"y", "pointwise"}:
             yield _Step("forward", one, {"x": x, "w": w}, h, own)
-        if "y" in makes:
+        if "y" in results:
             y = self._at(into["y"], piece.images, piece.outputs)
             bias = {"bias": self.given["bias"]} if "bias" in self.given else {}
             yield _Step("forward", two, {"x": h, "w": points, **bias}, y, other)
             return
         dy = self._at(self.given["dy"], piece.images, piece.outputs)
-        if "pointwise" in makes:
+        if "pointwise" in results:
             step = _Step("weight_grad", two, {"dy": dy, "x": h}, None, other)
             yield weights(step, "pointwise")
-        if makes & {"x", "depthwise"}:
+        if results & {"x", "depthwise"}:
             yield _Step("input_grad", two, {"dy": dy, "w": points}, h, other)
-        if "depthwise" in makes:
+        if "depthwise" in results:
             step = _Step("weight_grad", one, {"dy": h, "x": x}, None, own)
             yield weights(step, "depthwise")
-        if "x" in makes:
+        if "x" in results:
             dx = self._at(into["x"], piece.images, piece.cells)
             yield _Step("input_grad", one, {"dy": h, "w": w}, dx, own)
 

@@ -253,12 +253,12 @@ def conv_transpose_reference(
     dtype, (inputs, weights, *offset) = _as_numbers(x, w, bias)
     view = _View(layout, batched=x.ndim == w.ndim)
     images, filters = view.of_images(inputs), view.of_filters(weights)
-    spread = _Spread.of(images.shape, filters.shape, stride, dilation, groups)
-    spread = spread.cut(padding, output_padding, output_size)
-    y = np.zeros(spread.y_shape, dtype=object)
+    input_dilation = _Spread.of(images.shape, filters.shape, stride, dilation, groups)
+    input_dilation = input_dilation.tiling(padding, output_padding, output_size)
+    y = np.zeros(input_dilation.y_shape, dtype=object)
     for each in offset:
-        y += each.reshape(-1, *(1,) * len(spread.out))
-    for at_x, at_w, at_y in spread:
+        y += each.reshape(-1, *(1,) * len(input_dilation.out))
+    for at_x, at_w, at_y in input_dilation:
         y[at_y] += images[at_x] * filters[at_w]
     return _settled(view.back(y), dtype)
 
@@ -311,10 +311,10 @@ def conv_transpose_input_grad_reference(
     view = _View(layout, batched=len(x_shape) == w.ndim)
     dx = np.zeros(x_shape, dtype=object)
     cells, filters = view.of_images(dx), view.of_filters(weights)
-    spread = _Spread.of(cells.shape, filters.shape, stride, dilation, groups)
-    spread = spread.cut(padding, output_padding, output_size)
-    results = spread.checked(view.of_images(gradient))
-    for at_x, at_w, at_y in spread:
+    input_dilation = _Spread.of(cells.shape, filters.shape, stride, dilation, groups)
+    input_dilation = input_dilation.tiling(padding, output_padding, output_size)
+    results = input_dilation.checked(view.of_images(gradient))
+    for at_x, at_w, at_y in input_dilation:
         cells[at_x] += results[at_y] * filters[at_w].conjugate()
     return _settled(dx, dtype)
 
@@ -367,10 +367,10 @@ def conv_transpose_weight_grad_reference(
     view = _View(layout, batched=x.ndim == len(w_shape))
     dw = np.zeros(tuple(w_shape), dtype=object)
     images, weights = view.of_images(inputs), view.of_filters(dw)
-    spread = _Spread.of(images.shape, weights.shape, stride, dilation, groups)
-    spread = spread.cut(padding, output_padding, output_size)
-    results = spread.checked(view.of_images(gradient))
-    for at_x, at_w, at_y in spread:
+    input_dilation = _Spread.of(images.shape, weights.shape, stride, dilation, groups)
+    input_dilation = input_dilation.tiling(padding, output_padding, output_size)
+    results = input_dilation.checked(view.of_images(gradient))
+    for at_x, at_w, at_y in input_dilation:
         weights[at_w] += results[at_y] * images[at_x].conjugate()
     return _settled(dw, dtype)
 
@@ -416,7 +416,7 @@ class _Loops:
     before: Index
     dilation: Index
     groups: int
-    spread: Index
+    input_dilation: Index
     mode: str
     batch_groups: int
 
@@ -442,10 +442,11 @@ class _Loops:
             )
         rank = len(w_shape) - 2
         strides, dilations = _each(stride, rank), _each(dilation, rank)
-        spread = _each(apart, rank)
+        input_dilation = _each(apart, rank)
         spans = [d * (k - 1) + 1 for d, k in zip(dilations, w_shape[2:], strict=True)]
         sizes = [
-            max((n - 1) * d + 1, 0) for n, d in zip(x_shape[2:], spread, strict=True)
+            max((n - 1) * d + 1, 0)
+            for n, d in zip(x_shape[2:], input_dilation, strict=True)
         ]
         axes = list(zip(sizes, spans, strides, strict=True))
         if isinstance(padding, str):
@@ -459,7 +460,7 @@ class _Loops:
             for (size, span, step), pad in zip(axes, pads, strict=True)
         )
         before = tuple(pad[0] for pad in pads)
-        more = spread, mode, batch_groups
+        more = input_dilation, mode, batch_groups
         return cls(x_shape, w_shape, out, strides, before, dilations, groups, *more)
 
     @property
@@ -488,7 +489,7 @@ class _Loops:
             for t in np.ndindex(*self.w_shape[2:]):
                 each = zip(o, self.stride, t, self.dilation, self.before, strict=True)
                 places = [a * s + b * d - before for a, s, b, d, before in each]
-                axes = zip(places, self.x_shape[2:], self.spread, strict=True)
+                axes = zip(places, self.x_shape[2:], self.input_dilation, strict=True)
                 i = tuple(_read(*axis, self.mode) for axis in axes)
                 if min(i) >= 0:
                     yield o, t, i
@@ -534,7 +535,7 @@ class _Spread:
         rank = len(w_shape) - 2
         return cls(x_shape, w_shape, _each(stride, rank), _each(dilation, rank), groups)
 
-    def cut(self, padding: Any, more: Sizes, wanted: Sizes | None) -> "_Spread":
+    def tiling(self, padding: Any, more: Sizes, wanted: Sizes | None) -> "_Spread":
         """With the part of the canvas that is the result."""
         rank = len(self.stride)
         found = []

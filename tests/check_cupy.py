@@ -47,7 +47,7 @@ def main() -> None:
     import numpy as np
 
     import cuconv
-    from cuconv._cuda import why_not
+    from cuconv.backends.cuda import why_not
 
     assert "cupy" not in sys.modules
     assert cuconv.default_array_module() is np

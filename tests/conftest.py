@@ -92,13 +92,13 @@ def real_cupy() -> ModuleType:
 
 @pytest.fixture
 def choices(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """What ran in this test, one `cuconv.planner.Choice` for each call."""
-    plan = importlib.import_module("cuconv.plan").Plan
+    """What ran in this test, one `cuconv.engine.planner.Choice` for each call."""
+    plan = importlib.import_module("cuconv.engine.plan").Plan
     seen: list[Any] = []
     original = plan.run
 
     def spy(plan: Any, *arguments: Any) -> Any:
-        seen.append(plan._choice)
+        seen.append(plan._candidate)
         return original(plan, *arguments)
 
     monkeypatch.setattr(plan, "run", spy)
@@ -109,9 +109,9 @@ def choices(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 def busy(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Problems are worth several workers however small they are."""
     support = importlib.import_module("support")
-    host = importlib.import_module("cuconv.leaves.host")
-    eager = host.HOST_RATES._replace(worth_workers=0)
-    monkeypatch.setattr(host.HostLeaves, "rates", eager)
+    host = importlib.import_module("cuconv.backends.cpu.backend")
+    eager = host.CPU_RATES._replace(worth_workers=0)
+    monkeypatch.setattr(host.CpuBackend, "rates", eager)
     support.forget_plans()
     yield
     support.forget_plans()

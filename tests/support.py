@@ -11,9 +11,11 @@ import ml_dtypes  # noqa: F401 - gives NumPy the name bfloat16
 import numpy as np
 
 import cuconv
-from cuconv import calls, planner, testing
+from cuconv import testing
 from cuconv.arrays import SUPPORTED_TYPES
-from cuconv.leaves import host
+from cuconv.backends.cpu import backend as host
+from cuconv.engine import call as calls
+from cuconv.engine import planner
 from cuconv.memory import MemoryLimitError
 
 OPERATIONS = ("forward", "input_grad", "weight_grad")

@@ -24,10 +24,11 @@ from support import (
 )
 
 import cuconv
-from cuconv import plan as planning
-from cuconv import planner, strategies, testing
+from cuconv import strategies, testing
+from cuconv.engine import plan as planning
+from cuconv.engine import planner
 from cuconv.memory import Buffer
-from cuconv.strategies.base import Needs, OneWay, Work
+from cuconv.strategies.base import OneWay, Work, Workspace
 
 pytestmark = pytest.mark.parametrize("xp", ["cupy"], indirect=True)
 
@@ -59,7 +60,7 @@ extern "C" __global__ void direct(const float *a, const float *b, float *out, in
 """
 
 
-class Direct(OneWay):
+class DirectConv(OneWay):
     """One kernel for one axis, one group, float32; dear, so that others come first."""
 
     name = "direct"
@@ -74,25 +75,25 @@ class Direct(OneWay):
         mine = g.rank == 1 and g.groups == 1 and problem.module == "cupy"
         return mine and not problem.flipped and not problem.has_bias, "not mine"
 
-    def preferred(self, problem: Any, leaves: Any) -> int:
+    def preferred(self, problem: Any, backend: Any) -> int:
         return problem.geometry.images * problem.geometry.positions
 
     def tile(self, problem: Any, positions: int, variant: Any) -> Any:
         return problem.geometry.tile(positions)
 
-    def lanes(self, problem: Any, variant: Any) -> int:
+    def splits(self, problem: Any, variant: Any) -> int:
         return 1
 
-    def blocks(self, problem: Any, cut: Any) -> Any:
-        return problem.geometry.blocks(cut.tile)
+    def blocks(self, problem: Any, tiling: Any) -> Any:
+        return problem.geometry.blocks(tiling.tile)
 
-    def needs(self, problem: Any, cut: Any, leaves: Any) -> Needs:
-        return Needs()
+    def workspace(self, problem: Any, tiling: Any, backend: Any) -> Workspace:
+        return Workspace()
 
-    def pieces(self, problem: Any, cut: Any) -> int:
+    def pieces(self, problem: Any, tiling: Any) -> int:
         return 1
 
-    def work(self, problem: Any, cut: Any) -> Work:
+    def work(self, problem: Any, tiling: Any) -> Work:
         return Work(multiply=self.cost, blocks=0)
 
     def weights(self, job: Any, w: Any, kept: Any) -> Any:
@@ -116,33 +117,33 @@ class Direct(OneWay):
         self._kernel((-(-out.size // 64),), (64,), arguments)
 
 
-class Cheap(Direct):
+class Cheap(DirectConv):
     """The same, but what the planner prefers."""
 
     name = "cheap"
     cost = 1
 
 
-class Hungry(Direct):
+class Hungry(DirectConv):
     """The same, but it asks for memory."""
 
     name = "hungry"
 
-    def needs(self, problem: Any, cut: Any, leaves: Any) -> Needs:
-        return Needs(own=(Buffer("space", 100, np.dtype("f4")),))
+    def workspace(self, problem: Any, tiling: Any, backend: Any) -> Workspace:
+        return Workspace(own=(Buffer("space", 100, np.dtype("f4")),))
 
 
-class Packing(Direct):
+class Packing(DirectConv):
     """The same, but it keeps weights of its own."""
 
     name = "packing"
 
-    def needs(self, problem: Any, cut: Any, leaves: Any) -> Needs:
+    def workspace(self, problem: Any, tiling: Any, backend: Any) -> Workspace:
         cells = problem.geometry.filters * problem.geometry.patch
-        return Needs(weights=(Buffer("w", cells, problem.operand),))
+        return Workspace(weights=(Buffer("w", cells, problem.operand),))
 
     def weights(self, job: Any, w: Any, kept: Any) -> Any:
-        job.leaves.copy(w.reshape(-1), kept["w"])
+        job.backend.copy(w.reshape(-1), kept["w"])
         return kept["w"]
 
 
@@ -155,7 +156,7 @@ def _add(monkeypatch: pytest.MonkeyPatch, strategy: Any) -> None:
 @pytest.fixture
 def direct(xp: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The strategy of this file is among the others."""
-    _add(monkeypatch, Direct(xp))
+    _add(monkeypatch, DirectConv(xp))
     yield
     monkeypatch.undo()
     forget_plans()
@@ -435,7 +436,7 @@ def test_a_graph_that_recalls_the_winner(xp, monkeypatch, tmp_path, choices) -> 
     """Recorded winners hold in a capture; without one nothing is timed there."""
     monkeypatch.setenv("CUCONV_CACHE_DIR", str(tmp_path))
     planning.recall.__globals__["_known"].cache_clear()
-    _add(monkeypatch, Direct(xp))
+    _add(monkeypatch, DirectConv(xp))
     _add(monkeypatch, Cheap(xp))
     host = operands(LINE, "float32")
     arrays = host.on(xp)
@@ -445,7 +446,7 @@ def test_a_graph_that_recalls_the_winner(xp, monkeypatch, tmp_path, choices) -> 
         call("forward", arrays, LINE, out, strategy="benchmark")
         assert choices[-1].strategy.name == "cheap", "the cheapest, as by auto"
 
-    def picks_direct(leaves: Any, calls: Any) -> int:
+    def picks_direct(backend: Any, calls: Any) -> int:
         races.append(len(calls))
         names = [c.strategy.name for c in candidates]
         return names.index("direct")
@@ -530,7 +531,7 @@ def test_another_stream_may_capture_meanwhile(xp, choices) -> None:
 @pytest.mark.usefixtures("direct")
 def test_the_first_call_of_a_process_may_be_in_a_capture(xp, monkeypatch) -> None:
     """Whether a GPU works is not asked there: it would have to be waited for."""
-    from cuconv._cuda import device
+    from cuconv.backends.cuda import device
 
     host = operands(LINE, "float32")
     arrays = host.on(xp)

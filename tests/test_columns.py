@@ -182,9 +182,9 @@ def test_col2im_equals_the_loops(xp, order, dtype, layout) -> None:
         shape = loops_im2col(np.empty(case.x_shape), case, order).shape
         columns = integers(shape, dtype)
         wanted = loops_col2im(columns, case, order)
-        for choice in (True, False, None):
+        for candidate in (True, False, None):
             actual = col2im(
-                to_device(xp, columns), case, order=order, deterministic=choice
+                to_device(xp, columns), case, order=order, deterministic=candidate
             )
             testing.assert_equal(actual, wanted, dtype=dtype)
 

@@ -17,7 +17,7 @@ from threadpoolctl import threadpool_info, threadpool_limits
 
 import cuconv
 from cuconv import testing
-from cuconv.leaves import host
+from cuconv.backends.cpu import backend as host
 
 # More than two million multiply-adds: worth several workers.
 LARGE = Case((4, 16, 30, 28), (32, 16, 3, 3), {"padding": 1})
@@ -71,7 +71,7 @@ def test_threads_that_each_have_workers(xp, choices) -> None:
         answers = [call.result(timeout=120) for call in calls]
     if xp is np:
         assert len(choices) == 24
-        assert min(choice.cut.workers for choice in choices) > 1
+        assert min(candidate.tiling.workers for candidate in choices) > 1
     for answer in answers:
         testing.assert_equal(answer, wanted)
     assert blas_threads() == before
@@ -90,17 +90,17 @@ def test_blas_has_its_threads_again_after_an_error(monkeypatch) -> None:
     """An error in one worker reaches the caller when all have stopped."""
     x, w = large_arrays()
     before, begun = blas_threads(), threading.Event()
-    original = host.HostLeaves.gather
+    original = host.CpuBackend.gather
 
-    def gather(leaves: Any, *arguments: Any) -> None:
+    def gather(backend: Any, *arguments: Any) -> None:
         if threading.current_thread().name.startswith("cuconv"):
             begun.set()
             raise MemoryError("in a worker")
         # The caller works too, and must leave something for the others.
         assert begun.wait(60)
-        original(leaves, *arguments)
+        original(backend, *arguments)
 
-    monkeypatch.setattr(host.HostLeaves, "gather", gather)
+    monkeypatch.setattr(host.CpuBackend, "gather", gather)
     with pytest.raises(MemoryError, match="in a worker"), cuconv.config(num_threads=3):
         strictly(x, w)
     assert begun.is_set()

@@ -124,10 +124,10 @@ def test_all_operations_heed_it(choices) -> None:
         cuconv.conv_weight_grad(dy, x, w.shape)
         plan = cuconv.plan_conv(x.shape, w.shape)
     assert len(choices) == 4
-    for choice in (*choices, plan._choice):
-        assert choice.workspace_bytes <= 2**17
-        assert choice.cut.workers == 1
-        assert choice.problem.precision == "strict"
+    for candidate in (*choices, plan._candidate):
+        assert candidate.workspace_bytes <= 2**17
+        assert candidate.tiling.workers == 1
+        assert candidate.problem.precision == "strict"
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3, 64])
@@ -135,8 +135,8 @@ def test_num_threads_is_the_most(choices, threads) -> None:
     x, w = np.ones((8, 16, 56, 56), "f4"), np.ones((16, 16, 3, 3), "f4")
     with cuconv.config(num_threads=threads):
         cuconv.conv(x, w, strategy="im2col", memory_limit="2 MiB")
-    assert 1 <= choices[0].cut.workers <= threads
-    assert choices[0].cut.workers == 1 or threads > 1
+    assert 1 <= choices[0].tiling.workers <= threads
+    assert choices[0].tiling.workers == 1 or threads > 1
 
 
 BAD = [

@@ -165,9 +165,9 @@ def test_every_chunking_gives_the_same_numbers(xp, choices, op, layout, dtype) -
     assert checked == 6 * len(CASES)
     # Buffers come in units of 512 bytes, which hold more of the smaller types.
     most = 1.5 if np.dtype(dtype).itemsize > 1 else 1.1
-    cuts = {(choice.problem, choice.cut) for choice in choices}
+    tilings = {(candidate.problem, candidate.tiling) for candidate in choices}
     assert with_buffers > len(CASES) // 2
-    assert len(cuts) > most * with_buffers, "the limits did not lead to other chunks"
+    assert len(tilings) > most * with_buffers, "the limits did not lead to other chunks"
 
 
 @pytest.mark.parametrize("strategy", ["auto", "im2col", "pointwise"])
@@ -197,15 +197,15 @@ def test_several_workers_give_the_same_numbers(choices, op, layout) -> None:
             with cuconv.config(num_threads=3):
                 actual = run(op, arrays, case, memory_limit=limit)
             expect(op, arrays, case, np.float32, actual)
-    workers = {choice.cut.workers for choice in choices}
+    workers = {candidate.tiling.workers for candidate in choices}
     assert workers >= {1, 3}
 
 
 @pytest.mark.parametrize("op", OPERATIONS)
 def test_deterministic_or_not_the_sums_are_the_same(xp, op) -> None:
-    for case, choice in itertools.product(CASES.values(), (True, False, None)):
+    for case, candidate in itertools.product(CASES.values(), (True, False, None)):
         arrays = operands(case, "float32")
-        actual = run(op, arrays.on(xp), case, deterministic=choice)
+        actual = run(op, arrays.on(xp), case, deterministic=candidate)
         expect(op, arrays, case, np.float32, actual)
 
 
@@ -504,8 +504,8 @@ def test_byte_swapped_inputs_and_results(op) -> None:
         arrays = operands(case, dtype)
         swapped = Operands(*(a.astype(a.dtype.newbyteorder()) for a in arrays))
         expect(op, arrays, case, np.dtype(dtype), run(op, swapped, case))
-        foreign = np.dtype(dtype).newbyteorder()
-        expect(op, arrays, case, foreign, run(op, swapped, case, dtype=foreign))
+        needs_cast = np.dtype(dtype).newbyteorder()
+        expect(op, arrays, case, needs_cast, run(op, swapped, case, dtype=needs_cast))
 
 
 @pytest.mark.parametrize("op", OPERATIONS)
@@ -686,8 +686,8 @@ def test_backward_computes_what_is_needed_alone(xp, choices, needs) -> None:
             testing.assert_equal(got, getattr(whole, name))
     operations = {"x": "input_grad", "w": "weight_grad"}
     ran = [
-        "input_grad" if choice.problem.flipped else choice.problem.op
-        for choice in choices
+        "input_grad" if candidate.problem.flipped else candidate.problem.op
+        for candidate in choices
     ]
     assert sorted(ran) == sorted(operations[n] for n in needs if n in operations)
 

@@ -21,7 +21,8 @@ from support import (
 
 import cuconv
 from cuconv import testing
-from cuconv.leaves import host, jit_is_installed
+from cuconv.backends import jit_is_installed
+from cuconv.backends.cpu import backend as host
 from cuconv.strategies import depthwise
 
 pytestmark = pytest.mark.skipif(not jit_is_installed(), reason="needs Numba")
@@ -197,7 +198,7 @@ def test_an_error_in_a_loop_reaches_the_caller(monkeypatch) -> None:
     case = Case((2, 16, 40, 40), (16, 1, 3, 3), {"groups": 16})
     x, w = integers(case.x_shape, "float32"), integers(case.w_shape, "float32")
     wanted = cuconv.conv(x, w, groups=16, **DEPTHWISE)
-    from cuconv.leaves import jit
+    from cuconv.backends.cpu import loops as jit
 
     def broken(*arguments: Any) -> None:
         raise RuntimeError("in a loop")

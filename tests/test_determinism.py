@@ -140,7 +140,7 @@ def test_rubbish_in_the_arenas_does_not_show(op, name) -> None:
 
 
 def _fill_arenas(value: float) -> None:
-    from cuconv.leaves import host
+    from cuconv.backends.cpu import backend as host
 
     host._ARENAS.clear()
     with host._ARENAS.borrowed(2**23) as arena:
@@ -149,7 +149,7 @@ def _fill_arenas(value: float) -> None:
 
 def test_no_buffer_is_read_before_it_is_written() -> None:
     """Small problems, whose buffers a plan may keep: rubbish in them must not show."""
-    from cuconv.leaves import host
+    from cuconv.backends.cpu import backend as host
 
     for shape in ((2, 3, 5, 6), (1, 1, 4, 4), (3, 8, 3, 3)):
         for padding in (0, 1, ((2, 0), (0, 3))):

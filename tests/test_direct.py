@@ -30,8 +30,9 @@ from test_depthwise import EXTREMES
 
 import cuconv
 from cuconv import testing
-from cuconv._cuda import cuda_leaves, direct
-from cuconv._cuda.direct import pack_cells, share_cells, share_sums
+from cuconv.backends.cuda import cuda_backend
+from cuconv.backends.cuda import depthwise as direct
+from cuconv.backends.cuda.depthwise import pack_cells, share_cells, share_sums
 from cuconv.geometry import Axis
 
 pytestmark = pytest.mark.parametrize("xp", ["cupy"], indirect=True)
@@ -263,7 +264,7 @@ def test_nothing_to_add_is_zero(xp, op) -> None:
 
 
 def test_no_image_and_no_channel_for_the_kernels_themselves(xp) -> None:
-    loops = cuda_leaves().direct
+    loops = cuda_backend().direct
     axes = (Axis(1, 1, 1, 1, 0, 0),) * 2 + (Axis(5, 2, 1, 1, 0, 0),)
     x, dy = xp.empty((0, 3, 1, 1, 1, 5), "f4"), xp.empty((0, 3, 1, 1, 1, 4), "f4")
     w = xp.empty((3, 1, 1, 1, 1, 2), "f4")
@@ -300,10 +301,10 @@ def _of_one_cell(op: str, arrays: Operands) -> np.ndarray:
 
 @pytest.mark.parametrize("op", OPERATIONS)
 def test_threads_and_blocks_that_go_round_again(xp, op, monkeypatch) -> None:
-    from cuconv._cuda import leaves
+    from cuconv.backends.cuda import backend
 
     monkeypatch.setattr(direct, "MOST_THREADS", 512)
-    monkeypatch.setattr(leaves, "MOST_BLOCKS", 3)
+    monkeypatch.setattr(backend, "MOST_BLOCKS", 3)
     for case in CASES.values():
         check(xp, op, case, "float32")
     if getattr(xp, "IS_STAND_IN", False):
@@ -355,16 +356,16 @@ def test_every_weight_belongs_to_one_block(xp) -> None:
     for filters in (1, 7, 64, 1000):
         for taps in (1, 3, 9, 10, 25, 49):
             for positions in (1, 49, 5000, 10**6):
-                for lanes in (1, 8):
+                for splits in (1, 8):
                     share = share_sums(
                         *(filters, 2, taps, 6, positions),
                         at_once=4,
                         most_taps=9,
-                        lanes=lanes,
+                        splits=splits,
                     )
                     parts = -(-taps // share.taps_each)
                     assert 1 <= share.taps_each <= min(taps, 9)
-                    assert share.blocks == -(-filters // lanes) * 2 * parts
+                    assert share.blocks == -(-filters // splits) * 2 * parts
                     assert share.items * share.each >= 6 * positions
                     assert share.threads in (32, 64, 128, 256, 512)
                     seen.add((share.taps_each, share.threads))
@@ -391,7 +392,7 @@ def test_channels_are_neighbours_where_they_lie_closer(xp) -> None:
         launch = pack_cells(x, w, y, axes, np.dtype("f4"), adjoint=False)
         assert launch.packed["fastest"] == fastest
         sums = direct.pack_sums(x, w, y, axes, np.dtype("f4"))
-        assert sums.share.lanes == (8 if fastest else 1)
+        assert sums.share.splits == (8 if fastest else 1)
 
 
 # What it says

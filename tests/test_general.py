@@ -201,13 +201,13 @@ def test_gradients_are_convolutions_themselves(case) -> None:
     x, w, dy = operands(case, "complex128")
     o, (of_x, of_w) = case.options, pads_for_gradients(case)
     groups, batch_groups = o["groups"], o.get("batch_groups", 1)
-    spread, rank = o.get("input_dilation", 1), w.ndim - 2
+    input_dilation, rank = o.get("input_dilation", 1), w.ndim - 2
     dw = cuconv.conv(
         exchanged(x.conj()),
         exchanged(dy),
         stride=o["dilation"],
         dilation=o["stride"],
-        input_dilation=spread,
+        input_dilation=input_dilation,
         padding=of_w,
         padding_mode=o["padding_mode"],
         groups=batch_groups,
@@ -223,7 +223,7 @@ def test_gradients_are_convolutions_themselves(case) -> None:
     dx = cuconv.conv(
         dy,
         np.flip(filters, range(2, rank + 2)).conj(),
-        stride=spread,
+        stride=input_dilation,
         dilation=o["dilation"],
         input_dilation=o["stride"],
         padding=of_x,
@@ -287,7 +287,7 @@ spread_axes = st.builds(
     after=st.integers(-5, 8),
     overhang=st.just(0),
     windows=st.just(0),
-    spread=st.integers(1, 6),
+    input_dilation=st.integers(1, 6),
 ).filter(lambda a: a.padded >= a.extent)
 
 
@@ -301,14 +301,18 @@ def test_phases_of_y_meet_every_cell_and_no_zero_between_cells(axis) -> None:
         (other,) = phase.geometry.axes
         taps = range(axis.kernel)[phase.taps[0]]
         taken += taps
-        assert (other.spread, other.kernel, other.out) == (1, len(taps), len(own))
+        assert (other.input_dilation, other.kernel, other.out) == (
+            1,
+            len(taps),
+            len(own),
+        )
         for index, (number, tap) in product(range(len(own)), enumerate(taps)):
             cell = other.first(index) + number * other.dilation
             if 0 <= cell < axis.size:
                 met.append((own[index], tap, cell))
     assert len(set(owned)) == len(owned)
     assert len(set(taken)) == len(taken)
-    places = {cell * axis.spread: cell for cell in range(axis.size)}
+    places = {cell * axis.input_dilation: cell for cell in range(axis.size)}
     expected = []
     for output, tap in product(outputs, range(axis.kernel)):
         place = axis.first(output) + tap * axis.dilation
@@ -422,9 +426,12 @@ def test_plans_are_printed_with_their_options() -> None:
     mode = str(cuconv.plan_conv(*shapes, padding=2, padding_mode="circular"))
     assert "padding mode  circular" in mode
     assert "parts         one copy, for 4 images and 11 rows" in mode
-    spread = str(cuconv.plan_conv(*shapes, input_dilation=(2, 1), padding=1))
-    assert "9 cells, 3 taps, stride 1, dilation 1, input dilation 2, padding" in spread
-    assert "parts         2 phases" in spread
+    input_dilation = str(cuconv.plan_conv(*shapes, input_dilation=(2, 1), padding=1))
+    assert (
+        "9 cells, 3 taps, stride 1, dilation 1, input dilation 2, padding"
+        in input_dilation
+    )
+    assert "parts         2 phases" in input_dilation
     shared = str(cuconv.plan_conv(*shapes, batch_groups=2))
     assert "groups        2, of images" in shared
 

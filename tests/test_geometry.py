@@ -24,7 +24,7 @@ axes = st.builds(
     after=st.integers(-8, 8),
     overhang=st.just(0),
     windows=st.just(0),
-    spread=st.just(1),
+    input_dilation=st.just(1),
 ).filter(lambda a: a.size + a.before + a.after >= a.dilation * (a.kernel - 1) + 1)
 
 
@@ -197,9 +197,9 @@ def each_cell(*ranges: tuple[int, int]) -> Iterator[tuple[int, ...]]:
     return product(*(range(*r) for r in ranges))
 
 
-@given(cut=cut_geometries())
-def test_blocks_cover_the_output_once(cut) -> None:
-    geometry, tile = cut
+@given(tiling=cut_geometries())
+def test_blocks_cover_the_output_once(tiling) -> None:
+    geometry, tile = tiling
     blocks = list(geometry.blocks(tile))
     assert len(blocks) == geometry.count_blocks(tile)
     seen = [cell for b in blocks for cell in each_cell(b.images, *b.output)]
@@ -212,10 +212,10 @@ def test_blocks_cover_the_output_once(cut) -> None:
     assert blocks == sorted(blocks, key=lambda b: (b.images, b.output))
 
 
-@given(cut=cut_geometries())
-def test_a_window_and_its_padding_are_what_a_block_needs(cut) -> None:
+@given(tiling=cut_geometries())
+def test_a_window_and_its_padding_are_what_a_block_needs(tiling) -> None:
     """No cell too few, none too many at either end, and the padding fills the rest."""
-    geometry, tile = cut
+    geometry, tile = tiling
     for block in geometry.blocks(tile):
         spans = zip(
             geometry.axes, block.output, block.window, block.padding, strict=True
@@ -233,10 +233,10 @@ def test_a_window_and_its_padding_are_what_a_block_needs(cut) -> None:
                 assert padding == (inside[0] - start, stop - inside[-1] - 1)
 
 
-@given(cut=cut_geometries())
-def test_a_block_convolved_alone_is_the_block_of_the_whole(cut) -> None:
+@given(tiling=cut_geometries())
+def test_a_block_convolved_alone_is_the_block_of_the_whole(tiling) -> None:
     """Along each axis, as sums of the input's own indices: window, padding, stride."""
-    geometry, tile = cut
+    geometry, tile = tiling
     whole = [
         _along(axis, np.arange(1, axis.size + 1), axis.before, axis.after)
         for axis in geometry.axes
@@ -265,9 +265,9 @@ def _along(axis: Axis, cells: np.ndarray, before: int, after: int) -> np.ndarray
     return np.array([sum(row) for row in taps])
 
 
-@given(cut=cut_geometries(), data=st.data())
-def test_blocks_of_a_part_cover_the_part(cut, data) -> None:
-    geometry, tile = cut
+@given(tiling=cut_geometries(), data=st.data())
+def test_blocks_of_a_part_cover_the_part(tiling, data) -> None:
+    geometry, tile = tiling
     part = []
     for size in (geometry.images, *geometry.out):
         start = data.draw(st.integers(0, size - 1))
@@ -337,11 +337,11 @@ def test_tiles_grow_with_their_budget(images, size, budget) -> None:
 def test_tiles_are_cut_along_one_axis_and_in_balance(images, size, budget) -> None:
     tile = tile_of(images, size, budget)
     whole, steps = (images, *size), (tile.images, *tile.cells)
-    cut = [i for i, (n, s) in enumerate(zip(whole, steps, strict=True)) if 1 < s < n]
-    assert len(cut) <= 1
+    tiling = [i for i, (n, s) in enumerate(zip(whole, steps, strict=True)) if 1 < s < n]
+    assert len(tiling) <= 1
     full = [s == n for n, s in zip(whole, steps, strict=True)]
     one = [s == 1 for s in steps]
-    for i in cut:
+    for i in tiling:
         assert all(one[:i])
         assert all(full[i + 1 :])
     # The last piece falls short of the others by less than one for each piece.

@@ -718,14 +718,14 @@ def test_a_probe_that_fails_keeps_what_it_found(standin) -> None:
 
 def test_blocks_are_cut_as_they_are_asked_for(monkeypatch) -> None:
     """Smaller blocks are more chunks, and the default comes back."""
-    leaves = probes.importlib.import_module("cuconv._cuda").cuda_leaves()
-    usual = leaves.block_bytes
+    backend = probes.importlib.import_module("cuconv.backends.cuda").cuda_backend()
+    usual = backend.block_bytes
     wide = replace(SMALL, columns=(layer(8, 60, 4, 3),), block_mib=(1, 16))
     rows = [row for found in probes.blocks(wide) for row in found["blocks"]]
     chunks = {(row["type"], row["mib"]): row["chunks"] for row in rows}
     assert chunks["float32", 1] > chunks["float32", 16] == 1
     assert chunks["float32", 1] > chunks["float16", 1]
-    assert leaves.block_bytes == usual
+    assert backend.block_bytes == usual
 
 
 def test_times_are_those_of_calls_in_turn() -> None:

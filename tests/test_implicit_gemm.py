@@ -30,11 +30,11 @@ from support import (
 
 import cuconv
 from cuconv import testing
-from cuconv._cuda import cuda_leaves
-from cuconv._cuda.contraction import _Walk
 from cuconv.arrays import SUPPORTED_TYPES, accumulator
-from cuconv.blocking import Blocking, block_sizes
-from cuconv.composed import bind
+from cuconv.backends.blocking import Blocking, block_sizes
+from cuconv.backends.cuda import cuda_backend
+from cuconv.backends.cuda.implicit_gemm import _Walk
+from cuconv.engine.rewrites import bind
 from cuconv.geometry import ConvGeometry
 from cuconv.memory import MemoryLimitError
 from cuconv.options import Options
@@ -112,7 +112,7 @@ def launched(
     shape = {"forward": g.y_shape, "weight_grad": g.w_shape}[op]
     out = xp.empty(shape, arrays.x.dtype) if out is None else out
     parts = xp.empty(how.parts * math.prod(shape), accumulator(arrays.x.dtype))
-    kernels = cuda_leaves().contraction
+    kernels = cuda_backend().contraction
     if op == "forward":
         w, x = filters_of(arrays.w, problem), in_groups(arrays.x, g)
         kernels.convolve(w, x, None, in_groups(out, g), g.axes, how, parts)
@@ -283,11 +283,11 @@ def test_operands_turned_so_that_channels_come_last(xp, op, dtype, precision, pr
     arrays = host.on(xp)
     wanted = wanted_of(op, case)
     plan = plan_of(op, case, dtype, device="cuda", precision=precision, **MINE)
-    turned = [c for c in plan._decision.candidates if c.cut.variant[-1]]
+    turned = [c for c in plan._decision.candidates if c.tiling.variant[-1]]
     assert len(turned) == len(plan._decision.candidates) / 2 > 0
-    for choice in turned:
-        own = plan._on(choice)
-        assert "channels turned last" in choice.label
+    for candidate in turned:
+        own = plan._on(candidate)
+        assert "channels turned last" in candidate.label
         if prepares and op != "weight_grad":
             got = own.prepare(arrays.w)(
                 *(a for a in of(op, arrays) if a is not arrays.w)
@@ -296,7 +296,7 @@ def test_operands_turned_so_that_channels_come_last(xp, op, dtype, precision, pr
             got = own(*of(op, arrays))
         testing.assert_equal(to_host(got).astype("float64"), wanted)
         taken = device_peak(xp, lambda own=own: own(*of(op, arrays)))
-        assert 0 < taken <= choice.workspace_bytes
+        assert 0 < taken <= candidate.workspace_bytes
 
 
 @pytest.mark.parametrize("op", OPERATIONS)
@@ -311,7 +311,7 @@ def test_views_whose_channels_lie_last_need_no_turning(xp, op):
 
     arrays = Operands(viewed(host.x), xp.asarray(host.w), viewed(host.dy))
     plan = plan_of(op, case, "float16", device="cuda", **MINE)
-    turned = [c for c in plan._decision.candidates if c.cut.variant[-1]]
+    turned = [c for c in plan._decision.candidates if c.tiling.variant[-1]]
     assert turned
     got = plan._on(turned[0])(*of(op, arrays))
     testing.assert_equal(to_host(got).astype("float64"), wanted_of(op, case))
@@ -320,14 +320,14 @@ def test_views_whose_channels_lie_last_need_no_turning(xp, op):
 def test_only_tensor_cores_have_operands_turned(xp):
     def lies(dtype: str, **options: Any) -> set[int]:
         plan = plan_of("forward", ALIGNED, dtype, device="cuda", **MINE, **options)
-        return {c.cut.variant[-1] for c in plan._decision.candidates}
+        return {c.tiling.variant[-1] for c in plan._decision.candidates}
 
     assert lies("float16") == lies("float32", precision="fast") == {0, 1}
     assert lies("float32") == lies("float64") == {0}
     assert lies("float16", memory_limit=0) == {0}
     last = ALIGNED.in_layout("channels_last")
     plan = plan_of("forward", last, "float16", device="cuda", **MINE)
-    assert {c.cut.variant[-1] for c in plan._decision.candidates} == {0}
+    assert {c.tiling.variant[-1] for c in plan._decision.candidates} == {0}
 
 
 # What it takes, and what it rounds
@@ -357,13 +357,13 @@ def test_parts_take_what_they_say_and_never_more_than_allowed(xp):
     parts: dict[int, set[int]] = {}
     for limit in (0, 2**14, 2**20):
         plan = plan_of("weight_grad", case, device="cuda", memory_limit=limit, **MINE)
-        for choice in plan._decision.candidates:
-            own = plan._on(choice)
-            parts.setdefault(limit, set()).add(choice.cut.variant[2])
+        for candidate in plan._decision.candidates:
+            own = plan._on(candidate)
+            parts.setdefault(limit, set()).add(candidate.tiling.variant[2])
             testing.assert_equal(to_host(own(*of("weight_grad", arrays))), wanted)
             taken = device_peak(xp, lambda own=own: own(*of("weight_grad", arrays)))
-            assert taken <= choice.workspace_bytes <= limit
-            assert (taken > 0) == (choice.cut.variant[2] > 1)
+            assert taken <= candidate.workspace_bytes <= limit
+            assert (taken > 0) == (candidate.tiling.variant[2] > 1)
     assert parts == {0: {1}, 2**14: {1}, 2**20: {1, 4}}
 
 
@@ -379,7 +379,7 @@ def test_sums_are_cut_only_where_the_result_is_one_run(xp):
         arrays = {"x": x, "w": w}
         geometry = ConvGeometry.of_weights(x.shape, w.shape, padding=2)
         plan = bind("forward", geometry, arrays, out, Options(**options)).plan
-        seen[name] = {c.cut.variant[2] for c in plan._decision.candidates}
+        seen[name] = {c.tiling.variant[2] for c in plan._decision.candidates}
     assert seen["gaps"] == {1} < seen["run"]
 
 
@@ -535,7 +535,7 @@ def test_blocks_fit_the_filters(xp):
         plan = cuconv.plan_conv(
             (8, 16, 30, 30), (filters, 16, 3, 3), device="cuda", **MINE
         )
-        tall = plan._choice.cut.variant[0]
+        tall = plan._candidate.tiling.variant[0]
         assert tall < 2 * filters or tall == 32
         seen.add(tall)
     assert len(seen) > 1

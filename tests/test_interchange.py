@@ -7,7 +7,7 @@ import pytest
 from support import integers, to_host
 
 import cuconv
-from cuconv import _cuda
+from cuconv.backends import cuda as _cuda
 
 
 class ByDlpack:
@@ -32,7 +32,7 @@ class ByInterface:
         setattr(self, name, getattr(array, name, {}))
 
 
-def foreign(kind: str, array: Any) -> Any:
+def needs_cast(kind: str, array: Any) -> Any:
     on_host = isinstance(array, np.ndarray)
     if kind == "dlpack":
         return ByDlpack(array, 1 if on_host else 2)
@@ -42,7 +42,7 @@ def foreign(kind: str, array: Any) -> Any:
 @pytest.mark.parametrize("kind", ["dlpack", "interface"])
 def test_memory_is_shared(xp, kind):
     own = xp.asarray(integers((1, 2, 5), "float32"))
-    seen = cuconv.asarray(foreign(kind, own))
+    seen = cuconv.asarray(needs_cast(kind, own))
     assert cuconv.array_module(seen) is xp
     own[0, 1, 2] = 77
     assert float(to_host(seen)[0, 1, 2]) == 77
@@ -74,7 +74,7 @@ def test_a_tensor_by_mistake_is_told_which_call_to_use(xp, kind):
         r"x must be a NumPy or CuPy array; got .*, of which cuconv.asarray makes one"
     )
     with pytest.raises(TypeError, match=words):
-        cuconv.conv(foreign(kind, own), own)
+        cuconv.conv(needs_cast(kind, own), own)
 
 
 def test_what_shares_nothing_is_refused():

@@ -11,15 +11,15 @@ import numpy as np
 import pytest
 from support import integers, to_host
 
-from cuconv._cuda import cuda_leaves, structs
-from cuconv._cuda.gemm import gemm
-from cuconv._cuda.leaves import _lie
-from cuconv._cuda.structs import divisor, pack
-from cuconv._cuda.variants import all_variants, has_atomics
-from cuconv._cuda.words import Lie, Words, words_of
 from cuconv.arrays import SUPPORTED_TYPES, grouped, stored
+from cuconv.backends.cuda import cuda_backend, structs
+from cuconv.backends.cuda.backend import _layout
+from cuconv.backends.cuda.gemm import gemm
+from cuconv.backends.cuda.structs import divisor, pack
+from cuconv.backends.cuda.variants import all_variants, has_atomics
+from cuconv.backends.cuda.vector_width import ArrayLayout, VectorWidth, vector_width
+from cuconv.backends.padding import Reading
 from cuconv.geometry import Axis, ConvGeometry
-from cuconv.wrapping import Reading
 
 pytestmark = pytest.mark.parametrize("xp", ["cupy"], indirect=True)
 
@@ -126,7 +126,7 @@ def test_im2col(xp, rank, dtype, channels_first, joined, wide_index):
         pack(x, columns, geometry.axes, (0,) * rank, over_output=True).wide
         is wide_index
     )
-    cuda_leaves().gather(x, columns, geometry, whole(geometry), {})
+    cuda_backend().gather(x, columns, geometry, whole(geometry), {})
     np.testing.assert_array_equal(to_host(columns), columns_by_loops(host, geometry))
 
 
@@ -142,7 +142,7 @@ def test_col2im(xp, rank, dtype, deterministic, add, wide_index):
     sums = "float32" if dtype in ("float16", "bfloat16") else dtype
     before = integers((*columns.shape[:3], *geometry.size), sums, seed=1)
     target = xp.asarray(before)
-    cuda_leaves().scatter(
+    cuda_backend().scatter(
         columns,
         target,
         geometry,
@@ -215,8 +215,8 @@ def columns_in_words(xp, dtype, channels, size, kernel, stride, *, first, shift=
         *(geometry.kernel, geometry.out),
         channels_first=first,
     ).cells
-    words = words_of(_lie(x), _lie(columns), np.dtype(dtype).itemsize)
-    cuda_leaves().gather(x, columns, geometry, whole(geometry), {})
+    words = vector_width(_layout(x), _layout(columns), np.dtype(dtype).itemsize)
+    cuda_backend().gather(x, columns, geometry, whole(geometry), {})
     expected = columns_by_loops(to_host(x), geometry)
     np.testing.assert_array_equal(to_host(columns), expected)
     return words
@@ -256,23 +256,31 @@ def test_im2col_with_a_wide_index_moves_items_one_by_one(xp, monkeypatch):
 
 
 def test_words_need_steps_and_addresses_that_divide(xp):
-    x = Lie((2, 1, 8, 5, 6), (240, 240, 1, 48, 8), 4096)
-    columns = Lie((2, 1, 8, 1, 1, 5, 6), (240, 240, 1, 8, 8, 48, 8), 512)
-    assert words_of(x, columns, 4) == Words(channels=4)
-    assert words_of(x._replace(address=4104), columns, 4) == Words(channels=2)
-    assert words_of(x._replace(address=4100), columns, 4) == Words()
-    assert words_of(x._replace(steps=(240, 240, 1, 49, 8)), columns, 4) == Words()
-    assert words_of(x._replace(steps=(240, 240, 2, 48, 8)), columns, 4) == Words()
+    x = ArrayLayout((2, 1, 8, 5, 6), (240, 240, 1, 48, 8), 4096)
+    columns = ArrayLayout((2, 1, 8, 1, 1, 5, 6), (240, 240, 1, 8, 8, 48, 8), 512)
+    assert vector_width(x, columns, 4) == VectorWidth(channels=4)
+    assert vector_width(x._replace(address=4104), columns, 4) == VectorWidth(channels=2)
+    assert vector_width(x._replace(address=4100), columns, 4) == VectorWidth()
+    assert (
+        vector_width(x._replace(steps=(240, 240, 1, 49, 8)), columns, 4)
+        == VectorWidth()
+    )
+    assert (
+        vector_width(x._replace(steps=(240, 240, 2, 48, 8)), columns, 4)
+        == VectorWidth()
+    )
     # The step of an axis of one cell does not matter.
-    assert words_of(x._replace(steps=(240, 3, 1, 48, 8)), columns, 4) == Words(4)
-    first = Lie((2, 1, 3, 1, 1, 5, 8), (120, 120, 40, 40, 40, 8, 1), 512)
-    assert words_of(x, first, 4) == Words(positions=4)
-    assert words_of(x, first._replace(address=520), 4) == Words(positions=2)
-    assert words_of(x, first, 1) == Words()
+    assert vector_width(
+        x._replace(steps=(240, 3, 1, 48, 8)), columns, 4
+    ) == VectorWidth(4)
+    first = ArrayLayout((2, 1, 3, 1, 1, 5, 8), (120, 120, 40, 40, 40, 8, 1), 512)
+    assert vector_width(x, first, 4) == VectorWidth(positions=4)
+    assert vector_width(x, first._replace(address=520), 4) == VectorWidth(positions=2)
+    assert vector_width(x, first, 1) == VectorWidth()
     odd = first._replace(steps=(126, 120, 42, 40, 40, 8, 1))
-    assert words_of(x, odd, 4) == Words(positions=2)
+    assert vector_width(x, odd, 4) == VectorWidth(positions=2)
     backwards = first._replace(steps=(120, 120, 40, 40, 40, 8, -1))
-    assert words_of(x, backwards, 4) == Words()
+    assert vector_width(x, backwards, 4) == VectorWidth()
 
 
 def test_products_of_halves_with_odd_strides_go_one_by_one(xp):
@@ -298,12 +306,12 @@ def test_offsets_past_31_bits(xp):
     item[...] = xp.asarray(host)
     columns = empty_columns(xp, geometry, "uint8", wide=False)
     assert pack(item, columns, geometry.axes, (0, 0), over_output=True).wide
-    cuda_leaves().gather(item, columns, geometry, whole(geometry), {})
+    cuda_backend().gather(item, columns, geometry, whole(geometry), {})
     np.testing.assert_array_equal(to_host(columns), columns_by_loops(host, geometry))
     sums = xp.lib.stride_tricks.as_strided(buffer, (3, 1, 1, 2, 3), (far, 1, 1, 3, 1))
     cells = ((0, 2), (0, 3))
     block = whole(geometry)
-    cuda_leaves().scatter(
+    cuda_backend().scatter(
         columns, sums, geometry, block, cells, add=False, deterministic=True
     )
     expected = sums_by_loops(columns_by_loops(host, geometry), geometry)
@@ -353,8 +361,8 @@ def window_of(x: np.ndarray, rank: int, mode: str) -> np.ndarray:
     each = zip(SIZES[rank], WINDOWS[rank], strict=True)
     pads = [(max(-a, 0), max(b - n, 0)) for n, (a, b) in each]
     padded = np.pad(x, [(0, 0)] * 3 + pads, mode=NUMPY_MODES[mode])
-    cut = (slice(max(a, 0), max(a, 0) + b - a) for a, b in WINDOWS[rank])
-    return padded[(..., *cut)]
+    tiling = (slice(max(a, 0), max(a, 0) + b - a) for a, b in WINDOWS[rank])
+    return padded[(..., *tiling)]
 
 
 def axes_of(rank: int) -> tuple[Axis, ...]:
@@ -364,12 +372,12 @@ def axes_of(rank: int) -> tuple[Axis, ...]:
 @pytest.mark.parametrize("mode", NUMPY_MODES)
 @pytest.mark.parametrize("rank", [1, 2, 3])
 @pytest.mark.parametrize("dtype", ["int16", "complex128"])
-def test_extend(xp, rank, dtype, mode, wide_index):
+def test_pad_copy(xp, rank, dtype, mode, wide_index):
     x = integers((2, 2, 3, *SIZES[rank]), dtype, seed=rank)
     expected = window_of(x, rank, mode)
     copied = xp.empty(expected.shape, dtype=dtype)
     place = Reading(axes_of(rank), WINDOWS[rank], mode)
-    cuda_leaves().extend(xp.asarray(x), copied, place)
+    cuda_backend().pad_copy(xp.asarray(x), copied, place)
     np.testing.assert_array_equal(to_host(copied), expected)
 
 
@@ -377,7 +385,7 @@ def test_extend(xp, rank, dtype, mode, wide_index):
 @pytest.mark.parametrize("mode", NUMPY_MODES)
 @pytest.mark.parametrize("rank", [1, 2, 3])
 @pytest.mark.parametrize("dtype", ["int16", "complex64"])
-def test_fold_sums_what_has_read_a_cell(xp, rank, dtype, mode, add, wide_index):
+def test_pad_adjoint_sums_what_has_read_a_cell(xp, rank, dtype, mode, add, wide_index):
     shape = (2, 2, 3, *SIZES[rank])
     readers = window_of(np.arange(np.prod(shape)).reshape(shape), rank, mode)
     copied = integers(readers.shape, dtype, seed=rank)
@@ -386,5 +394,5 @@ def test_fold_sums_what_has_read_a_cell(xp, rank, dtype, mode, add, wide_index):
     np.add.at(expected.reshape(-1), readers, copied)
     target = xp.asarray(x)
     place = Reading(axes_of(rank), WINDOWS[rank], mode)
-    cuda_leaves().fold(xp.asarray(copied), target, place, add=add)
+    cuda_backend().pad_adjoint(xp.asarray(copied), target, place, add=add)
     np.testing.assert_array_equal(to_host(target), expected)

@@ -22,10 +22,10 @@ from support import LAYOUTS, Case, integers, operands, to_host
 import cuconv
 from cuconv import testing
 from cuconv.config import settings as settings_now
+from cuconv.dask import blocks as lazy_blocks
+from cuconv.dask import conv as lazy_conv
+from cuconv.dask.blocks import input_chunks, output_chunks, windows
 from cuconv.geometry import Axis, ConvGeometry
-from cuconv.lazy import blocks as lazy_blocks
-from cuconv.lazy import conv as lazy_conv
-from cuconv.lazy.blocks import input_chunks, output_chunks, windows
 from cuconv.memory import MemoryLimitError
 
 
@@ -57,8 +57,8 @@ def chunked(draw: st.DrawFn, shape: Sequence[int]) -> tuple[tuple[int, ...], ...
     most = 2 if len(shape) < 4 else 1
     for size in shape:
         inner = st.integers(1, max(size - 1, 1))
-        cuts = sorted({0, *draw(st.sets(inner, min_size=1, max_size=most)), size})
-        found.append(tuple(b - a for a, b in itertools.pairwise(cuts)) or (0,))
+        tilings = sorted({0, *draw(st.sets(inner, min_size=1, max_size=most)), size})
+        found.append(tuple(b - a for a, b in itertools.pairwise(tilings)) or (0,))
     return tuple(found)
 
 
@@ -274,19 +274,19 @@ def of_taps(x: np.ndarray, pool: Pool) -> np.ndarray:
 def test_pooling_and_gradients_equal_eager_ones(xp, pool, data) -> None:
     x = of_taps(integers(pool.x_shape), pool)
 
-    def cut(array: np.ndarray) -> Any:
+    def tiling(array: np.ndarray) -> Any:
         chunks = 2 if data is None else data.draw(chunked(array.shape))
         return lazy(xp, array, chunks)
 
-    X, options = cut(x), pool.options
+    X, options = tiling(x), pool.options
     y, places = reduce("max", x, pool, return_indices=True)
     Y, P = reduce("max", X, pool, return_indices=True)
     equal(Y, y)
     equal(P, places)
     dy = integers(y.shape, seed=1)
-    DY = cut(dy)
+    DY = tiling(dy)
     wanted = cuconv.max_pool_backward(dy, places, x.shape, pool.kernel, **options)
-    given_places = cut(places), x.shape
+    given_places = tiling(places), x.shape
     back = cuconv.max_pool_backward(DY, *given_places, pool.kernel, **options)
     equal(back, wanted)
     back = cuconv.max_pool_backward(DY, None, None, pool.kernel, x=X, **options)
@@ -441,9 +441,9 @@ def test_what_a_window_takes_of_a_chunk_travels_alone() -> None:
     pulled = windows(x, (((0, 6), (4, 10)), ((0, 5), (5, 10))))
     graph = dict(pulled.dask)
     joins = [key for key in graph if key[0] == pulled.name]
-    cuts = [key for key in graph if key[0].startswith("cuconv-cut")]
-    assert len(joins) == len(cuts) == 4
-    shapes = {value.shape for value in dask.get(graph, cuts)}
+    tilings = [key for key in graph if key[0].startswith("cuconv-cut")]
+    assert len(joins) == len(tilings) == 4
+    shapes = {value.shape for value in dask.get(graph, tilings)}
     # Each window is a whole chunk and one row of the next.
     assert shapes == {(1, 5)}
 

@@ -33,8 +33,8 @@ from test_conv import CASES, PLACES
 
 import cuconv
 from cuconv import testing
+from cuconv.backends.cpu import backend as host
 from cuconv.geometry import ConvGeometry
-from cuconv.leaves import host
 from cuconv.memory import MemoryLimitError
 
 # Large enough that its column matrix is megabytes, and each extent its own.
@@ -187,7 +187,7 @@ def test_several_workers_share_the_limit(choices) -> None:
         with cuconv.config(num_threads=4):
             for limit in (2**18, 2**20, 2**22, 2**24):
                 assert_within(np, call, max(limit, smallest_limit(call)))
-    workers = {choice.cut.workers for choice in choices}
+    workers = {candidate.tiling.workers for candidate in choices}
     assert min(workers) == 1
     assert max(workers) > 2
 

@@ -10,10 +10,10 @@ from benchmarks.nvrtc import (
     compile_variant,
     log_of,
 )
-from cuconv._cuda.elements import Variant
-from cuconv._cuda.source import kernel_folder, kernel_source
-from cuconv._cuda.variants import all_variants
-from cuconv.rates import MODERN
+from cuconv.backends.cuda.elements import Variant
+from cuconv.backends.cuda.source import kernel_folder, kernel_source
+from cuconv.backends.cuda.variants import all_variants
+from cuconv.engine.costs import MODERN
 
 KERNELS = {
     "im2col": 48,
@@ -26,8 +26,8 @@ KERNELS = {
     "transpose": 2,
     "depthwise": 16,
     "depthwise_weights": 16,
-    "extend": 30,
-    "fold": 54,
+    "pad_copy": 30,
+    "pad_adjoint": 54,
     "pool": 60,
     "pool_gradient": 56,
 }

@@ -27,7 +27,7 @@ from test_conv import CASES, EMPTY, PLACES
 
 import cuconv
 from cuconv import testing
-from cuconv.leaves import host
+from cuconv.backends.cpu import backend as host
 from cuconv.strategies import strategies
 
 DEVICES = {"numpy": "cpu", "cupy": "cuda"}
@@ -60,7 +60,7 @@ def test_a_plan_shows_all_that_it_knows() -> None:
         str(y_shape),
         "28 cells, 3 taps, stride 2, dilation 1, padding 1 and 0, 14 out",
         "30 cells, 5 taps, stride 1, dilation 1, padding 2 and 2, 30 out",
-        f"{plan._choice.label}, precision standard",
+        f"{plan._candidate.label}, precision standard",
         f"{plan.chunks} of ",
         f"{plan.workspace_bytes:,} bytes, limit 67,108,864",
         f"{plan.flops / 1e9:.4g} GFLOP",
@@ -89,7 +89,7 @@ def test_the_number_of_chunks_is_the_number_of_blocks() -> None:
     checked = 0
     for limit in (2**17, 2**18, 2**20, None):
         plan = plan_of("forward", BIG, memory_limit=limit)
-        assert plan.chunks == len(list(plan._choice.blocks))
+        assert plan.chunks == len(list(plan._candidate.blocks))
         checked += plan.chunks > 1
     assert checked >= 2
 
@@ -200,8 +200,8 @@ def test_a_plan_runs_as_it_says(choices) -> None:
     arrays = [integers(s, "float32") for s in (BIG.x_shape, BIG.w_shape)]
     for plan in made:
         plan(*arrays)
-        assert choices[-1].cut == plan._choice.cut
-        assert choices[-1].label == plan._choice.label
+        assert choices[-1].tiling == plan._candidate.tiling
+        assert choices[-1].label == plan._candidate.label
 
 
 # What it refuses
@@ -499,7 +499,7 @@ def test_the_second_call_takes_nothing_large(op, monkeypatch) -> None:
 
 def test_what_is_kept_never_passes_the_default_limit() -> None:
     """Many calls at once, of many sizes, each with an arena of its own."""
-    most = host.HostLeaves.default_memory_limit
+    most = host.CpuBackend.default_memory_limit
     arenas = host._Arenas(most)
     sizes = [most // 3, most // 2, most // 2, most, 2 * most, 1, 0, most // 3]
     for order in (sizes, sizes[::-1]):

@@ -24,7 +24,10 @@ from support import (
 from test_conv import CASES
 
 import cuconv
-from cuconv import calls, planner, rates, testing
+from cuconv import testing
+from cuconv.engine import call as calls
+from cuconv.engine import costs as rates
+from cuconv.engine import planner
 from cuconv.strategies import register, strategies
 
 # The module; the function of its name hides it.
@@ -63,7 +66,7 @@ def _is_sentence(reason: str) -> bool:
 def test_every_other_strategy_has_a_reason(op, case, dtype, precision) -> None:
     plan = plan_of(op, case, dtype, precision=precision)
     passed = plan.passed_over
-    assert plan._choice.label not in passed
+    assert plan._candidate.label not in passed
     words = {re.split(r" \(| over ", label)[0] for label in passed}
     assert words | {plan.strategy} == set(strategies())
     assert all(_is_sentence(reason) for reason in passed.values()), passed
@@ -138,8 +141,8 @@ def test_the_choice_is_the_cheapest() -> None:
     several = 0
     for case in CASES.values():
         plan = plan_of("forward", case, precision="fast")
-        times = [choice.nanoseconds for choice in plan._decision.candidates]
-        assert min(times) == plan._choice.nanoseconds
+        times = [candidate.nanoseconds for candidate in plan._decision.candidates]
+        assert min(times) == plan._candidate.nanoseconds
         several += len(times) > 1
     assert several > 10
 
@@ -149,7 +152,7 @@ def test_each_step_has_its_price() -> None:
     from cuconv.strategies import Work
 
     base = Work(multiply=1e6, short_side=64)
-    cost = partial(planner.price, rates=rates.HOST_RATES, workers=1)
+    cost = partial(planner.price, rates=rates.CPU_RATES, workers=1)
     checked = 0
     for name in set(Work._fields) - {"short_side", "tiles", "loads"}:
         more = base._replace(**{name: getattr(base, name) + 1e6})
@@ -157,7 +160,7 @@ def test_each_step_has_its_price() -> None:
         checked += 1
     assert checked == len(Work._fields) - 3
     assert cost(base._replace(short_side=2)) > cost(base)
-    two = partial(planner.price, rates=rates.HOST_RATES, workers=2)
+    two = partial(planner.price, rates=rates.CPU_RATES, workers=2)
     assert two(base._replace(multiply=1e12)) < cost(base._replace(multiply=1e12))
     assert two(base._replace(multiply=1)) > 0
 
@@ -173,8 +176,8 @@ def test_a_last_round_of_tiles_that_is_not_full_takes_as_long_as_a_full_one() ->
         for tiles in (1, 3, 4, 5, 8, 9)
     ]
     np.testing.assert_allclose(times, [4, 4 / 3, 1, 8 / 5, 1, 12 / 9])
-    alone = planner.price(base._replace(tiles=3), rates.HOST_RATES, 1)
-    assert alone == planner.price(base, rates.HOST_RATES, 1)
+    alone = planner.price(base._replace(tiles=3), rates.CPU_RATES, 1)
+    assert alone == planner.price(base, rates.CPU_RATES, 1)
 
 
 SHAPES = list(
@@ -204,7 +207,9 @@ def test_what_runs_does_not_depend_on_the_number_of_threads(op) -> None:
                     padding=kernel // 2,
                     memory_limit=limit,
                 )
-            found.add((plan._choice.label, plan._choice.cut._replace(workers=0)))
+            found.add(
+                (plan._candidate.label, plan._candidate.tiling._replace(workers=0))
+            )
             assert plan.workers <= threads
         assert len(found) == 1, f"{found} for {n, c, size, k, kernel, stride, limit}"
         checked += 1
@@ -312,7 +317,7 @@ def test_other_settings_are_another_plan(choices) -> None:
     assert found[0] == found[-1]
     assert found[1].strategy.name != "winograd"
     assert found[2].workspace_bytes <= 2**18
-    assert [choice.cut.workers for choice in found[3:5]] == [1, 2]
+    assert [candidate.tiling.workers for candidate in found[3:5]] == [1, 2]
 
 
 BAD = {

@@ -26,11 +26,11 @@ from test_errors import assert_refused, large
 
 import cuconv
 from cuconv import testing
-from cuconv._cuda import cuda_leaves
-from cuconv._cuda import pools as packing
+from cuconv.backends.cpu import backend as host
+from cuconv.backends.cpu import pooling as host_pools
+from cuconv.backends.cuda import cuda_backend
+from cuconv.backends.cuda import pooling as packing
 from cuconv.geometry import Axis, EvenAxis, WindowGeometry
-from cuconv.leaves import host
-from cuconv.leaves import pools as host_pools
 from cuconv.memory import MemoryLimitError
 
 REAL = ("float32", "float64", *HALVES, "bool", "int8", "uint8", "uint16", "int64")
@@ -384,7 +384,7 @@ def test_any_view_and_any_out(xp, view) -> None:
 def test_results_have_the_byte_order_of_the_machine(dtype) -> None:
     """NumPy alone: CuPy has only that one."""
     x = integers((2, 3, 6, 7), dtype, 1)
-    foreign = x.dtype.newbyteorder()
+    needs_cast = x.dtype.newbyteorder()
 
     def calls(order: Any) -> Any:
         a = x.astype(order)
@@ -401,7 +401,7 @@ def test_results_have_the_byte_order_of_the_machine(dtype) -> None:
             yield norms
             yield cuconv.lp_pool_backward(dy, a, norms.astype(order), 2, 2)
 
-    for got, wanted in zip(calls(foreign), calls(x.dtype), strict=True):
+    for got, wanted in zip(calls(needs_cast), calls(x.dtype), strict=True):
         assert got.dtype.isnative
         equal(got, wanted, dtype=wanted.dtype)
 
@@ -554,7 +554,7 @@ def test_a_limit_for_all_calls() -> None:
 
 def test_without_a_limit_the_least_that_will_do(monkeypatch) -> None:
     x = integers((2, 3, 41, 90))
-    monkeypatch.setattr(host.HostLeaves, "default_memory_limit", 1000)
+    monkeypatch.setattr(host.CpuBackend, "default_memory_limit", 1000)
     equal(CALLS["mean"](x), CALLS["mean"](x, memory_limit="1 MiB"))
 
 
@@ -575,7 +575,7 @@ def test_workers_change_nothing(name, monkeypatch) -> None:
     wanted = CALLS[name](x)
     monkeypatch.setattr(host_pools, "_WORTH_WORKERS", 0)
     monkeypatch.setattr(host_pools, "_PIECE", 2**9)
-    monkeypatch.setattr(host.HostLeaves, "workers", lambda _: 3)
+    monkeypatch.setattr(host.CpuBackend, "workers", lambda _: 3)
     for layout in range(2):
         got = CALLS[name](x)
         pair = isinstance(got, tuple)
@@ -587,9 +587,9 @@ def test_workers_change_nothing(name, monkeypatch) -> None:
 def test_workers_change_no_bit_of_a_mean_of_long_windows(monkeypatch) -> None:
     """Even where a piece of several workers is one window, and that of one is two."""
     x = np.random.default_rng(0).standard_normal((1, 1, 1024, 256), dtype="float32")
-    monkeypatch.setattr(host.HostLeaves, "workers", lambda _: 1)
+    monkeypatch.setattr(host.CpuBackend, "workers", lambda _: 1)
     wanted = cuconv.avg_pool(x, (512, 256))
-    monkeypatch.setattr(host.HostLeaves, "workers", lambda _: 2)
+    monkeypatch.setattr(host.CpuBackend, "workers", lambda _: 2)
     np.testing.assert_array_equal(cuconv.avg_pool(x, (512, 256)), wanted)
 
 
@@ -619,7 +619,7 @@ def test_planes_of_more_than_two_to_the_31_cells(xp) -> None:
 def test_offsets_are_wide_where_they_must_be() -> None:
     """Planes past 2^31 cells, or strides past it, in a struct that nobody launches."""
 
-    class Lie:
+    class ArrayLayout:
         def __init__(self, shape: tuple[int, ...], strides: tuple[int, ...]) -> None:
             self.shape, self.strides, self.dtype = shape, strides, np.dtype("int8")
             self.size = int(np.prod(shape))
@@ -627,17 +627,20 @@ def test_offsets_are_wide_where_they_must_be() -> None:
     for size, step, wide in ((2**20, 1, False), (2**31, 1, True), (2**20, 2**12, True)):
         g = WindowGeometry.of((1, 1, size), (2**10,))
         same = dict.fromkeys(("source", "accumulate", "result"), np.dtype("int8"))
-        pooling = packing.Pooling("max", g, **same)
-        x, y = Lie((1, 1, size), (0, 0, step)), Lie((1, 1, size // 2**10), (0, 0, 1))
+        pooling = packing.PoolProblem("max", g, **same)
+        x, y = (
+            ArrayLayout((1, 1, size), (0, 0, step)),
+            ArrayLayout((1, 1, size // 2**10), (0, 0, 1)),
+        )
         assert packing.pack_pool(pooling, x, y).wide is wide
 
 
 def test_a_graph_can_hold_them(monkeypatch) -> None:
     cupy = pytest.importorskip("cupy")
     x = cupy.asarray(integers((2, 3, 9, 10), "float32"))
-    leaves = cuda_leaves(None)
+    backend = cuda_backend(None)
     results = {name: call(x) for name, call in CALLS.items()}
-    monkeypatch.setattr(type(leaves), "is_capturing", lambda _: True)
+    monkeypatch.setattr(type(backend), "is_capturing", lambda _: True)
     for name, call in CALLS.items():
         call(x, out=results[name])
         with pytest.raises(ValueError, match="graph is being captured"):
@@ -902,7 +905,7 @@ AXES = st.builds(
     after=st.integers(-6, 6),
     overhang=st.just(0),
     windows=st.just(0),
-    spread=st.just(1),
+    backward=st.just(1),
 )
 
 

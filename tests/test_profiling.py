@@ -18,8 +18,8 @@ from support import (
 )
 
 import cuconv
-from cuconv import plan as planning
 from cuconv import profiling
+from cuconv.engine import plan as planning
 
 
 class Range(NamedTuple):
@@ -174,12 +174,12 @@ def test_ranges_close_when_something_fails(xp, domain, monkeypatch) -> None:
     x, w, _ = operands(PADDED, "float32").on(xp)
     with pytest.raises(MemoryError):
         cuconv.conv(x, w, padding=1, memory_limit=1, **with_buffers_on(xp))
-    leaves = type(planning.leaves_of(xp))
+    backend = type(planning.backend_of(xp))
 
     def gather(*arguments: Any, **options: Any) -> None:
         raise RuntimeError("in the gather")
 
-    monkeypatch.setattr(leaves, "gather", gather)
+    monkeypatch.setattr(backend, "gather", gather)
     with pytest.raises(RuntimeError, match="in the gather"):
         cuconv.conv(x, w, padding=1, **with_buffers_on(xp))
     domain.assert_balanced()

@@ -62,7 +62,7 @@ def run_sanitized(*arguments: str) -> subprocess.CompletedProcess[str]:
         ("kernels", "im2col and not complex128 and not float64", 60),
         ("kernels", "col2im and False- and (float32 or uint8 or complex64)", 30),
         ("kernels", "gemm or offsets", 100),
-        ("kernels", "(extend or fold) and int32-int16", 25),
+        ("kernels", "(pad_copy or pad_adjoint) and int32-int16", 25),
         ("tiles", "split or join", 15),
         ("direct", "anywhere or one_in_memory or round_again", 15),
         ("pooling", "cupy and (any_view or no_window)", 6),

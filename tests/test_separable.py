@@ -221,8 +221,10 @@ def test_the_limit_of_a_depthwise_call_has_room_for_the_copy(xp) -> None:
     host = made(BIG if xp is np else SMALLER, "float32")
     x, far = to_device(xp, host.x), strided(xp, host.depthwise)
     call = partial(cuconv.depthwise_conv, x, far, strategy="im2col", padding="same")
-    turn = partial(cuconv.depthwise_conv_backward, call(), x, far, strategy="im2col")
-    for each in (call, partial(turn, padding="same", needs=("x",))):
+    copy_transposed = partial(
+        cuconv.depthwise_conv_backward, call(), x, far, strategy="im2col"
+    )
+    for each in (call, partial(copy_transposed, padding="same", needs=("x",))):
         least = smallest_limit(each)
         for limit in (least, least + 4 * far.nbytes):
             assert peak(xp, partial(each, memory_limit=limit)) <= limit
@@ -240,15 +242,17 @@ def test_separable_is_the_composition_in_any_pieces(xp, name, layout) -> None:
     back = in_layout(back, layout, batched)
     call = partial(cuconv.separable_conv, arrays.x, *arrays.weights, arrays.bias)
     call = partial(call, **arrays.options)
-    turn = partial(cuconv.separable_conv_backward, arrays.dy, arrays.x, *arrays.weights)
-    turn = partial(turn, **arrays.options)
+    copy_transposed = partial(
+        cuconv.separable_conv_backward, arrays.dy, arrays.x, *arrays.weights
+    )
+    copy_transposed = partial(copy_transposed, **arrays.options)
     for factor in (1, None):
         own, other = (
             {} if factor is None else {"memory_limit": int(factor * smallest_limit(f))}
-            for f in (call, turn)
+            for f in (call, copy_transposed)
         )
         testing.assert_equal(call(**own), wanted)
-        found = turn(**other)
+        found = copy_transposed(**other)
         for mine, loops in zip(found, back, strict=True):
             testing.assert_equal(mine, loops)
 
@@ -326,9 +330,9 @@ def test_steps_are_left_half_of_the_limit(xp) -> None:
         separable._SEEN.clear()
         y = cuconv.separable_conv(x, w, points, memory_limit=limit)
         testing.assert_equal(y, np.full(y.shape, 16.0))
-        (cut,) = separable._SEEN.values()
-        assert cut.limit >= limit // 2
-        assert cut.sweeps[0].number == pieces
+        (tiling,) = separable._SEEN.values()
+        assert tiling.limit >= limit // 2
+        assert tiling.sweeps[0].number == pieces
 
 
 def test_the_limit_holds_by_measurement(xp) -> None:
@@ -337,10 +341,14 @@ def test_the_limit_holds_by_measurement(xp) -> None:
     x, w, points, bias, dy, options = arrays
     between = w.shape[1] * x.nbytes
     call = partial(cuconv.separable_conv, x, w, points, bias, **options)
-    turn = partial(cuconv.separable_conv_backward, dy, x, w, points, **options)
+    copy_transposed = partial(
+        cuconv.separable_conv_backward, dy, x, w, points, **options
+    )
     far = strided(xp, to_host(w))
     copied = partial(cuconv.separable_conv, x, far, points, **options)
-    for each in (call, turn, copied) if xp is np else (call, turn):
+    for each in (
+        (call, copy_transposed, copied) if xp is np else (call, copy_transposed)
+    ):
         wanted, least = each(), smallest_limit(each)
         assert 0 < least < (between if each is call else 2 * between)
         for limit in (least, least + between // 3):

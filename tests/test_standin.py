@@ -216,7 +216,7 @@ def test_kernels_run_on_the_current_stream(standin):
 
 
 def test_kernels_are_loaded_once_per_device(standin):
-    from cuconv._cuda.compiler import _loaded
+    from cuconv.backends.cuda.compiler import _loaded
 
     x = standin.asarray(integers((1, 1, 9, 9), "float64"))
     cuconv.im2col(x, 3)
@@ -267,10 +267,10 @@ def test_deterministic_never_scatters(standin):
     x_shape, w = (1, 2, 6, 6), standin.asarray(integers((3, 2, 3, 3), "float32"))
     dy = standin.asarray(integers((1, 3, 4, 4), "float32"))
     names = {}
-    for choice in (None, True, False):
+    for candidate in (None, True, False):
         before = len(launches)
-        cuconv.conv_input_grad(dy, w, x_shape, deterministic=choice)
-        names[choice] = {name for name, *_ in launches[before:]}
+        cuconv.conv_input_grad(dy, w, x_shape, deterministic=candidate)
+        names[candidate] = {name for name, *_ in launches[before:]}
     gather, scatter = {"col2im_gather"}, {"col2im_scatter"}
     assert names == {None: gather, True: gather, False: scatter}
 
@@ -291,7 +291,7 @@ def test_halves_with_wide_results_reach_cublas_in_types_it_knows(xp, half, wide)
 
 
 def test_a_gpu_that_failed_once_is_asked_again(standin, monkeypatch):
-    from cuconv._cuda import device
+    from cuconv.backends.cuda import device
 
     monkeypatch.setattr(device, "_working", [])
 
@@ -309,7 +309,7 @@ def test_a_gpu_that_failed_once_is_asked_again(standin, monkeypatch):
 
 
 def test_precompiled_kernels_are_those_that_run(standin):
-    from cuconv._cuda.compiler import _loaded
+    from cuconv.backends.cuda.compiler import _loaded
 
     _loaded.cache_clear()
     cuconv.precompile(("float16",), (2,))
@@ -321,7 +321,7 @@ def test_precompiled_kernels_are_those_that_run(standin):
 
 
 def test_pooling_is_precompiled_too(standin):
-    from cuconv._cuda.compiler import _loaded
+    from cuconv.backends.cuda.compiler import _loaded
 
     _loaded.cache_clear()
     cuconv.precompile(("float16",), (2,))
@@ -341,7 +341,7 @@ def test_pooling_is_precompiled_too(standin):
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_products_without_columns_are_precompiled_too(standin, layout):
     """Real numbers are not conjugated: all three operations find their kernels."""
-    from cuconv._cuda.compiler import _loaded
+    from cuconv.backends.cuda.compiler import _loaded
 
     case = Case((2, 8, 5, 6), (16, 8, 3, 2), {}).in_layout(layout)
     arrays = operands(case, "float32").on(standin)

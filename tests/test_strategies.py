@@ -174,9 +174,9 @@ def test_the_others_are_within_their_bound(op, layout, dtype, name) -> None:
             arrays = normal(case, dtype)
             wanted = reference(op, Operands(*(a.astype(float) for a in arrays)), case)
             bound = BOUNDS[name, precision, dtype]
-            for choice in plan._decision.candidates:
-                assert choice.strategy.name == name
-                got = plan._on(choice).run(of(op, arrays), None)
+            for candidate in plan._decision.candidates:
+                assert candidate.strategy.name == name
+                got = plan._on(candidate).run(of(op, arrays), None)
                 assert_near(got, wanted, bound)
                 ran += 1
     assert ran >= (1 if name == "fft" else 4)
@@ -201,8 +201,8 @@ def test_all_strategies_agree(op, case, precision) -> None:
     names = set()
     for name in strategies():
         plan = plan_of(op, case, strategy=name, precision=precision)
-        for choice in plan._decision.candidates if plan else ():
-            got = plan._on(choice).run(of(op, arrays), None)
+        for candidate in plan._decision.candidates if plan else ():
+            got = plan._on(candidate).run(of(op, arrays), None)
             assert_within(got, wanted, 1e-5 * terms * largest)
             names.add(name)
     assert "im2col" in names

@@ -10,9 +10,11 @@ import pytest
 from support import Case, operands, reference, to_host
 
 import cuconv
-from cuconv import planner, rates, testing
-from cuconv.leaves import leaves_of, leaves_on
-from cuconv.rates import CUDA_RATES, Gpu, cuda_block_bytes, cuda_rates
+from cuconv import testing
+from cuconv.backends import backend_of, backend_on
+from cuconv.engine import costs as rates
+from cuconv.engine import planner
+from cuconv.engine.costs import CUDA_RATES, Gpu, cuda_block_bytes, cuda_rates
 
 CASE = Case((2, 4, 7, 9), (6, 2, 3, 2), {"stride": (2, 1), "padding": 1, "groups": 2})
 GENERAL = cuconv.conv, cuconv.conv_input_grad, cuconv.conv_weight_grad
@@ -297,20 +299,20 @@ def test_calls_are_planned_for_the_device_of_their_arrays(standin, monkeypatch) 
     large = Case((4, 16, 30, 30), (8, 16, 3, 3), {})
     decide, asked = planner.decide, []
 
-    def spy(problem: Any, leaves: Any, *rest: Any) -> Any:
-        asked.append(leaves.device)
-        return decide(problem, leaves, *rest)
+    def spy(problem: Any, backend: Any, *rest: Any) -> Any:
+        asked.append(backend.device)
+        return decide(problem, backend, *rest)
 
-    monkeypatch.setattr("cuconv.plan.decide", spy)
+    monkeypatch.setattr("cuconv.engine.plan.decide", spy)
     with standin.cuda.Device(1):
         x, w, _ = (standin.ones(s, "float32") for s in (*large[:2], (1,)))
         cuconv.plan_conv(*large[:2], device="cuda")
         cuconv.plan_conv(*large[:2], device="cuda:0")
     cuconv.conv(x, w)
     assert asked == ["cuda:1", "cuda:0", "cuda:1"]
-    first, second = (leaves_on(f"cuda:{i}") for i in range(2))
-    assert first is leaves_of(standin)
-    assert second is leaves_of(standin, x)
+    first, second = (backend_on(f"cuda:{i}") for i in range(2))
+    assert first is backend_of(standin)
+    assert second is backend_of(standin, x)
     assert (first.block_bytes, second.block_bytes) == (25 * 2**20, 20 * 2**20)
     assert first.default_memory_limit == second.default_memory_limit == 256 * 2**20
     assert first.rates.multiply < second.rates.multiply
@@ -360,7 +362,7 @@ def test_measured_rates_go_first(monkeypatch) -> None:
 @on_cupy
 def test_a_gpu_is_asked_by_attributes(xp) -> None:
     """Clock rates are no properties any more where CuPy is built for CUDA 13."""
-    gpu = leaves_of(xp)._gpu
+    gpu = backend_of(xp)._gpu
     assert isinstance(gpu.name, str)
     assert gpu.compute_capability == xp.cuda.Device().compute_capability
     assert min(gpu.multiprocessors, gpu.memory_bits, gpu.l2_bytes) > 0
@@ -381,6 +383,6 @@ def test_times_come_from_events(standin, monkeypatch) -> None:
         return call
 
     before = len(stream.synchronisations)
-    times = leaves_of(standin).times([takes(0.25), takes(2), takes(0.5)])
+    times = backend_of(standin).times([takes(0.25), takes(2), takes(0.5)])
     assert times == [250, 2000, 500]
     assert stream.synchronisations[before:] == ["event"]

@@ -13,10 +13,10 @@ import pytest
 from support import Case, integers, operands, reference, to_host
 
 import cuconv
-from cuconv._cuda import tiles as module
-from cuconv._cuda.gemm import gemm
-from cuconv._cuda.tiles import CudaTiles
-from cuconv._cuda.variants import TILE_SIZES, all_variants
+from cuconv.backends.cuda import winograd as module
+from cuconv.backends.cuda.gemm import gemm
+from cuconv.backends.cuda.variants import TILE_SIZES, all_variants
+from cuconv.backends.cuda.winograd import CudaTiles
 from cuconv.strategies import winograd
 
 pytestmark = pytest.mark.parametrize("xp", ["cupy"], indirect=True)

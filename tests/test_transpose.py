@@ -328,7 +328,7 @@ def test_every_chunking_gives_the_same_numbers(xp, choices, layout, dtype) -> No
             expect_known("forward", title, layout, dtype, actual)
             checked += 1
     assert checked == 4 * len(CASES)
-    assert len({(c.problem, c.cut) for c in choices}) > len(CASES)
+    assert len({(c.problem, c.tiling) for c in choices}) > len(CASES)
 
 
 @pytest.mark.parametrize("call", CALLS)

@@ -27,10 +27,13 @@ from support import (
 from test_conv import CASES, EMPTY
 
 import cuconv
-from cuconv import plan as planning
-from cuconv import testing, tuning
-from cuconv.leaves import host, leaves_of, leaves_on, machine
-from cuconv.tuning import Winner
+from cuconv import testing
+from cuconv.backends import backend_of, backend_on
+from cuconv.backends.cpu import backend as host
+from cuconv.backends.cpu import machine
+from cuconv.engine import autotune as tuning
+from cuconv.engine import plan as planning
+from cuconv.engine.autotune import Winner
 
 BENCHMARK = {"strategy": "benchmark"}
 CASE = Case((2, 8, 9, 8), (8, 8, 3, 3), {"padding": 1})
@@ -51,9 +54,9 @@ def races(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     seen: list[int] = []
     original = tuning.fastest
 
-    def spy(leaves: Any, candidates: Any) -> int:
+    def spy(backend: Any, candidates: Any) -> int:
         seen.append(len(candidates))
-        return original(leaves, candidates)
+        return original(backend, candidates)
 
     monkeypatch.setattr(planning, "fastest", spy)
     return seen
@@ -105,7 +108,7 @@ def test_the_winner_is_remembered_in_memory_and_on_disk(folder, races, choices) 
     assert races[0] > 2
     (known,) = records(folder).values()
     winner = choices[-1]
-    assert known == [winner.strategy.name, list(winner.cut.variant), False]
+    assert known == [winner.strategy.name, list(winner.tiling.variant), False]
     assert choices[-2:] == [winner, winner]
     tuning._known.cache_clear()
     run("forward", arrays, CASE, precision="standard", **BENCHMARK)
@@ -142,7 +145,7 @@ def test_the_fastest_is_the_one_with_the_smallest_time(xp, monkeypatch) -> None:
 
         return body
 
-    assert tuning.fastest(leaves_of(xp), [call(name) for name in "abc"]) == 1
+    assert tuning.fastest(backend_of(xp), [call(name) for name in "abc"]) == 1
 
 
 BROKEN = {
@@ -212,7 +215,7 @@ def test_a_record_is_believed_even_if_it_is_slow(folder, races, choices) -> None
         rewrite(folder, json.dumps({key: ["winograd", variant, False]}))
         run("forward", arrays, CASE, **options)
         assert choices[-1].strategy.name == "winograd"
-        assert list(choices[-1].cut.variant) == variant
+        assert list(choices[-1].tiling.variant) == variant
     assert len(races) == 1
 
 
@@ -227,10 +230,10 @@ def test_another_machine_or_version_has_another_file(
         with monkeypatch.context() as patch:
             for name, value in parts.items():
                 patch.setattr(*_PARTS[name], value)
-            machine.host_machine.cache_clear()
+            machine.cpu_machine.cache_clear()
             tuning._known.cache_clear()
             run("forward", arrays, CASE, **BENCHMARK)
-        machine.host_machine.cache_clear()
+        machine.cpu_machine.cache_clear()
         tuning._known.cache_clear()
 
     changed(version="9.9.9")
@@ -252,9 +255,9 @@ def test_another_gpu_or_driver_has_another_file(xp, folder, races, monkeypatch) 
     run("forward", arrays.on(xp), CASE, **BENCHMARK)
     with monkeypatch.context() as patch:
         patch.setattr(machine, "_processor", lambda: "another one")
-        machine.host_machine.cache_clear()
+        machine.cpu_machine.cache_clear()
         run("forward", arrays.on(xp), CASE, **BENCHMARK)
-    machine.host_machine.cache_clear()
+    machine.cpu_machine.cache_clear()
     assert (len(races), len(set(folder.iterdir()))) == (1, 1)
     changes = (
         (xp, "__version__", "99.0"),
@@ -271,7 +274,7 @@ def test_another_gpu_or_driver_has_another_file(xp, folder, races, monkeypatch) 
     assert (len(races), len(set(folder.iterdir()))) == (5, 5)
     run("forward", arrays, CASE, **BENCHMARK)
     assert (len(races), len(set(folder.iterdir()))) == (6, 6), "nor NumPy's"
-    first, second = leaves_on("cuda:0").machine(), leaves_on("cuda:1").machine()
+    first, second = backend_on("cuda:0").machine(), backend_on("cuda:1").machine()
     assert [a == b for a, b in zip(first, second, strict=True)] == [True] * 4 + [
         False,
         False,
@@ -293,7 +296,7 @@ def test_candidates_are_timed_with_events_on_the_current_stream(
         run("forward", arrays, CASE, **BENCHMARK)
     assert waits[before:] == ["event"] * 6
     assert len(choices) == 6 * races[0] + 1
-    alternating = [choice.label for choice in choices[:-1]]
+    alternating = [candidate.label for candidate in choices[:-1]]
     assert alternating == alternating[: races[0]] * 6
     assert races[0] > 1
 
@@ -314,7 +317,7 @@ def test_a_cache_that_cannot_be_written(tmp_path, monkeypatch, races, where) -> 
         place.write_text("here")
     elif where == "a folder in the way":
         monkeypatch.setenv("CUCONV_CACHE_DIR", str(place))
-        tuning._path(leaves_of(np).machine()).mkdir(parents=True)
+        tuning._path(backend_of(np).machine()).mkdir(parents=True)
     else:
         place.mkdir()
 
@@ -363,7 +366,7 @@ def test_the_cache_lies_where_it_is_told(tmp_path, monkeypatch) -> None:
 
 SCRIPT = """
     import numpy as np, cuconv
-    from cuconv import plan
+    from cuconv.engine import plan
     races, fastest = [], plan.fastest
     def spy(leaves, calls):
         races.append(len(calls))
@@ -431,7 +434,7 @@ SMALL = [
 @pytest.mark.parametrize("op", OPERATIONS)
 def test_whatever_wins_computes_the_same(op, monkeypatch, choices) -> None:
     """Also a winner that cuts its work where the one that was expected does not."""
-    won, cut = 0, set()
+    won, tiling = 0, set()
     monkeypatch.setattr(planning, "recall", lambda machine, key, candidates: None)
     for case in SMALL:
         arrays = operands(case, "float32")
@@ -442,14 +445,14 @@ def test_whatever_wins_computes_the_same(op, monkeypatch, choices) -> None:
         for limit in (max(limit, least) for limit in limits):
             for number in range(8):
                 monkeypatch.setattr(
-                    planning, "fastest", lambda leaves, each, n=number: n % len(each)
+                    planning, "fastest", lambda backend, each, n=number: n % len(each)
                 )
                 got = call(memory_limit=limit, **BENCHMARK)
                 np.testing.assert_array_equal(np.rint(got), wanted)
                 won += 1
-                cut.add((choices[-1].label, choices[-1].cut))
+                tiling.add((choices[-1].label, choices[-1].tiling))
     assert won == 8 * 6 * len(SMALL)
-    assert len(cut) > 30
+    assert len(tiling) > 30
 
 
 def test_the_words_of_a_winner() -> None:

@@ -148,12 +148,12 @@ def test_every_tile_size_is_within_the_bound(xp, op, layout, dtype) -> None:
             assert max(case.options["stride"]) > 1
             continue
         wanted = known(op, name, layout, dtype)
-        for choice in plan._decision.candidates:
-            precision = "fast" if 8 in choice.cut.variant else "standard"
-            got = plan._on(choice).run(of(op, arrays), None)
+        for candidate in plan._decision.candidates:
+            precision = "fast" if 8 in candidate.tiling.variant else "standard"
+            got = plan._on(candidate).run(of(op, arrays), None)
             assert_near(got, wanted, BOUNDS[precision, dtype])
             assert got.dtype == dtype
-            variants.add(choice.cut.variant)
+            variants.add(candidate.tiling.variant)
     assert variants == {(n,) * axes for n in SIZES for axes in (1, 2)}
 
 
@@ -168,8 +168,8 @@ def test_any_tail_is_within_the_bound(op, case, precision) -> None:
         return
     arrays = Operands(*(np.rint(array * 2) for array in normal(case)))
     wanted = reference(op, wide(arrays), case)
-    for choice in plan._decision.candidates:
-        got = plan._on(choice).run(of(op, arrays), None)
+    for candidate in plan._decision.candidates:
+        got = plan._on(candidate).run(of(op, arrays), None)
         np.testing.assert_array_equal(np.rint(got), wanted)
 
 
@@ -193,17 +193,19 @@ def test_blocks_and_workers_agree(xp, op) -> None:
     case = Case((3, 8, 21, 19), (9, 8, 3, 3), {"padding": 1})
     host = normal(case)
     wanted = run(op, host, case).astype(np.float64)
-    arrays, cuts = host.on(xp), set()
+    arrays, tilings = host.on(xp), set()
     most = (18, 19, 20, 22) if xp is np else (15, 16, 17, 18)
     for limit in (2**17, *(2**n for n in most)):
         plan = planned(xp, op, case, memory_limit=limit)
-        for choice in plan._decision.candidates:
-            got = plan._on(choice).run(of(op, arrays), None)
+        for candidate in plan._decision.candidates:
+            got = plan._on(candidate).run(of(op, arrays), None)
             assert_near(got, wanted, 1e-4)
-            cuts.add(choice.cut)
-            took = peak(xp, lambda c=choice, p=plan: p._on(c).run(of(op, arrays), None))
-            assert took <= choice.workspace_bytes <= limit
-    assert len(cuts) > 12
+            tilings.add(candidate.tiling)
+            took = peak(
+                xp, lambda c=candidate, p=plan: p._on(c).run(of(op, arrays), None)
+            )
+            assert took <= candidate.workspace_bytes <= limit
+    assert len(tilings) > 12
 
 
 @pytest.mark.parametrize("op", OPERATIONS)
@@ -309,10 +311,10 @@ def test_what_is_no_number_stays_in_its_tiles(xp, op) -> None:
     image, row, column = 1, 11, 12
     first[image, 3, row, column] = np.nan
     plan = planned(xp, op, case)
-    for choice in plan._decision.candidates:
+    for candidate in plan._decision.candidates:
         with np.errstate(invalid="ignore"):
             got = to_host(
-                plan._on(choice).run((xp.asarray(first), xp.asarray(w)), None)
+                plan._on(candidate).run((xp.asarray(first), xp.asarray(w)), None)
             )
         bad = np.isnan(got)
         assert bad[image, :, row - 1 : row + 2, column - 1 : column + 2].all()
@@ -325,9 +327,11 @@ def test_what_is_no_number_spoils_the_weights_of_its_filter(xp) -> None:
     dy, x = of("weight_grad", normal(case))
     dy[1, 4, 7, 5] = np.inf
     plan = planned(xp, "weight_grad", case)
-    for choice in plan._decision.candidates:
+    for candidate in plan._decision.candidates:
         with np.errstate(invalid="ignore"):
-            got = to_host(plan._on(choice).run((xp.asarray(dy), xp.asarray(x)), None))
+            got = to_host(
+                plan._on(candidate).run((xp.asarray(dy), xp.asarray(x)), None)
+            )
         assert not np.isfinite(got[4]).any()
         assert np.isfinite(np.delete(got, 4, axis=0)).all()
 
@@ -339,7 +343,7 @@ def test_both_modules_agree_within_rounding(op) -> None:
     case = CASES["in groups"]
     host = normal(case)
     plans = planned(np, op, case), planned(cupy, op, case)
-    choices = [{c.cut.variant: c for c in p._decision.candidates} for p in plans]
+    choices = [{c.tiling.variant: c for c in p._decision.candidates} for p in plans]
     assert choices[0].keys() == choices[1].keys()
     for variant in choices[0]:
         one, other = (
@@ -363,8 +367,8 @@ def test_the_sizes_of_real_layers() -> None:
             exact = run(op, wide(arrays), case)
             for precision in ("standard", "fast"):
                 plan = plan_of(op, case, precision=precision, **WINOGRAD)
-                for choice in plan._decision.candidates:
-                    got = plan._on(choice).run(of(op, arrays), None)
+                for candidate in plan._decision.candidates:
+                    got = plan._on(candidate).run(of(op, arrays), None)
                     assert_near(got, exact, BOUNDS[precision, "float32"])
 
 
@@ -401,7 +405,7 @@ def test_tiles_of_8_are_for_fast_alone() -> None:
     case = CASES["square"]
     for precision, largest in (("standard", 6), ("fast", 8)):
         plan = plan_of("forward", case, precision=precision, **WINOGRAD)
-        tiles = {n for c in plan._decision.candidates for n in c.cut.variant}
+        tiles = {n for c in plan._decision.candidates for n in c.tiling.variant}
         assert max(tiles) == largest
 
 

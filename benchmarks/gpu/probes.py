@@ -117,7 +117,7 @@ def copy_rate(device: CupyDevice, scale: Scale) -> float:
 
 def product_rate(device: CupyDevice, scale: Scale, arithmetic: str) -> float:
     """GFLOP/s of square matrix products by cuBLAS, from random numbers."""
-    gemm = importlib.import_module("cuconv._cuda.gemm").gemm
+    gemm = importlib.import_module("cuconv.backends.cuda.gemm").gemm
     n, dtype = scale.matrix, "float32" if arithmetic == "tf32" else arithmetic
     a, b = (
         device.cast(normal(device, n * n, seed), dtype).reshape(1, 1, n, n)
@@ -194,23 +194,23 @@ def col2im(scale: Scale) -> Findings:
 
 def blocks(scale: Scale) -> Findings:
     """The strategy im2col with columns cut in blocks of other sizes."""
-    leaves = importlib.import_module("cuconv._cuda").cuda_leaves()
-    usual = leaves.block_bytes
+    backend = importlib.import_module("cuconv.backends.cuda").cuda_backend()
+    usual = backend.block_bytes
     for each, dtype in product(scale.columns, HALF_AND_WHOLE):
         case = Case(each, "forward", scale.batch, dtype)
         for mib in scale.block_mib:
-            leaves.block_bytes = mib * 2**20
+            backend.block_bytes = mib * 2**20
             forget_plans()
             row = {"layer": each.name, "type": dtype, "mib": mib}
             yield {"blocks": [{**row, **block_row(case, scale)}]}
-    leaves.block_bytes = usual
+    backend.block_bytes = usual
     forget_plans()
 
 
 def forget_plans() -> None:
     """Plan every call anew: no key of a plan knows of the size of blocks."""
-    importlib.import_module("cuconv.planner").decide.cache_clear()
-    importlib.import_module("cuconv.calls")._SEEN.clear()  # noqa: SLF001
+    importlib.import_module("cuconv.engine.planner").decide.cache_clear()
+    importlib.import_module("cuconv.engine.call")._SEEN.clear()  # noqa: SLF001
 
 
 def block_row(case: Case, scale: Scale) -> dict[str, Any]:

@@ -176,14 +176,14 @@ class CupyDevice(QueueAhead):
     def _calibration(self) -> float:
         """Seconds that the calibrating turns take."""
 
-        def turn() -> None:
+        def copy_transposed() -> None:
             arguments = (self._spun, np.int64(CALIBRATION_TURNS))
             self._spin((1,), (1,), arguments)
 
-        turn()  # compiles it
+        copy_transposed()  # compiles it
         start, end = self.event(), self.event()
         start.record()
-        turn()
+        copy_transposed()
         end.record()
         end.synchronize()
         return max(self.elapsed(start, end) * 1e-3, 1e-6)
@@ -276,7 +276,7 @@ class Peer:
             lambda result: relative_error(case, operands, self.device.take(result)),
         )
 
-    def plain(self, case: Case, result: Array) -> Array:
+    def base_array(self, case: Case, result: Array) -> Array:
         """The result, channels first."""
         del case
         return result

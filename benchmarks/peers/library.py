@@ -124,6 +124,6 @@ class Library(Peer):
             return array
         return array.transpose(self._order(name, array.ndim)).copy()
 
-    def plain(self, case: Case, result: Array) -> Array:
+    def base_array(self, case: Case, result: Array) -> Array:
         order = self._order(case.definition.result, result.ndim)
         return result.transpose([order.index(axis) for axis in range(result.ndim)])

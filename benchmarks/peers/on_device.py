@@ -61,8 +61,8 @@ def prepared(device: Maker, case: Case) -> Prepared:
     names = case.definition.operands
     nbytes = sum(case.itemsize(name) * prod(case.shapes[name]) for name in names)
     sets = [
-        tuple(operand(device, case, name, turn) for name in names)
-        for turn in range(sets_for(nbytes, device.l2_bytes))
+        tuple(operand(device, case, name, copy_transposed) for name in names)
+        for copy_transposed in range(sets_for(nbytes, device.l2_bytes))
     ]
     first, second = (device.cast(array, "float64") for array in sets[0])
     true = reference(case, first, second, device.zeros)
@@ -75,10 +75,10 @@ def _error(device: Maker, true: Array, result: Array) -> float:
     return norm_error(device.cast(result, "float64"), true)
 
 
-def operand(device: Maker, case: Case, name: str, turn: int) -> Array:
+def operand(device: Maker, case: Case, name: str, copy_transposed: int) -> Array:
     """Standard normal numbers in the type of the case; weights are scaled."""
     shape = case.shapes[name]
-    seed = 1 + 3 * turn + RANDOM.index(name)
+    seed = 1 + 3 * copy_transposed + RANDOM.index(name)
     numbers = normal(device, prod(shape), seed).reshape(shape)
     if name == "w":
         numbers = numbers * float(case.layer.patch**-0.5)

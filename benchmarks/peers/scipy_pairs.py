@@ -24,7 +24,7 @@ class Pairs(Peer):
         return {"scipy": scipy.__version__}
 
     def forward(self, case: Case, x: Host, w: Host) -> Host:
-        x, w = padded(case, x), spread(w, case.layer.dilation)
+        x, w = padded(case, x), input_dilation(w, case.layer.dilation)
         y = np.zeros(case.result_shape, np.float32)
         every = tuple(slice(None, None, step) for step in case.layer.stride)
         for n, k, c, channel in pairs(case):
@@ -33,7 +33,7 @@ class Pairs(Peer):
 
     def input_grad(self, case: Case, dy: Host, w: Host) -> Host:
         layer = case.layer
-        dy, w = spread(dy, layer.stride), spread(w, layer.dilation)
+        dy, w = input_dilation(dy, layer.stride), input_dilation(w, layer.dilation)
         dx = padded(case, np.zeros(case.result_shape, np.float32))
         reach = [a + b - 1 for a, b in zip(dy.shape[2:], w.shape[2:], strict=True)]
         covered: tuple[slice, ...] = tuple(map(slice, reach))
@@ -44,7 +44,7 @@ class Pairs(Peer):
 
     def weight_grad(self, case: Case, dy: Host, x: Host) -> Host:
         layer = case.layer
-        x, dy = padded(case, x), spread(dy, layer.stride)
+        x, dy = padded(case, x), input_dilation(dy, layer.stride)
         dw = np.zeros(case.result_shape, np.float32)
         axes = zip(layer.kernel, layer.dilation, strict=True)
         taps = tuple(slice(0, (taps - 1) * step + 1, step) for taps, step in axes)
@@ -69,7 +69,7 @@ def padded(case: Case, x: Host) -> Host:
     return np.pad(x, ((0, 0), (0, 0), *((p, p) for p in case.layer.padding)))
 
 
-def spread(array: Host, steps: Sizes) -> Host:
+def input_dilation(array: Host, steps: Sizes) -> Host:
     """Zeros between the cells along the spatial axes."""
     axes = zip(array.shape[2:], steps, strict=True)
     sizes = [(n - 1) * step + 1 for n, step in axes]

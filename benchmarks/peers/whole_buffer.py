@@ -48,8 +48,8 @@ class WholeBuffer(Peer):
         for tap in np.ndindex(layer.kernel):
             total[..., *layer.under(tap)] += patches[:, :, :, *tap]
         inner = zip(layer.padding, layer.size, strict=True)
-        cut = total[..., *(slice(p, p + n) for p, n in inner)]
-        return cut.reshape(case.result_shape)
+        tiling = total[..., *(slice(p, p + n) for p, n in inner)]
+        return tiling.reshape(case.result_shape)
 
 
 def check_size(case: Case) -> None:

@@ -64,7 +64,7 @@ class Axis(NamedTuple):
     after: int
     overhang: int = 0
     windows: int = 0
-    spread: int = 1
+    input_dilation: int = 1
 
     @property
     def extent(self) -> int:
@@ -73,12 +73,12 @@ class Axis(NamedTuple):
 
     @property
     def padded(self) -> int:
-        return self.spread_size + self.before + self.after + self.overhang
+        return self.dilated_size + self.before + self.after + self.overhang
 
     @property
-    def spread_size(self) -> int:
+    def dilated_size(self) -> int:
         """Cells from the first to the last of the input, zeros between them counted."""
-        return (self.size - 1) * self.spread + 1 if self.size else 0
+        return (self.size - 1) * self.input_dilation + 1 if self.size else 0
 
     @property
     def end(self) -> int:
@@ -303,13 +303,13 @@ AxisPhase: TypeAlias = tuple[slice, slice, Axis]
 
 def phases_of_outputs(axis: Axis) -> Iterator[AxisPhase]:
     """The phases of an axis of y."""
-    steps = axis.stride, axis.spread
+    steps = axis.stride, axis.input_dilation
     yield from _axis_phases(axis, axis.out, axis.size, steps, -axis.before)
 
 
 def phases_of_inputs(axis: Axis) -> Iterator[AxisPhase]:
     """The phases of an axis of x: ``i + before = o * stride + t * dilation``."""
-    steps, last = (axis.spread, axis.stride), axis.kernel - 1
+    steps, last = (axis.input_dilation, axis.stride), axis.kernel - 1
     offset = axis.before - axis.dilation * last
     for cells, taps, other in _axis_phases(axis, axis.size, axis.out, steps, offset):
         first, apart = last - taps.start, taps.step
@@ -323,9 +323,12 @@ def _axis_phases(
 
     By their first taps, of which there may be far fewer than places for a phase.
     """
-    step, spread = steps
-    common, shared = math.gcd(step, spread), math.gcd(axis.dilation, spread)
-    period, apart = spread // common, spread // shared
+    step, input_dilation = steps
+    common, shared = (
+        math.gcd(step, input_dilation),
+        math.gcd(axis.dilation, input_dilation),
+    )
+    period, apart = input_dilation // common, input_dilation // shared
     inverse = pow(step // common, -1, period)
     for tap in range(min(axis.kernel, apart)):
         rest, missed = divmod(-offset - tap * axis.dilation, common)
@@ -338,7 +341,7 @@ def _axis_phases(
             kernel=len(taps),
             stride=step // common,
             dilation=axis.dilation // shared,
-            before=-((first * step + offset + tap * axis.dilation) // spread),
+            before=-((first * step + offset + tap * axis.dilation) // input_dilation),
             after=0,
         )
         # As many cells as the windows of these results reach: no more, no less.

@@ -80,7 +80,7 @@ class ConvGeometry(WindowGeometry):
         """Whether nothing is multiplied: no cell, or none under any window."""
         if self.multiplications == 0 or self.cells == 0:
             return True
-        if self.is_spread or self.padding_mode != "zeros":
+        if self.has_input_dilation or self.padding_mode != "zeros":
             return False
         spans = (axis.window(0, axis.out) for axis in self.axes)
         return any(
@@ -121,9 +121,9 @@ class ConvGeometry(WindowGeometry):
         return replace(self, axes=axes, channels=self.filters, filters=self.channels)
 
     @cached_property
-    def is_spread(self) -> bool:
+    def has_input_dilation(self) -> bool:
         """Whether cells of the input lie apart."""
-        return any(axis.spread > 1 for axis in self.axes)
+        return any(axis.input_dilation > 1 for axis in self.axes)
 
     @cached_property
     def is_copied(self) -> bool:
@@ -134,7 +134,7 @@ class ConvGeometry(WindowGeometry):
     @cached_property
     def is_plain(self) -> bool:
         """Whether it is a convolution that strategies know."""
-        return not (self.is_spread or self.is_copied)
+        return not (self.has_input_dilation or self.is_copied)
 
     def phases(self) -> Iterator[Phase]:
         """Cut the output so that no zero between cells of x is multiplied.
@@ -168,7 +168,7 @@ class ConvGeometry(WindowGeometry):
         its windows go beyond the input, and nothing is left of the padding.
         """
         output = (rows, *((0, out) for out in self.out[1:]))
-        if self.is_spread:
+        if self.has_input_dilation:
             window = tuple((0, size) for size in self.size)
             pads = tuple((axis.before, axis.after) for axis in self.axes)
             return Block(images, output, window, pads)

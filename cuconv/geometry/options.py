@@ -198,9 +198,9 @@ def _check_fits(index: int, axis: Axis, padding: object) -> None:
 
 
 def _cells_text(axis: Axis) -> str:
-    if axis.spread == 1:
+    if axis.input_dilation == 1:
         return f"{axis.size}"
-    return f"{axis.spread_size}: {axis.size} with input_dilation {axis.spread}"
+    return f"{axis.dilated_size}: {axis.size} with input_dilation {axis.input_dilation}"
 
 
 def axes_of(
@@ -220,8 +220,10 @@ def axes_of(
     dilations = per_axis("dilation", dilation, rank, 1)
     spreads = per_axis("input_dilation", input_dilation, rank, 1)
     each = zip(sizes, kernel, strides, dilations, spreads, strict=True)
-    axes = tuple(Axis(n, k, s, d, 0, 0, spread=apart) for n, k, s, d, apart in each)
-    spread_sizes = tuple(axis.spread_size for axis in axes)
+    axes = tuple(
+        Axis(n, k, s, d, 0, 0, input_dilation=apart) for n, k, s, d, apart in each
+    )
+    spread_sizes = tuple(axis.dilated_size for axis in axes)
     pads = pads_of(padding, spread_sizes, kernel, strides, dilations)
     axes = tuple(
         axis._replace(before=before, after=after)
@@ -260,9 +262,9 @@ def check_repeats(padding_mode: str, axes: tuple[Axis, ...]) -> None:
     if padding_mode == "zeros":
         return
     for index, axis in enumerate(axes):
-        if axis.spread > 1:
+        if axis.input_dilation > 1:
             raise ValueError(
-                f"padding_mode {padding_mode!r} and input_dilation {axis.spread} of "
+                f"padding_mode {padding_mode!r} and input_dilation {axis.input_dilation} of "
                 f"spatial axis {index} do not go together: zeros lie between the cells"
             )
         if not axis.size and (axis.before > 0 or axis.after > 0):

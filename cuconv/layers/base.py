@@ -9,8 +9,8 @@ from typing import Any, Self
 import numpy as np
 
 from cuconv.arrays import Array, array_module
+from cuconv.devices import asarray
 from cuconv.geometry import Sizes, as_index
-from cuconv.interchange import asarray
 
 # Longer than any kernel with its dilation, and than what padding may crop.
 ENDLESS = 2**70

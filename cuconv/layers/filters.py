@@ -7,13 +7,13 @@ from typing import Any, Unpack
 import numpy as np
 
 from cuconv.arrays import Array
-from cuconv.calls import ConvGradients, ConvOptions
 from cuconv.conv import conv, conv_backward
+from cuconv.conv_transpose import conv_transpose, conv_transpose_backward
+from cuconv.engine.call import ConvGradients, ConvOptions
 from cuconv.geometry import Sizes
 from cuconv.layers.base import positive
 from cuconv.layers.weighted import Filters
 from cuconv.options import Options
-from cuconv.transpose import conv_transpose, conv_transpose_backward
 
 
 class Conv(Filters):

@@ -34,7 +34,7 @@ class _Pool(Layer):
     """A function of `cuconv.pooling` and its gradient, and what both take."""
 
     _pool: ClassVar[Callable[..., Any]]
-    _spread: ClassVar[Callable[..., Any]]
+    _backward: ClassVar[Callable[..., Any]]
 
     def __init__(self, *sizes: Any, memory_limit: MemoryLimit, **options: Any) -> None:
         super().__init__()
@@ -98,7 +98,7 @@ class _Pool(Layer):
         kept = self._kept()
         if not needs_input:
             return None
-        return self._spread(dy, *kept, *self._sizes, **self._options)
+        return self._backward(dy, *kept, *self._sizes, **self._options)
 
 
 class _Maxima(_Pool):
@@ -149,7 +149,7 @@ class MaxPool(_Maxima):
 
     rank: int | None = None
     _pool = staticmethod(max_pool)
-    _spread = staticmethod(max_pool_backward)
+    _backward = staticmethod(max_pool_backward)
 
     def __init__(
         self,
@@ -234,7 +234,7 @@ class AvgPool(_Means):
 
     rank: int | None = None
     _pool = staticmethod(avg_pool)
-    _spread = staticmethod(avg_pool_backward)
+    _backward = staticmethod(avg_pool_backward)
 
     def __init__(
         self,
@@ -316,7 +316,7 @@ class AdaptiveMaxPool(_Maxima):
     """
 
     _pool = staticmethod(adaptive_max_pool)
-    _spread = staticmethod(adaptive_max_pool_backward)
+    _backward = staticmethod(adaptive_max_pool_backward)
 
     def __init__(
         self,
@@ -354,7 +354,7 @@ class AdaptiveAvgPool(_Means):
     """
 
     _pool = staticmethod(adaptive_avg_pool)
-    _spread = staticmethod(adaptive_avg_pool_backward)
+    _backward = staticmethod(adaptive_avg_pool_backward)
 
     def __init__(
         self,
@@ -392,7 +392,7 @@ class GlobalMaxPool(_Maxima):
     """
 
     _pool = staticmethod(global_max_pool)
-    _spread = staticmethod(global_max_pool_backward)
+    _backward = staticmethod(global_max_pool_backward)
 
     def __init__(
         self,
@@ -430,7 +430,7 @@ class GlobalAvgPool(_Means):
     """
 
     _pool = staticmethod(global_avg_pool)
-    _spread = staticmethod(global_avg_pool_backward)
+    _backward = staticmethod(global_avg_pool_backward)
 
     def __init__(
         self,

@@ -6,10 +6,10 @@ from typing import Any, ClassVar, Unpack
 import numpy as np
 
 from cuconv.arrays import Array
+from cuconv.backends import default_array_module
 from cuconv.geometry import Sizes
 from cuconv.layers.base import check_module, kernel_of, positive
 from cuconv.layers.weighted import Weighted, drawn
-from cuconv.leaves import default_array_module
 from cuconv.options import check_bias
 from cuconv.separable import (
     SeparableGradients,

@@ -8,12 +8,12 @@ from typing import Any, ClassVar
 import numpy as np
 
 from cuconv.arrays import Array, DType, as_dtype, check_type
-from cuconv.calls import ConvOptions, chosen_options
+from cuconv.backends import default_array_module
+from cuconv.engine.call import ConvOptions, chosen_options
+from cuconv.engine.planner import check_strategy_name
 from cuconv.geometry import Sizes, channels_are_first
 from cuconv.layers.base import ENDLESS, Layer, check_module, kernel_of
-from cuconv.leaves import default_array_module
 from cuconv.options import Options, check_bias
-from cuconv.planner import check_strategy_name
 
 
 class Weighted(Layer):

@@ -3,12 +3,12 @@
 from cuconv.strategies.base import (
     OPERATIONS,
     Blocks,
-    Cut,
     Job,
-    Needs,
     Problem,
     Strategy,
+    Tiling,
     Work,
+    Workspace,
 )
 from cuconv.strategies.depthwise import Depthwise
 from cuconv.strategies.fft import Fft
@@ -44,12 +44,12 @@ register(Im2col())
 __all__ = [
     "OPERATIONS",
     "Blocks",
-    "Cut",
     "Job",
-    "Needs",
     "Problem",
     "Strategy",
+    "Tiling",
     "Work",
+    "Workspace",
     "register",
     "strategies",
 ]

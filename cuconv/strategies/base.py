@@ -14,10 +14,10 @@ from cuconv.arrays import (
     grouped,
     stored,
 )
-from cuconv.blocking import uses_tensor_cores
+from cuconv.backends import Backend
+from cuconv.backends.blocking import uses_tensor_cores
+from cuconv.backends.sharing import Shared
 from cuconv.geometry import Axis, Block, ConvGeometry, Tile
-from cuconv.leaves import Leaves
-from cuconv.leaves.sharing import Shared
 from cuconv.memory import Buffer
 
 OPERATIONS = ("forward", "input_grad", "weight_grad")
@@ -65,8 +65,8 @@ class Problem:
     types: Types
     operand: DType
     source: DType
-    direct: frozenset[str]
-    foreign: frozenset[str] = frozenset()
+    zero_copy: frozenset[str]
+    needs_cast: frozenset[str] = frozenset()
     has_bias: bool = False
     deterministic: bool = True
     precision: str = "standard"
@@ -101,7 +101,7 @@ class Problem:
     def uniform(self) -> bool:
         """Whether a kernel of one type can read every array and store the result."""
         stored = self.types.result in (self.operand, self.types.accumulate)
-        return stored and not self.foreign
+        return stored and not self.needs_cast
 
     @property
     def is_for_tensor_cores(self) -> bool:
@@ -114,11 +114,11 @@ class Problem:
         special = {"direct", "foreign", "captured"}
         names = (field.name for field in fields(self) if field.name not in special)
         words = [f"{name}={getattr(self, name)!r}" for name in names]
-        foreign = (f"foreign {name}" for name in sorted(self.foreign))
-        return "; ".join((*words, *sorted(self.direct), *foreign))
+        needs_cast = (f"foreign {name}" for name in sorted(self.needs_cast))
+        return "; ".join((*words, *sorted(self.zero_copy), *needs_cast))
 
     @property
-    def light(self) -> bool:
+    def single_threaded(self) -> bool:
         """Whether every product is so small that BLAS uses no second thread."""
         return self.geometry.multiplications <= LIGHT_PRODUCT
 
@@ -131,18 +131,18 @@ class Problem:
         g = self.geometry
         if self.op != "input_grad" or not (g.is_unit_stride and g.is_plain):
             return None
-        direct = {"x"} if "dy" in self.direct else set()
+        direct = {"x"} if "dy" in self.zero_copy else set()
         return replace(
             self,
             op="forward",
             geometry=self.geometry.adjoint,
-            direct=frozenset(direct | (self.direct & {"out"})),
-            foreign=frozenset("x" if n == "dy" else n for n in self.foreign),
+            zero_copy=frozenset(direct | (self.zero_copy & {"out"})),
+            needs_cast=frozenset("x" if n == "dy" else n for n in self.needs_cast),
             flipped=True,
         )
 
 
-class Cut(NamedTuple):
+class Tiling(NamedTuple):
     """How a job is divided: blocks of output, regions of input, lanes, workers.
 
     Regions only matter to `input_grad`, which writes one region at a time.  Lanes are
@@ -154,7 +154,7 @@ class Cut(NamedTuple):
 
     tile: Tile
     region: Tile
-    lanes: int = 1
+    splits: int = 1
     variant: tuple[int, ...] = ()
     workers: int = 1
 
@@ -168,8 +168,8 @@ class Job(NamedTuple):
     """
 
     problem: Problem
-    cut: Cut
-    leaves: Leaves
+    tiling: Tiling
+    backend: Backend
     shared: dict[str, Array]
     own: tuple[dict[str, Array], ...]
     blocks: "Blocks"
@@ -191,7 +191,9 @@ class Job(NamedTuple):
             for number, item in queue:
                 body(number, item, self.own[worker])
 
-        self.leaves.parallel(work, self.cut.workers, light=self.problem.light)
+        self.backend.parallel(
+            work, self.tiling.workers, single_threaded=self.problem.single_threaded
+        )
 
 
 def verdict(*refusals: tuple[bool, str]) -> tuple[bool, str]:
@@ -218,20 +220,20 @@ class Blocks:
         return self._make() if self._few is None else iter(self._few)
 
 
-class Needs(NamedTuple):
+class Workspace(NamedTuple):
     """The buffers of a job.
 
     ``weights`` hold the weights as the strategy wants them, for as long as they are
-    prepared; ``shared`` serve one call, and ``own`` one worker of it.
+    prepared; ``shared`` serve one call, and ``per_worker`` one worker of it.
     """
 
     weights: tuple[Buffer, ...] = ()
     shared: tuple[Buffer, ...] = ()
-    own: tuple[Buffer, ...] = ()
+    per_worker: tuple[Buffer, ...] = ()
 
 
 class Work(NamedTuple):
-    """What a job does, counted in the units of `cuconv.rates.Rates`.
+    """What a job does, counted in the units of `cuconv.engine.costs.Rates`.
 
     ``tiles`` are pieces of a product that run side by side, as many at a time as there
     are processors.
@@ -271,25 +273,27 @@ class Strategy(Protocol):
     def describe(self, variant: tuple[int, ...]) -> str:
         """A variant in words; empty for the plain one."""
 
-    def preferred(self, problem: Problem, leaves: Leaves) -> int:
+    def preferred(self, problem: Problem, backend: Backend) -> int:
         """The most output positions worth taking in one block."""
 
     def tile(self, problem: Problem, positions: int, variant: tuple[int, ...]) -> Tile:
         """The largest block of at most this many output positions."""
 
-    def lanes(self, problem: Problem, variant: tuple[int, ...]) -> int:
+    def splits(self, problem: Problem, variant: tuple[int, ...]) -> int:
         """How many lanes are worth having at most."""
 
-    def blocks(self, problem: Problem, cut: Cut) -> Iterator[Block]:
+    def blocks(self, problem: Problem, tiling: Tiling) -> Iterator[Block]:
         """The blocks of a job that is cut like this, in order."""
 
-    def needs(self, problem: Problem, cut: Cut, leaves: Leaves) -> Needs:
+    def workspace(
+        self, problem: Problem, tiling: Tiling, backend: Backend
+    ) -> Workspace:
         """The buffers of a job that is cut like this."""
 
-    def pieces(self, problem: Problem, cut: Cut) -> int:
+    def pieces(self, problem: Problem, tiling: Tiling) -> int:
         """How many parts of the job can run at the same time."""
 
-    def work(self, problem: Problem, cut: Cut) -> Work:
+    def work(self, problem: Problem, tiling: Tiling) -> Work:
         """What there is to do, all workers together."""
 
     def weights(self, job: Job, w: Array, kept: dict[str, Array]) -> Array:
@@ -355,18 +359,18 @@ def weight_matrix(w: Array, geometry: ConvGeometry) -> Array:
 def take_weights(job: Job, w: Array, kept: dict[str, Array]) -> Array:
     """The weights as `weight_matrix`: where they lie if they can, else copied."""
     problem, geometry = job.problem, job.problem.geometry
-    if "w" in problem.direct:
+    if "w" in problem.zero_copy:
         return weight_matrix(w, geometry)
     copy = kept["w"].reshape(geometry.w_shape)
     into = filters_of(copy, replace(problem, flipped=False))
     source = filters_of(w, problem)
-    turn(job, source, into)
+    copy_transposed(job, source, into)
     if problem.conjugates_weights:
-        job.leaves.xp.conjugate(copy, out=copy)
+        job.backend.xp.conjugate(copy, out=copy)
     return weight_matrix(copy, geometry)
 
 
-def turn(job: Job, source: Array, target: Array) -> None:
+def copy_transposed(job: Job, source: Array, target: Array) -> None:
     """Copy (G, K, C, …) in strips of filters, which stay in cache when transposed."""
     filters = max(source.shape[1], source.shape[2])
     axis = 1 if source.shape[1] == filters else 2
@@ -375,17 +379,17 @@ def turn(job: Job, source: Array, target: Array) -> None:
     def body(number: int, strip: slice, own: dict[str, Array]) -> None:
         del number, own
         place = (slice(None),) * axis + (strip,)
-        job.leaves.copy(source[place], target[place])
+        job.backend.copy(source[place], target[place])
 
     if source.size < _WORTH_SHARING:
-        job.leaves.copy(source, target)
+        job.backend.copy(source, target)
     else:
         job.each(strips, body)
 
 
 def weight_buffer(problem: Problem) -> tuple[Buffer, ...]:
     """Room for `take_weights`."""
-    if "w" in problem.direct:
+    if "w" in problem.zero_copy:
         return ()
     geometry = problem.geometry
     return (Buffer("w", geometry.filters * geometry.patch, problem.operand),)
@@ -396,7 +400,7 @@ def take_bias(job: Job, bias: Array | None) -> Array | None:
     if bias is None:
         return None
     copy = job.shared["bias"]
-    job.leaves.copy(bias, copy)
+    job.backend.copy(bias, copy)
     return copy.reshape(1, job.problem.geometry.groups, -1, 1)
 
 
@@ -452,13 +456,15 @@ def take_dy(
     if "dy" not in buffers:
         return flattened(cells, geometry.rank)
     copy = staged_output(buffers["dy"], geometry, block, cells.shape[2], wide=wide)
-    job.leaves.copy(cells, copy.cells)
+    job.backend.copy(cells, copy.cells)
     return copy.matrix
 
 
 def sums_in_place(problem: Problem) -> bool:
     """Whether the result itself can hold a running sum."""
-    return "out" in problem.direct and problem.types.result == problem.types.accumulate
+    return (
+        "out" in problem.zero_copy and problem.types.result == problem.types.accumulate
+    )
 
 
 def parts_of(count: int, parts: int) -> list[slice]:
@@ -478,7 +484,7 @@ def partial_cells(cells: int, row: int, positions: int) -> int:
     return min(cells, max(row * _PARTIAL_ROWS, _PARTIAL_CELLS))
 
 
-def add_lanes(job: Job, sums: list[Array]) -> None:
+def add_splits(job: Job, sums: list[Array]) -> None:
     """Add what every lane has summed to the first one's sum, in the lanes' order."""
     first, *others = sums
     step = -(-first.shape[0] // 8)
@@ -488,7 +494,7 @@ def add_lanes(job: Job, sums: list[Array]) -> None:
     def body(number: int, rows: slice, own: dict[str, Array]) -> None:
         del number, own
         for other in others:
-            job.leaves.xp.add(first[rows], other[rows], out=first[rows])
+            job.backend.xp.add(first[rows], other[rows], out=first[rows])
 
     if first.size < _WORTH_SHARING:
         body(0, slice(None), {})

@@ -1,9 +1,9 @@
 """Few channels in a group: direct loops over one plane at a time, compiled.
 
 The sums of the definition, with nothing gathered and nothing multiplied by BLAS.  On
-NumPy arrays, loops of `cuconv.leaves.jit` over planes that are copied with their
+NumPy arrays, loops of `cuconv.backends.cpu.loops` over planes that are copied with their
 padding; on CuPy arrays, kernels that take every array where it lies
-(`cuconv.leaves.Direct`).
+(`cuconv.backends.Direct`).
 """
 
 import math
@@ -13,17 +13,17 @@ from typing import Any
 import numpy as np
 
 from cuconv.arrays import Array
+from cuconv.backends import Backend, jit_is_installed
 from cuconv.geometry import Axis, Block, ConvGeometry, Tile
-from cuconv.leaves import Leaves, jit_is_installed
 from cuconv.memory import Buffer
 from cuconv.profiling import stage
 from cuconv.strategies.base import (
-    Cut,
     Job,
-    Needs,
     OneWay,
     Problem,
+    Tiling,
     Work,
+    Workspace,
     filters_of,
     in_groups,
     outer_view,
@@ -62,8 +62,8 @@ class Depthwise(OneWay):
             (problem.flipped, "it spreads dy out for every stride"),
         )
 
-    def preferred(self, problem: Problem, leaves: Leaves) -> int:
-        del leaves
+    def preferred(self, problem: Problem, backend: Backend) -> int:
+        del backend
         return problem.geometry.images * problem.geometry.positions
 
     def tile(self, problem: Problem, positions: int, variant: tuple[int, ...]) -> Tile:
@@ -74,31 +74,35 @@ class Depthwise(OneWay):
         images = 1 if problem.module == "numpy" else max(g.images, 1)
         return Tile(images, tuple(max(n, 1) for n in g.out))
 
-    def lanes(self, problem: Problem, variant: tuple[int, ...]) -> int:
+    def splits(self, problem: Problem, variant: tuple[int, ...]) -> int:
         del problem, variant
         return 1
 
-    def blocks(self, problem: Problem, cut: Cut) -> Iterator[Block]:
-        return problem.geometry.pieces(cut.tile)
+    def blocks(self, problem: Problem, tiling: Tiling) -> Iterator[Block]:
+        return problem.geometry.pieces(tiling.tile)
 
-    def needs(self, problem: Problem, cut: Cut, leaves: Leaves) -> Needs:
-        del cut
-        if leaves.direct is not None:
-            return Needs()
+    def workspace(
+        self, problem: Problem, tiling: Tiling, backend: Backend
+    ) -> Workspace:
+        del tiling
+        if backend.direct is not None:
+            return Workspace()
         g, dtype = problem.geometry, problem.operand
         cells = math.prod(_scratch_shape(problem))
         own = (Buffer("scratch", cells, dtype), Buffer("sums", cells, dtype))
         weights = Buffer("w", g.filters * g.patch, dtype)
         if problem.op == "weight_grad":
-            return Needs((), (weights,), own)
-        return Needs((weights,), (Buffer("bias", problem.result_channels, dtype),), own)
+            return Workspace((), (weights,), own)
+        return Workspace(
+            (weights,), (Buffer("bias", problem.result_channels, dtype),), own
+        )
 
-    def pieces(self, problem: Problem, cut: Cut) -> int:
-        del cut
+    def pieces(self, problem: Problem, tiling: Tiling) -> int:
+        del tiling
         return min(_channels(problem), _TASKS)
 
-    def work(self, problem: Problem, cut: Cut) -> Work:
-        del cut
+    def work(self, problem: Problem, tiling: Tiling) -> Work:
+        del tiling
         g = problem.geometry
         if problem.module != "numpy":
             arrays = g.images * (g.channels * g.cells + g.filters * g.positions)
@@ -111,16 +115,16 @@ class Depthwise(OneWay):
 
     def weights(self, job: Job, w: Array, kept: dict[str, Array]) -> Array:
         view = outer_view(filters_of(w, job.problem), job.problem.geometry.rank)
-        if job.leaves.direct is not None:
+        if job.backend.direct is not None:
             return view
         copy = kept["w"].reshape(view.shape)
-        job.leaves.copy(view, copy)
+        job.backend.copy(view, copy)
         return copy
 
     def forward(
         self, job: Job, x: Array, weights: Array, bias: Array | None, out: Array
     ) -> None:
-        g, direct = job.problem.geometry, job.leaves.direct
+        g, direct = job.problem.geometry, job.backend.direct
         x, y = _planes_of(x, g), _planes_of(out, g)
         if direct is not None:
             conjugated = job.problem.conjugates_weights
@@ -135,7 +139,7 @@ class Depthwise(OneWay):
     def input_grad(
         self, job: Job, dy: Array, weights: Array, bias: Array | None, out: Array
     ) -> None:
-        g, direct = job.problem.geometry, job.leaves.direct
+        g, direct = job.problem.geometry, job.backend.direct
         dy, dx = _planes_of(dy, g), _planes_of(out, g)
         turned = weights.swapaxes(1, 2)
         if direct is not None:
@@ -147,7 +151,7 @@ class Depthwise(OneWay):
         self._run(job, "convolve", (dy, flipped, offset, dx, _adjoint_axes(g)))
 
     def weight_grad(self, job: Job, dy: Array, x: Array, out: Array) -> None:
-        g, direct = job.problem.geometry, job.leaves.direct
+        g, direct = job.problem.geometry, job.backend.direct
         x, dy = _planes_of(x, g), _planes_of(dy, g)
         view = outer_view(filters_of(out, job.problem), g.rank)
         if direct is not None:
@@ -157,11 +161,11 @@ class Depthwise(OneWay):
         sums = job.shared["w"].reshape(view.shape)
         axes = _input_axes(g), _spread_axes(g)
         self._run(job, "correlate", (dy, x, sums, *axes))
-        job.leaves.copy(sums, view)
+        job.backend.copy(sums, view)
 
     def _run(self, job: Job, name: str, arguments: tuple[Any, ...]) -> None:
         """Share the channels out, a run of them at a time."""
-        from cuconv.leaves import jit  # noqa: PLC0415 - Numba, when first needed
+        from cuconv.backends.cpu import loops as jit  # noqa: PLC0415 - Numba, when first needed
 
         loop = getattr(jit, name)
         channels = _channels(job.problem)
@@ -179,7 +183,7 @@ class Depthwise(OneWay):
 
 def _loops_refuse(problem: Problem) -> tuple[tuple[bool, str], ...]:
     """What the loops over NumPy arrays cannot do."""
-    missing = [n for n in _OPERANDS[problem.op] if n not in problem.direct]
+    missing = [n for n in _OPERANDS[problem.op] if n not in problem.zero_copy]
     return (
         (
             not jit_is_installed(),
@@ -223,7 +227,7 @@ def _offset(job: Job, bias: Array | None) -> Array:
     if bias is None:
         offset[...] = 0
     else:
-        job.leaves.copy(bias, offset)
+        job.backend.copy(bias, offset)
     return offset.reshape(job.problem.geometry.groups, -1)
 
 

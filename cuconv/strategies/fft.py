@@ -26,19 +26,19 @@ from typing import Any, Literal
 import numpy as np
 
 from cuconv.arrays import Array, DType
+from cuconv.backends import Backend
 from cuconv.geometry import Block, ConvGeometry, Tile
-from cuconv.leaves import Leaves
 from cuconv.memory import Buffer
 from cuconv.profiling import stage
 from cuconv.strategies.base import (
     OVER_DY,
-    Cut,
     Job,
-    Needs,
     OneWay,
     Problem,
+    Tiling,
     Work,
-    add_lanes,
+    Workspace,
+    add_splits,
     bias_buffer,
     filters_of,
     in_groups,
@@ -107,7 +107,7 @@ class Fft(OneWay):
             ),
         )
 
-    def preferred(self, problem: Problem, leaves: Leaves) -> int:
+    def preferred(self, problem: Problem, backend: Backend) -> int:
         g = problem.geometry
         # Tiles as long as the kernel waste half of every transform.
         cells = (max(3 * axis.extent, _LEAST_TILE) // axis.stride for axis in g.axes)
@@ -115,7 +115,7 @@ class Fft(OneWay):
             min(c, axis.out) for c, axis in zip(cells, g.axes, strict=True)
         )
         spectrum = 8 * max(g.channels, g.filters) * problem.operand.itemsize
-        images = leaves.block_bytes // max(spectrum * tile, 1)
+        images = backend.block_bytes // max(spectrum * tile, 1)
         return tile * min(max(images, 1), g.images)
 
     def tile(self, problem: Problem, positions: int, variant: tuple[int, ...]) -> Tile:
@@ -129,20 +129,22 @@ class Fft(OneWay):
         images = min(max(positions // math.prod(cells), 1), max(g.images, 1))
         return Tile(images, tuple(cells))
 
-    def lanes(self, problem: Problem, variant: tuple[int, ...]) -> int:
+    def splits(self, problem: Problem, variant: tuple[int, ...]) -> int:
         del variant
         return 2 if problem.op == "weight_grad" else 1
 
-    def blocks(self, problem: Problem, cut: Cut) -> Iterator[Block]:
-        return problem.geometry.pieces(cut.tile)
+    def blocks(self, problem: Problem, tiling: Tiling) -> Iterator[Block]:
+        return problem.geometry.pieces(tiling.tile)
 
-    def needs(self, problem: Problem, cut: Cut, leaves: Leaves) -> Needs:
-        del leaves
+    def workspace(
+        self, problem: Problem, tiling: Tiling, backend: Backend
+    ) -> Workspace:
+        del backend
         g, dtype = problem.geometry, problem.operand
         wide = _COMPLEX[dtype.char]
-        lengths = _lengths(g, cut.tile)
+        lengths = _lengths(g, tiling.tile)
         cells, spectrum = math.prod(lengths), math.prod(_frequencies(lengths))
-        images = cut.tile.images
+        images = tiling.tile.images
         weights = g.filters * g.group_channels
         most = max(images * g.channels, images * g.filters, _strip(problem))
         real = Buffer("real", most * cells, dtype)
@@ -152,23 +154,23 @@ class Fft(OneWay):
         x = Buffer("x", images * g.channels * spectrum, wide)
         y = Buffer("y", images * g.filters * spectrum, wide)
         if problem.op == "weight_grad":
-            sums = Buffer("sums", cut.lanes * weights * spectrum, wide)
+            sums = Buffer("sums", tiling.splits * weights * spectrum, wide)
             product = Buffer("product", weights * spectrum, wide)
-            return Needs((), (sums,), (real, between, x, y, product))
+            return Workspace((), (sums,), (real, between, x, y, product))
         kept = Buffer("w", weights * spectrum, wide)
-        return Needs((kept,), bias_buffer(problem), (real, between, x, y))
+        return Workspace((kept,), bias_buffer(problem), (real, between, x, y))
 
-    def pieces(self, problem: Problem, cut: Cut) -> int:
+    def pieces(self, problem: Problem, tiling: Tiling) -> int:
         if problem.op == "weight_grad":
-            return cut.lanes
-        return problem.geometry.count_blocks(cut.tile)
+            return tiling.splits
+        return problem.geometry.count_blocks(tiling.tile)
 
-    def work(self, problem: Problem, cut: Cut) -> Work:
+    def work(self, problem: Problem, tiling: Tiling) -> Work:
         g = problem.geometry
-        lengths = _lengths(g, cut.tile)
+        lengths = _lengths(g, tiling.tile)
         cells = math.prod(lengths)
-        blocks = g.count_blocks(cut.tile)
-        images, weights = cut.tile.images, g.filters * g.group_channels
+        blocks = g.count_blocks(tiling.tile)
+        images, weights = tiling.tile.images, g.filters * g.group_channels
         adds = problem.op == "weight_grad"
         spectra = blocks * images * (g.channels + g.filters) + weights
         return Work(
@@ -183,7 +185,7 @@ class Fft(OneWay):
     def weights(self, job: Job, w: Array, kept: dict[str, Array]) -> Array:
         """Conjugate spectra as (frequencies, G, C, K)."""
         problem, g = job.problem, job.problem.geometry
-        lengths = _lengths(g, job.cut.tile)
+        lengths = _lengths(g, job.tiling.tile)
         view = filters_of(w, problem)
         shape = (*_frequencies(lengths), g.groups, g.group_channels, g.group_filters)
         spectra = kept["w"].reshape(shape)
@@ -195,7 +197,7 @@ class Fft(OneWay):
             part = view[:, start : start + step]
             cells = _cells(own["real"], part.shape[:3], lengths)
             cells[...] = 0
-            job.leaves.copy(part, cells[places])
+            job.backend.copy(part, cells[places])
             into = spectra[..., start : start + step]
             _transform(cells, into.swapaxes(-1, -2), own["between"], conjugate=True)
 
@@ -207,7 +209,7 @@ class Fft(OneWay):
         self, job: Job, x: Array, weights: Array, bias: Array | None, out: Array
     ) -> None:
         g = job.problem.geometry
-        lengths = _lengths(g, job.cut.tile)
+        lengths = _lengths(g, job.tiling.tile)
         offset = take_bias(job, bias)
         x, y = in_groups(x, g), in_groups(out, g)
         strides = tuple(axis.stride for axis in g.axes)
@@ -234,7 +236,7 @@ class Fft(OneWay):
                     result = np.add(
                         result, offset.reshape(*offset.shape[:3], *ones), out=result
                     )
-                job.leaves.copy(result, into)
+                job.backend.copy(result, into)
 
         job.each(job.blocks, body)
 
@@ -244,28 +246,28 @@ class Fft(OneWay):
         raise NotImplementedError  # refused by `supports`
 
     def weight_grad(self, job: Job, dy: Array, x: Array, out: Array) -> None:
-        g, lanes = job.problem.geometry, job.cut.lanes
-        lengths = _lengths(g, job.cut.tile)
+        g, splits = job.problem.geometry, job.tiling.splits
+        lengths = _lengths(g, job.tiling.tile)
         frequencies = _frequencies(lengths)
         x, dy = in_groups(x, g), in_groups(dy, g)
         shape = (*frequencies, g.groups, g.group_channels, g.group_filters)
-        sums = job.shared["sums"].reshape(lanes, *shape)
+        sums = job.shared["sums"].reshape(splits, *shape)
         strides = tuple(axis.stride for axis in g.axes)
 
-        def body(number: int, lane: int, own: dict[str, Array]) -> None:
+        def body(number: int, split: int, own: dict[str, Array]) -> None:
             del number
-            sums[lane] = 0
-            for chunk, block in islice(enumerate(job.blocks), lane, None, lanes):
+            sums[split] = 0
+            for chunk, block in islice(enumerate(job.blocks), split, None, splits):
                 with stage("transform", self.name, chunk):
                     spectra = _window_spectra(job, x, block, lengths, own)
                     gradients = _spread_spectra(job, dy, block, lengths, strides, own)
                 with stage("gemm", self.name, chunk):
                     product = own["product"].reshape(shape)
                     np.matmul(spectra.swapaxes(-1, -2), gradients, out=product)
-                    np.add(sums[lane], product, out=sums[lane])
+                    np.add(sums[split], product, out=sums[split])
 
-        job.each(range(lanes), body)
-        add_lanes(job, list(sums))
+        job.each(range(splits), body)
+        add_splits(job, list(sums))
         view = filters_of(out, job.problem)
         places = _spread(g)
         step = max(1, _strip(job.problem) // max(g.groups * g.group_channels, 1))
@@ -275,7 +277,7 @@ class Fft(OneWay):
             part = sums[0][..., start : start + step].swapaxes(-1, -2)
             head = (part.shape[g.rank], *part.shape[g.rank + 1 :])
             cells = _back(part, own["real"], own["between"], head, lengths, swap=False)
-            job.leaves.copy(cells[places], view[:, start : start + step])
+            job.backend.copy(cells[places], view[:, start : start + step])
 
         with stage("weights", self.name):
             job.each(range(0, g.group_filters, step), finish)
@@ -311,7 +313,7 @@ def _window_spectra(
         for (before, _), (start, stop) in zip(block.padding, block.window, strict=True)
     )
     source = x[slice(*block.images)][(..., *(slice(*span) for span in block.window))]
-    job.leaves.copy(source, cells[(..., *inside)])
+    job.backend.copy(source, cells[(..., *inside)])
     count = cells.shape[0]
     shape = (*_frequencies(lengths), g.groups, count, g.group_channels)
     spectra = own["x"][: math.prod(shape)].reshape(shape)
@@ -336,7 +338,7 @@ def _spread_spectra(
         slice(0, (size - 1) * stride + 1, stride)
         for size, stride in zip(block.shape, strides, strict=True)
     )
-    job.leaves.copy(part, cells[(..., *places)])
+    job.backend.copy(part, cells[(..., *places)])
     shape = (*_frequencies(lengths), g.groups, cells.shape[0], g.group_filters)
     spectra = own["y"][: math.prod(shape)].reshape(shape)
     _transform(cells.swapaxes(0, 1), spectra, own["between"], conjugate=True)

@@ -18,18 +18,19 @@ from collections.abc import Iterator
 from itertools import islice
 
 from cuconv.arrays import Array, DType, Stored, flattened, stored
+from cuconv.backends import Backend
 from cuconv.geometry import Block, ConvGeometry, Region, Tile
-from cuconv.leaves import Leaves
 from cuconv.memory import Buffer
 from cuconv.profiling import stage
 from cuconv.strategies.base import (
-    Cut,
     Job,
-    Needs,
     Problem,
+    Tiling,
     Work,
-    add_lanes,
+    Workspace,
+    add_splits,
     bias_buffer,
+    copy_transposed,
     filters_of,
     in_groups,
     output_buffer,
@@ -41,7 +42,6 @@ from cuconv.strategies.base import (
     take_bias,
     take_dy,
     take_weights,
-    turn,
     weight_buffer,
     weight_matrix,
 )
@@ -51,7 +51,7 @@ from cuconv.strategies.base import (
 # positions.
 _WORTH_TURNING = 1024
 # Bytes of sums in all lanes, beyond the two that two workers need.
-_LANE_BYTES = 4 * 2**20
+_SPLIT_BYTES = 4 * 2**20
 # Below so many positions, workers take filters rather than positions; the least filters
 # in a part.
 FEW_POSITIONS, PART = 1024, 32
@@ -88,16 +88,16 @@ class Im2col:
             return "filters apart"
         return "images side by side" if variant == WIDE else ""
 
-    def preferred(self, problem: Problem, leaves: Leaves) -> int:
+    def preferred(self, problem: Problem, backend: Backend) -> int:
         geometry = problem.geometry
         column = geometry.groups * geometry.patch * problem.operand.itemsize
-        return max(1, leaves.block_bytes // max(column, 1))
+        return max(1, backend.block_bytes // max(column, 1))
 
     def tile(self, problem: Problem, positions: int, variant: tuple[int, ...]) -> Tile:
         del variant
         return problem.geometry.tile(positions)
 
-    def lanes(self, problem: Problem, variant: tuple[int, ...]) -> int:
+    def splits(self, problem: Problem, variant: tuple[int, ...]) -> int:
         g = problem.geometry
         if variant == FILTERS:
             return max(1, g.group_filters // PART)
@@ -107,78 +107,82 @@ class Im2col:
         if problem.op == "input_grad":
             return 1
         cells = g.filters * g.patch * problem.types.accumulate.itemsize
-        room = _LANE_BYTES // max(cells, 1)
+        room = _SPLIT_BYTES // max(cells, 1)
         return int(2 ** min(max(room, 2).bit_length() - 1, 3))
 
-    def blocks(self, problem: Problem, cut: Cut) -> Iterator[Block]:
-        return problem.geometry.blocks(cut.tile)
+    def blocks(self, problem: Problem, tiling: Tiling) -> Iterator[Block]:
+        return problem.geometry.blocks(tiling.tile)
 
-    def needs(self, problem: Problem, cut: Cut, leaves: Leaves) -> Needs:
-        tile = cut.tile
+    def workspace(
+        self, problem: Problem, tiling: Tiling, backend: Backend
+    ) -> Workspace:
+        tile = tiling.tile
         if problem.op == "input_grad":
             columns = _column_buffer(problem, tile, problem.types.accumulate)
-            own = (*_dy_buffer(problem, tile), *_dx_buffer(problem, cut.region))
+            own = (*_dy_buffer(problem, tile), *_dx_buffer(problem, tiling.region))
             shared = bias_buffer(problem)
-            return Needs(weight_buffer(problem), shared, (columns, *own))
-        gathered = self.column_buffers(problem, cut, leaves)
+            return Workspace(weight_buffer(problem), shared, (columns, *own))
+        gathered = self.column_buffers(problem, tiling, backend)
         if problem.op == "weight_grad":
-            sums, own = _sum_buffers(problem, cut, leaves)
-            return Needs((), sums, (*gathered, *_dy_buffer(problem, tile), *own))
-        direct = "out" in problem.direct and cut.variant == EACH
+            sums, own = _sum_buffers(problem, tiling, backend)
+            return Workspace((), sums, (*gathered, *_dy_buffer(problem, tile), *own))
+        direct = "out" in problem.zero_copy and tiling.variant == EACH
         staged = () if direct else (output_buffer(problem, "y", tile),)
-        return Needs(weight_buffer(problem), bias_buffer(problem), (*gathered, *staged))
+        return Workspace(
+            weight_buffer(problem), bias_buffer(problem), (*gathered, *staged)
+        )
 
-    def pieces(self, problem: Problem, cut: Cut) -> int:
+    def pieces(self, problem: Problem, tiling: Tiling) -> int:
         if problem.op == "input_grad":
-            return problem.geometry.count_regions(cut.region)
+            return problem.geometry.count_regions(tiling.region)
         if problem.op == "weight_grad":
-            return cut.lanes
-        return problem.geometry.count_blocks(cut.tile) * cut.lanes
+            return tiling.splits
+        return problem.geometry.count_blocks(tiling.tile) * tiling.splits
 
-    def work(self, problem: Problem, cut: Cut) -> Work:
+    def work(self, problem: Problem, tiling: Tiling) -> Work:
         g = problem.geometry
         columns = g.images * g.positions * g.groups * g.patch * run_cost(g)
-        turned = 0 if "w" in problem.direct else g.filters * g.patch
-        part = g.group_filters // cut.lanes
+        turned = 0 if "w" in problem.zero_copy else g.filters * g.patch
+        part = g.group_filters // tiling.splits
         work = Work(
             multiply=g.multiplications,
-            short_side=min(cut.tile.positions, g.group_filters, g.patch),
+            short_side=min(tiling.tile.positions, g.group_filters, g.patch),
             gather=columns,
             transpose=turned,
-            products=g.groups * g.count_blocks(cut.tile) * cut.tile.images,
-            blocks=g.count_blocks(cut.tile),
+            products=g.groups * g.count_blocks(tiling.tile) * tiling.tile.images,
+            blocks=g.count_blocks(tiling.tile),
         )
         if problem.op == "input_grad":
             whole = max(g.images * g.positions, 1)
-            again = g.reach(cut.region) * g.count_regions(cut.region) / whole
+            again = g.reach(tiling.region) * g.count_regions(tiling.region) / whole
             return work._replace(
                 multiply=work.multiply * max(again, 1), gather=0, scatter=columns
             )
         if problem.op == "weight_grad":
-            if cut.variant == FILTERS:
+            if tiling.variant == FILTERS:
                 return work._replace(
-                    gather=columns * cut.lanes,
-                    short_side=min(cut.tile.positions, part, g.patch),
-                    blocks=work.blocks * cut.lanes,
+                    gather=columns * tiling.splits,
+                    short_side=min(tiling.tile.positions, part, g.patch),
+                    blocks=work.blocks * tiling.splits,
                     transpose=0,
                 )
-            return work._replace(copy=cut.lanes * g.filters * g.patch, transpose=0)
-        direct = "out" in problem.direct and cut.variant == EACH
-        images = 1 if cut.variant == WIDE else max(cut.tile.images, 1)
+            return work._replace(copy=tiling.splits * g.filters * g.patch, transpose=0)
+        direct = "out" in problem.zero_copy and tiling.variant == EACH
+        images = 1 if tiling.variant == WIDE else max(tiling.tile.images, 1)
         return work._replace(
-            gather=columns * cut.lanes,
-            short_side=min(cut.tile.positions // images, part, g.patch),
-            blocks=work.blocks * cut.lanes,
+            gather=columns * tiling.splits,
+            short_side=min(tiling.tile.positions // images, part, g.patch),
+            blocks=work.blocks * tiling.splits,
             copy=0 if direct else g.images * g.positions * g.filters,
         )
 
     def column_buffers(
-        self, problem: Problem, cut: Cut, leaves: Leaves
+        self, problem: Problem, tiling: Tiling, backend: Backend
     ) -> tuple[Buffer, ...]:
         """What `columns` needs."""
-        tile = cut.tile
+        tile = tiling.tile
         types = problem.source, problem.operand
-        gather = leaves.gather_buffers(problem.geometry, tile, *types)
+        gather = backend.gather_buffers(problem.geometry, tile, *types)
         return (_column_buffer(problem, tile, problem.operand), *gather)
 
     def columns(
@@ -188,16 +192,16 @@ class Im2col:
         views = getattr(buffers, "views", None)
         columns = views.get("columns") if views else None
         if columns is None:
-            wide = job.problem.op == "weight_grad" or job.cut.variant == WIDE
+            wide = job.problem.op == "weight_grad" or job.tiling.variant == WIDE
             columns = _stored_columns(job, buffers["columns"], block, wide=wide)
             if views is not None:
                 views["columns"] = columns
         with stage("gather", self.name, chunk):
             images = x[slice(*block.images)]
             geometry = job.problem.geometry
-            job.leaves.gather(images, columns.cells, geometry, block, buffers)
+            job.backend.gather(images, columns.cells, geometry, block, buffers)
         if job.problem.op == "weight_grad" and columns.matrix.dtype.kind == "c":
-            job.leaves.xp.conjugate(columns.matrix, out=columns.matrix)
+            job.backend.xp.conjugate(columns.matrix, out=columns.matrix)
         return columns.matrix
 
     def weights(self, job: Job, w: Array, kept: dict[str, Array]) -> Array:
@@ -220,7 +224,7 @@ class Im2col:
                 bias = offset if offset is None else offset[:, :, part]
                 _write_block(job, some, columns, bias, y[:, :, part], block, buffers)
 
-        parts = parts_of(geometry.group_filters, job.cut.lanes)
+        parts = parts_of(geometry.group_filters, job.tiling.splits)
         job.each(((block, part) for block in job.blocks for part in parts), body)
 
     def input_grad(
@@ -237,22 +241,22 @@ class Im2col:
             turned = weights.swapaxes(-1, -2)
             _write_region(job, turned, dy, offset, dx, region, buffers)
 
-        job.each(geometry.regions(job.cut.region), body)
+        job.each(geometry.regions(job.tiling.region), body)
 
     def weight_grad(self, job: Job, dy: Array, x: Array, out: Array) -> None:
         geometry = job.problem.geometry
         x, dy = in_groups(x, geometry), in_groups(dy, geometry)
         sums, totals = _sums(job, out)
-        lanes, own_filters = job.cut.lanes, job.cut.variant == FILTERS
-        parts = parts_of(geometry.group_filters, lanes if own_filters else 1)
+        splits, own_filters = job.tiling.splits, job.tiling.variant == FILTERS
+        parts = parts_of(geometry.group_filters, splits if own_filters else 1)
 
-        def body(number: int, lane: int, buffers: dict[str, Array]) -> None:
+        def body(number: int, split: int, buffers: dict[str, Array]) -> None:
             del number
             # Lane i sums blocks i, i + lanes, …, or all for its own filters: the same
             # sums, whoever does it.
-            first, step = (0, 1) if own_filters else (lane, lanes)
-            part = parts[lane] if own_filters else parts[0]
-            total, add = totals[0 if own_filters else lane][:, :, part], False
+            first, step = (0, 1) if own_filters else (split, splits)
+            part = parts[split] if own_filters else parts[0]
+            total, add = totals[0 if own_filters else split][:, :, part], False
             for chunk, block in islice(enumerate(job.blocks), first, None, step):
                 columns = self.columns(job, x, block, buffers, chunk)
                 cells = output_cells(dy, block)[:, :, part]
@@ -262,8 +266,8 @@ class Im2col:
             if not add:
                 total[...] = 0
 
-        job.each(range(len(parts) if own_filters else lanes), body)
-        add_lanes(job, sums)
+        job.each(range(len(parts) if own_filters else splits), body)
+        add_splits(job, sums)
         if sums[0] is not out:
             _finish(job, sums[0], out)
 
@@ -298,7 +302,7 @@ def _dy_buffer(problem: Problem, tile: Tile) -> tuple[Buffer, ...]:
     # The weight gradient sums over images too: several of them make one wide matrix
     # only after a copy.
     wide = problem.op == "weight_grad" and tile.images > 1
-    if "dy" in problem.direct and not wide:
+    if "dy" in problem.zero_copy and not wide:
         return ()
     return (output_buffer(problem, "dy", tile),)
 
@@ -323,22 +327,22 @@ def _is_turned(problem: Problem) -> bool:
 
 
 def _sum_buffers(
-    problem: Problem, cut: Cut, leaves: Leaves
+    problem: Problem, tiling: Tiling, backend: Backend
 ) -> tuple[tuple[Buffer, ...], tuple[Buffer, ...]]:
     """One running sum for each lane, the first in the result where it can be."""
     geometry = problem.geometry
     cells = geometry.filters * geometry.patch
     in_place = sums_in_place(problem) and not _is_turned(problem)
-    lanes, filters = cut.lanes, geometry.group_filters
-    if cut.variant == FILTERS:
-        lanes, filters = 1, -(-filters // cut.lanes)
-    shared = Buffer("sums", (lanes - in_place) * cells, problem.types.accumulate)
-    if not (leaves.needs_partial and geometry.count_blocks(cut.tile) > lanes):
+    splits, filters = tiling.splits, geometry.group_filters
+    if tiling.variant == FILTERS:
+        splits, filters = 1, -(-filters // tiling.splits)
+    shared = Buffer("sums", (splits - in_place) * cells, problem.types.accumulate)
+    if not (backend.needs_partial and geometry.count_blocks(tiling.tile) > splits):
         return (shared,), ()
     by_filters = _is_turned(problem) or not geometry.channels_first
     row = filters if by_filters else geometry.patch
     own = geometry.groups * filters * geometry.patch
-    partial = partial_cells(own, row, cut.tile.positions)
+    partial = partial_cells(own, row, tiling.tile.positions)
     return (shared,), (Buffer("partial", partial, problem.types.accumulate),)
 
 
@@ -359,12 +363,12 @@ def _finish(job: Job, total: Array, out: Array) -> None:
     """Copy the finished sum to the result."""
     problem, geometry = job.problem, job.problem.geometry
     if not _is_turned(problem):
-        job.leaves.copy(total, out)
+        job.backend.copy(total, out)
         return
     channels, kernel = geometry.group_channels, geometry.kernel
     source = total.reshape(geometry.groups, channels, *kernel, geometry.group_filters)
     axes = (0, geometry.rank + 2, 1, *range(2, geometry.rank + 2))
-    turn(job, source.transpose(axes), filters_of(out, problem))
+    copy_transposed(job, source.transpose(axes), filters_of(out, problem))
 
 
 def _write_block(
@@ -381,13 +385,13 @@ def _write_block(
     cells = output_cells(y, block)
     if "y" not in buffers:
         matrix = flattened(cells, geometry.rank)
-        job.leaves.gemm(weights, columns, matrix, bias=bias, fast=fast)
+        job.backend.gemm(weights, columns, matrix, bias=bias, fast=fast)
         return
-    wide = job.cut.variant == WIDE
+    wide = job.tiling.variant == WIDE
     filters = cells.shape[2]
     staged = staged_output(buffers["y"], geometry, block, filters, wide=wide)
-    job.leaves.gemm(weights, columns, staged.matrix, bias=bias, fast=fast)
-    job.leaves.copy(staged.cells, cells)
+    job.backend.gemm(weights, columns, staged.matrix, bias=bias, fast=fast)
+    job.backend.copy(staged.cells, cells)
 
 
 def _write_region(
@@ -409,15 +413,15 @@ def _write_region(
         target = stored(buffers["dx"], head, (), spatial, channels_first=first).cells
     if not region.is_reached:
         target[...] = 0
-    blocks = geometry.blocks(job.cut.tile, region.images, region.output)
+    blocks = geometry.blocks(job.tiling.tile, region.images, region.output)
     images = None
     for chunk, block in enumerate(blocks):
         columns = _stored_columns(job, buffers["columns"], block)
         matrix = take_dy(job, output_cells(dy, block), buffers, block)
         with stage("gemm", Im2col.name, chunk):
-            job.leaves.gemm(weights, matrix, columns.matrix, fast=job.problem.fast)
+            job.backend.gemm(weights, matrix, columns.matrix, fast=job.problem.fast)
         with stage("scatter", Im2col.name, chunk):
-            job.leaves.scatter(
+            job.backend.scatter(
                 columns.cells,
                 target[slice(*(i - region.images[0] for i in block.images))],
                 geometry,
@@ -428,9 +432,9 @@ def _write_region(
             )
         images = block.images
     if bias is not None:
-        job.leaves.xp.add(target, bias, out=target)
+        job.backend.xp.add(target, bias, out=target)
     if target is not cells:
-        job.leaves.copy(target, cells)
+        job.backend.copy(target, cells)
 
 
 def _add_block(
@@ -444,7 +448,7 @@ def _add_block(
     add: bool,
 ) -> None:
     """Add dY · Xᴴ of one block to ``total``."""
-    job.leaves.gemm(
+    job.backend.gemm(
         take_dy(job, dy, buffers, block, wide=True),
         columns.swapaxes(-1, -2),
         total,

@@ -20,17 +20,17 @@ import math
 from collections.abc import Iterator
 
 from cuconv.arrays import Array, flattened
-from cuconv.blocking import Blocking, block_sizes
+from cuconv.backends import Backend, Contraction
+from cuconv.backends.blocking import Blocking, block_sizes
 from cuconv.geometry import Axis, Block, Tile
-from cuconv.leaves import Contraction, Leaves
 from cuconv.memory import Buffer
 from cuconv.profiling import stage
 from cuconv.strategies.base import (
-    Cut,
     Job,
-    Needs,
     Problem,
+    Tiling,
     Work,
+    Workspace,
     filters_of,
     in_groups,
     verdict,
@@ -112,7 +112,7 @@ class ImplicitGemm:
         terms, blocks = _extents(problem)[-1], _count_blocks(problem, size)
         strided = problem.op == "input_grad" and not g.is_unit_stride
         few = blocks * parts <= _ENOUGH_BLOCKS and terms >= parts * _LEAST_TERMS
-        return few and "run" in problem.direct and not strided
+        return few and "run" in problem.zero_copy and not strided
 
     def describe(self, variant: tuple[int, ...]) -> str:
         filters, columns, parts, lie = variant
@@ -123,8 +123,8 @@ class ImplicitGemm:
             words.append("channels turned last")
         return ", ".join(words)
 
-    def preferred(self, problem: Problem, leaves: Leaves) -> int:
-        del leaves
+    def preferred(self, problem: Problem, backend: Backend) -> int:
+        del backend
         return max(problem.geometry.images * problem.geometry.positions, 1)
 
     def tile(self, problem: Problem, positions: int, variant: tuple[int, ...]) -> Tile:
@@ -132,37 +132,39 @@ class ImplicitGemm:
         g = problem.geometry
         return Tile(max(g.images, 1), tuple(max(n, 1) for n in g.out))
 
-    def lanes(self, problem: Problem, variant: tuple[int, ...]) -> int:
+    def splits(self, problem: Problem, variant: tuple[int, ...]) -> int:
         del problem, variant
         return 1
 
-    def blocks(self, problem: Problem, cut: Cut) -> Iterator[Block]:
-        return problem.geometry.pieces(cut.tile)
+    def blocks(self, problem: Problem, tiling: Tiling) -> Iterator[Block]:
+        return problem.geometry.pieces(tiling.tile)
 
-    def needs(self, problem: Problem, cut: Cut, leaves: Leaves) -> Needs:
-        del leaves
-        *_, parts, lie = cut.variant
+    def workspace(
+        self, problem: Problem, tiling: Tiling, backend: Backend
+    ) -> Workspace:
+        del backend
+        *_, parts, lie = tiling.variant
         g, own = problem.geometry, problem.operand
         cells = 0 if parts == 1 else parts * _results(problem)
         shared = [Buffer("parts", cells, problem.types.accumulate)]
         if lie == IN_PLACE:
-            return Needs((), tuple(shared))
+            return Workspace((), tuple(shared))
         y = Buffer("dy", g.images * g.filters * g.positions, own)
         if problem.op == "input_grad":
             shared.append(y)
         else:
             shared.append(Buffer("x", g.images * g.channels * g.cells, own))
         if problem.op == "weight_grad":
-            return Needs((), (*shared, y))
-        return Needs((Buffer("w", g.filters * g.patch, own),), tuple(shared))
+            return Workspace((), (*shared, y))
+        return Workspace((Buffer("w", g.filters * g.patch, own),), tuple(shared))
 
-    def pieces(self, problem: Problem, cut: Cut) -> int:
-        del problem, cut
+    def pieces(self, problem: Problem, tiling: Tiling) -> int:
+        del problem, tiling
         return 1
 
-    def work(self, problem: Problem, cut: Cut) -> Work:
+    def work(self, problem: Problem, tiling: Tiling) -> Work:
         g = problem.geometry
-        tall, wide, parts, lie = cut.variant
+        tall, wide, parts, lie = tiling.variant
         terms, tiles = _extents(problem)[-1], _count_blocks(problem, (tall, wide))
         phases = math.prod(min(axis.stride, max(axis.size, 1)) for axis in g.axes)
         launches = phases if problem.op == "input_grad" else 1 + (parts > 1)
@@ -181,7 +183,7 @@ class ImplicitGemm:
         view = filters_of(w, job.problem)
         if job.problem.op == "input_grad":
             view = view.swapaxes(1, 2)
-        if job.cut.variant[-1] == IN_PLACE:
+        if job.tiling.variant[-1] == IN_PLACE:
             return view
         g = job.problem.geometry
         flat = w.reshape(g.groups, g.group_filters, g.group_channels, g.taps)
@@ -239,15 +241,15 @@ class ImplicitGemm:
 
 
 def _kernels(job: Job) -> Contraction:
-    found = job.leaves.contraction
+    found = job.backend.contraction
     if found is None:
-        raise RuntimeError(f"{job.leaves.device} has no kernel for implicit_gemm")
+        raise RuntimeError(f"{job.backend.device} has no kernel for implicit_gemm")
     return found
 
 
 def _operand(job: Job, name: str, array: Array) -> Array:
     """An array (N, G, C, *cells) where it lies, or a copy whose channels come last."""
-    if job.cut.variant[-1] == IN_PLACE:
+    if job.tiling.variant[-1] == IN_PLACE:
         return array
     images, groups, channels, *cells = array.shape
     source = flattened(array, len(cells))
@@ -269,7 +271,7 @@ def _can_turn(problem: Problem) -> bool:
     """Whether channels lie apart, would fill whole copies, and feed tensor cores."""
     g = problem.geometry
     needed = {"forward": {"x", "w"}, "input_grad": {"dy", "w"}}
-    direct = needed.get(problem.op, {"dy", "x"}) <= problem.direct
+    direct = needed.get(problem.op, {"dy", "x"}) <= problem.zero_copy
     terms = {"input_grad": g.group_filters}.get(problem.op, g.group_channels)
     whole = terms % (_WORD // problem.operand.itemsize) == 0
     return problem.is_for_tensor_cores and g.channels_first and direct and whole
@@ -286,7 +288,7 @@ def _vectors(problem: Problem, lie: int) -> tuple[int, int]:
 
 
 def _how(job: Job, conjugated: int = 0) -> Blocking:
-    filters, columns, parts, _ = job.cut.variant
+    filters, columns, parts, _ = job.tiling.variant
     fast = job.problem.fast
     return Blocking(filters, columns, parts, fast=fast, conjugated=conjugated)
 

@@ -6,16 +6,16 @@ transposed.
 """
 
 from cuconv.arrays import Array, flattened
+from cuconv.backends import Backend
 from cuconv.geometry import Block, Tile
-from cuconv.leaves import Leaves
 from cuconv.memory import Buffer
 from cuconv.profiling import stage
 from cuconv.strategies.base import (
-    Cut,
     Job,
-    Needs,
     Problem,
+    Tiling,
     Work,
+    Workspace,
     bias_buffer,
     in_groups,
     output_cells,
@@ -45,7 +45,7 @@ def _lies_ready(problem: Problem, variant: tuple[int, ...] = EACH) -> bool:
         return False
     if problem.op == "weight_grad" and problem.operand.kind == "c":
         return False  # x would have to be conjugated where it lies
-    ready = all(name in problem.direct for name in _OPERANDS[problem.op])
+    ready = all(name in problem.zero_copy for name in _OPERANDS[problem.op])
     return problem.geometry.is_pointwise and ready
 
 
@@ -69,9 +69,9 @@ class Pointwise(Im2col):
         more = super().variants(problem) if problem.op == "weight_grad" else ()
         return tuple(dict.fromkeys((*both, *more)))
 
-    def preferred(self, problem: Problem, leaves: Leaves) -> int:
+    def preferred(self, problem: Problem, backend: Backend) -> int:
         if not _lies_ready(problem):
-            return super().preferred(problem, leaves)
+            return super().preferred(problem, backend)
         return problem.geometry.images * problem.geometry.positions
 
     def tile(self, problem: Problem, positions: int, variant: tuple[int, ...]) -> Tile:
@@ -82,41 +82,43 @@ class Pointwise(Im2col):
             return tile._replace(images=1)
         return tile
 
-    def needs(self, problem: Problem, cut: Cut, leaves: Leaves) -> Needs:
+    def workspace(
+        self, problem: Problem, tiling: Tiling, backend: Backend
+    ) -> Workspace:
         if problem.op == "input_grad" and _lies_ready(problem):
-            return Needs(weight_buffer(problem), bias_buffer(problem))
-        return super().needs(problem, cut, leaves)
+            return Workspace(weight_buffer(problem), bias_buffer(problem))
+        return super().workspace(problem, tiling, backend)
 
-    def pieces(self, problem: Problem, cut: Cut) -> int:
+    def pieces(self, problem: Problem, tiling: Tiling) -> int:
         if problem.op == "input_grad" and _lies_ready(problem):
-            return problem.geometry.count_blocks(cut.tile) * cut.lanes
-        return super().pieces(problem, cut)
+            return problem.geometry.count_blocks(tiling.tile) * tiling.splits
+        return super().pieces(problem, tiling)
 
-    def lanes(self, problem: Problem, variant: tuple[int, ...]) -> int:
+    def splits(self, problem: Problem, variant: tuple[int, ...]) -> int:
         if problem.op == "input_grad" and _lies_ready(problem):
             few = problem.geometry.images * problem.geometry.positions < FEW_POSITIONS
             return max(1, problem.geometry.group_channels // PART) if few else 1
-        return super().lanes(problem, variant)
+        return super().splits(problem, variant)
 
-    def work(self, problem: Problem, cut: Cut) -> Work:
-        work = super().work(problem, cut)
-        if not _lies_ready(problem, cut.variant):
+    def work(self, problem: Problem, tiling: Tiling) -> Work:
+        work = super().work(problem, tiling)
+        if not _lies_ready(problem, tiling.variant):
             return work
         return work._replace(
             multiply=problem.geometry.multiplications, gather=0, scatter=0
         )
 
     def column_buffers(
-        self, problem: Problem, cut: Cut, leaves: Leaves
+        self, problem: Problem, tiling: Tiling, backend: Backend
     ) -> tuple[Buffer, ...]:
-        if _lies_ready(problem, cut.variant):
+        if _lies_ready(problem, tiling.variant):
             return ()
-        return super().column_buffers(problem, cut, leaves)
+        return super().column_buffers(problem, tiling, backend)
 
     def columns(
         self, job: Job, x: Array, block: Block, buffers: dict[str, Array], chunk: int
     ) -> Array:
-        if not _lies_ready(job.problem, job.cut.variant):
+        if not _lies_ready(job.problem, job.tiling.variant):
             return super().columns(job, x, block, buffers, chunk)
         return flattened(output_cells(x, block), job.problem.geometry.rank)
 
@@ -140,7 +142,7 @@ class Pointwise(Im2col):
             with stage("gemm", self.name, chunk):
                 some = weights.swapaxes(-1, -2)[:, :, part]
                 own = offset if offset is None else offset[:, :, part]
-                job.leaves.gemm(some, columns, cells, bias=own, fast=fast)
+                job.backend.gemm(some, columns, cells, bias=own, fast=fast)
 
-        parts = parts_of(geometry.group_channels, job.cut.lanes)
+        parts = parts_of(geometry.group_channels, job.tiling.splits)
         job.each(((block, part) for block in job.blocks for part in parts), body)

@@ -18,25 +18,25 @@ from itertools import islice, product
 from typing import NamedTuple
 
 from cuconv.arrays import Array, Stored, stored
+from cuconv.backends import Backend
 from cuconv.geometry import Block, ConvGeometry, Range, Tile
-from cuconv.leaves import Leaves
 from cuconv.memory import Buffer
 from cuconv.profiling import stage
 from cuconv.strategies.base import (
     OVER_DY,
-    Cut,
     Job,
-    Needs,
     OneWay,
     Problem,
+    Tiling,
     Work,
-    add_lanes,
+    Workspace,
+    add_splits,
     bias_buffer,
+    copy_transposed,
     filters_of,
     in_groups,
     output_cells,
     take_bias,
-    turn,
 )
 from cuconv.strategies.im2col import run_cost
 
@@ -56,10 +56,10 @@ class TapMatmul(OneWay):
             return False, f"sums in {problem.operand} would be rounded"
         return True, ""
 
-    def preferred(self, problem: Problem, leaves: Leaves) -> int:
+    def preferred(self, problem: Problem, backend: Backend) -> int:
         g = problem.geometry
         cell = (g.channels + 2 * g.filters) * problem.operand.itemsize
-        return max(1, leaves.block_bytes // max(cell, 1))
+        return max(1, backend.block_bytes // max(cell, 1))
 
     def tile(self, problem: Problem, positions: int, variant: tuple[int, ...]) -> Tile:
         del variant
@@ -69,48 +69,50 @@ class TapMatmul(OneWay):
             return tile._replace(cells=tuple(max(n, 1) for n in problem.geometry.out))
         return tile
 
-    def lanes(self, problem: Problem, variant: tuple[int, ...]) -> int:
+    def splits(self, problem: Problem, variant: tuple[int, ...]) -> int:
         del variant
         return 2 if problem.op == "weight_grad" else 1
 
-    def blocks(self, problem: Problem, cut: Cut) -> Iterator[Block]:
-        return problem.geometry.blocks(cut.tile)
+    def blocks(self, problem: Problem, tiling: Tiling) -> Iterator[Block]:
+        return problem.geometry.blocks(tiling.tile)
 
-    def needs(self, problem: Problem, cut: Cut, leaves: Leaves) -> Needs:
-        del leaves
-        g, positions = problem.geometry, cut.tile.positions
+    def workspace(
+        self, problem: Problem, tiling: Tiling, backend: Backend
+    ) -> Workspace:
+        del backend
+        g, positions = problem.geometry, tiling.tile.positions
         wide = problem.types.accumulate
         weights = Buffer("w", g.filters * g.patch, problem.operand)
         x = Buffer("x", positions * g.channels, problem.operand)
         if problem.op == "weight_grad":
-            sums = Buffer("sums", cut.lanes * g.filters * g.patch, wide)
+            sums = Buffer("sums", tiling.splits * g.filters * g.patch, wide)
             dy = Buffer("dy", positions * g.filters, problem.operand)
             product = Buffer("product", g.filters * g.group_channels, wide)
-            return Needs((), (sums,), (x, dy, product))
+            return Workspace((), (sums,), (x, dy, product))
         if problem.op == "input_grad":
             dy = Buffer("dy", positions * g.filters, problem.operand)
             product = Buffer("product", positions * g.channels, wide)
-            dx = Buffer("dx", cut.tile.images * g.channels * g.cells, wide)
-            return Needs((weights,), bias_buffer(problem), (dy, product, dx))
+            dx = Buffer("dx", tiling.tile.images * g.channels * g.cells, wide)
+            return Workspace((weights,), bias_buffer(problem), (dy, product, dx))
         product = Buffer("product", positions * g.filters, wide)
         y = Buffer("y", positions * g.filters, wide)
-        return Needs((weights,), bias_buffer(problem), (x, product, y))
+        return Workspace((weights,), bias_buffer(problem), (x, product, y))
 
-    def pieces(self, problem: Problem, cut: Cut) -> int:
+    def pieces(self, problem: Problem, tiling: Tiling) -> int:
         if problem.op == "weight_grad":
-            return cut.lanes
-        return problem.geometry.count_blocks(cut.tile)
+            return tiling.splits
+        return problem.geometry.count_blocks(tiling.tile)
 
-    def work(self, problem: Problem, cut: Cut) -> Work:
+    def work(self, problem: Problem, tiling: Tiling) -> Work:
         g = problem.geometry
         met = _share_met(g)
         positions = g.images * g.positions * g.taps * met
-        blocks = g.count_blocks(cut.tile)
+        blocks = g.count_blocks(tiling.tile)
         sums = 0.0 if problem.op == "weight_grad" else positions
         added = g.channels if problem.op == "input_grad" else g.filters
         return Work(
             multiply=g.multiplications * met,
-            short_side=min(cut.tile.positions, g.group_filters, g.group_channels),
+            short_side=min(tiling.tile.positions, g.group_filters, g.group_channels),
             gather=positions * g.channels * run_cost(g),
             scatter=sums * added,
             copy=blocks * g.taps * g.filters * g.group_channels
@@ -124,9 +126,9 @@ class TapMatmul(OneWay):
         """(taps, G, K/G, C/G), conjugated for a gradient."""
         g = job.problem.geometry
         copy = kept["w"].reshape(*g.kernel, g.groups, g.group_filters, g.group_channels)
-        turn(job, filters_of(w, job.problem), _taps_last(copy, g.rank))
+        copy_transposed(job, filters_of(w, job.problem), _taps_last(copy, g.rank))
         if job.problem.conjugates_weights:
-            job.leaves.xp.conjugate(copy, out=copy)
+            job.backend.xp.conjugate(copy, out=copy)
         return copy
 
     def forward(
@@ -149,15 +151,15 @@ class TapMatmul(OneWay):
                         buffers["product"], g, block, g.group_filters, met.shape
                     )
                     fast = job.problem.fast
-                    job.leaves.gemm(
+                    job.backend.gemm(
                         weights[met.tap][None],
                         columns.matrix,
                         summand.matrix,
                         fast=fast,
                     )
                     into = total[(..., *met.outputs)]
-                    job.leaves.xp.add(into, summand.cells, out=into)
-            job.leaves.copy(total, output_cells(y, block))
+                    job.backend.xp.add(into, summand.cells, out=into)
+            job.backend.copy(total, output_cells(y, block))
 
         job.each(job.blocks, body)
 
@@ -182,46 +184,46 @@ class TapMatmul(OneWay):
                 with stage("gemm", self.name, chunk):
                     turned = weights[met.tap][None].swapaxes(-1, -2)
                     fast = job.problem.fast
-                    job.leaves.gemm(turned, columns.matrix, summand.matrix, fast=fast)
+                    job.backend.gemm(turned, columns.matrix, summand.matrix, fast=fast)
                 with stage("scatter", self.name, chunk):
                     into = total[(..., *met.inputs)]
-                    job.leaves.xp.add(into, summand.cells, out=into)
-            job.leaves.copy(total, cells)
+                    job.backend.xp.add(into, summand.cells, out=into)
+            job.backend.copy(total, cells)
 
         job.each(job.blocks, body)
 
     def weight_grad(self, job: Job, dy: Array, x: Array, out: Array) -> None:
-        g, lanes = job.problem.geometry, job.cut.lanes
+        g, splits = job.problem.geometry, job.tiling.splits
         x, dy = in_groups(x, g), in_groups(dy, g)
-        shape = (lanes, *g.kernel, g.groups, g.group_filters, g.group_channels)
+        shape = (splits, *g.kernel, g.groups, g.group_filters, g.group_channels)
         sums = job.shared["sums"].reshape(shape)
 
-        def body(number: int, lane: int, buffers: dict[str, Array]) -> None:
+        def body(number: int, split: int, buffers: dict[str, Array]) -> None:
             del number
-            sums[lane] = 0
-            for chunk, block in islice(enumerate(job.blocks), lane, None, lanes):
+            sums[split] = 0
+            for chunk, block in islice(enumerate(job.blocks), split, None, splits):
                 cells, gradients = x[slice(*block.images)], output_cells(dy, block)
                 for met in _meetings(g, block):
                     with stage("gather", self.name, chunk):
                         source = cells[(..., *met.inputs)]
                         columns = _copied(job, buffers["x"], g, block, source)
                         if columns.matrix.dtype.kind == "c":
-                            job.leaves.xp.conjugate(columns.matrix, out=columns.matrix)
+                            job.backend.xp.conjugate(columns.matrix, out=columns.matrix)
                         source = gradients[(..., *met.outputs)]
                         rows = _copied(job, buffers["dy"], g, block, source)
                     with stage("gemm", self.name, chunk):
-                        job.leaves.gemm(
+                        job.backend.gemm(
                             rows.matrix,
                             columns.matrix.swapaxes(-1, -2),
-                            sums[lane][met.tap][None],
+                            sums[split][met.tap][None],
                             add=True,
                             partial=buffers["product"],
                             fast=job.problem.fast,
                         )
 
-        job.each(range(lanes), body)
-        add_lanes(job, list(sums))
-        turn(job, _taps_last(sums[0], g.rank), filters_of(out, job.problem))
+        job.each(range(splits), body)
+        add_splits(job, list(sums))
+        copy_transposed(job, _taps_last(sums[0], g.rank), filters_of(out, job.problem))
 
 
 def _start(job: Job, bias: Array | None) -> Array | int:
@@ -295,7 +297,7 @@ def _copied(
 ) -> Stored:
     """Cells (N, G, C, *spatial) side by side in a buffer."""
     copy = _staged(flat, geometry, block, source.shape[2], source.shape[3:])
-    job.leaves.copy(source, copy.cells)
+    job.backend.copy(source, copy.cells)
     return copy
 
 

@@ -35,18 +35,18 @@ from itertools import islice
 import numpy as np
 
 from cuconv.arrays import Array, DType
+from cuconv.backends import Backend
 from cuconv.geometry import Block, ConvGeometry, Tile, tile_of
-from cuconv.leaves import Leaves
 from cuconv.memory import Buffer
 from cuconv.profiling import stage
 from cuconv.strategies.base import (
     OVER_DY,
-    Cut,
     Job,
-    Needs,
     Problem,
+    Tiling,
     Work,
-    add_lanes,
+    Workspace,
+    add_splits,
     bias_buffer,
     in_groups,
     output_cells,
@@ -54,9 +54,9 @@ from cuconv.strategies.base import (
     three_axes,
     verdict,
 )
-from cuconv.strategies.tile_kernels import TileKernels, kernels_work
-from cuconv.strategies.tile_products import Products, products_work
-from cuconv.strategies.tiles import Matrices, Shape, Transforms, piece_of
+from cuconv.strategies.winograd_kernels import TileKernels, kernels_work
+from cuconv.strategies.winograd_products import Products, products_work
+from cuconv.strategies.winograd_tiles import Matrices, Shape, Transforms, piece_of
 
 # Tile sizes n, by precision.  The error grows about tenfold with each step.
 _TILES = {"strict": (), "standard": (4, 6), "fast": (4, 6, 8)}
@@ -69,7 +69,7 @@ _POINTS = {
 _KERNELS = range(2, 6)
 _LEAST_CHANNELS = 8
 # Bytes of sums of weight gradients in all lanes.
-_LANE_BYTES = 24 * 2**20
+_SPLIT_BYTES = 24 * 2**20
 
 
 @lru_cache(maxsize=64)
@@ -176,11 +176,11 @@ class Winograd:
     def describe(self, variant: tuple[int, ...]) -> str:
         return "tiles of " + "×".join(map(str, variant))
 
-    def preferred(self, problem: Problem, leaves: Leaves) -> int:
+    def preferred(self, problem: Problem, backend: Backend) -> int:
         g = problem.geometry
         # A frequency has about 16 outputs; two of its cells for each are held.
         cells = (g.channels + g.filters) * 36 / 16
-        return max(1, int(leaves.block_bytes / (cells * problem.operand.itemsize)))
+        return max(1, int(backend.block_bytes / (cells * problem.operand.itemsize)))
 
     def tile(self, problem: Problem, positions: int, variant: tuple[int, ...]) -> Tile:
         geometry = problem.geometry
@@ -197,64 +197,68 @@ class Winograd:
         cells = tuple(n * step for n, step in zip(tiles.cells, steps, strict=True))
         return Tile(tiles.images, cells)
 
-    def lanes(self, problem: Problem, variant: tuple[int, ...]) -> int:
+    def splits(self, problem: Problem, variant: tuple[int, ...]) -> int:
         del variant
         if problem.op != "weight_grad":
             return 1
         cells = 4 * problem.geometry.filters * problem.geometry.patch
-        room = _LANE_BYTES // max(cells * problem.operand.itemsize, 1)
+        room = _SPLIT_BYTES // max(cells * problem.operand.itemsize, 1)
         return int(2 ** min(max(room, 1).bit_length() - 1, 3))
 
-    def blocks(self, problem: Problem, cut: Cut) -> Iterator[Block]:
-        return problem.geometry.pieces(cut.tile)
+    def blocks(self, problem: Problem, tiling: Tiling) -> Iterator[Block]:
+        return problem.geometry.pieces(tiling.tile)
 
-    def needs(self, problem: Problem, cut: Cut, leaves: Leaves) -> Needs:
+    def workspace(
+        self, problem: Problem, tiling: Tiling, backend: Backend
+    ) -> Workspace:
         g, dtype = problem.geometry, problem.operand
-        shape = _shape(g, cut.variant, dtype)
-        way = _transforms(leaves)
-        shared, own = way.shared(problem), way.own(problem, cut, shape)
+        shape = _shape(g, tiling.variant, dtype)
+        way = _transforms(backend)
+        shared, own = way.shared(problem), way.own(problem, tiling, shape)
         kept = shape.weight_cells(g)
         if problem.op == "forward":
             weights = (Buffer("w", kept, dtype),)
-            return Needs(weights, (*shared, *bias_buffer(problem)), own)
-        return Needs((), (Buffer("sums", cut.lanes * kept, dtype), *shared), own)
+            return Workspace(weights, (*shared, *bias_buffer(problem)), own)
+        return Workspace(
+            (), (Buffer("sums", tiling.splits * kept, dtype), *shared), own
+        )
 
-    def pieces(self, problem: Problem, cut: Cut) -> int:
+    def pieces(self, problem: Problem, tiling: Tiling) -> int:
         if problem.op == "weight_grad":
-            return cut.lanes
-        return problem.geometry.count_blocks(cut.tile)
+            return tiling.splits
+        return problem.geometry.count_blocks(tiling.tile)
 
-    def work(self, problem: Problem, cut: Cut) -> Work:
+    def work(self, problem: Problem, tiling: Tiling) -> Work:
         g = problem.geometry
-        shape = _shape(g, cut.variant, problem.operand)
-        blocks = g.count_blocks(cut.tile)
+        shape = _shape(g, tiling.variant, problem.operand)
+        blocks = g.count_blocks(tiling.tile)
         height, width = shape.outputs
         tall = -(-shape.axes[1].out // height)
         wide = -(-shape.axes[2].out // width)
         tiles = g.images * shape.axes[0].out * tall * wide
         kept = shape.weight_cells(g)
-        outer = math.prod(cut.tile.cells[: g.rank - len(cut.variant)])
+        outer = math.prod(tiling.tile.cells[: g.rank - len(tiling.variant)])
         rows_in_block = -(-tiles // max(blocks * outer, 1))
         grad = problem.op == "weight_grad"
         count = products_work if problem.module == "numpy" else kernels_work
-        return count(problem, cut, shape)._replace(
+        return count(problem, tiling, shape)._replace(
             multiply=float(tiles) * kept,
             short_side=min(rows_in_block, g.group_filters, g.group_channels),
-            reread=(blocks if not grad else blocks + cut.lanes) * kept,
+            reread=(blocks if not grad else blocks + tiling.splits) * kept,
         )
 
     def weights(self, job: Job, w: Array, kept: dict[str, Array]) -> Array:
         """U as (frequencies, G, outer taps · C/G, K/G)."""
-        shape = _shape(job.problem.geometry, job.cut.variant, job.problem.operand)
+        shape = _shape(job.problem.geometry, job.tiling.variant, job.problem.operand)
         with stage("weights", self.name):
-            return _transforms(job.leaves).weights(job, w, kept["w"], shape)
+            return _transforms(job.backend).weights(job, w, kept["w"], shape)
 
     def forward(
         self, job: Job, x: Array, weights: Array, bias: Array | None, out: Array
     ) -> None:
-        geometry, tiled = job.problem.geometry, len(job.cut.variant)
-        shape = _shape(geometry, job.cut.variant, job.problem.operand)
-        way, offset = _transforms(job.leaves), take_bias(job, bias)
+        geometry, tiled = job.problem.geometry, len(job.tiling.variant)
+        shape = _shape(geometry, job.tiling.variant, job.problem.operand)
+        way, offset = _transforms(job.backend), take_bias(job, bias)
         x, y = in_groups(x, geometry), in_groups(out, geometry)
 
         def body(chunk: int, block: Block, buffers: dict[str, Array]) -> None:
@@ -264,7 +268,7 @@ class Winograd:
                 v = way.inputs(job, x[slice(*block.images)], piece, buffers)
             with stage("gemm", self.name, chunk):
                 m = way.room(job, into, piece, buffers)
-                job.leaves.gemm(v, weights[:, :, None], m)
+                job.backend.gemm(v, weights[:, :, None], m)
             with stage("scatter", self.name, chunk):
                 way.outputs(job, offset, into, piece, buffers)
 
@@ -276,18 +280,18 @@ class Winograd:
         raise NotImplementedError  # refused by `supports`
 
     def weight_grad(self, job: Job, dy: Array, x: Array, out: Array) -> None:
-        geometry, tiled = job.problem.geometry, len(job.cut.variant)
-        shape = _shape(geometry, job.cut.variant, job.problem.operand)
-        way = _transforms(job.leaves)
+        geometry, tiled = job.problem.geometry, len(job.tiling.variant)
+        shape = _shape(geometry, job.tiling.variant, job.problem.operand)
+        way = _transforms(job.backend)
         x, dy = in_groups(x, geometry), in_groups(dy, geometry)
-        sums = job.shared["sums"].reshape(job.cut.lanes, shape.frequencies, -1)
+        sums = job.shared["sums"].reshape(job.tiling.splits, shape.frequencies, -1)
 
-        def body(number: int, lane: int, buffers: dict[str, Array]) -> None:
+        def body(number: int, split: int, buffers: dict[str, Array]) -> None:
             del number
-            sums[lane] = 0
-            total = way.sums(job, sums[lane], out, shape)
-            lanes = job.cut.lanes
-            for chunk, block in islice(enumerate(job.blocks), lane, None, lanes):
+            sums[split] = 0
+            total = way.sums(job, sums[split], out, shape)
+            splits = job.tiling.splits
+            for chunk, block in islice(enumerate(job.blocks), split, None, splits):
                 piece = piece_of(shape, block, tiled)
                 with stage("gather", self.name, chunk):
                     v = way.inputs(job, x[slice(*block.images)], piece, buffers)
@@ -295,15 +299,15 @@ class Winograd:
                 with stage("gemm", self.name, chunk):
                     _add_products(job, v, d, total, buffers)
 
-        job.each(range(job.cut.lanes), body)
-        add_lanes(job, list(sums))
+        job.each(range(job.tiling.splits), body)
+        add_splits(job, list(sums))
         with stage("weights", self.name):
             way.taps(job, sums[0], out, shape)
 
 
-def _transforms(leaves: Leaves) -> Transforms:
+def _transforms(backend: Backend) -> Transforms:
     """By kernels where the array module has them, else by products."""
-    return Products() if leaves.tiles is None else TileKernels(leaves.tiles)
+    return Products() if backend.tiles is None else TileKernels(backend.tiles)
 
 
 def _add_products(
@@ -311,7 +315,7 @@ def _add_products(
 ) -> None:
     """``total += Vᵀ · D``, every frequency, summed over the outer axis."""
     for outer in range(v.shape[2]):
-        job.leaves.gemm(
+        job.backend.gemm(
             v[:, :, outer].swapaxes(-1, -2),
             d[:, :, outer],
             total,

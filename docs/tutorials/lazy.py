@@ -35,7 +35,7 @@ def by_blocks(x, w, *, stride=1, memory_limit="64 KiB"):
     return y
 
 
-def spread(dy, stride, tails):
+def input_dilation(dy, stride, tails):
     """Zeros between the cells, and one for each cell that strides left over."""
     *head, rows, columns = dy.shape
     inner = [(n - 1) * stride + 1 for n in (rows, columns)]
@@ -51,7 +51,7 @@ def input_gradient(dy, w, x_shape, *, stride=1):
     flipped = w[:, :, ::-1, ::-1].swapaxes(0, 1)
     padding = tuple(kernel - 1 for kernel in w.shape[2:])
     return cuconv.conv2d(
-        spread(dy, stride, tails), flipped, padding=padding, precision="strict"
+        input_dilation(dy, stride, tails), flipped, padding=padding, precision="strict"
     )
 
 

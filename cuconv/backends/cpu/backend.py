@@ -1,0 +1,609 @@
+"""The leaves over NumPy: strided copies, BLAS through matmul, a pool of threads."""
+
+import math
+import os
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import copy_context
+from functools import partial
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+from numpy.lib.stride_tricks import as_strided
+from threadpoolctl import ThreadpoolController
+
+from cuconv.arrays import Array, DType, Types, stored
+from cuconv.backends import padding as wrapping
+from cuconv.backends.cpu.machine import cpu_machine
+from cuconv.backends.cpu.pooling import CpuPools
+from cuconv.backends.padding import Reading
+from cuconv.config import settings
+from cuconv.engine.costs import CPU_RATES
+from cuconv.geometry import Axis, Block, Ranges, Tile, WindowGeometry
+from cuconv.memory import Buffer
+from cuconv.profiling import stage
+
+# NumPy adds strided arrays by way of three buffers of this many items; a thousand are
+# as fast as its default of 8192.
+_BUFFER_ITEMS = 1024
+# Products of at most this many multiply-adds OpenBLAS takes as they lie; larger ones it
+# packs first.  One core of an AMD EPYC (Zen 4), float32, GFLOP/s, whole and in parts:
+# 64×64×3136 96 and 109, 64×576×448 97 and 115, 128×256×784 103 and 112, 512×512×784 104
+# and 106, but 512×1024×392 104 and 87.
+_SMALL_PRODUCT = 10**6
+_LEAST_INNER, _MOST_INNER, _PART_ROWS = 48, 640, 32
+# … and reads many times: the rows of the right side must lie close enough to stay in
+# the cache.  512×128×3136 in place, 784 columns apart: 92 whole, 80 in parts.
+_MOST_SPAN = 2**19
+_AVX512 = ("SkylakeX", "Cooperlake", "SapphireRapids")
+_CALL_BYTES = 15 * 1024
+_WORKER_BYTES = 8 * 1024
+
+
+class CpuBackend:
+    """See `cuconv.backends.Leaves`."""
+
+    xp: Any = np
+    device = "cpu"
+    direct = None
+    contraction = None
+    # Columns of one block.  Of 1, 2, 4 and 8 MiB, 4 was the best over six 3×3 and 7×7
+    # layers of ResNet-50 and VGG-16, N = 8, on two AMD EPYC cores (1 MiB of L2 cache
+    # each, 32 MiB of L3): 1 MiB took 1.04 (forward), 1.12 (input gradient) and 1.09
+    # (weight gradient) times as long, 8 MiB 1.03, 1.01 and 1.01.
+    block_bytes = 4 * 2**20
+    default_memory_limit = 64 * 2**20
+    rates = CPU_RATES
+    largest_step = 2**62
+    tiles = None
+    needs_partial = True
+
+    @property
+    def pools(self) -> CpuPools:
+        return CpuPools(self, _STOPPING.check)
+
+    def device_of(self, array: Array) -> AbstractContextManager[object]:
+        del array
+        return nullcontext()
+
+    def overhead(self, workers: int, itemsize: int) -> int:
+        # Views, slices and closures, measured with tracemalloc on CPython 3.11: at most
+        # 15 KiB for one worker and 9 KiB for each more; and NumPy's own buffers.
+        return _CALL_BYTES + workers * (_WORKER_BYTES + 3 * _BUFFER_ITEMS * itemsize)
+
+    def workers(self) -> int:
+        asked = settings().num_threads
+        return _BLAS.threads() if asked is None else asked
+
+    def is_capturing(self) -> bool:
+        return False
+
+    def times(self, calls: Sequence[Callable[[], object]]) -> list[float]:
+        return [_milliseconds(call) for call in calls]
+
+    def machine(self) -> tuple[str, ...]:
+        return cpu_machine()
+
+    def memory(self, nbytes: int) -> AbstractContextManager[Array]:
+        return _ARENAS.borrowed(nbytes)
+
+    def operand_type(self, types: Types) -> DType:
+        return types.accumulate
+
+    def can_store(self, types: Types, dtype: DType) -> bool:
+        return dtype == types.accumulate
+
+    def release(self) -> None:
+        _ARENAS.clear()
+
+    def gather_buffers(
+        self, geometry: WindowGeometry, tile: Tile, source: DType, operand: DType
+    ) -> tuple[Buffer, ...]:
+        del source
+        step = _phases(geometry)
+        if not geometry.is_padded and step == 1:
+            return ()
+        windows = [
+            axis.window(0, size)
+            for axis, size in zip(geometry.axes, tile.cells, strict=True)
+        ]
+        *outer, last = (stop - start for start, stop in windows)
+        cells = tile.images * geometry.channels * math.prod(outer)
+        return (Buffer("window", cells * -(-last // step) * step, operand),)
+
+    def gather(
+        self,
+        x: Array,
+        columns: Array,
+        geometry: WindowGeometry,
+        block: Block,
+        buffers: dict[str, Array],
+    ) -> None:
+        views = getattr(buffers, "views", None)
+        if views and "window" in views:
+            # The zeros around the window are there from the first call.
+            inside, windows, cells = views["window"]
+            np.copyto(inside, x[cells])
+            np.copyto(columns, windows)
+            return
+        _STOPPING.check()
+        cells = (..., *(slice(*span) for span in block.window))
+        source = x[cells]
+        step = _phases(geometry)
+        if step > 1:
+            _gather_phases(source, columns, geometry, block, buffers["window"], step)
+            return
+        if any(map(any, block.padding)):
+            padded, inside = _padded(source, block.padding, geometry, buffers["window"])
+            windows = _windows(padded, geometry.axes, columns.shape)
+            if views is not None:
+                views["window"] = inside, windows, cells
+        else:
+            windows = _windows(source, geometry.axes, columns.shape)
+        np.copyto(columns, windows)
+
+    def scatter(
+        self,
+        columns: Array,
+        target: Array,
+        geometry: WindowGeometry,
+        block: Block,
+        cells: Ranges,
+        *,
+        add: bool,
+        deterministic: bool,
+    ) -> None:
+        del deterministic  # NumPy adds in the order of the taps, always.
+        if not add:
+            target[...] = 0
+        _STOPPING.check()
+        for tap in _taps(geometry.kernel):
+            met = list(map(Axis.hits, geometry.axes, tap, block.output, cells))
+            into = target[(..., *(each.cells for each in met))]
+            part = columns[(slice(None),) * 3 + (*tap, *(m.outputs for m in met))]
+            np.add(into, part, out=into)
+
+    def gemm(
+        self,
+        a: Array,
+        b: Array,
+        out: Array,
+        *,
+        bias: Array | None = None,
+        add: bool = False,
+        partial: Array | None = None,
+        fast: bool = False,
+    ) -> None:
+        del fast  # a CPU has no TF32
+        _STOPPING.check()
+        if out.strides[-1] != out.itemsize:
+            # matmul writes rows; a result stored by columns is the product transposed.
+            a, b, out = b.mT, a.mT, out.mT
+            bias = bias if bias is None else bias.mT
+        if not add:
+            _multiply(a, b, out)
+        else:
+            _add_product(a, b, out, partial)
+        if bias is not None:
+            np.add(out, bias, out=out)
+
+    def copy(self, source: Array, target: Array) -> None:
+        np.copyto(target, source, casting="unsafe")
+
+    def pad_copy(
+        self,
+        cells: Array,
+        copied: Array,
+        reading: Reading,
+    ) -> None:
+        wrapping.pad_copy(self.copy, cells, copied, reading)
+
+    def pad_adjoint(
+        self,
+        copied: Array,
+        cells: Array,
+        reading: Reading,
+        *,
+        add: bool,
+    ) -> None:
+        wrapping.pad_adjoint(np, copied, cells, reading, add=add)
+
+    def parallel(
+        self,
+        body: Callable[[int], None],
+        workers: int,
+        *,
+        single_threaded: bool = False,
+    ) -> None:
+        stop = threading.Event()
+        run = partial(_work, body, stop)
+        if single_threaded:
+            run(0)
+            return
+        others: list[Future[None]] = []
+        # Threaded BLAS rounds by its number of threads, and other calls change that.
+        with _BLAS.one_thread():
+            try:
+                others += (_submit(run, worker) for worker in range(1, workers))
+                run(0)
+            except BaseException:
+                stop.set()
+                raise
+            finally:
+                _wait(others)
+        for error in (future.exception() for future in others):
+            if error is not None:
+                raise error
+
+
+def _milliseconds(call: Callable[[], object]) -> float:
+    start = perf_counter()
+    call()
+    return (perf_counter() - start) * 1e3
+
+
+class _Arenas:
+    """Workspaces that calls use again and again.
+
+    Fresh memory is mapped page by page as it is first written, which costs more than
+    the copies made in it.  A call takes an arena from here, or a new one if those here
+    are too small, and brings it back; what is kept never passes ``most`` bytes.
+    """
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._lock = threading.Lock()
+        self._kept: list[Array] = []
+
+    @contextmanager
+    def borrowed(self, nbytes: int) -> Iterator[Array]:
+        arena = self._take(nbytes)
+        try:
+            yield arena
+        finally:
+            self._bring_back(arena)
+
+    def clear(self) -> None:
+        with self._lock:
+            self._kept.clear()
+
+    def _take(self, nbytes: int) -> Array:
+        with self._lock:
+            if self._kept:
+                arena = self._kept.pop()
+                if arena.nbytes >= nbytes:
+                    return arena
+                del arena  # its memory goes back before more is asked for
+        return np.empty(nbytes, dtype=np.uint8)
+
+    def _bring_back(self, arena: Array) -> None:
+        with self._lock:
+            held = sum(kept.nbytes for kept in self._kept)
+            if held + arena.nbytes <= self._most:
+                self._kept.append(arena)
+
+
+class _Stopping(threading.local):
+    """In each thread, the event that tells its worker to stop."""
+
+    event: threading.Event | None = None
+
+    def check(self) -> None:
+        if self.event is not None and self.event.is_set():
+            raise _StoppedError
+
+
+class _StoppedError(Exception):
+    """Another worker of the same call has failed, and its error is the one to raise."""
+
+
+_STOPPING = _Stopping()
+
+
+def _work(body: Callable[[int], None], stop: threading.Event, worker: int) -> None:
+    """Run a body, with NumPy's buffers for strided operands at a known size."""
+    outer, _STOPPING.event = _STOPPING.event, stop
+    before = np.setbufsize(_BUFFER_ITEMS)
+    try:
+        body(worker)
+    except _StoppedError:
+        pass
+    except BaseException:
+        stop.set()
+        raise
+    finally:
+        np.setbufsize(before)
+        _STOPPING.event = outer
+
+
+def _submit(run: Callable[[int], None], worker: int) -> "Future[None]":
+    """Hand a worker to the pool, in the caller's context: `numpy.errstate` is there."""
+    try:
+        return _POOL.submit(copy_context().run, run, worker)
+    except RuntimeError as error:
+        if "shutdown" not in str(error):
+            raise
+        # The interpreter is ending and takes no more threads: do the work here.
+        done: Future[None] = Future()
+        run(worker)
+        done.set_result(None)
+        return done
+
+
+def _wait(futures: "list[Future[None]]") -> None:
+    """Wait until no worker touches the arrays any more, interrupted or not."""
+    interruption: BaseException | None = None
+    while True:
+        try:
+            wait(futures)
+            break
+        except KeyboardInterrupt as error:
+            interruption = error
+    if interruption is not None:
+        raise interruption
+
+
+def _add_product(a: Array, b: Array, out: Array, partial: Array) -> None:
+    """``out += a @ b``, as much at a time as the buffer for the product holds."""
+    if out.size <= partial.size:
+        product = partial[: out.size].reshape(out.shape)
+        _multiply(a, b, product)
+        np.add(out, product, out=out)
+        return
+    each, picks = out[0].size, list[int | slice](range(len(out)))
+    if out.ndim == 2 and len(out) == 1:
+        # A row that is longer than the buffer: its columns are as many short rows.
+        _add_product(b.swapaxes(-1, -2), a.swapaxes(-1, -2), out.T, partial)
+        return
+    if each <= partial.size or out.ndim == 2:
+        step = max(partial.size // each, 1)
+        picks = [slice(i, i + step) for i in range(0, len(out), step)]
+    for pick in picks:
+        left = a[pick] if out.ndim == 2 else _picked(a, pick)
+        right = b if out.ndim == 2 else _picked(b, pick)
+        _add_product(left, right, out[pick], partial)
+
+
+def _picked(matrices: Array, pick: int | slice) -> Array:
+    """Some of several matrices; where there is only one, it serves for all."""
+    if len(matrices) > 1:
+        return matrices[pick]
+    return matrices[0] if isinstance(pick, int) else matrices
+
+
+def _multiply(a: Array, b: Array, out: Array) -> None:
+    """``out = a @ b``, cut into products that BLAS multiplies without packing."""
+    rows, columns = _part(a, b, out)
+    if not rows:
+        np.matmul(a, b, out=out)
+        return
+    whole = out.shape[-2] // rows * rows, out.shape[-1] // columns * columns
+    for tall in (slice(0, whole[0]), slice(whole[0], out.shape[-2])):
+        for wide in (slice(0, whole[1]), slice(whole[1], out.shape[-1])):
+            left, right, into = a[..., tall, :], b[..., wide], out[..., tall, wide]
+            if into.size and tall.start == wide.start == 0:
+                _multiply_parts(left, right, into, rows, columns)
+            elif into.size:
+                np.matmul(left, right, out=into)
+
+
+def _multiply_parts(a: Array, b: Array, out: Array, rows: int, columns: int) -> None:
+    """Multiply rows by columns; what is larger is read once, the other again."""
+    left, right = _rows_apart(a, rows), _columns_apart(b, columns)
+    into = _columns_apart(_rows_apart(out, rows), columns)
+    if a.shape[-2] > b.shape[-1]:
+        np.matmul(left[..., :, None, :, :], right[..., None, :, :, :], out=into)
+    else:
+        np.matmul(
+            left[..., None, :, :, :],
+            right[..., :, None, :, :],
+            out=into.swapaxes(-3, -4),
+        )
+
+
+def _part(a: Array, b: Array, out: Array) -> tuple[int, int]:
+    """Rows and columns of one part of a product, or zeros to leave it whole."""
+    inner, item = a.shape[-1], out.itemsize
+    if out.shape[-2] * inner * out.shape[-1] <= _SMALL_PRODUCT:
+        return 0, 0
+    is_whole = (
+        not _BLAS.has_small_products
+        or out.dtype.char not in "fd"
+        or not _LEAST_INNER <= inner <= _MOST_INNER
+        or out.shape[-1] < _LEAST_INNER
+        or inner * b.strides[-2] > _MOST_SPAN
+        or out.shape[-2] * inner * item > _MOST_SPAN // 2
+        or not a.strides[-1] == b.strides[-1] == out.strides[-1] == item
+    )
+    if is_whole:
+        return 0, 0
+    rows = min(_PART_ROWS if inner > 2 * _PART_ROWS else 2 * _PART_ROWS, out.shape[-2])
+    columns = _SMALL_PRODUCT // (rows * inner) // 8 * 8
+    return rows, min(columns, out.shape[-1])
+
+
+def _rows_apart(matrix: Array, rows: int) -> Array:
+    return matrix.reshape(*matrix.shape[:-2], -1, rows, matrix.shape[-1])
+
+
+def _columns_apart(matrix: Array, columns: int) -> Array:
+    head, last = matrix.shape[:-1], matrix.shape[-1]
+    apart = matrix.reshape(*head, last // columns, columns)
+    return apart.swapaxes(-2, -3)
+
+
+def _padded(
+    window: Array, padding: Ranges, geometry: WindowGeometry, buffer: Array
+) -> tuple[Array, Array]:
+    """The window with its zeros, in the buffer, axes in the order of the input.
+
+    And its inside, where the window itself lies.
+    """
+    with stage("pad"):
+        inner = window.shape[3:]
+        each = list(zip(inner, padding, strict=True))
+        padded = stored(
+            buffer,
+            window.shape[:3],
+            (),
+            tuple(before + size + after for size, (before, after) in each),
+            channels_first=geometry.channels_first,
+        ).cells
+        padded[...] = 0
+        cells = tuple(slice(before, before + size) for size, (before, _) in each)
+        inside = padded[(..., *cells)]
+        np.copyto(inside, window)
+        return padded, inside
+
+
+def _phases(geometry: WindowGeometry) -> int:
+    """How many phases the last axis is split into before it is gathered.
+
+    Windows a stride apart would be read cell by cell, once for every tap; split into
+    the cells that taps of one phase meet, they are read in runs.  The 7×7 windows of
+    stride 2 of ResNet-50 take 0.12 ns a cell so, and 0.31 as they lie.
+    """
+    if not geometry.axes or not geometry.channels_first:
+        return 1
+    last = geometry.axes[-1]
+    pays = last.dilation == 1 and last.kernel > last.stride
+    return last.stride if pays else 1
+
+
+def _gather_phases(
+    window: Array,
+    columns: Array,
+    geometry: WindowGeometry,
+    block: Block,
+    buffer: Array,
+    step: int,
+) -> None:
+    """Gather by way of (N, G, C, *outer, phase, cells / step)."""
+    *outer, last = geometry.axes
+    sizes = [
+        before + size + after
+        for size, (before, after) in zip(window.shape[3:], block.padding, strict=True)
+    ]
+    run = -(-sizes[-1] // step)
+    shape = (*window.shape[:3], *sizes[:-1], step, run)
+    split = buffer[: math.prod(shape)].reshape(shape)
+    with stage("pad"):
+        if any(map(any, block.padding)):
+            split[...] = 0
+        inside = tuple(
+            slice(before, before + size)
+            for size, (before, _) in zip(
+                window.shape[3:-1], block.padding[:-1], strict=True
+            )
+        )
+        before = block.padding[-1][0]
+        for phase in range(step):
+            first = -(-(before - phase) // step) if before > phase else 0
+            cells = window[..., first * step + phase - before :: step]
+            np.copyto(
+                split[(..., *inside, phase, slice(first, first + cells.shape[-1]))],
+                cells,
+            )
+    plain = (*outer, last._replace(stride=1))
+    rank = geometry.rank
+    for phase in range(step):
+        part = columns[(slice(None),) * (2 + rank) + (slice(phase, None, step),)]
+        np.copyto(part, _windows(split[..., phase, :], plain, part.shape))
+
+
+def _windows(source: Array, axes: tuple[Axis, ...], shape: tuple[int, ...]) -> Array:
+    """Every window over the source, without a copy: (N, G, C, *kernel, *out)."""
+    head, spatial = source.strides[:3], source.strides[3:]
+    taps = (s * axis.dilation for s, axis in zip(spatial, axes, strict=True))
+    steps = (s * axis.stride for s, axis in zip(spatial, axes, strict=True))
+    return as_strided(source, shape, (*head, *taps, *steps), writeable=False)
+
+
+def _taps(kernel: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
+    """Every tap of a kernel, the last axis fastest; none of them listed beforehand."""
+    if not kernel:
+        yield ()
+        return
+    for tap in range(kernel[0]):
+        for rest in _taps(kernel[1:]):
+            yield (tap, *rest)
+
+
+class _Blas:
+    """The threads of NumPy's BLAS, and calls that must have only one of them.
+
+    The limit is a property of the process, so overlapping calls share it: the first
+    to enter sets it and the last to leave restores what was there.
+    """
+
+    def __init__(self) -> None:
+        controller = ThreadpoolController().select(user_api="blas")
+        self._libraries = controller.lib_controllers
+        self._lock = threading.Lock()
+        self._users = 0
+        self._before: list[int] = []
+        # OpenBLAS for AVX-512 multiplies up to a million multiply-adds as they lie.
+        self.has_small_products = bool(self._libraries) and all(
+            getattr(library, "architecture", "") in _AVX512
+            for library in self._libraries
+        )
+
+    def threads(self) -> int:
+        with self._lock:
+            now = self._before or [lib.get_num_threads() for lib in self._libraries]
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 0
+        return max(1, min([*now, cores or os.cpu_count() or 1])) if now else 1
+
+    @contextmanager
+    def one_thread(self) -> Iterator[None]:
+        with self._lock:
+            if self._users == 0:
+                self._before = [lib.get_num_threads() for lib in self._libraries]
+                self._set([1] * len(self._libraries))
+            self._users += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._users -= 1
+                if self._users == 0:
+                    self._set(self._before)
+                    self._before = []
+
+    def restore(self) -> None:
+        """Set back what a call has set that will never end: its thread is no more."""
+        if self._before:
+            self._set(self._before)
+
+    def _set(self, threads: list[int]) -> None:
+        for library, count in zip(self._libraries, threads, strict=True):
+            library.set_num_threads(count)
+            # threadpoolctl lets one thread alone set OpenBLAS's number until that
+            # thread gives way; the last of several calls to leave may be another.
+            give_way = getattr(library, "clear_controlling_thread", None)
+            if give_way:
+                give_way()
+
+
+def _begin() -> None:
+    """Set up the state that all calls share; again in a forked child.
+
+    A child has none of its parent's threads, and a lock of theirs may be held forever.
+    """
+    global _ARENAS, _BLAS, _POOL  # noqa: PLW0603 - one state for the process
+    if "_BLAS" in globals():
+        _BLAS.restore()
+    _BLAS = _Blas()
+    _POOL = ThreadPoolExecutor(thread_name_prefix="cuconv")
+    _ARENAS = _Arenas(CpuBackend.default_memory_limit)
+
+
+_ARENAS: _Arenas
+_BLAS: _Blas
+_POOL: ThreadPoolExecutor
+_begin()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_begin)

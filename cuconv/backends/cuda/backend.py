@@ -1,0 +1,362 @@
+"""The leaves over CuPy: kernels of ours for columns, cuBLAS for products."""
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from itertools import pairwise
+from typing import Any
+
+import cupy
+import numpy as np
+
+from cuconv.arrays import Array, DType, Types, accumulator, is_half
+from cuconv.backends import padding as wrapping
+from cuconv.backends.cuda.compiler import kernel
+from cuconv.backends.cuda.depthwise import (
+    MOST_BLOCKS,
+    DirectLaunch,
+    pack_cells,
+    pack_sums,
+)
+from cuconv.backends.cuda.device import gpu_of, is_capturing
+from cuconv.backends.cuda.elements import Variant
+from cuconv.backends.cuda.gemm import gemm
+from cuconv.backends.cuda.implicit_gemm import CudaContraction
+from cuconv.backends.cuda.pooling import PoolLaunch, PoolTypes, pack_pool, pool_macros
+from cuconv.backends.cuda.structs import (
+    MOST_THREADS,
+    Launch,
+    pack,
+    pack_windows,
+    steps_of,
+)
+from cuconv.backends.cuda.variants import (
+    copy_variant,
+    direct_variant,
+    has_atomics,
+    pad_adjoint_variant,
+    pad_copy_variant,
+    sum_variant,
+)
+from cuconv.backends.cuda.vector_width import ArrayLayout, vector_width
+from cuconv.backends.cuda.winograd import CudaTiles
+from cuconv.backends.padding import Reading
+from cuconv.engine.costs import cuda_block_bytes, cuda_rates
+from cuconv.engine.pool import PoolInputs, PoolProblem, PoolTiling
+from cuconv.geometry import (
+    PADDING_MODES,
+    Axis,
+    Block,
+    Range,
+    Ranges,
+    Tile,
+    WindowGeometry,
+)
+from cuconv.memory import Buffer
+
+_THREADS = 256
+# As the kernels number them in wrap.cuh.
+_MODES = {mode: np.int32(number) for number, mode in enumerate(PADDING_MODES)}
+
+
+class DirectKernels:
+    """See `cuconv.backends.Direct`."""
+
+    def convolve(
+        self,
+        source: Array,
+        w: Array,
+        bias: Array | None,
+        out: Array,
+        axes: tuple[Axis, ...],
+        *,
+        adjoint: bool = False,
+        conjugated: bool = False,
+    ) -> None:
+        sums, step = accumulator(source.dtype), 0
+        if bias is not None:
+            (step,) = steps_of(bias)
+        how = {"adjoint": adjoint, "conjugated": conjugated}
+        launch = pack_cells(source, w, out, axes, sums, step, **how)
+        offset = np.uintp(0) if bias is None else bias
+        _launch_direct("depthwise", launch, source, w, offset, out)
+
+    def correlate(
+        self, x: Array, dy: Array, out: Array, axes: tuple[Axis, ...]
+    ) -> None:
+        launch = pack_sums(x, out, dy, axes, accumulator(x.dtype))
+        _launch_direct("depthwise_weights", launch, x, dy, out)
+
+
+class PoolKernels:
+    """See `cuconv.backends.Pools`."""
+
+    def tiling(self, pooling: PoolProblem, limit: int) -> PoolTiling:
+        del pooling, limit  # kernels take no memory
+        return PoolTiling()
+
+    def reduce(
+        self,
+        pooling: PoolProblem,
+        tiling: PoolTiling,
+        x: Array,
+        y: Array,
+        indices: Array | None,
+    ) -> None:
+        del tiling
+        launch = pack_pool(pooling, x, y, other_y=indices)
+        _launch_pool("pool", pooling, launch, x, y, _or_null(indices))
+
+    def backward(
+        self, pooling: PoolProblem, tiling: PoolTiling, given: PoolInputs, dx: Array
+    ) -> None:
+        del tiling
+        dy, indices, x, y = given
+        other = indices if y is None else y
+        launch = pack_pool(pooling, dx, dy, x, other)
+        arrays = dy, _or_null(y), _or_null(indices), _or_null(x), dx
+        _launch_pool("pool_gradient", pooling, launch, *arrays)
+
+
+class CudaBackend:
+    """See `cuconv.backends.Leaves`; one for each device."""
+
+    xp: Any = cupy
+    direct = DirectKernels()
+    default_memory_limit = 256 * 2**20
+    # cuBLAS takes its leading dimensions as 32-bit integers.
+    largest_step = 2**31 - 1
+    tiles = CudaTiles()
+    contraction = CudaContraction()
+    pools = PoolKernels()
+    needs_partial = False
+
+    def __init__(self, device: int) -> None:
+        count = cupy.cuda.runtime.getDeviceCount()
+        if device >= count:
+            raise ValueError(f"there is no device {device}: there are {count}")
+        self._index = device
+        self._gpu = gpu_of(cupy, device)
+        self.device = f"cuda:{device}"
+        self.rates = cuda_rates(self._gpu)
+        self.block_bytes = cuda_block_bytes(self._gpu)
+
+    def device_of(self, array: Array) -> AbstractContextManager[object]:
+        device: AbstractContextManager[object] = array.device
+        return device
+
+    def overhead(self, workers: int, itemsize: int) -> int:
+        del workers, itemsize
+        return 0
+
+    def workers(self) -> int:
+        return 1
+
+    def is_capturing(self) -> bool:
+        return is_capturing(cupy, self._index)
+
+    def times(self, calls: Sequence[Callable[[], object]]) -> list[float]:
+        with cupy.cuda.Device(self._index):
+            marks = [cupy.cuda.Event()]
+            marks[0].record()
+            for call in calls:
+                call()
+                marks.append(cupy.cuda.Event())
+                marks[-1].record()
+            marks[-1].synchronize()
+            return [cupy.cuda.get_elapsed_time(*pair) for pair in pairwise(marks)]
+
+    def machine(self) -> tuple[str, ...]:
+        runtime = cupy.cuda.runtime
+        versions = runtime.driverGetVersion(), runtime.runtimeGetVersion()
+        gpu = self._gpu.name, self._gpu.compute_capability
+        return ("cupy", cupy.__version__, *map(str, versions), *gpu)
+
+    def release(self) -> None:
+        cupy.get_default_memory_pool().free_all_blocks()
+
+    def memory(self, nbytes: int) -> AbstractContextManager[Array]:
+        if not nbytes:
+            return nullcontext(np.empty(0, dtype=np.uint8))
+        # CuPy's pool keeps memory for reuse already, stream by stream.
+        return nullcontext(cupy.empty(nbytes, dtype=cupy.uint8))
+
+    def operand_type(self, types: Types) -> DType:
+        return types.operand if is_half(types.operand) else types.accumulate
+
+    def can_store(self, types: Types, dtype: DType) -> bool:
+        return dtype in (types.accumulate, self.operand_type(types))
+
+    def gather_buffers(
+        self, geometry: WindowGeometry, tile: Tile, source: DType, operand: DType
+    ) -> tuple[Buffer, ...]:
+        if source == operand:
+            return ()
+        cells = tile.positions * geometry.channels * geometry.taps
+        return (Buffer("uncast", cells, source),)
+
+    def gather(
+        self,
+        x: Array,
+        columns: Array,
+        geometry: WindowGeometry,
+        block: Block,
+        buffers: dict[str, Array],
+    ) -> None:
+        uncast = _like(buffers["uncast"], columns) if "uncast" in buffers else columns
+        firsts = tuple(
+            axis.first(start)
+            for axis, (start, _) in zip(geometry.axes, block.output, strict=True)
+        )
+        size = x.dtype.itemsize
+        words = vector_width(_layout(x), _layout(uncast), size)
+        packed = pack(x, uncast, geometry.axes, firsts, over_output=True, words=words)
+        variant = copy_variant(
+            size, geometry.rank, wide=packed.wide, words=packed.words
+        )
+        _launch(variant, packed, x, uncast)
+        if uncast is not columns:
+            cupy.copyto(columns, uncast)
+
+    def scatter(
+        self,
+        columns: Array,
+        target: Array,
+        geometry: WindowGeometry,
+        block: Block,
+        cells: Ranges,
+        *,
+        add: bool,
+        deterministic: bool,
+    ) -> None:
+        atomic = not deterministic and has_atomics(columns.dtype)
+        if atomic and not add:
+            target[...] = 0
+        if add and not atomic:
+            # Only cells under these windows change; the others keep their sums.
+            under = tuple(map(_common, cells, block.window))
+            target = target[(..., *map(_within, under, cells))]
+            cells = under
+        if target.size == 0:
+            return
+        firsts = tuple(
+            axis.first(output[0]) - span[0]
+            for axis, output, span in zip(
+                geometry.axes, block.output, cells, strict=True
+            )
+        )
+        packed = pack(target, columns, geometry.axes, firsts, over_output=atomic)
+        name = "col2im_scatter" if atomic else "col2im_gather"
+        variant = sum_variant(name, columns.dtype, geometry.rank, wide=packed.wide)
+        arguments = () if atomic else (np.int32(add),)
+        _launch(variant, packed, columns, target, *arguments)
+
+    def gemm(
+        self,
+        a: Array,
+        b: Array,
+        out: Array,
+        *,
+        bias: Array | None = None,
+        add: bool = False,
+        partial: Array | None = None,
+        fast: bool = False,
+    ) -> None:
+        del partial
+        if bias is not None:
+            # The bias goes first and the product is added: one rounding, not two.
+            out[...] = bias
+        gemm(a, b, out, add=add or bias is not None, fast=fast)
+
+    def copy(self, source: Array, target: Array) -> None:
+        cupy.copyto(target, source, casting="unsafe")
+
+    def pad_copy(
+        self,
+        cells: Array,
+        copied: Array,
+        reading: Reading,
+    ) -> None:
+        if cells.dtype != copied.dtype:
+            wrapping.pad_copy(self.copy, cells, copied, reading)
+            return
+        packed = pack_windows(cells, copied, reading, over_output=True)
+        variant = pad_copy_variant(
+            cells.dtype.itemsize, len(reading.axes), wide=packed.wide
+        )
+        _launch(variant, packed, cells, copied, _MODES[reading.mode])
+
+    def pad_adjoint(
+        self,
+        copied: Array,
+        cells: Array,
+        reading: Reading,
+        *,
+        add: bool,
+    ) -> None:
+        packed = pack_windows(cells, copied, reading, over_output=False)
+        variant = pad_adjoint_variant(cells.dtype, len(reading.axes), wide=packed.wide)
+        _launch(variant, packed, copied, cells, _MODES[reading.mode], np.int32(add))
+
+    def parallel(
+        self,
+        body: Callable[[int], None],
+        workers: int,
+        *,
+        single_threaded: bool = False,
+    ) -> None:
+        del workers, single_threaded
+        body(0)
+
+
+def _launch(
+    variant: Variant, packed: Launch, source: Array, target: Array, *more: Any
+) -> None:
+    if not packed.items:
+        return
+    blocks = -(-min(packed.items, MOST_THREADS) // _THREADS)
+    arguments = (source, target, packed.geometry, *more)
+    kernel(variant)((blocks,), (_THREADS,), arguments)
+
+
+def _layout(array: Array) -> ArrayLayout:
+    return ArrayLayout(array.shape, steps_of(array), array.data.ptr)
+
+
+def _launch_direct(name: str, launch: DirectLaunch, *arrays: Any) -> None:
+    source, out, share = arrays[0], arrays[-1], launch.share
+    if not out.size:
+        return
+    variant = direct_variant(name, source.dtype, out.dtype, wide=launch.wide)
+    grid = (min(share.blocks, MOST_BLOCKS),)
+    kernel(variant)(grid, (share.threads,), (*arrays, launch.packed))
+
+
+def _launch_pool(
+    name: str, pooling: PoolProblem, launch: PoolLaunch, *arrays: Any
+) -> None:
+    if not launch.items:
+        return
+    macros = pool_macros(pooling.kind, PoolTypes.of(pooling), wide=launch.wide)
+    blocks = -(-min(launch.items, MOST_THREADS) // _THREADS)
+    arguments = (*arrays, launch.packed)
+    kernel(Variant(name, macros))((blocks,), (_THREADS,), arguments)
+
+
+def _or_null(array: Array | None) -> Any:
+    return np.uintp(0) if array is None else array
+
+
+def _like(flat: Array, columns: Array) -> Array:
+    """The flat buffer, stored in the same order as the columns."""
+    ratio = flat.dtype.itemsize, columns.dtype.itemsize
+    strides = tuple(s // ratio[1] * ratio[0] for s in columns.strides)
+    return cupy.lib.stride_tricks.as_strided(flat, columns.shape, strides)
+
+
+def _common(a: Range, b: Range) -> Range:
+    start = max(a[0], b[0])
+    return start, max(start, min(a[1], b[1]))
+
+
+def _within(part: Range, whole: Range) -> slice:
+    return slice(part[0] - whole[0], part[1] - whole[0])

@@ -1,0 +1,80 @@
+"""Kernels, compiled when first needed and kept for each device."""
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache
+from typing import Any
+
+import cupy
+import numpy as np
+
+from cuconv.arrays import DType, accumulator, check_type
+from cuconv.backends.cuda.elements import Variant
+from cuconv.backends.cuda.pooling import pool_variants
+from cuconv.backends.cuda.source import kernel_source
+from cuconv.backends.cuda.tilings import usual_variants
+from cuconv.backends.cuda.variants import (
+    copy_variant,
+    direct_variant,
+    has_atomics,
+    pad_adjoint_variant,
+    pad_copy_variant,
+    product_variant,
+    sum_variant,
+    tile_variants,
+)
+from cuconv.engine.costs import MODERN
+
+_SHARED_WITHOUT_ASKING = 48 * 1024
+
+
+def kernel(variant: Variant) -> Any:
+    """The kernel of a variant on the current device."""
+    return _loaded(variant, int(cupy.cuda.runtime.getDevice()))
+
+
+@cache
+def _loaded(variant: Variant, device: int) -> Any:
+    del device  # a module belongs to the device that was current when it was loaded
+    options = tuple(f"-D{macro}" for macro in variant.macros)
+    module = cupy.RawModule(code=kernel_source(variant.kernel), options=options)
+    function = module.get_function(variant.kernel)
+    if variant.shared > _SHARED_WITHOUT_ASKING:
+        function.max_dynamic_shared_size_bytes = variant.shared
+    return function
+
+
+def precompile(
+    dtypes: Sequence[Any],
+    ranks: Sequence[int],
+    progress: Callable[[int, int], object] | None,
+) -> int:
+    """See `cuconv.precompile`."""
+    variants: set[Variant] = set()
+    modern = int(cupy.cuda.Device().compute_capability) >= MODERN
+    for dtype in map(np.dtype, dtypes):
+        check_type("dtype", dtype)
+        variants.update(usual_variants(dtype, modern=modern))
+        variants.update(tile_variants(dtype, ranks, wide=False))
+        variants.update(Variant(*named) for named in pool_variants([dtype], wide=False))
+        if dtype.kind in "biu":
+            variants.add(product_variant(dtype))
+        else:
+            for name in ("depthwise", "depthwise_weights"):
+                variants.add(direct_variant(name, dtype, dtype, wide=False))
+        for rank in ranks:
+            variants.update(_column_variants(dtype, rank))
+    for done, variant in enumerate(variants, 1):
+        kernel(variant)
+        if progress is not None:
+            progress(done, len(variants))
+    return len(variants)
+
+
+def _column_variants(dtype: DType, rank: int) -> Iterator[Variant]:
+    yield copy_variant(dtype.itemsize, rank, wide=False)
+    yield pad_copy_variant(dtype.itemsize, rank, wide=False)
+    yield pad_adjoint_variant(accumulator(dtype), rank, wide=False)
+    for own in {dtype, accumulator(dtype)}:
+        yield sum_variant("col2im_gather", own, rank, wide=False)
+        if has_atomics(own):
+            yield sum_variant("col2im_scatter", own, rank, wide=False)

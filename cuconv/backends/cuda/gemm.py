@@ -1,0 +1,184 @@
+"""Matrix products into place: cuBLAS for floats, a kernel of ours for integers."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import product
+from typing import NamedTuple
+
+import cupy
+import numpy as np
+from cupy.cuda import cublas, runtime
+from cupy.cuda.device import get_cublas_handle
+
+from cuconv.arrays import Array, is_half
+from cuconv.backends.cuda.compiler import kernel
+from cuconv.backends.cuda.structs import PRODUCT, steps_of
+from cuconv.backends.cuda.variants import product_variant
+
+_TILE = 16
+_MOST_BLOCKS = 2**20
+
+_CUDA_TYPES = {
+    "float16": runtime.CUDA_R_16F,
+    "bfloat16": runtime.CUDA_R_16BF,
+    "float32": runtime.CUDA_R_32F,
+    "float64": runtime.CUDA_R_64F,
+    "complex64": runtime.CUDA_C_32F,
+    "complex128": runtime.CUDA_C_64F,
+}
+# Types of alpha and beta; float32 for all others.
+_SCALARS = {name: name for name in ("float64", "complex64", "complex128")}
+# cublasMath_t: half products must not be reduced in half precision.
+_DISALLOW_REDUCED_PRECISION_REDUCTION = 16
+
+
+class _Matrix(NamedTuple):
+    """A matrix as cuBLAS takes it: columns first, so a C-ordered one is transposed."""
+
+    pointer: int
+    dtype: int
+    operation: int
+    step: int
+    batch: int
+
+
+def gemm(
+    a: Array, b: Array, out: Array, *, add: bool = False, fast: bool = False
+) -> None:
+    """``out = a @ b``, or ``out += a @ b``, over (…, rows, columns).
+
+    ``a`` or ``b`` may have one image, which then serves all; integers and booleans have
+    images and groups before the matrix, floats any number of axes.  Nothing is copied:
+    each matrix needs one contiguous axis.
+    """
+    if out.dtype.kind in "biu":
+        _integer_product(a, b, out, add=add)
+        return
+    if not _is_row_major(out):
+        # Results stored by columns are the transposed product stored by rows.
+        a, b, out = b.swapaxes(-1, -2), a.swapaxes(-1, -2), out.swapaxes(-1, -2)
+    for left, right, into in _batches(*_merged(a, b, out)):
+        _multiply(left, right, into, add=add, fast=fast)
+
+
+def _merged(*matrices: Array) -> list[Array]:
+    """The matrices with as few axes before the last two as can be, the same for all.
+
+    Where one serves all along an axis, its step there is 0.  The last of the matrices
+    has the sizes.
+    """
+    sizes = matrices[-1].shape[:-2]
+    steps = (
+        [0 if n == 1 else step for n, step in zip(m.shape, m.strides, strict=True)]
+        for m in matrices
+    )
+    axes: list[tuple[int, list[int]]] = []
+    for size, *outer in reversed(list(zip(sizes, *steps, strict=False))):
+        if size == 1:
+            continue
+        count, inner = axes[-1] if axes else (0, [])
+        if axes and outer == [count * step for step in inner] and _fit(matrices, inner):
+            axes[-1] = size * count, inner
+        else:
+            axes.append((size, outer))
+    axes = axes[::-1] or [(1, [0] * len(matrices))]
+    return [
+        cupy.lib.stride_tricks.as_strided(
+            m,
+            (*(size for size, _ in axes), *m.shape[-2:]),
+            (*(step[i] for _, step in axes), *m.strides[-2:]),
+        )
+        for i, m in enumerate(matrices)
+    ]
+
+
+def _batches(a: Array, b: Array, out: Array) -> Iterator[tuple[Array, Array, Array]]:
+    """Cut the products into batches along one axis, as few as cuBLAS allows."""
+    sizes = out.shape[:-2]
+    axis = sizes.index(max(sizes))
+    picks: list[list[int | slice]] = [list(range(size)) for size in sizes]
+    if _fit((a, b, out), (m.strides[axis] for m in (a, b, out))):
+        picks[axis] = [slice(None)]
+    else:
+        picks[axis] = [slice(i, i + 1) for i in range(sizes[axis])]
+    for place in product(*picks):
+        yield a[place], b[place], out[place]
+
+
+def _is_row_major(matrix: Array) -> bool:
+    return bool(matrix.shape[-1] == 1 or matrix.strides[-1] == matrix.dtype.itemsize)
+
+
+def _fit(matrices: Sequence[Array], strides: Iterable[int]) -> bool:
+    """Whether matrices this far apart may be one batch.
+
+    cuBLAS chooses a kernel by the alignment of the first pointer, so that every matrix
+    of halves must be aligned as the first is.
+    """
+    return not is_half(matrices[0].dtype) or all(s % 16 == 0 for s in strides)
+
+
+def _as_cublas(matrix: Array) -> _Matrix:
+    """The transpose of a matrix, as cuBLAS reads memory, with its leading dimension."""
+    rows, columns = matrix.shape[-2:]
+    batch, row, column = steps_of(matrix)
+    plain = column == 1 or columns == 1
+    long, short = (row, columns) if plain else (column, rows)
+    step = long if (rows if plain else columns) > 1 else max(short, 1)
+    operation = cublas.CUBLAS_OP_N if plain else cublas.CUBLAS_OP_T
+    dtype = _CUDA_TYPES[matrix.dtype.name]
+    return _Matrix(matrix.data.ptr, dtype, operation, step, batch)
+
+
+def _multiply(a: Array, b: Array, out: Array, *, add: bool, fast: bool) -> None:
+    """One call of cuBLAS: the product of every pair of (batch, rows, columns)."""
+    # cuBLAS counts columns first: outᵀ = bᵀ · aᵀ.
+    left, right, into = _as_cublas(b), _as_cublas(a), _as_cublas(out)
+    scalar = _SCALARS.get(a.dtype.name, "float32")
+    alpha, beta = np.array(1, dtype=scalar), np.array(add, dtype=scalar)
+    handle = get_cublas_handle()
+    with _full_precision(handle, half=is_half(a.dtype)):
+        cublas.gemmStridedBatchedEx(
+            handle,
+            *(left.operation, right.operation, *out.shape[:0:-1], a.shape[-1]),
+            alpha.ctypes.data,
+            *(left.pointer, left.dtype, left.step, left.batch),
+            *(right.pointer, right.dtype, right.step, right.batch),
+            beta.ctypes.data,
+            *(into.pointer, into.dtype, into.step, into.batch),
+            *(len(out), _compute_type(a, fast=fast), cublas.CUBLAS_GEMM_DEFAULT),
+        )
+
+
+def _compute_type(matrix: Array, *, fast: bool) -> int:
+    name = matrix.dtype.name
+    if name in ("float64", "complex128"):
+        return int(cublas.CUBLAS_COMPUTE_64F)
+    if fast and name in ("float32", "complex64"):
+        return int(cublas.CUBLAS_COMPUTE_32F_FAST_TF32)
+    return int(cublas.CUBLAS_COMPUTE_32F)
+
+
+@contextmanager
+def _full_precision(handle: int, *, half: bool) -> Iterator[None]:
+    """Whatever mode the handle is in, neither TF32 nor sums in half precision."""
+    before = cublas.getMathMode(handle)
+    mode = _DISALLOW_REDUCED_PRECISION_REDUCTION if half else cublas.CUBLAS_DEFAULT_MATH
+    cublas.setMathMode(handle, mode)
+    try:
+        yield
+    finally:
+        cublas.setMathMode(handle, before)
+
+
+def _integer_product(a: Array, b: Array, out: Array, *, add: bool) -> None:
+    images, groups, rows, columns = out.shape
+    tiles = images * groups * -(-rows // _TILE) * -(-columns // _TILE)
+    steps = []
+    for matrix in (a, b, out):
+        image, *rest = steps_of(matrix)
+        steps.append((0 if matrix.shape[0] == 1 else image, *rest))
+    head = (groups, rows, columns, a.shape[-1], tiles, int(add))
+    packed = np.array([(*head, *steps)], dtype=PRODUCT)
+    launch = kernel(product_variant(out.dtype))
+    launch((min(tiles, _MOST_BLOCKS),), (_TILE * _TILE,), (a, b, out, packed))

@@ -1,0 +1,358 @@
+"""Convolutions as products whose columns are never written: `implicit_gemm.cu`.
+
+Everything about a launch follows from shapes, strides, types and the alignment of the
+pointers, and is worked out once for all calls alike.
+"""
+
+import math
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import cupy
+import numpy as np
+
+from cuconv.arrays import Array, DType
+from cuconv.backends.blocking import Blocking, uses_tensor_cores
+from cuconv.backends.cuda.compiler import kernel
+from cuconv.backends.cuda.elements import Variant
+from cuconv.backends.cuda.structs import CONTRACTION, MATRICES, steps_of
+from cuconv.backends.cuda.tilings import (
+    Operand,
+    Tiling,
+    contraction_variant,
+    parts_variant,
+)
+from cuconv.backends.cuda.variants import transpose_variant
+from cuconv.engine.costs import MODERN
+from cuconv.geometry import Axis
+
+_THREADS = 256
+_TILE, _MOST_BLOCKS = 32, 2**20
+_WORD = 16  # bytes of the widest copy
+
+Steps = tuple[int, ...]
+
+
+class _View(NamedTuple):
+    """An array without its memory."""
+
+    shape: tuple[int, ...]
+    steps: Steps
+    dtype: DType
+    is_aligned: bool
+
+
+class _Walk(NamedTuple):
+    """One index of the product; see ``struct Walk``."""
+
+    radix: Steps
+    x_step: Steps
+    own_step: Steps
+    scale: Steps
+    first: Steps
+    x_base: int
+    first_fastest: bool
+
+    @property
+    def length(self) -> int:
+        return math.prod(self.radix)
+
+    def in_order(self, values: Steps) -> Steps:
+        """Values of the digits, the slowest first."""
+        return (*values[1:], values[0]) if self.first_fastest else values
+
+    def advance(self, more: int) -> Steps:
+        """The digits of a number, the slowest without a bound."""
+        digits = []
+        for radix in reversed(self.in_order(self.radix)[1:]):
+            digits.append(more % radix)
+            more //= radix
+        slowest_first = (more, *reversed(digits))
+        if not self.first_fastest:
+            return slowest_first
+        return (slowest_first[-1], *slowest_first[:-1])
+
+    def packed(self, terms: int) -> tuple[Any, ...]:
+        return (
+            *(self.length, self.x_base, self.x_step, self.own_step, self.radix),
+            *(self.advance(terms), self.scale, self.first, self.first_fastest, 0),
+        )
+
+
+class _Walks(NamedTuple):
+    """Both indices: ``p`` is that of the results, ``r`` that of the sum."""
+
+    positions: _Walk
+    terms: _Walk
+    sums_terms: bool
+
+    @property
+    def p(self) -> _Walk:
+        return self.positions if self.sums_terms else self.terms
+
+    @property
+    def r(self) -> _Walk:
+        return self.terms if self.sums_terms else self.positions
+
+
+class _Sides(NamedTuple):
+    """The arrays of a product; the steps of groups (x, dense, out) and of rows."""
+
+    dense: _View
+    x: _View
+    out: _View
+    groups: Steps
+    rows: Steps
+    has_bias: bool
+
+    @property
+    def size(self) -> Steps:
+        return self.x.shape[3:]
+
+
+class _Launch(NamedTuple):
+    variant: Variant
+    packed: Array
+    blocks: int
+    threads: int
+    parts: int
+
+
+class CudaContraction:
+    """See `cuconv.backends.Contraction`."""
+
+    def convolve(
+        self,
+        w: Array,
+        x: Array,
+        bias: Array | None,
+        out: Array,
+        axes: tuple[Axis, ...],
+        how: Blocking,
+        parts: Array,
+    ) -> None:
+        views = (_view(w), _view(x), _view(out), None if bias is None else _view(bias))
+        launch = _forward(*views, axes, how, _architecture())
+        _run(launch, w, x, bias, out, parts)
+
+    def correlate(
+        self,
+        dy: Array,
+        x: Array,
+        out: Array,
+        axes: tuple[Axis, ...],
+        how: Blocking,
+        parts: Array,
+    ) -> None:
+        views = _view(dy), _view(x), _view(out)
+        launch = _backward(*views, axes, how, _architecture())
+        _run(launch, dy, x, None, out, parts)
+
+    def transpose(self, source: Array, target: Array) -> None:
+        images, groups, rows, columns = source.shape
+        tiles = images * groups * -(-rows // _TILE) * -(-columns // _TILE)
+        steps = (*steps_of(source)[:3], *steps_of(target)[:3])
+        packed = np.array([(groups, rows, columns, tiles, *steps)], dtype=MATRICES)
+        run = kernel(transpose_variant(source.dtype.itemsize))
+        run((min(tiles, _MOST_BLOCKS),), (_THREADS,), (source, target, packed))
+
+
+def _run(
+    launch: _Launch,
+    dense: Array,
+    x: Array,
+    bias: Array | None,
+    out: Array,
+    parts: Array,
+) -> None:
+    variant = launch.variant
+    into = out if launch.parts == 1 else parts
+    arguments = (dense, x, x if bias is None else bias, into, launch.packed)
+    grid, block = (launch.blocks,), (launch.threads,)
+    kernel(variant)(grid, block, arguments, shared_mem=variant.shared)
+    if launch.parts > 1:
+        _sum_parts(parts, out, launch.parts)
+
+
+def _sum_parts(parts: Array, out: Array, number: int) -> None:
+    variant = parts_variant(parts.dtype, out.dtype)
+    blocks = max(1, min(-(-out.size // _THREADS), 2**16))
+    arguments = (parts, out, np.int64(out.size), np.int64(number))
+    kernel(variant)((blocks,), (_THREADS,), arguments)
+
+
+def _architecture() -> int:
+    return int(cupy.cuda.Device().compute_capability)
+
+
+def _view(array: Array) -> _View:
+    aligned = array.data.ptr % _WORD == 0
+    return _View(array.shape, steps_of(array), array.dtype, aligned)
+
+
+@lru_cache(maxsize=4096)
+def _forward(
+    w: _View,
+    x: _View,
+    out: _View,
+    bias: _View | None,
+    axes: tuple[Axis, ...],
+    how: Blocking,
+    architecture: int,
+) -> _Launch:
+    walks = _Walks(_positions(x, out, axes), _terms(x, w, axes), sums_terms=True)
+    groups = (x.steps[1], w.steps[0], out.steps[1])
+    rows = (w.steps[1], out.steps[2], 0 if bias is None else bias.steps[0])
+    sides = _Sides(w, x, out, groups, rows, bias is not None)
+    return _launch(walks, sides, w.shape[:2], how, architecture)
+
+
+@lru_cache(maxsize=4096)
+def _backward(
+    dy: _View,
+    x: _View,
+    out: _View,
+    axes: tuple[Axis, ...],
+    how: Blocking,
+    architecture: int,
+) -> _Launch:
+    walks = _Walks(_positions(x, dy, axes), _terms(x, out, axes), sums_terms=False)
+    groups = (x.steps[1], dy.steps[1], out.steps[0])
+    rows = (dy.steps[2], out.steps[1], 0)
+    sides = _Sides(dy, x, out, groups, rows, has_bias=False)
+    return _launch(walks, sides, out.shape[:2], how, architecture)
+
+
+def _three(values: Steps, missing: int) -> Steps:
+    """One value for each of three axes; those that are not there come first."""
+    return (*(missing,) * (3 - len(values)), *values)
+
+
+def _positions(x: _View, y: _View, axes: tuple[Axis, ...]) -> _Walk:
+    steps = x.steps[3:]
+    strided = tuple(a.stride * s for a, s in zip(axes, steps, strict=True))
+    base = sum(-a.before * s for a, s in zip(axes, steps, strict=True))
+    return _Walk(
+        (y.shape[0], *_three(y.shape[3:], 1)),
+        (x.steps[0], *_three(strided, 0)),
+        (y.steps[0], *_three(y.steps[3:], 0)),
+        _three(tuple(a.stride for a in axes), 0),
+        _three(tuple(-a.before for a in axes), 0),
+        base,
+        first_fastest=False,
+    )
+
+
+def _terms(x: _View, w: _View, axes: tuple[Axis, ...]) -> _Walk:
+    steps = x.steps[3:]
+    dilated = tuple(a.dilation * s for a, s in zip(axes, steps, strict=True))
+    return _Walk(
+        (w.shape[2], *_three(w.shape[3:], 1)),
+        (x.steps[2], *_three(dilated, 0)),
+        (w.steps[2], *_three(w.steps[3:], 0)),
+        _three(tuple(a.dilation for a in axes), 0),
+        (0, 0, 0),
+        0,
+        first_fastest=abs(x.steps[2]) < abs(x.steps[-1]),
+    )
+
+
+def _launch(
+    walks: _Walks,
+    sides: _Sides,
+    rows: tuple[int, ...],
+    how: Blocking,
+    architecture: int,
+) -> _Launch:
+    p, r, dtype = walks.p, walks.r, sides.x.dtype
+    groups, filters = rows
+    modern = architecture >= MODERN
+    tensor = modern and uses_tensor_cores(dtype, fast=how.fast)
+    tiling = Tiling.of(dtype, how.filters, how.columns, tensor=tensor)
+    parts, length = _cut(r.length, how.parts, tiling.terms, sides.out)
+    tiles_p, tiles_f = -(-p.length // how.columns), -(-filters // how.filters)
+    tiles = tiles_p * tiles_f * groups * parts
+    # Neighbours along p are a step of its fastest digit apart.
+    by_filters = abs(sides.rows[1]) < abs(p.in_order(p.own_step)[-1])
+    packed = (
+        *(p.packed(tiling.terms), r.packed(tiling.terms)),
+        *(length, math.prod(sides.out.shape), *sides.groups, *sides.rows),
+        *(tiles_f, tiles_p, groups, filters, sides.has_bias),
+        *(_three(sides.size, 1), by_filters, 0),
+    )
+    variant = contraction_variant(
+        *(dtype, sides.out.dtype, tiling),
+        _dense_operand(walks, sides, filters, tensor=tensor),
+        _x_operand(walks, sides, tensor=tensor),
+        is_partial=parts > 1,
+        conjugated=how.conjugated,
+        stages=3 if modern else 2,
+    )
+    value = np.array([packed], dtype=CONTRACTION)
+    return _Launch(variant, value, tiles, tiling.threads, parts)
+
+
+def _cut(terms: int, parts: int, tile: int, out: _View) -> tuple[int, int]:
+    """How many parts, and how long: only for results that fill a run of memory."""
+    if not _is_dense(out):
+        parts = 1
+    length = -(-terms // (parts * tile)) * tile
+    return -(-terms // length), length
+
+
+def _is_dense(view: _View) -> bool:
+    """Whether the cells lie in one run of memory, in whichever order of axes."""
+    reach = 1
+    pairs = zip(view.steps, view.shape, strict=True)
+    for step, size in sorted((s, n) for s, n in pairs if n > 1):
+        if step != reach:
+            return False
+        reach *= size
+    return True
+
+
+def _x_operand(walks: _Walks, sides: _Sides, *, tensor: bool) -> Operand:
+    """How tiles of ``x`` are loaded: along its channels if these lie close together."""
+    terms, positions = walks.terms, walks.positions
+    along_r = terms.first_fastest == walks.sums_terms
+    fits = terms.first_fastest and terms.x_step[0] == 1 and sides.x.is_aligned
+    if not fits or (along_r and not tensor):
+        return Operand(along_r, 1)
+    steps = (*terms.x_step[1:], *positions.x_step, positions.x_base, sides.groups[0])
+    return Operand(along_r, _vector(sides.x.dtype, terms.radix[0], *steps))
+
+
+def _dense_operand(
+    walks: _Walks, sides: _Sides, filters: int, *, tensor: bool
+) -> Operand:
+    """How tiles of the other operand are loaded: along filters, or along the sum."""
+    r, group, step, dtype = walks.r, sides.groups[1], sides.rows[0], sides.dense.dtype
+    if step == 1 and filters > 1:
+        if not sides.dense.is_aligned:
+            return Operand(along_terms=False, vector=1)
+        return Operand(
+            along_terms=False, vector=_vector(dtype, filters, group, *r.own_step)
+        )
+    if not (tensor and sides.dense.is_aligned):
+        return Operand(along_terms=True, vector=1)
+    run, others = _run_of(r)
+    return Operand(along_terms=True, vector=_vector(dtype, run, group, step, *others))
+
+
+def _run_of(walk: _Walk) -> tuple[int, Steps]:
+    """How many elements lie side by side, and the steps of the digits further out."""
+    radix, steps = walk.in_order(walk.radix), walk.in_order(walk.own_step)
+    run = 1
+    for i in reversed(range(4)):
+        if radix[i] > 1 and steps[i] != run:
+            return run, steps[: i + 1]
+        run *= radix[i]
+    return run, ()
+
+
+def _vector(dtype: DType, *divided: int) -> int:
+    """The most elements, of a power of two, that divide all of these."""
+    vector = max(_WORD // dtype.itemsize, 1)
+    while any(number % vector for number in divided):
+        vector //= 2
+    return vector

@@ -1,0 +1,77 @@
+"""Copies of what windows read, and their adjoint, run by run of neighbouring cells.
+
+Arrays are grouped: cells (N, G, C, *spatial), the copy (N, G, C, *window).  What cells
+outside the array read is said by `cuconv.geometry.Axis.runs`.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+from cuconv.arrays import Array
+from cuconv.geometry import Axis, Ranges, Run
+
+
+class Reading(NamedTuple):
+    """What windows read along every axis; cells outside the array as ``mode`` says."""
+
+    axes: Sequence[Axis]
+    windows: Ranges
+    mode: str
+
+
+def pad_copy(
+    copy: Callable[[Array, Array], None],
+    cells: Array,
+    copied: Array,
+    reading: Reading,
+) -> None:
+    """Copy what the windows read, with a cast."""
+    for runs in _runs(*reading):
+        copy(*_pair(runs, cells, copied))
+
+
+def pad_adjoint(
+    xp: Any,
+    copied: Array,
+    cells: Array,
+    reading: Reading,
+    *,
+    add: bool,
+) -> None:
+    """Sum in every cell what its copies hold, on top of what is there with ``add``."""
+    picked = _runs(*reading, one_to_one=True)
+    if not add and _reads_all(reading):
+        inside, outside = _pair(next(picked), cells, copied)
+        inside[...] = outside
+    elif not add:
+        cells[...] = 0
+    for runs in picked:
+        inside, outside = _pair(runs, cells, copied)
+        xp.add(inside, outside, out=inside)
+
+
+def _reads_all(reading: Reading) -> bool:
+    """Whether all cells are in the first run of every axis: those that repeat none."""
+    each = zip(reading.axes, reading.windows, strict=True)
+    return all(start <= 0 and stop >= axis.size > 0 for axis, (start, stop) in each)
+
+
+def _runs(
+    axes: Sequence[Axis], windows: Ranges, mode: str, *, one_to_one: bool = False
+) -> Iterator[tuple[Run, ...]]:
+    """Runs along every axis, every combination, the last axis fastest.
+
+    One at a time: wide padding has more of them than there is memory for their list.
+    """
+    if not axes:
+        yield ()
+        return
+    for run in axes[0].runs(windows[0], mode):
+        for part in run.one_to_one() if one_to_one else (run,):
+            for rest in _runs(axes[1:], windows[1:], mode, one_to_one=one_to_one):
+                yield (part, *rest)
+
+
+def _pair(runs: tuple[Run, ...], cells: Array, copied: Array) -> tuple[Array, Array]:
+    inside = cells[(..., *(run.cells for run in runs))]
+    return inside, copied[(..., *(run.window for run in runs))]

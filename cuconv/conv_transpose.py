@@ -1,0 +1,386 @@
+"""Transposed convolution and its gradients: validate, plan, run.
+
+With g the geometry of the convolution that leads back, from y to x,
+
+    y = conv_transpose(x, w)       the input gradient of g, for a gradient x
+    dx                             the forward pass of g over dy
+    dw                             the weight gradient of g, dy and x exchanged
+
+so that the strategies of `cuconv.conv` run all three.  Where numbers are complex, what
+is conjugated is the other way round: nothing in the first line, w and x in the others.
+"""
+
+from collections.abc import Sequence
+from typing import Any, Unpack
+
+from cuconv.arrays import Array
+from cuconv.engine.call import (
+    GRADIENTS,
+    ConvGradients,
+    ConvOptions,
+    bind,
+    carry_out,
+    check_needs,
+    chosen_options,
+    gradients,
+    inputs,
+    shows_only,
+)
+from cuconv.engine.plan import check_shape
+from cuconv.geometry import Sizes
+from cuconv.options import FORWARD_ALONE, Options
+
+# Those of `conv` that a transposed convolution has too.
+_OPTIONS = tuple(name for name in Options._fields if name not in FORWARD_ALONE)
+_BACKWARD_ALLOCATES = (
+    "conv_transpose_backward allocates its results: call conv_transpose_input_grad and "
+    "conv_transpose_weight_grad with out=, and sum dy for the bias"
+)
+
+
+@shows_only(_OPTIONS)
+def conv_transpose(
+    x: Array,
+    w: Array,
+    bias: Array | None = None,
+    *,
+    output_padding: Sizes = 0,
+    output_size: Sizes | None = None,
+    out: Array | None = None,
+    **options: Unpack[ConvOptions],
+) -> Array:
+    """Spread every cell of the input over the window that `conv` would read it from.
+
+    The adjoint of ``y ↦ conv(y, w)``, with the same weights array and options: what
+    `conv` reads, this writes.  With ``o`` a position of x, ``t`` a tap and ``i = o ·
+    stride + t · dilation - padding``,
+
+        y[n, k, i] = bias[k] + Σ over c and all o, t that lead to i of
+                     x[n, c, o] · w[c, k, t]
+
+    Parameters
+    ----------
+    x
+        Input, (N, C, *spatial), or (C, *spatial) for a single image.
+    w
+        Weights, (C, K / groups, *kernel): those of the convolution from K channels to
+        C.  With ``layout="channels_last"``, as that has them too: x is (N, *spatial, C)
+        and w is (*kernel, K / groups, C).
+    bias
+        (K,), added to every position of the result.
+    output_padding
+        Cells that the result has more at the end of every axis, for sizes that strides
+        leave open: an integer, or one for each axis.  Less than stride or dilation,
+        whichever is larger.  No zeros are written there: taps that reach them count.
+    output_size
+        The spatial size of the result, in place of ``output_padding``: an integer, or
+        one for each axis.
+    out
+        Array to write the result to; it must have its shape and type, and share no
+        memory with the inputs.
+    stride, dilation
+        Step between the windows of neighbouring cells of x, and between taps.
+    padding
+        Cells that are left out at both ends of the result: integers or pairs as for
+        `conv`; negative numbers add cells.  Or a word: ``"valid"`` leaves none out;
+        ``"same"``, ``"same_lower"`` and, over one axis, ``"causal"`` are those of the
+        convolution that leads back, and make the result size · stride long, or as
+        ``output_size`` says.
+    groups, layout, dtype, strategy, precision, deterministic, memory_limit
+        As for `conv`.
+
+    Returns
+    -------
+    array
+        (N, K, *out) in the module of the inputs; without the batch axis if ``x`` has
+        none.  Along each axis out = (size - 1) · stride - before - after + dilation ·
+        (kernel - 1) + output_padding + 1.
+
+    Raises
+    ------
+    ValueError, TypeError
+        For shapes, types, devices or options that do not fit, before anything is
+        allocated; the message names the numbers.
+    MemoryLimitError
+        If nothing fits under ``memory_limit``; it names the smallest that would do.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import cuconv
+    >>> x = np.array([[[1.0, 2.0, 3.0]]])
+    >>> w = np.array([[[1.0, 10.0, 100.0]]])
+    >>> cuconv.conv_transpose(x, w, stride=2)
+    array([[[  1.,  10., 102.,  20., 203.,  30., 300.]]])
+    >>> cuconv.conv_transpose(x, w, stride=2, padding=1, output_size=6)
+    array([[[ 10., 102.,  20., 203.,  30., 300.]]])
+    """
+
+    def bound() -> Any:
+        chosen = chosen_options(options)
+        arrays = inputs(x=x, w=w, bias=bias)
+        geometry = chosen.transposed_geometry(
+            x.shape, w.shape, output_padding, output_size
+        )
+        if bias is not None:
+            check_shape("bias", bias, (geometry.channels,))
+        return bind("transpose", geometry, arrays, out, chosen)
+
+    sizes = output_padding, output_size
+    return carry_out("transpose", (x, w, bias), out, options, bound, sizes)
+
+
+def _of_rank(rank: int, x: Array, w: Array, *rest: Any, **options: Any) -> Array:
+    axes = getattr(w, "ndim", rank + 2)
+    if axes != rank + 2:
+        raise ValueError(
+            f"conv_transpose{rank}d needs weights of {rank + 2} axes, for channels, "
+            f"filters and space; w has {axes}"
+        )
+    return conv_transpose(x, w, *rest, **options)
+
+
+@shows_only(_OPTIONS)
+def conv_transpose1d(
+    x: Array,
+    w: Array,
+    bias: Array | None = None,
+    *,
+    output_padding: Sizes = 0,
+    output_size: Sizes | None = None,
+    out: Array | None = None,
+    **options: Unpack[ConvOptions],
+) -> Array:
+    """`conv_transpose` over one spatial axis: x (N, C, L), w (C, K / groups, kernel).
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import cuconv
+    >>> x = np.array([[[1.0, 2.0]]])
+    >>> cuconv.conv_transpose1d(x, np.ones((1, 1, 2)), stride=3, output_padding=1)
+    array([[[1., 1., 0., 2., 2., 0.]]])
+    """
+    more: Any = {"output_padding": output_padding, "output_size": output_size}
+    return _of_rank(1, x, w, bias, out=out, **more, **options)
+
+
+@shows_only(_OPTIONS)
+def conv_transpose2d(
+    x: Array,
+    w: Array,
+    bias: Array | None = None,
+    *,
+    output_padding: Sizes = 0,
+    output_size: Sizes | None = None,
+    out: Array | None = None,
+    **options: Unpack[ConvOptions],
+) -> Array:
+    """`conv_transpose` over two axes: x (N, C, H, W), w (C, K / groups, *kernel).
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import cuconv
+    >>> x = np.zeros((8, 128, 28, 28), dtype=np.float32)
+    >>> w = np.zeros((128, 64, 4, 4), dtype=np.float32)
+    >>> cuconv.conv_transpose2d(x, w, stride=2, padding=1).shape
+    (8, 64, 56, 56)
+    """
+    more: Any = {"output_padding": output_padding, "output_size": output_size}
+    return _of_rank(2, x, w, bias, out=out, **more, **options)
+
+
+@shows_only(_OPTIONS)
+def conv_transpose3d(
+    x: Array,
+    w: Array,
+    bias: Array | None = None,
+    *,
+    output_padding: Sizes = 0,
+    output_size: Sizes | None = None,
+    out: Array | None = None,
+    **options: Unpack[ConvOptions],
+) -> Array:
+    """`conv_transpose` over three axes: x (N, C, D, H, W), w (C, K / groups, *kernel).
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import cuconv
+    >>> x, w = np.ones((1, 2, 1, 2, 2)), np.ones((2, 1, 1, 2, 2))
+    >>> cuconv.conv_transpose3d(x, w)
+    array([[[[[2., 4., 2.],
+              [4., 8., 4.],
+              [2., 4., 2.]]]]])
+    """
+    more: Any = {"output_padding": output_padding, "output_size": output_size}
+    return _of_rank(3, x, w, bias, out=out, **more, **options)
+
+
+@shows_only(_OPTIONS)
+def conv_transpose_input_grad(
+    dy: Array,
+    w: Array,
+    x_shape: Sequence[int],
+    *,
+    output_padding: Sizes = 0,
+    output_size: Sizes | None = None,
+    out: Array | None = None,
+    **options: Unpack[ConvOptions],
+) -> Array:
+    """The gradient of `conv_transpose` for its input: ``conv(dy, w)``, w conjugated.
+
+    Parameters
+    ----------
+    dy
+        Gradient for the result, (N, K, *out).
+    w
+        Weights, (C, K / groups, *kernel).
+    x_shape
+        Shape of the input.
+    output_padding, output_size, out, **options
+        As for `conv_transpose`; ``dtype`` defaults to the common type of ``dy`` and
+        ``w``.
+
+    Returns
+    -------
+    array
+        Of shape ``x_shape``.
+
+    Raises
+    ------
+    ValueError, TypeError, MemoryLimitError
+        As `conv_transpose` does, and if ``dy`` has not the shape of its result.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import cuconv
+    >>> dy, w = np.arange(7.0).reshape(1, 1, 7), np.array([[[1.0, 10.0, 100.0]]])
+    >>> cuconv.conv_transpose_input_grad(dy, w, (1, 1, 3), stride=2)
+    array([[[210., 432., 654.]]])
+    """
+
+    def bound() -> Any:
+        chosen = chosen_options(options)
+        arrays = inputs(dy=dy, w=w)
+        geometry = chosen.transposed_geometry(
+            x_shape, w.shape, output_padding, output_size
+        )
+        check_shape("dy", dy, geometry.x_shape)
+        return bind("transpose_input_grad", geometry, arrays, out, chosen)
+
+    shapes = x_shape, output_padding, output_size
+    return carry_out("transpose_input_grad", (dy, w), out, options, bound, shapes)
+
+
+@shows_only(_OPTIONS)
+def conv_transpose_weight_grad(
+    dy: Array,
+    x: Array,
+    w_shape: Sequence[int],
+    *,
+    output_padding: Sizes = 0,
+    output_size: Sizes | None = None,
+    out: Array | None = None,
+    **options: Unpack[ConvOptions],
+) -> Array:
+    """The gradient of `conv_transpose` for its weights.
+
+    Each weight receives the sum, over images and cells of x, of ``dy`` where it wrote,
+    times the cell (conjugated where complex).
+
+    Parameters
+    ----------
+    dy
+        Gradient for the result, (N, K, *out).
+    x
+        Input, (N, C, *spatial).
+    w_shape
+        Shape of the weights, (C, K / groups, *kernel).
+    output_padding, output_size, out, **options
+        As for `conv_transpose`; ``dtype`` defaults to the common type of ``dy`` and
+        ``x``.
+
+    Returns
+    -------
+    array
+        Of shape ``w_shape``.
+
+    Raises
+    ------
+    ValueError, TypeError, MemoryLimitError
+        As `conv_transpose` does, and if ``dy`` has not the shape of its result.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import cuconv
+    >>> dy, x = np.arange(7.0).reshape(1, 1, 7), np.array([[[1.0, 10.0, 100.0]]])
+    >>> cuconv.conv_transpose_weight_grad(dy, x, (1, 1, 3), stride=2)
+    array([[[420., 531., 642.]]])
+    """
+
+    def bound() -> Any:
+        chosen = chosen_options(options)
+        arrays = inputs(dy=dy, x=x)
+        geometry = chosen.transposed_geometry(
+            x.shape, w_shape, output_padding, output_size
+        )
+        check_shape("dy", dy, geometry.x_shape)
+        return bind("transpose_weight_grad", geometry, arrays, out, chosen)
+
+    shapes = w_shape, output_padding, output_size
+    return carry_out("transpose_weight_grad", (dy, x), out, options, bound, shapes)
+
+
+@shows_only(_OPTIONS)
+def conv_transpose_backward(
+    dy: Array,
+    x: Array,
+    w: Array,
+    *,
+    needs: Sequence[str] = GRADIENTS,
+    output_padding: Sizes = 0,
+    output_size: Sizes | None = None,
+    **options: Unpack[ConvOptions],
+) -> ConvGradients:
+    """All gradients of `conv_transpose`, or those that are needed.
+
+    Parameters
+    ----------
+    dy
+        Gradient for the result, (N, K, *out).
+    x, w
+        Input and weights of the forward call.
+    needs
+        Which of ``"x"``, ``"w"``, ``"bias"`` to compute; the others cost nothing.
+    output_padding, output_size, **options
+        As for `conv_transpose`, the same as in the forward call.
+
+    Returns
+    -------
+    ConvGradients
+        Named tuple ``(x, w, bias)`` with the shapes of the three, None for a gradient
+        that was not asked for.
+
+    Raises
+    ------
+    ValueError, TypeError, MemoryLimitError
+        As `conv_transpose` does, before the first gradient is computed.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import cuconv
+    >>> x, w, dy = np.ones((1, 1, 2)), np.ones((1, 1, 3)), np.ones((1, 1, 5))
+    >>> cuconv.conv_transpose_backward(dy, x, w, stride=2)
+    ConvGradients(x=array([[[3., 3.]]]), w=array([[[2., 2., 2.]]]), bias=array([5.]))
+    """
+    chosen = chosen_options(options)
+    arrays = inputs(dy=dy, x=x, w=w)
+    check_needs(needs, arrays, _BACKWARD_ALLOCATES)
+    geometry = chosen.transposed_geometry(x.shape, w.shape, output_padding, output_size)
+    check_shape("dy", dy, geometry.x_shape)
+    return gradients(arrays, needs, geometry, chosen, transposed=True)

@@ -1,0 +1,109 @@
+"""Borders that repeat the input (``padding_mode``), and their adjoint, lazily.
+
+A convolution with such a border is a plain one over the input with the border around
+it.  Along every axis the border is runs of the input's own cells (`Axis.runs`), so that
+no block inside is touched.
+"""
+
+from dataclasses import replace
+
+import dask.array as da
+
+from cuconv.arrays import Array
+from cuconv.dask.blocks import Chunks
+from cuconv.geometry import Axis, ConvGeometry, Run
+
+
+def without_border(geometry: ConvGeometry) -> ConvGeometry:
+    """The plain convolution over the input with its border."""
+    axes = tuple(
+        axis._replace(
+            size=sum(_ends(axis)) + axis.size,
+            before=min(axis.before, 0),
+            after=min(axis.after, 0),
+        )
+        for axis in geometry.axes
+    )
+    return replace(geometry, axes=axes, padding_mode="zeros")
+
+
+def bordered(x: Array, geometry: ConvGeometry) -> Array:
+    """The input with its border.
+
+    Examples
+    --------
+    >>> import dask.array as da
+    >>> from cuconv.geometry import ConvGeometry
+    >>> from cuconv.dask.borders import bordered
+    >>> x = da.arange(5, chunks=2).reshape(1, 5)
+    >>> options = {"padding": 2, "padding_mode": "reflect"}
+    >>> bordered(x, ConvGeometry.of_weights((1, 5), (1, 1, 3), **options)).compute()
+    array([[2, 1, 0, 1, 2, 3, 4, 3, 2]])
+    """
+    x = _without_empty_chunks(x)
+    for place, axis in _placed(geometry):
+        parts = []
+        for run in sorted(_runs(axis, geometry), key=lambda run: run.window.start):
+            part = x[*_at(place), run.cells]
+            count = run.window.stop - run.window.start
+            parts.append(da.repeat(part, count, place) if _repeats(run) else part)
+        x = da.concatenate(parts, axis=place)
+    return x
+
+
+def folded(dx: Array, geometry: ConvGeometry, chunks: tuple[Chunks, ...]) -> Array:
+    """The adjoint of `bordered`: cells receive what their copies in the border have."""
+    dx = _without_empty_chunks(dx)
+    for place, axis in _placed(geometry):
+        inner, *border = _runs(axis, geometry)
+        total = dx[*_at(place), inner.window]
+        for run in border:
+            total = _added(total, dx[*_at(place), run.window], run, place)
+        dx = total
+    return dx.rechunk(chunks)
+
+
+def _added(total: Array, part: Array, run: Run, place: int) -> Array:
+    """With a part of the border added to the cells that it was copied from."""
+    first, last = run.cells.start, run.cells.stop
+    if _repeats(run):
+        part = part.sum(axis=place, keepdims=True, dtype=part.dtype)
+    elif run.cells.step == -1:
+        first, last = last + 1, first + 1
+        part = part[*_at(place), ::-1]
+    cells = (slice(0, first), slice(first, last), slice(last, None))
+    low, met, high = (total[*_at(place), some] for some in cells)
+    return da.concatenate([low, met + part, high], axis=place)
+
+
+def _without_empty_chunks(array: Array) -> Array:
+    """Dask repeats, reverses and joins arrays with empty chunks wrongly."""
+    kept = (tuple(n for n in own if n) or (0,) for own in array.chunks)
+    return array.rechunk(tuple(kept))
+
+
+def _runs(axis: Axis, geometry: ConvGeometry) -> list[Run]:
+    """The input as it is, and what every part of the border reads."""
+    before, after = _ends(axis)
+    return list(axis.runs((-before, axis.size + after), geometry.padding_mode))
+
+
+def _repeats(run: Run) -> bool:
+    """Whether all cells read the same one."""
+    count = run.window.stop - run.window.start
+    return bool(count > abs(run.cells.stop - run.cells.start))
+
+
+def _ends(axis: Axis) -> tuple[int, int]:
+    return max(axis.before, 0), max(axis.after, 0)
+
+
+def _at(place: int) -> tuple[slice, ...]:
+    return (slice(None),) * place
+
+
+def _placed(geometry: ConvGeometry) -> list[tuple[int, Axis]]:
+    """Every spatial axis that has a border, with its place among those of an array."""
+    first = geometry.batched + geometry.channels_first
+    each = enumerate(geometry.axes, start=first)
+    return [(place, axis) for place, axis in each if any(_ends(axis))]

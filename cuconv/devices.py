@@ -1,0 +1,92 @@
+"""Arrays of other libraries: seen, not copied, where memory can be shared."""
+
+from typing import Any
+
+import numpy as np
+
+from cuconv.arrays import Array, is_array
+
+# DLPack's numbers of devices: what NumPy can read, and what CuPy can.
+_CPU = (1, 3)  # CPU, and host memory that CUDA has pinned
+_DEVICE = (2, 13)  # CUDA, and memory that it manages
+
+
+def asarray(array: Any) -> Array:
+    """A NumPy or CuPy array over the memory of another library's array.
+
+    PyTorch's and JAX's on a CPU become NumPy arrays, on CUDA CuPy arrays.  Nothing is
+    copied; whether the result may be written to is for the other library to say.
+
+    Parameters
+    ----------
+    array
+        Anything with ``__dlpack__``, ``__cuda_array_interface__``,
+        ``__array_interface__`` or ``__array__``.  NumPy and CuPy arrays are returned as
+        they are.
+
+    Returns
+    -------
+    array
+        NumPy's where the memory is the host's, else CuPy's.
+
+    Raises
+    ------
+    TypeError
+        If it has none of these, or lies on a device that neither module reads.
+    RuntimeError
+        If it lies on a CUDA device and no GPU works here.
+    BufferError
+        If the other library does not share it: a PyTorch tensor that requires a
+        gradient wants ``detach()`` first, a bfloat16 one another type.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import cuconv
+    >>> class Foreign:
+    ...     def __init__(self, array):
+    ...         self.__array_interface__ = array.__array_interface__
+    >>> x = np.arange(5.0).reshape(1, 1, 5)
+    >>> cuconv.conv1d(cuconv.asarray(Foreign(x)), np.ones((1, 1, 3)))
+    array([[[3., 6., 9.]]])
+    """
+    if is_array(array):
+        return array
+    if hasattr(array, "__dlpack_device__") and hasattr(array, "__dlpack__"):
+        return _by_dlpack(array)
+    if hasattr(array, "__cuda_array_interface__"):
+        return _cupy().asarray(array)
+    if hasattr(array, "__array_interface__") or hasattr(array, "__array__"):
+        return np.asarray(array)
+    kind = f"{type(array).__module__}.{type(array).__qualname__}"
+    raise TypeError(
+        f"{kind} shares no memory: it has neither __dlpack__ nor an array interface; "
+        "numpy.asarray copies sequences"
+    )
+
+
+def _by_dlpack(array: Any) -> Array:
+    device = int(array.__dlpack_device__()[0])
+    if device in _DEVICE:
+        return _cupy().from_dlpack(array)
+    if device not in _CPU:
+        raise TypeError(
+            f"the array lies on a device that DLPack numbers {device}; NumPy reads "
+            f"{_CPU[0]} and {_CPU[1]}, CuPy {_DEVICE[0]} and {_DEVICE[1]}"
+        )
+    try:
+        return np.from_dlpack(array)
+    except RuntimeError as error:
+        # NumPy knows fewer types than DLPack; PyTorch refuses what has a gradient.
+        raise BufferError(f"the array is not shared: {error}") from error
+
+
+def _cupy() -> Any:
+    from cuconv.backends.cuda import why_not, working_cupy  # noqa: PLC0415 - when first needed
+
+    cupy = working_cupy()
+    if cupy is None:
+        raise RuntimeError(
+            f"the array lies on a CUDA device, and no GPU works: {why_not()}"
+        )
+    return cupy

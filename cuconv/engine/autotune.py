@@ -1,0 +1,101 @@
+"""Which candidate was the fastest, remembered between runs.
+
+One JSON file for each version of the library and each machine, by `Leaves.machine`:
+what was measured elsewhere is never believed.  A file that cannot be read or written
+costs nothing but the time to measure again.
+"""
+
+import hashlib
+import json
+import os
+import tempfile
+import threading
+from collections.abc import Callable, Hashable, Sequence
+from contextlib import suppress
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from cuconv.backends import Backend
+from cuconv.version import __version__
+
+_ROUNDS = 5
+_lock = threading.Lock()
+
+
+class Winner(NamedTuple):
+    """A candidate by name: strategy, variant, and whether it runs over dy."""
+
+    strategy: str
+    variant: tuple[int, ...]
+    flipped: bool
+
+
+def fastest(backend: Backend, calls: Sequence[Callable[[], object]]) -> int:
+    """The index of the call with the smallest median time, in alternation."""
+    rounds = [backend.times(calls) for _ in range(_ROUNDS + 1)]
+    # The first one compiles kernels and fills pools.
+    return int(np.argmin(np.median(rounds[1:], axis=0)))
+
+
+def recall(
+    machine: tuple[str, ...], key: Hashable, candidates: Sequence[Winner]
+) -> Winner | None:
+    """The winner that is on record, if it still is a candidate."""
+    with _lock:
+        known = _known(machine).get(_digest(key))
+    if not isinstance(known, list) or len(known) != 3:
+        return None
+    return next((c for c in candidates if [c[0], list(c[1]), c[2]] == known), None)
+
+
+def remember(machine: tuple[str, ...], key: Hashable, winner: Winner) -> None:
+    """Put a winner on record, for this process and the next."""
+    with _lock:
+        known = _known(machine)
+        known[_digest(key)] = [winner.strategy, list(winner.variant), winner.flipped]
+        with suppress(OSError, RuntimeError):
+            # What other processes have found since stays on record too.
+            found = {**_read(machine), **known}
+            _write(_path(machine), json.dumps(found, indent=1))
+
+
+@cache
+def _known(machine: tuple[str, ...]) -> dict[str, Any]:
+    return _read(machine)
+
+
+def _read(machine: tuple[str, ...]) -> dict[str, Any]:
+    with suppress(OSError, ValueError, RecursionError, RuntimeError):
+        found = json.loads(_path(machine).read_text(encoding="utf-8"))
+        if isinstance(found, dict):
+            return found
+    return {}
+
+
+def _write(path: Path, text: str) -> None:
+    """Replace the file at once: another process may be reading it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(
+        "w", encoding="utf-8", dir=path.parent, delete=False
+    ) as file:
+        file.write(text)
+    try:
+        Path(file.name).replace(path)
+    except OSError:
+        Path(file.name).unlink(missing_ok=True)
+        raise
+
+
+def _path(machine: tuple[str, ...]) -> Path:
+    own = os.environ.get("CUCONV_CACHE_DIR")
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    folder = Path(own) if own else Path(base) / "cuconv"
+    words = "\n".join((__version__, *machine))
+    return folder / f"winners-{hashlib.sha256(words.encode()).hexdigest()[:12]}.json"
+
+
+def _digest(key: Hashable) -> str:
+    return hashlib.sha256(repr(key).encode()).hexdigest()[:24]

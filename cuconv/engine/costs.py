@@ -1,0 +1,165 @@
+"""What each step of a strategy costs: the table from which plans are chosen.
+
+Strategies count their steps (`cuconv.strategies.Work`); a step's price is in
+nanoseconds, on one worker, for float32.
+"""
+
+from typing import NamedTuple
+
+
+class Rates(NamedTuple):
+    """Nanoseconds for one unit of each step, and the sizes where habits change."""
+
+    # A multiply-add of a matrix product: at its best, and how much longer where one
+    # side of the product is short (the factor is 1 + short / side).
+    multiply: float
+    short: float
+    # A cell of a column gathered, of a column added back, of an array copied in runs.
+    gather: float
+    scatter: float
+    copy: float
+    # A cell written by a Winograd transform along an outer axis, and along the last.
+    transform: float
+    last_transform: float
+    # A weight transposed; a weight read from memory once more.
+    transpose: float
+    reread: float
+    # A cell of a Fourier transform, for each doubling of its length.
+    fourier: float
+    # A cell multiplied and added by a direct loop.
+    direct: float
+    # A copy from device memory into that of a multiprocessor, of 1 to 16 bytes.
+    loads: float
+    # A matrix product, however small.
+    products: float
+    # How much a second worker adds to the rate of steps that wait for memory.
+    crowding: float
+    # One block of work, and one more worker.
+    block: float
+    worker: float
+    # Less work than this, in nanoseconds, is not worth a second worker.
+    worth_workers: float
+    # Multiprocessors, among which a kernel's blocks are shared out, and how many times
+    # as fast products of halves, or of float32 as TF32, are.
+    processors: int = 0
+    tensor: float = 1
+
+
+# Fitted to the layers of ResNet-50 and VGG-16, N = 8, on two AMD EPYC cores (Zen 4,
+# 1 MiB of L2 cache each, 32 MiB of L3) with NumPy 2.4 and OpenBLAS 0.3.31: least
+# squares of the relative error over 264 runs of one worker, repeated within 12 %.
+CPU_RATES = Rates(
+    multiply=0.0196,
+    short=6.7,
+    gather=0.15,
+    scatter=0.5,
+    copy=0.4,
+    transform=0.1,
+    last_transform=0.4,
+    transpose=2.0,
+    reread=0.3,
+    fourier=0.25,
+    direct=0.035,
+    loads=0,
+    products=1_000,
+    crowding=0.5,
+    block=60_000,
+    worker=30_000,
+    # 3×3 layers of 16 channels took 0.94 times as long on one core as on two at 10.6
+    # million multiply-adds (0.3 ms), and 1.15 times at 14.5 million.
+    worth_workers=300_000,
+)
+
+# From data sheets of an H200 and not yet measured on one: float32 products at 45
+# TFLOP/s, copies at 4 TB/s, 5 µs for a launch; a direct loop reads two cells for a
+# multiply-add, of 32 in each clock of 132 processors at 1.8 GHz; a copy takes eight
+# instructions, of 128 in each clock.  Other GPUs get them in proportion.
+CUDA_RATES = Rates(
+    multiply=4.4e-5,
+    short=64,
+    gather=2e-3,
+    scatter=4e-3,
+    copy=2e-3,
+    transform=2e-3,
+    last_transform=2e-3,
+    transpose=2e-3,
+    reread=1e-3,
+    fourier=4e-3,
+    direct=3e-4,
+    loads=2.6e-4,
+    products=0,
+    crowding=0,
+    block=15_000,
+    worker=0,
+    worth_workers=float("inf"),
+    processors=132,
+    tensor=8,
+)
+
+# Tables that were measured, by the GPU's name; each goes before what is derived.
+MEASURED_RATES: dict[str, Rates] = {}
+
+# The steps that wait for device memory; all others but `multiply` have no unit of it.
+_MEMORY_STEPS = (
+    *("gather", "scatter", "copy", "transform", "last_transform"),
+    *("transpose", "reread", "fourier", "direct"),
+)
+
+# Multiprocessors with half as many float32 lanes as all others have.
+_HALF_AS_WIDE = ("70", "72", "75", "80")
+
+# The first architecture whose tensor cores and asynchronous copies are used.
+MODERN = 80
+
+# Columns of one block, as a share of the L2 cache: the rest is for what is read and
+# written on the way, so that columns never travel to device memory.  Not yet measured.
+_L2_SHARE = 0.5
+_UNKNOWN_L2_BLOCK = 64 * 2**20
+
+
+class Gpu(NamedTuple):
+    """What a CUDA device says of itself; 0 where it says nothing."""
+
+    name: str
+    compute_capability: str
+    multiprocessors: int
+    kilohertz: int
+    memory_kilohertz: int
+    memory_bits: int
+    l2_bytes: int
+
+    @property
+    def multiplications(self) -> float:
+        """Multiply-adds of float32 in a nanosecond, at best."""
+        splits = 64 if self.compute_capability in _HALF_AS_WIDE else 128
+        return self.multiprocessors * splits * self.kilohertz * 1e-6
+
+    @property
+    def bandwidth(self) -> float:
+        """Bytes of device memory in a nanosecond, at best: two for each clock."""
+        return 2 * self.memory_kilohertz * 1e-6 * self.memory_bits / 8
+
+
+_H200 = Gpu("NVIDIA H200", "90", 132, 1_980_000, 3_125_000, 6144, 50 * 2**20)
+
+
+def cuda_rates(gpu: Gpu) -> Rates:
+    """The rates of a GPU: measured ones, else derived from its properties."""
+    if gpu.name in MEASURED_RATES:
+        return MEASURED_RATES[gpu.name]
+    faster = gpu.multiplications / _H200.multiplications or 1
+    wider = gpu.bandwidth / _H200.bandwidth or 1
+    moved = {name: getattr(CUDA_RATES, name) / wider for name in _MEMORY_STEPS}
+    return CUDA_RATES._replace(
+        multiply=CUDA_RATES.multiply / faster,
+        loads=CUDA_RATES.loads / faster,
+        processors=gpu.multiprocessors or CUDA_RATES.processors,
+        # Those of older devices are not used by the kernels of ours.
+        tensor=CUDA_RATES.tensor if int(gpu.compute_capability) >= MODERN else 1,
+        **moved,
+    )
+
+
+def cuda_block_bytes(gpu: Gpu) -> int:
+    """Bytes of columns in one block on a GPU."""
+    return int(gpu.l2_bytes * _L2_SHARE) or _UNKNOWN_L2_BLOCK
