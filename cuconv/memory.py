@@ -18,7 +18,7 @@ Key = TypeVar("Key", bound=Hashable)
 R = TypeVar("R")
 
 # CuPy's pool hands out memory in these units too.
-_ALIGNMENT = 512
+ALIGNED = 512
 _UNITS = {
     "": 1,
     "b": 1,
@@ -111,13 +111,13 @@ class Buffer(NamedTuple):
     @property
     def nbytes(self) -> int:
         """Bytes, rounded up so that the next buffer is aligned too."""
-        return -(-self.cells * self.dtype.itemsize // _ALIGNMENT) * _ALIGNMENT
+        return -(-self.cells * self.dtype.itemsize // ALIGNED) * ALIGNED
 
 
 def workspace_bytes(buffers: Iterable[Buffer]) -> int:
     """What `carve` allocates for these buffers."""
     total = sum(buffer.nbytes for buffer in buffers)
-    return total + _ALIGNMENT if total else 0
+    return total + ALIGNED if total else 0
 
 
 def carve(raw: Array, start: int, buffers: Iterable[Buffer]) -> dict[str, Array]:
@@ -133,7 +133,7 @@ def carve(raw: Array, start: int, buffers: Iterable[Buffer]) -> dict[str, Array]
 def aligned_start(raw: Array) -> int:
     """Where the first buffer may begin."""
     address = raw.ctypes.data if hasattr(raw, "ctypes") else raw.data.ptr
-    return int(-address % _ALIGNMENT)
+    return int(-address % ALIGNED)
 
 
 def allocated(xp: Any, buffers: tuple[Buffer, ...]) -> dict[str, Array]:

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from cuconv.backends import Backend
+from cuconv.engine.planner import Candidate
 from cuconv.version import __version__
 
 _ROUNDS = 5
@@ -31,6 +32,12 @@ class Winner(NamedTuple):
     strategy: str
     variant: tuple[int, ...]
     flipped: bool
+
+    @classmethod
+    def of(cls, candidate: Candidate) -> "Winner":
+        """The name of a candidate."""
+        problem, tiling = candidate.problem, candidate.tiling
+        return cls(candidate.strategy.name, tiling.variant, problem.flipped)
 
 
 def fastest(backend: Backend, calls: Sequence[Callable[[], object]]) -> int:

@@ -13,11 +13,11 @@ from functools import cached_property, lru_cache, partial
 
 from cuconv.backends import Backend
 from cuconv.engine.costs import Rates
+from cuconv.engine.problem import NAMES, Problem
 from cuconv.geometry import Tile
 from cuconv.memory import MemoryLimitError, workspace_bytes
 from cuconv.strategies import (
     Blocks,
-    Problem,
     Strategy,
     Tiling,
     Work,
@@ -35,15 +35,6 @@ _WORTH_FEWER = 0.95
 # Steps that workers share out evenly, and those that wait for memory together.
 _SHARED_OUT = ("gather", "scatter", "fourier", "direct", "products")
 _CROWDED = ("copy", "transform", "last_transform", "transpose", "reread")
-
-NAMES = {
-    "forward": "the forward pass",
-    "input_grad": "the gradient of the input",
-    "weight_grad": "the gradient of the weights",
-    "transpose": "the transposed convolution",
-    "transpose_input_grad": "the gradient of a transposed convolution's input",
-    "transpose_weight_grad": "the gradient of a transposed convolution's weights",
-}
 
 
 @dataclass(frozen=True)
@@ -68,6 +59,30 @@ class Candidate:
         """The blocks of the cut."""
         make = partial(self.strategy.blocks, self.problem, self.tiling)
         return Blocks(make, self.problem.geometry.count_blocks(self.tiling.tile))
+
+    @property
+    def chunks(self) -> int:
+        """How many blocks the work is cut into."""
+        return self.problem.geometry.count_blocks(self.tiling.tile)
+
+    @property
+    def flops(self) -> int:
+        """Operations of the basic sum of products; a multiply-add counts as two."""
+        g = self.problem.geometry
+        return 0 if g.is_empty else 2 * g.multiplications
+
+    @property
+    def memory_bytes(self) -> int:
+        """Bytes of the buffers; 0 where nothing is multiplied."""
+        workspace = self.workspace
+        own = workspace.per_worker * self.tiling.workers
+        buffers = (*workspace.weights, *workspace.shared, *own)
+        return workspace_bytes(buffers) if self.flops else 0
+
+    @property
+    def overhead_bytes(self) -> int:
+        """What a run allocates beside its buffers."""
+        return self.workspace_bytes - self.memory_bytes if self.flops else 0
 
     @property
     def label(self) -> str:

@@ -1,10 +1,8 @@
 """The ways to compute a convolution, one a file, under one normalised name each."""
 
 from cuconv.strategies.base import (
-    OPERATIONS,
     Blocks,
     Job,
-    Problem,
     Strategy,
     Tiling,
     Work,
@@ -42,10 +40,8 @@ register(TapMatmul())
 register(Im2col())
 
 __all__ = [
-    "OPERATIONS",
     "Blocks",
     "Job",
-    "Problem",
     "Strategy",
     "Tiling",
     "Work",

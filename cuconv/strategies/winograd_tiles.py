@@ -15,9 +15,10 @@ import math
 from typing import NamedTuple, Protocol
 
 from cuconv.arrays import Array
+from cuconv.engine.problem import Problem
 from cuconv.geometry import Axis, Block, ConvGeometry, Range, Ranges
 from cuconv.memory import Buffer
-from cuconv.strategies.base import Job, Problem, Tiling
+from cuconv.strategies.base import Job, Tiling
 
 
 class Matrices(NamedTuple):
