@@ -43,7 +43,7 @@ from cuconv.engine.call import (
     shows_only,
 )
 from cuconv.engine.plan import Call, Plan, check_shape, stub_array
-from cuconv.engine.planner import most
+from cuconv.engine.tile_search import largest_fitting
 from cuconv.engine.rewrites import planned
 from cuconv.engine.traversal import Piece, Tiling, Traversal
 from cuconv.geometry import (
@@ -691,7 +691,7 @@ class _Separable(NamedTuple):
         if blocks.is_whole or "x" not in results:
             return (blocks,)
         # What several outputs give to a cell of x is summed in one piece.
-        cells = most(lambda n: g.reach(g.region_tile(n)) <= positions, g.cells)
+        cells = largest_fitting(lambda n: g.reach(g.region_tile(n)) <= positions, g.cells)
         regions = Traversal(g, g.region_tile(cells), results & {"x"}, over_x=True)
         if results == {"x"}:
             return (regions,)

@@ -19,7 +19,8 @@ from cuconv.arrays import (
 )
 from cuconv.backends import Backend, backend_of, refuse_capture
 from cuconv.engine.autotune import Winner, fastest, recall, remember
-from cuconv.engine.planner import NAMES, Candidate, PlanningResult, decide
+from cuconv.engine.planner import PlanningResult, decide
+from cuconv.engine.tile_search import NAMES, Candidate
 from cuconv.geometry import Axis, ConvGeometry
 from cuconv.memory import (
     aligned_start,

@@ -146,6 +146,11 @@ class WindowGeometry:
         return math.prod(self.size)
 
     @cached_property
+    def whole_region(self) -> Tile:
+        """The input in one piece; axes without cells count as one."""
+        return Tile(self.images, tuple(max(n, 1) for n in self.size))
+
+    @cached_property
     def is_padded(self) -> bool:
         return any(axis.before > 0 or axis.after > 0 for axis in self.axes)
 

@@ -17,6 +17,7 @@ from cuconv.arrays import (
 from cuconv.backends import Backend
 from cuconv.backends.blocking import uses_tensor_cores
 from cuconv.backends.sharing import Shared
+from cuconv.engine.costs import Work as Work
 from cuconv.geometry import Axis, Block, ConvGeometry, Tile
 from cuconv.memory import Buffer
 
@@ -232,30 +233,6 @@ class Workspace(NamedTuple):
     per_worker: tuple[Buffer, ...] = ()
 
 
-class Work(NamedTuple):
-    """What a job does, counted in the units of `cuconv.engine.costs.Rates`.
-
-    ``tiles`` are pieces of a product that run side by side, as many at a time as there
-    are processors.
-    """
-
-    multiply: float = 0
-    short_side: float = float("inf")
-    gather: float = 0
-    scatter: float = 0
-    copy: float = 0
-    transform: float = 0
-    last_transform: float = 0
-    transpose: float = 0
-    reread: float = 0
-    fourier: float = 0
-    direct: float = 0
-    loads: float = 0
-    products: float = 0
-    blocks: float = 1
-    tiles: float = 0
-
-
 class Strategy(Protocol):
     """One way to compute the three operations."""
 
@@ -263,6 +240,8 @@ class Strategy(Protocol):
     # Whether a run on CUDA launches kernels and nothing else, so that a graph can hold
     # it: CuPy refuses cuBLAS and cuFFT while one is captured.
     capturable: bool
+    # Whether one block of everything costs no more than any other tiling.
+    gains_from_size: bool
 
     def supports(self, problem: Problem) -> tuple[bool, str]:
         """Whether it can, and the reason if it cannot."""
@@ -290,9 +269,6 @@ class Strategy(Protocol):
     ) -> Workspace:
         """The buffers of a job that is cut like this."""
 
-    def pieces(self, problem: Problem, tiling: Tiling) -> int:
-        """How many parts of the job can run at the same time."""
-
     def work(self, problem: Problem, tiling: Tiling) -> Work:
         """What there is to do, all workers together."""
 
@@ -315,6 +291,8 @@ class Strategy(Protocol):
 
 class OneWay:
     """The answers of a strategy that has one way of doing it."""
+
+    gains_from_size = True
 
     def variants(self, problem: Problem) -> tuple[tuple[int, ...], ...]:
         del problem

@@ -97,20 +97,18 @@ class Depthwise(OneWay):
             (weights,), (Buffer("bias", problem.result_channels, dtype),), own
         )
 
-    def pieces(self, problem: Problem, tiling: Tiling) -> int:
-        del tiling
-        return min(_channels(problem), _TASKS)
-
     def work(self, problem: Problem, tiling: Tiling) -> Work:
         del tiling
         g = problem.geometry
         if problem.module != "numpy":
             arrays = g.images * (g.channels * g.cells + g.filters * g.positions)
-            return Work(direct=g.multiplications, copy=arrays)
+            pieces = min(_channels(problem), _TASKS)
+            return Work(direct=g.multiplications, copy=arrays, pieces=pieces)
         cells = g.images * math.prod(_scratch_shape(problem)[1:])
         return Work(
             direct=cells * g.filters * g.patch,
             copy=cells * max(g.filters, g.channels),
+            pieces=min(_channels(problem), _TASKS),
         )
 
     def weights(self, job: Job, w: Array, kept: dict[str, Array]) -> Array:

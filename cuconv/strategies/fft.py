@@ -87,6 +87,7 @@ class Fft(OneWay):
 
     name = "fft"
     capturable = False
+    gains_from_size = False  # the cost of a cell grows with the transform's length
 
     def supports(self, problem: Problem) -> tuple[bool, str]:
         taps = problem.geometry.taps
@@ -160,11 +161,6 @@ class Fft(OneWay):
         kept = Buffer("w", weights * spectrum, wide)
         return Workspace((kept,), bias_buffer(problem), (real, between, x, y))
 
-    def pieces(self, problem: Problem, tiling: Tiling) -> int:
-        if problem.op == "weight_grad":
-            return tiling.splits
-        return problem.geometry.count_blocks(tiling.tile)
-
     def work(self, problem: Problem, tiling: Tiling) -> Work:
         g = problem.geometry
         lengths = _lengths(g, tiling.tile)
@@ -180,6 +176,7 @@ class Fft(OneWay):
             copy=2 * spectra * cells + (3 * blocks * weights * cells if adds else 0),
             reread=blocks * weights * cells,
             blocks=blocks,
+            pieces=tiling.splits if adds else blocks,
         )
 
     def weights(self, job: Job, w: Array, kept: dict[str, Array]) -> Array:

@@ -60,6 +60,7 @@ class ImplicitGemm:
 
     name = "implicit_gemm"
     capturable = True
+    gains_from_size = True
 
     def supports(self, problem: Problem) -> tuple[bool, str]:
         g = problem.geometry
@@ -157,10 +158,6 @@ class ImplicitGemm:
         if problem.op == "weight_grad":
             return Workspace((), (*shared, y))
         return Workspace((Buffer("w", g.filters * g.patch, own),), tuple(shared))
-
-    def pieces(self, problem: Problem, tiling: Tiling) -> int:
-        del problem, tiling
-        return 1
 
     def work(self, problem: Problem, tiling: Tiling) -> Work:
         g = problem.geometry

@@ -89,11 +89,6 @@ class Pointwise(Im2col):
             return Workspace(weight_buffer(problem), bias_buffer(problem))
         return super().workspace(problem, tiling, backend)
 
-    def pieces(self, problem: Problem, tiling: Tiling) -> int:
-        if problem.op == "input_grad" and _lies_ready(problem):
-            return problem.geometry.count_blocks(tiling.tile) * tiling.splits
-        return super().pieces(problem, tiling)
-
     def splits(self, problem: Problem, variant: tuple[int, ...]) -> int:
         if problem.op == "input_grad" and _lies_ready(problem):
             few = problem.geometry.images * problem.geometry.positions < FEW_POSITIONS
@@ -104,9 +99,11 @@ class Pointwise(Im2col):
         work = super().work(problem, tiling)
         if not _lies_ready(problem, tiling.variant):
             return work
-        return work._replace(
-            multiply=problem.geometry.multiplications, gather=0, scatter=0
-        )
+        pieces = work.pieces
+        if problem.op == "input_grad":
+            pieces = problem.geometry.count_blocks(tiling.tile) * tiling.splits
+        multiply = problem.geometry.multiplications
+        return work._replace(multiply=multiply, gather=0, scatter=0, pieces=pieces)
 
     def column_buffers(
         self, problem: Problem, tiling: Tiling, backend: Backend

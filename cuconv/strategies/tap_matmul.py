@@ -98,11 +98,6 @@ class TapMatmul(OneWay):
         y = Buffer("y", positions * g.filters, wide)
         return Workspace((weights,), bias_buffer(problem), (x, product, y))
 
-    def pieces(self, problem: Problem, tiling: Tiling) -> int:
-        if problem.op == "weight_grad":
-            return tiling.splits
-        return problem.geometry.count_blocks(tiling.tile)
-
     def work(self, problem: Problem, tiling: Tiling) -> Work:
         g = problem.geometry
         met = _share_met(g)
@@ -120,6 +115,7 @@ class TapMatmul(OneWay):
             else g.images * g.positions * g.filters,
             transpose=g.filters * g.patch,
             blocks=blocks * g.taps,
+            pieces=tiling.splits if problem.op == "weight_grad" else blocks,
         )
 
     def weights(self, job: Job, w: Array, kept: dict[str, Array]) -> Array:

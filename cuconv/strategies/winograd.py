@@ -128,6 +128,7 @@ class Winograd:
 
     name = "winograd"
     capturable = False
+    gains_from_size = True
 
     def supports(self, problem: Problem) -> tuple[bool, str]:
         g = problem.geometry
@@ -223,11 +224,6 @@ class Winograd:
             (), (Buffer("sums", tiling.splits * kept, dtype), *shared), own
         )
 
-    def pieces(self, problem: Problem, tiling: Tiling) -> int:
-        if problem.op == "weight_grad":
-            return tiling.splits
-        return problem.geometry.count_blocks(tiling.tile)
-
     def work(self, problem: Problem, tiling: Tiling) -> Work:
         g = problem.geometry
         shape = _shape(g, tiling.variant, problem.operand)
@@ -245,6 +241,7 @@ class Winograd:
             multiply=float(tiles) * kept,
             short_side=min(rows_in_block, g.group_filters, g.group_channels),
             reread=(blocks if not grad else blocks + tiling.splits) * kept,
+            pieces=tiling.splits if grad else blocks,
         )
 
     def weights(self, job: Job, w: Array, kept: dict[str, Array]) -> Array:
