@@ -94,26 +94,37 @@ class TileSearch:
         self._everything = problem.geometry.images * problem.geometry.positions
         self._most_positions = strategy.preferred(problem, backend)
         self._fits: dict[tuple[int, int, int], _Fit] = {}
-        self._alone = self._largest(1, 1, 1)
-        self._is_busy = (
-            self._alone is not None
-            and self._price(self._alone, 1) >= self._rates.worth_workers
-        )
+
+    @cached_property
+    def _alone(self) -> "_Fit | None":
+        """The best tiling for one worker, if any has room."""
+        return self._largest(1, 1, 1)
+
+    @cached_property
+    def _is_busy(self) -> bool:
+        """Whether the job is worth several workers."""
+        alone = self._alone
+        return alone is not None and self._price(alone, 1) >= self._rates.worth_workers
 
     @cached_property
     def floor(self) -> float:
-        """What `Candidate.rank` is at least.
+        """What `Candidate.rank` is at least, by the cost of one block of everything.
 
-        A job for one worker has one tiling; others cost what a single block of
-        everything costs, or more.
+        Where it can be halved, two workers have two blocks, each with half of the work.
         """
-        if self._alone is not None and not self._is_busy:
-            return self._price(self._alone, 1)
-        if self._alone is None or not self._strategy.gains_from_size:
+        if not self._strategy.gains_from_size:
             return 0.0
-        whole = self._fit(self._everything, self._problem.geometry.cells, 1)
-        several = range(1, _NOTIONAL_WORKERS + 1)
-        return min(self._price(whole, workers) for workers in several)
+        geometry = self._problem.geometry
+        whole = self._fit(self._everything, geometry.cells, 1)
+        work = whole.work
+        single = price(work, self._rates, 1)
+        if single < self._rates.worth_workers and not self._is_busy:
+            return single
+        half = self._fit(self._preferred(2), geometry.cells, 1)
+        one, several = (geometry.count_blocks(f.tiling.tile) for f in (whole, half))
+        if work.pieces == one == 1 < several:
+            work = work._replace(blocks=2 * work.blocks, reread=2 * work.reread)
+        return min(single, price(work, self._rates, _NOTIONAL_WORKERS))
 
     def candidate(self, workers: int) -> Candidate:
         """The tiling with the largest blocks up to the preferred, and what it costs.
@@ -206,6 +217,8 @@ class TileSearch:
         raise MemoryLimitError(self._limit, smallest, NAMES[self._problem.call])
 
     def _fit(self, positions: int, cells: int, splits: int) -> "_Fit":
+        if self._problem.op != "input_grad":
+            cells = self._problem.geometry.cells
         key = positions, cells, splits
         found = self._fits.get(key)
         if found is None:

@@ -52,6 +52,14 @@ class ConvGeometry(WindowGeometry):
     batch_groups: int = 1
     padding_mode: str = "zeros"
 
+    def __hash__(self) -> int:
+        return self._hash
+
+    @cached_property
+    def _hash(self) -> int:
+        """Worked out once: geometries are looked up again and again."""
+        return hash((self.images, self.channels, self.axes, self.filters, self.groups))
+
     @cached_property
     def results(self) -> int:
         """Images of y."""

@@ -72,11 +72,15 @@ def tile_of(images: int, sizes: tuple[int, ...], cells: int) -> Tile:
     """
     budget = max(cells, 1)
     steps = []
-    for size in (*reversed(sizes), images):
-        pieces = math.ceil(size / min(size, budget)) if size else 1
-        steps.append(max(math.ceil(size / pieces), 1))
-        budget = budget // max(size, 1) if pieces == 1 else 1
-    return Tile(steps[-1], tuple(reversed(steps[:-1])))
+    for size in (*sizes[::-1], images):
+        if size <= budget:
+            steps.append(size or 1)
+            budget //= size or 1
+        else:
+            pieces = -(-size // budget)
+            steps.append(-(-size // pieces))
+            budget = 1
+    return Tile(steps.pop(), tuple(steps[::-1]))
 
 
 def _spans(ranges: Sequence[Range], steps: Sequence[int]) -> Iterator[Ranges]:

@@ -186,17 +186,14 @@ class Winograd:
     def tile(self, problem: Problem, positions: int, variant: tuple[int, ...]) -> Tile:
         geometry = problem.geometry
         shape = _shape(geometry, variant, problem.operand)
-        steps = (
-            *(1,) * (geometry.rank - len(variant)),
-            *shape.outputs[-len(variant) :],
-        )
-        counts = tuple(
-            -(-out // step) for out, step in zip(geometry.out, steps, strict=True)
-        )
-        share = positions * math.prod(counts) // max(geometry.positions, 1)
-        tiles = tile_of(geometry.images, counts, share)
-        cells = tuple(n * step for n, step in zip(tiles.cells, steps, strict=True))
-        return Tile(tiles.images, cells)
+        share = positions * math.prod(shape.counts) // max(geometry.positions, 1)
+        images, (outer, tall, wide) = tile_of(geometry.images, shape.counts, share)
+        height, width = shape.outputs
+        cells = outer, tall * height, wide * width
+        # Of (outer, rows, last), those that there are.
+        if geometry.rank == 2 and len(variant) == 1:
+            return Tile(images, cells[::2])
+        return Tile(images, cells[-geometry.rank :])
 
     def splits(self, problem: Problem, variant: tuple[int, ...]) -> int:
         del variant
@@ -228,10 +225,7 @@ class Winograd:
         g = problem.geometry
         shape = _shape(g, tiling.variant, problem.operand)
         blocks = g.count_blocks(tiling.tile)
-        height, width = shape.outputs
-        tall = -(-shape.axes[1].out // height)
-        wide = -(-shape.axes[2].out // width)
-        tiles = g.images * shape.axes[0].out * tall * wide
+        tiles = g.images * math.prod(shape.counts)
         kept = shape.weight_cells(g)
         outer = math.prod(tiling.tile.cells[: g.rank - len(tiling.variant)])
         rows_in_block = -(-tiles // max(blocks * outer, 1))

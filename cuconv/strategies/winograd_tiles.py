@@ -12,6 +12,8 @@ as views of whatever layout suits them; f counts the frequencies of a tile.
 """
 
 import math
+from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple, Protocol
 
 from cuconv.arrays import Array
@@ -28,7 +30,8 @@ class Matrices(NamedTuple):
     output: Array
 
 
-class Shape(NamedTuple):
+@dataclass(frozen=True)
+class Shape:
     """One convolution seen by the transforms: an outer axis, and one or two tiled.
 
     ``axes`` are always three (outer, rows, last); one that the convolution lacks has a
@@ -38,21 +41,28 @@ class Shape(NamedTuple):
     axes: tuple[Axis, Axis, Axis]
     tiles: tuple[Matrices | None, Matrices]
 
-    @property
+    @cached_property
     def outputs(self) -> tuple[int, int]:
         """m, along rows and along the last axis."""
         rows, last = self.tiles
         return (1 if rows is None else rows.output.shape[0]), last.output.shape[0]
 
-    @property
+    @cached_property
     def inputs(self) -> tuple[int, int]:
         """n, likewise."""
         rows, last = self.tiles
         return (1 if rows is None else rows.input.shape[0]), last.input.shape[0]
 
-    @property
+    @cached_property
     def frequencies(self) -> int:
         return math.prod(self.inputs)
+
+    @cached_property
+    def counts(self) -> tuple[int, int, int]:
+        """Cells along the outer axis, and tiles along the two others."""
+        outer, rows, last = (axis.out for axis in self.axes)
+        height, width = self.outputs
+        return outer, -(-rows // height), -(-last // width)
 
     def weight_cells(self, geometry: ConvGeometry) -> int:
         """Cells of U."""
