@@ -228,9 +228,10 @@ class WindowGeometry:
 
     def count_blocks(self, tile: Tile) -> int:
         """How many blocks of this tile cover the output."""
-        sizes = (self.images, *self.out)
-        steps = (tile.images, *tile.cells)
-        return math.prod(-(-n // step) for n, step in zip(sizes, steps, strict=True))
+        count = -(-self.images // tile.images)
+        for out, step in zip(self.out, tile.cells, strict=True):
+            count *= -(-out // step)
+        return count
 
     def count_regions(self, tile: Tile) -> int:
         """How many regions of this tile cover the input."""

@@ -197,9 +197,10 @@ class Job(NamedTuple):
         )
 
 
-def verdict(*refusals: tuple[bool, str]) -> tuple[bool, str]:
-    """The answer of `Strategy.supports`: the first reason that holds, if one does."""
-    return next(((False, reason) for holds, reason in refusals if holds), (True, ""))
+def verdict(refusals: Iterator[str]) -> tuple[bool, str]:
+    """The answer of `Strategy.supports`: the first reason against it, if there is one."""
+    reason = next(refusals, "")
+    return not reason, reason
 
 
 class Buffers(dict[str, Array]):

@@ -90,23 +90,7 @@ class Fft(OneWay):
     gains_from_size = False  # the cost of a cell grows with the transform's length
 
     def supports(self, problem: Problem) -> tuple[bool, str]:
-        taps = problem.geometry.taps
-        return verdict(
-            (
-                problem.op == "input_grad",
-                OVER_DY,
-            ),
-            (problem.precision != "fast", "precision='fast' alone allows it"),
-            (problem.module != "numpy", "its buffers are NumPy's so far"),
-            (
-                problem.operand.char not in _COMPLEX,
-                f"there is no transform of {problem.operand}",
-            ),
-            (
-                taps < _LEAST_TAPS,
-                f"the kernel has {taps} taps, fewer than {_LEAST_TAPS}",
-            ),
-        )
+        return verdict(_refusals(problem))
 
     def preferred(self, problem: Problem, backend: Backend) -> int:
         g = problem.geometry
@@ -278,6 +262,20 @@ class Fft(OneWay):
 
         with stage("weights", self.name):
             job.each(range(0, g.group_filters, step), finish)
+
+
+def _refusals(problem: Problem) -> Iterator[str]:
+    taps = problem.geometry.taps
+    if problem.op == "input_grad":
+        yield OVER_DY
+    if problem.precision != "fast":
+        yield "precision='fast' alone allows it"
+    if problem.module != "numpy":
+        yield "its buffers are NumPy's so far"
+    if problem.operand.char not in _COMPLEX:
+        yield f"there is no transform of {problem.operand}"
+    if taps < _LEAST_TAPS:
+        yield f"the kernel has {taps} taps, fewer than {_LEAST_TAPS}"
 
 
 def _strip(problem: Problem) -> int:

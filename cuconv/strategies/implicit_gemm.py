@@ -63,35 +63,7 @@ class ImplicitGemm:
     gains_from_size = True
 
     def supports(self, problem: Problem) -> tuple[bool, str]:
-        g = problem.geometry
-        reach, count = max(map(_reach, g.axes)), max(g.images, g.channels, g.filters)
-        terms = _extents(problem)[-1]
-        blocks = _count_blocks(problem, block_sizes(problem.operand)[-1])
-        return verdict(
-            (problem.module == "numpy", "it is a CUDA kernel"),
-            (g.rank > 3, f"{g.rank} axes, 3 at most"),
-            (
-                problem.flipped and g.is_unit_stride,
-                "its input gradient goes phase by phase",
-            ),
-            (
-                not problem.uniform,
-                f"not all arrays are {problem.operand}, and it casts none",
-            ),
-            (
-                reach >= _LARGEST_REACH,
-                f"an axis spans {reach} cells, {_LARGEST_REACH} are too many",
-            ),
-            (
-                count >= _LARGEST_COUNT,
-                f"{count} images, channels or filters, {_LARGEST_COUNT} are too many",
-            ),
-            (terms > _MOST_TERMS, f"sums of {terms} terms, {_MOST_TERMS} at most"),
-            (
-                blocks > _MOST_BLOCKS,
-                f"its grid would have {blocks} blocks, {_MOST_BLOCKS} at most",
-            ),
-        )
+        return verdict(_refusals(problem))
 
     def variants(self, problem: Problem) -> tuple[tuple[int, ...], ...]:
         """Filters and columns of a block, parts of its sum, and how operands lie."""
@@ -235,6 +207,29 @@ class ImplicitGemm:
         dw, how = filters_of(out, job.problem), _how(job, conjugated=2 * is_complex)
         with stage("product", self.name):
             _kernels(job).correlate(dy, x, dw, g.axes, how, job.shared["parts"])
+
+
+def _refusals(problem: Problem) -> Iterator[str]:
+    g = problem.geometry
+    if problem.module == "numpy":
+        yield "it is a CUDA kernel"
+    if g.rank > 3:
+        yield f"{g.rank} axes, 3 at most"
+    if problem.flipped and g.is_unit_stride:
+        yield "its input gradient goes phase by phase"
+    if not problem.uniform:
+        yield f"not all arrays are {problem.operand}, and it casts none"
+    reach, count = max(map(_reach, g.axes)), max(g.images, g.channels, g.filters)
+    if reach >= _LARGEST_REACH:
+        yield f"an axis spans {reach} cells, {_LARGEST_REACH} are too many"
+    if count >= _LARGEST_COUNT:
+        yield f"{count} images, channels or filters, {_LARGEST_COUNT} are too many"
+    terms = _extents(problem)[-1]
+    if terms > _MOST_TERMS:
+        yield f"sums of {terms} terms, {_MOST_TERMS} at most"
+    blocks = _count_blocks(problem, block_sizes(problem.operand)[-1])
+    if blocks > _MOST_BLOCKS:
+        yield f"its grid would have {blocks} blocks, {_MOST_BLOCKS} at most"
 
 
 def _kernels(job: Job) -> Contraction:

@@ -13,13 +13,15 @@ multiplied, and the buffer is as many times smaller than the columns of
 write.
 """
 
+import math
 from collections.abc import Iterator
+from functools import lru_cache
 from itertools import islice, product
 from typing import NamedTuple
 
 from cuconv.arrays import Array, Stored, stored
 from cuconv.backends import Backend
-from cuconv.geometry import Block, ConvGeometry, Range, Tile
+from cuconv.geometry import Axis, Block, ConvGeometry, Range, Tile
 from cuconv.memory import Buffer
 from cuconv.profiling import stage
 from cuconv.strategies.base import (
@@ -268,12 +270,18 @@ def _met(
 
 def _share_met(geometry: ConvGeometry) -> float:
     """Which part of all products has a cell of the input, not of the padding."""
-    share = 1.0
-    for index, axis in enumerate(geometry.axes):
-        spans = (_met(geometry, index, t, (0, axis.out))[0] for t in range(axis.kernel))
-        inside = sum(stop - start for start, stop in spans)
-        share *= inside / max(axis.out * axis.kernel, 1)
-    return share
+    return math.prod(map(_axis_share_met, geometry.axes), start=1.0)
+
+
+@lru_cache(maxsize=1024)
+def _axis_share_met(axis: Axis) -> float:
+    inside, out = 0, axis.out
+    for tap in range(axis.kernel):
+        offset = tap * axis.dilation - axis.before
+        start = max(0, -(offset // axis.stride))
+        stop = min(out, (axis.size - 1 - offset) // axis.stride + 1)
+        inside += max(0, stop - start)
+    return inside / max(out * axis.kernel, 1)
 
 
 def _staged(

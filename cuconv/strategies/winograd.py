@@ -131,36 +131,7 @@ class Winograd:
     gains_from_size = True
 
     def supports(self, problem: Problem) -> tuple[bool, str]:
-        g = problem.geometry
-        tiled = _tiled_axes(g)
-        outer = g.axes[: g.rank - tiled]
-        return verdict(
-            (
-                problem.op == "input_grad",
-                OVER_DY,
-            ),
-            (
-                problem.precision == "strict",
-                "precision='strict' allows plain sums of products alone",
-            ),
-            (
-                problem.operand.char not in "fd",
-                f"its transforms would round {problem.operand}",
-            ),
-            (
-                not tiled,
-                "the last axis needs 2 to 5 taps, stride 1 and dilation 1",
-            ),
-            (len(outer) > 1, "only one axis may stay outside the transforms"),
-            (
-                any(axis.kernel > 1 and axis.dilation > 1 for axis in outer),
-                "the outer axis needs dilation 1",
-            ),
-            (
-                min(g.group_channels, g.group_filters) < _LEAST_CHANNELS,
-                f"fewer than {_LEAST_CHANNELS} channels or filters in a group",
-            ),
-        )
+        return verdict(_refusals(problem))
 
     def variants(self, problem: Problem) -> tuple[tuple[int, ...], ...]:
         geometry = problem.geometry
@@ -294,6 +265,26 @@ class Winograd:
         add_splits(job, list(sums))
         with stage("weights", self.name):
             way.taps(job, sums[0], out, shape)
+
+
+def _refusals(problem: Problem) -> Iterator[str]:
+    g = problem.geometry
+    tiled = _tiled_axes(g)
+    outer = g.axes[: g.rank - tiled]
+    if problem.op == "input_grad":
+        yield OVER_DY
+    if problem.precision == "strict":
+        yield "precision='strict' allows plain sums of products alone"
+    if problem.operand.char not in "fd":
+        yield f"its transforms would round {problem.operand}"
+    if not tiled:
+        yield "the last axis needs 2 to 5 taps, stride 1 and dilation 1"
+    if len(outer) > 1:
+        yield "only one axis may stay outside the transforms"
+    if any(axis.kernel > 1 and axis.dilation > 1 for axis in outer):
+        yield "the outer axis needs dilation 1"
+    if min(g.group_channels, g.group_filters) < _LEAST_CHANNELS:
+        yield f"fewer than {_LEAST_CHANNELS} channels or filters in a group"
 
 
 def _transforms(backend: Backend) -> Transforms:
