@@ -77,22 +77,36 @@ class Rates(NamedTuple):
         return self._replace(multiply=self.multiply / self.tensor)
 
 
-def price(work: Work, rates: Rates, workers: int) -> float:
-    """Nanoseconds that the rates give for this work."""
+class Price(NamedTuple):
+    """Nanoseconds of one worker: of steps that are shared out evenly, and of others.
+
+    The others wait for memory together, where a second worker adds less than its own.
+    """
+
+    even: float
+    crowded: float
+
+    def of(self, workers: int, rates: Rates) -> float:
+        """Nanoseconds of so many workers."""
+        crowd = 1 + rates.crowding * (workers - 1)
+        return self.even / workers + self.crowded / crowd + (workers - 1) * rates.worker
+
+
+def price(work: Work, rates: Rates) -> Price:
+    """What the rates give for this work."""
     short = 1 + rates.short / max(work.short_side, 1)
     product = work.multiply * rates.multiply * short + work.loads * rates.loads
     if work.tiles and rates.processors:
         # The last round of tiles takes as long as a full one.
         rounds = math.ceil(work.tiles / rates.processors)
         product *= rounds * rates.processors / work.tiles
-    shared_out = (
+    each = (
         work.gather * rates.gather
         + work.scatter * rates.scatter
         + work.fourier * rates.fourier
         + work.direct * rates.direct
         + work.products * rates.products
     )
-    # Steps that wait for memory, together.
     crowded = (
         work.copy * rates.copy
         + work.transform * rates.transform
@@ -100,9 +114,7 @@ def price(work: Work, rates: Rates, workers: int) -> float:
         + work.transpose * rates.transpose
         + work.reread * rates.reread
     )
-    own = (product + shared_out + work.blocks * rates.block) / workers
-    crowd = 1 + rates.crowding * (workers - 1)
-    return float(own + crowded / crowd + (workers - 1) * rates.worker)
+    return Price(float(product + each + work.blocks * rates.block), float(crowded))
 
 
 # Fitted to the layers of ResNet-50 and VGG-16, N = 8, on two AMD EPYC cores (Zen 4,

@@ -7,13 +7,14 @@ the number of threads; how many work on it in the end is what fits the limit.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import partial
 
 from cuconv.backends import Backend
-from cuconv.engine.costs import price
+from cuconv.engine.costs import Price, Rates, Work, price
 from cuconv.geometry import Tile
+from cuconv.lazy import lazy
 from cuconv.memory import MemoryLimitError, buffer_bytes, with_start
-from cuconv.strategies import Blocks, Problem, Strategy, Tiling, Work, Workspace
+from cuconv.strategies import Blocks, Problem, Strategy, Tiling, Workspace
 
 # A job that is worth several workers is cut into one of these numbers of pieces, the
 # one that is cheapest for two workers: how many there really are must not matter, or
@@ -54,7 +55,7 @@ class Candidate:
     nanoseconds: float
     rank: float
 
-    @cached_property
+    @lazy
     def blocks(self) -> Blocks:
         """The blocks of the tiling."""
         make = partial(self.strategy.blocks, self.problem, self.tiling)
@@ -93,38 +94,39 @@ class TileSearch:
         self._itemsize = problem.types.accumulate.itemsize
         self._everything = problem.geometry.images * problem.geometry.positions
         self._most_positions = strategy.preferred(problem, backend)
+        self._most_splits = strategy.splits(problem, variant)
         self._fits: dict[tuple[int, int, int], _Fit] = {}
 
-    @cached_property
+    @lazy
     def _alone(self) -> "_Fit | None":
         """The best tiling for one worker, if any has room."""
         return self._largest(1, 1, 1)
 
-    @cached_property
+    @lazy
     def _is_busy(self) -> bool:
         """Whether the job is worth several workers."""
-        alone = self._alone
-        return alone is not None and self._price(alone, 1) >= self._rates.worth_workers
+        alone, worth = self._alone, self._rates.worth_workers
+        if alone is None:
+            return False
+        return self._floor_alone >= worth or self._cost(alone, 1) >= worth
 
-    @cached_property
+    @lazy
+    def _whole(self) -> "_Fit":
+        """One block of everything."""
+        return self._fit(self._everything, self._problem.geometry.cells, 1)
+
+    @lazy
+    def _floor_alone(self) -> float:
+        """What a tiling costs at least that has one worker."""
+        return self._cost(self._whole, 1) if self._strategy.gains_from_size else 0.0
+
+    @lazy
     def floor(self) -> float:
-        """What `Candidate.rank` is at least, by the cost of one block of everything.
-
-        Where it can be halved, two workers have two blocks, each with half of the work.
-        """
-        if not self._strategy.gains_from_size:
-            return 0.0
-        geometry = self._problem.geometry
-        whole = self._fit(self._everything, geometry.cells, 1)
-        work = whole.work
-        single = price(work, self._rates, 1)
-        if single < self._rates.worth_workers and not self._is_busy:
-            return single
-        half = self._fit(self._preferred(2), geometry.cells, 1)
-        one, several = (geometry.count_blocks(f.tiling.tile) for f in (whole, half))
-        if work.pieces == one == 1 < several:
-            work = work._replace(blocks=2 * work.blocks, reread=2 * work.reread)
-        return min(single, price(work, self._rates, _NOTIONAL_WORKERS))
+        """What `Candidate.rank` is at least."""
+        alone = self._floor_alone
+        if alone < self._rates.worth_workers and not self._is_busy:
+            return alone
+        return min(alone, self._floor_shared(2, min(2, self._most_splits)))
 
     def candidate(self, workers: int) -> Candidate:
         """The tiling with the largest blocks up to the preferred, and what it costs.
@@ -144,25 +146,54 @@ class TileSearch:
             found.tiling._replace(workers=count),
             found.workspace,
             self._bytes(found, count),
-            self._price(found, count),
+            self._cost(found, count),
             self._rank(found),
         )
 
     def _cheapest(self) -> "_Fit | None":
         """The best tiling for several workers; None for a job of one."""
+        if not self._is_busy:
+            return None
+        most = self._most_splits
+        cuts = [(n, m) for n in _PIECES for m in dict.fromkeys((min(most, n), 1))]
+        floors = [self._floor_shared(*cut) for cut in cuts]
+        likely = _last_worthwhile(floors)
+        found = self._shared(*cuts[likely])
+        if found is not None:
+            # What wins over all floors wins over what the others really cost.
+            cost, before, after = self._rank(found), floors[:likely], floors[likely + 1 :]
+            wins = cost < min(before, default=float("inf")) * _WORTH_FEWER * _ALMOST
+            if wins and cost * _WORTH_FEWER < min(after, default=float("inf")) * _ALMOST:
+                return found
         best, least = None, float("inf")
-        most_splits = self._strategy.splits(self._problem, self._variant)
-        for pieces in _PIECES if self._is_busy else ():
-            for splits in dict.fromkeys((min(most_splits, pieces), 1)):
-                if least * _WORTH_FEWER < self.floor * _ALMOST:
-                    return best
-                found = self._shared(pieces, splits)
-                if found is None:
-                    continue
-                cost = self._rank(found)
+        for cut, floor in zip(cuts, floors, strict=True):
+            if floor * _ALMOST < least * _WORTH_FEWER:
+                found = self._shared(*cut)
+                cost = float("inf") if found is None else self._rank(found)
                 if cost < least * _WORTH_FEWER:
                     best, least = found, cost
         return best
+
+    def _floor_shared(self, pieces: int, splits: int) -> float:
+        """What `_shared` costs at least: what everything does, and a start of each block.
+
+        Every sum of a weight gradient has one worker; filters apart may share blocks.
+        """
+        if not self._strategy.gains_from_size:
+            return 0.0
+        price, work, op = self._whole.price, self._whole.work, self._problem.op
+        if work.pieces == splits == 1 and op == "weight_grad":
+            return self._floor_alone
+        geometry, rates = self._problem.geometry, self._rates
+        tile = self._whole.tiling.tile
+        if splits == 1 or op == "weight_grad":
+            positions = self._preferred(pieces)
+            tile = self._strategy.tile(self._problem, positions, self._variant)
+        blocks = geometry.count_blocks(tile)
+        if work.pieces == geometry.count_blocks(self._whole.tiling.tile) == 1 < blocks:
+            even = price.even + (blocks - 1) * work.blocks * rates.block
+            price = Price(even, price.crowded + work.reread * rates.reread)
+        return price.of(_NOTIONAL_WORKERS, rates)
 
     def _shared(self, pieces: int, splits: int) -> "_Fit | None":
         """A tiling that leaves room for a second worker, if its blocks are not tiny."""
@@ -223,7 +254,7 @@ class TileSearch:
         found = self._fits.get(key)
         if found is None:
             tiling = self._tiling(*key)
-            found = _Fit(self._strategy, self._problem, self._backend, tiling)
+            found = _Fit(self._strategy, self._problem, self._backend, self._rates, tiling)
             self._fits[key] = found
         return found
 
@@ -248,10 +279,10 @@ class TileSearch:
         """What a tiling costs, whoever runs it."""
         several = _NOTIONAL_WORKERS if self._is_busy else 1
         workers = max(min(found.work.pieces, several), 1)
-        return self._price(found, workers if self._has_room(found, workers) else 1)
+        return self._cost(found, workers if self._has_room(found, workers) else 1)
 
-    def _price(self, found: "_Fit", workers: int) -> float:
-        return price(found.work, self._rates, workers)
+    def _cost(self, found: "_Fit", workers: int) -> float:
+        return found.price.of(workers, self._rates)
 
     def _overlap(self, found: "_Fit") -> float:
         # Fewer positions leave room for a larger region, and so for fewer windows that
@@ -265,26 +296,45 @@ class _Fit:
     """A tiling for one worker, with what it takes and costs when that is asked."""
 
     def __init__(
-        self, strategy: Strategy, problem: Problem, backend: Backend, tiling: Tiling
+        self,
+        strategy: Strategy,
+        problem: Problem,
+        backend: Backend,
+        rates: Rates,
+        tiling: Tiling,
     ) -> None:
         self.tiling = tiling
-        self._strategy, self._problem, self._backend = strategy, problem, backend
+        self._strategy, self._problem = strategy, problem
+        self._backend, self._rates = backend, rates
 
-    @cached_property
+    @lazy
     def workspace(self) -> Workspace:
         return self._strategy.workspace(self._problem, self.tiling, self._backend)
 
-    @cached_property
+    @lazy
     def shared_bytes(self) -> int:
         return buffer_bytes((*self.workspace.weights, *self.workspace.shared))
 
-    @cached_property
+    @lazy
     def own_bytes(self) -> int:
         return buffer_bytes(self.workspace.per_worker)
 
-    @cached_property
+    @lazy
     def work(self) -> Work:
         return self._strategy.work(self._problem, self.tiling)
+
+    @lazy
+    def price(self) -> Price:
+        return price(self.work, self._rates)
+
+
+def _last_worthwhile(costs: list[float]) -> int:
+    """Which cost to take if each must save a twentieth over those before it."""
+    best = 0
+    for index, cost in enumerate(costs):
+        if cost < costs[best] * _WORTH_FEWER:
+            best = index
+    return best
 
 
 def largest_fitting(fits: Callable[[int], bool], limit: int) -> int:

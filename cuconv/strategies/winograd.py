@@ -120,7 +120,8 @@ def _shape(geometry: ConvGeometry, variant: tuple[int, ...], dtype: DType) -> Sh
         for n, axis in zip(variant, geometry.axes[-tiled:], strict=True)
     ]
     axes = three_axes(geometry, tiled)
-    return Shape(axes, (None if tiled == 1 else sizes[0], sizes[-1]))
+    lines = geometry.filters * geometry.group_channels * axes[0].kernel
+    return Shape(axes, (None if tiled == 1 else sizes[0], sizes[-1]), lines)
 
 
 class Winograd:
@@ -184,7 +185,7 @@ class Winograd:
         shape = _shape(g, tiling.variant, dtype)
         way = _transforms(backend)
         shared, own = way.shared(problem), way.own(problem, tiling, shape)
-        kept = shape.weight_cells(g)
+        kept = shape.weight_cells
         if problem.op == "forward":
             weights = (Buffer("w", kept, dtype),)
             return Workspace(weights, (*shared, *bias_buffer(problem)), own)
@@ -197,16 +198,17 @@ class Winograd:
         shape = _shape(g, tiling.variant, problem.operand)
         blocks = g.count_blocks(tiling.tile)
         tiles = g.images * math.prod(shape.counts)
-        kept = shape.weight_cells(g)
+        kept = shape.weight_cells
         outer = math.prod(tiling.tile.cells[: g.rank - len(tiling.variant)])
         rows_in_block = -(-tiles // max(blocks * outer, 1))
         grad = problem.op == "weight_grad"
         count = products_work if problem.module == "numpy" else kernels_work
-        return count(problem, tiling, shape)._replace(
+        return Work(
             multiply=float(tiles) * kept,
             short_side=min(rows_in_block, g.group_filters, g.group_channels),
             reread=(blocks if not grad else blocks + tiling.splits) * kept,
             pieces=tiling.splits if grad else blocks,
+            **count(problem, tiling, shape, blocks),
         )
 
     def weights(self, job: Job, w: Array, kept: dict[str, Array]) -> Array:

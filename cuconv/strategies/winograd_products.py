@@ -21,7 +21,6 @@ from cuconv.strategies.base import (
     Job,
     Problem,
     Tiling,
-    Work,
     copy_transposed,
     filters_of,
     outer_view,
@@ -45,7 +44,7 @@ class Products:
         cells = _sizes(problem, tiling, shape)
         cells["bands"] = _band_cells(shape)
         if problem.op == "weight_grad":
-            positions, kept = tiling.tile.positions, shape.weight_cells(g)
+            kept, positions = shape.weight_cells, tiling.tile.positions
             cells["partial"] = partial_cells(kept, g.group_filters, positions)
         return tuple([Buffer(name, count, dtype) for name, count in cells.items()])
 
@@ -100,18 +99,21 @@ class Products:
         _finish(job, flat, out, shape)
 
 
-def products_work(problem: Problem, tiling: Tiling, shape: Shape) -> Work:
-    """What these transforms cost."""
-    g, grad = problem.geometry, problem.op == "weight_grad"
-    blocks, sizes = g.count_blocks(tiling.tile), _sizes(problem, tiling, shape)
-    return Work(
-        copy=blocks * (sizes["q"] + sizes["y"]),
-        transform=blocks * (sizes["q"] + sizes["y"]) + shape.weight_cells(g) * 1.5,
-        last_transform=blocks * (sizes["v"] + sizes["z"] * (2 if grad else 1)),
-        transpose=g.filters * g.patch,
+def products_work(
+    problem: Problem, tiling: Tiling, shape: Shape, blocks: int
+) -> dict[str, float]:
+    """What these transforms cost, as fields of `cuconv.engine.costs.Work`."""
+    g, ways = problem.geometry, 2 if problem.op == "weight_grad" else 1
+    sizes = _sizes(problem, tiling, shape)
+    rows = blocks * (sizes["q"] + sizes["y"])
+    return {
+        "copy": rows,
+        "transform": rows + shape.weight_cells * 1.5,
+        "last_transform": blocks * (sizes["v"] + sizes["z"] * ways),
+        "transpose": g.filters * g.patch,
         # Dozens of short steps each, which workers contend for.
-        blocks=blocks * (1 + len(tiling.variant)) * (2 if grad else 1),
-    )
+        "blocks": blocks * (1 + len(tiling.variant)) * ways,
+    }
 
 
 def _sizes(problem: Problem, tiling: Tiling, shape: Shape) -> dict[str, int]:

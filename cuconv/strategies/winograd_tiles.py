@@ -13,11 +13,11 @@ as views of whatever layout suits them; f counts the frequencies of a tile.
 
 import math
 from dataclasses import dataclass
-from functools import cached_property
 from typing import NamedTuple, Protocol
 
 from cuconv.arrays import Array
-from cuconv.geometry import Axis, Block, ConvGeometry, Range, Ranges
+from cuconv.geometry import Axis, Block, Range, Ranges
+from cuconv.lazy import lazy
 from cuconv.memory import Buffer
 from cuconv.strategies.base import Job, Problem, Tiling
 
@@ -40,34 +40,36 @@ class Shape:
 
     axes: tuple[Axis, Axis, Axis]
     tiles: tuple[Matrices | None, Matrices]
+    # Weights, without the taps that are transformed.
+    lines: int
 
-    @cached_property
+    @lazy
     def outputs(self) -> tuple[int, int]:
         """m, along rows and along the last axis."""
         rows, last = self.tiles
         return (1 if rows is None else rows.output.shape[0]), last.output.shape[0]
 
-    @cached_property
+    @lazy
     def inputs(self) -> tuple[int, int]:
         """n, likewise."""
         rows, last = self.tiles
         return (1 if rows is None else rows.input.shape[0]), last.input.shape[0]
 
-    @cached_property
+    @lazy
     def frequencies(self) -> int:
         return math.prod(self.inputs)
 
-    @cached_property
+    @lazy
     def counts(self) -> tuple[int, int, int]:
         """Cells along the outer axis, and tiles along the two others."""
         outer, rows, last = (axis.out for axis in self.axes)
         height, width = self.outputs
         return outer, -(-rows // height), -(-last // width)
 
-    def weight_cells(self, geometry: ConvGeometry) -> int:
+    @lazy
+    def weight_cells(self) -> int:
         """Cells of U."""
-        filters = geometry.filters * geometry.group_channels
-        return self.frequencies * filters * self.axes[0].kernel
+        return self.frequencies * self.lines
 
 
 class Piece(NamedTuple):
