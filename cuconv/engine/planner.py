@@ -87,6 +87,13 @@ def decide(
     return PlanningResult(best, allowed, problem, backend, name, workers)
 
 
+def floor(problem: Problem, backend: Backend, limit: int | None) -> float:
+    """What the best candidate of all strategies ranks at least; no limit is checked."""
+    allowed = backend.default_memory_limit if limit is None else limit
+    searches = _searches(problem, backend, "auto", allowed)
+    return min(search.floor for search in searches) / _ROUNDED
+
+
 def check_strategy_name(name: str) -> None:
     """Refuse a word that names no strategy, and is none of the others."""
     words = "auto", "benchmark", *strategies()

@@ -144,6 +144,16 @@ class ConvGeometry(WindowGeometry):
         """Whether it is a convolution that strategies know."""
         return not (self.has_input_dilation or self.is_copied)
 
+    @cached_property
+    def padded_last(self) -> "ConvGeometry":
+        """The same with axes turned round so that more of the padding comes last."""
+        axes = tuple(
+            axis._replace(before=min(pads), after=max(pads))
+            for axis in self.axes
+            for pads in [(axis.before, axis.after)]
+        )
+        return replace(self, axes=axes)
+
     def phases(self) -> Iterator[Phase]:
         """Cut the output so that no zero between cells of x is multiplied.
 

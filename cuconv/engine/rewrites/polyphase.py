@@ -11,10 +11,22 @@ from functools import partial
 from typing import NamedTuple
 
 from cuconv.arrays import Array
-from cuconv.engine.plan import Plan, Planner, fill, plain_plan, shapes_of, stub_array
+from cuconv.backends import Backend
+from cuconv.engine.plan import (
+    Plan,
+    Planner,
+    fill,
+    plain_plan,
+    problem_of,
+    shapes_of,
+    stub_array,
+)
+from cuconv.engine.planner import floor
 from cuconv.engine.rewrites.base import Composed, Index, Request, held, run_part, within
 from cuconv.geometry import ConvGeometry, Phase
 from cuconv.memory import MemoryLimitError
+from cuconv.options import Options
+from cuconv.strategies import Problem
 
 # An input gradient goes by phases where that is estimated to take less than this part
 # of the time of the whole, with so much for the call of every phase.
@@ -131,16 +143,36 @@ def faster_by_phases(request: Request, planner: Planner, whole: Plan) -> Plan | 
         return None
     if whole.is_single_threaded or whole.problem.captured:
         return None
+    most = _WORTH_PHASES * whole.candidate.rank - count * _CALL_NANOSECONDS
+    if not _may_take_less(request, most):
+        return None
     try:
         found = phased(request, planner)
     except MemoryLimitError:
         return None
-    cost = found.rank + count * _CALL_NANOSECONDS
-    if cost >= _WORTH_PHASES * whole.candidate.rank:
+    if found.rank >= most:
         return None
     slower = f"estimated {whole.candidate.rank / found.rank:.2f} times as long"
     found.instead_of = {f"all phases at once, {whole.candidate.label}": slower}
     return found
+
+
+def _may_take_less(request: Request, most: float) -> bool:
+    """Whether the phases of an input gradient may take less, before they are planned.
+
+    Those that are alike but for which end of an axis is padded cost the same.
+    """
+    alike: dict[ConvGeometry, list[Phase]] = {}
+    for phase in request.geometry.input_phases():
+        alike.setdefault(phase.geometry.padded_last, []).append(phase)
+    least = 0.0
+    for phase, *others in alike.values():
+        problem = _problem_of(request, phase.geometry, _step(request, phase))
+        limit = request.options.memory_limit
+        least += (1 + len(others)) * floor(problem, request.backend, limit)
+        if least >= most:
+            return False
+    return True
 
 
 def _step(request: Request, phase: Phase) -> _Step:
@@ -154,15 +186,23 @@ def _step(request: Request, phase: Phase) -> _Step:
 
 
 def _plan_of(request: Request, geometry: ConvGeometry, step: _Step) -> Plan:
+    return plain_plan(*_parts_of(request, geometry, step), flipped=request.is_input_grad)
+
+
+def _problem_of(request: Request, geometry: ConvGeometry, step: _Step) -> Problem:
+    return problem_of(*_parts_of(request, geometry, step), flipped=request.is_input_grad)
+
+
+def _parts_of(
+    request: Request, geometry: ConvGeometry, step: _Step
+) -> tuple[str, ConvGeometry, dict[str, Array], Array, Options, Backend]:
+    """The arguments of a phase's plan."""
     arrays = request.arrays.copy()
     first, second, *_ = arrays
     arrays[first] = arrays[first][step.first]
     arrays[second] = arrays[second][step.second]
-    return plain_plan(
-        *(request.call, geometry, arrays, request.result[step.out]),
-        *(request.options, request.backend),
-        flipped=request.is_input_grad,
-    )
+    result = request.result[step.out]
+    return request.call, geometry, arrays, result, request.options, request.backend
 
 
 def _index(
