@@ -1,7 +1,7 @@
 """Attributes that are worked out when first asked, and kept."""
 
 from collections.abc import Callable
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar, overload
 
 T = TypeVar("T")
 
@@ -19,7 +19,15 @@ class lazy(Generic[T]):  # noqa: N801 - read as a word before a function
     def __set_name__(self, owner: type, name: str) -> None:
         self._name = name
 
-    def __get__(self, instance: Any, owner: type | None = None) -> T:
+    @overload
+    def __get__(self, instance: None, owner: type) -> "lazy[T]": ...
+
+    @overload
+    def __get__(self, instance: object, owner: type) -> T: ...
+
+    def __get__(self, instance: Any, owner: type) -> "lazy[T] | T":
+        if instance is None:
+            return self
         value = self._make(instance)
         instance.__dict__[self._name] = value
         return value

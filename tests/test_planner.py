@@ -152,7 +152,10 @@ def test_each_step_has_its_price() -> None:
     from cuconv.strategies import Work
 
     base = Work(multiply=1e6, short_side=64)
-    cost = partial(costs.price, rates=costs.CPU_RATES, workers=1)
+
+    def cost(work: Work, workers: int = 1) -> float:
+        return costs.price(work, costs.CPU_RATES).of(workers, costs.CPU_RATES)
+
     checked = 0
     for name in set(Work._fields) - {"short_side", "tiles", "loads", "pieces"}:
         more = base._replace(**{name: getattr(base, name) + 1e6})
@@ -160,7 +163,7 @@ def test_each_step_has_its_price() -> None:
         checked += 1
     assert checked == len(Work._fields) - 4
     assert cost(base._replace(short_side=2)) > cost(base)
-    two = partial(costs.price, rates=costs.CPU_RATES, workers=2)
+    two = partial(cost, workers=2)
     assert two(base._replace(multiply=1e12)) < cost(base._replace(multiply=1e12))
     assert two(base._replace(multiply=1)) > 0
 
@@ -170,14 +173,14 @@ def test_a_last_round_of_tiles_that_is_not_full_takes_as_long_as_a_full_one() ->
 
     four = costs.CUDA_RATES._replace(processors=4, block=0)
     base = Work(multiply=1e9)
+    each = costs.price(base, four).even
     times = [
-        costs.price(base._replace(tiles=tiles), four, 1)
-        / costs.price(base, four, 1)
+        costs.price(base._replace(tiles=tiles), four).even / each
         for tiles in (1, 3, 4, 5, 8, 9)
     ]
     np.testing.assert_allclose(times, [4, 4 / 3, 1, 8 / 5, 1, 12 / 9])
-    alone = costs.price(base._replace(tiles=3), costs.CPU_RATES, 1)
-    assert alone == costs.price(base, costs.CPU_RATES, 1)
+    alone = costs.price(base._replace(tiles=3), costs.CPU_RATES)
+    assert alone == costs.price(base, costs.CPU_RATES)
 
 
 SHAPES = list(

@@ -9,10 +9,11 @@ worked out when it is asked.
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import lru_cache
 
 from cuconv.backends import Backend
 from cuconv.engine.tile_search import NAMES, Candidate, TileSearch, over
+from cuconv.lazy import lazy
 from cuconv.memory import MemoryLimitError
 from cuconv.strategies import Problem, Strategy, strategies
 
@@ -31,7 +32,7 @@ class PlanningResult:
     _name: str
     _workers: int
 
-    @cached_property
+    @lazy
     def candidates(self) -> tuple[Candidate, ...]:
         """Every strategy and variant that fits, the best first."""
         found: list[Candidate] = []
@@ -42,7 +43,7 @@ class PlanningResult:
                 continue
         return tuple(sorted(found, key=lambda candidate: candidate.rank))
 
-    @cached_property
+    @lazy
     def passed_over(self) -> tuple[tuple[str, str], ...]:
         """Every other strategy, and why it does not run."""
         best, *others = self.candidates

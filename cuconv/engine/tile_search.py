@@ -95,6 +95,7 @@ class TileSearch:
         self._everything = problem.geometry.images * problem.geometry.positions
         self._most_positions = strategy.preferred(problem, backend)
         self._most_splits = strategy.splits(problem, variant)
+        self._tiles: dict[int, Tile] = {}
         self._fits: dict[tuple[int, int, int], _Fit] = {}
 
     @lazy
@@ -185,14 +186,13 @@ class TileSearch:
         if work.pieces == splits == 1 and op == "weight_grad":
             return self._floor_alone
         geometry, rates = self._problem.geometry, self._rates
-        tile = self._whole.tiling.tile
-        if splits == 1 or op == "weight_grad":
-            positions = self._preferred(pieces)
-            tile = self._strategy.tile(self._problem, positions, self._variant)
-        blocks = geometry.count_blocks(tile)
-        if work.pieces == geometry.count_blocks(self._whole.tiling.tile) == 1 < blocks:
+        apart = splits > 1 and op != "weight_grad"
+        one = geometry.count_blocks(self._whole.tiling.tile)
+        if work.pieces == one == 1 and not apart:
+            blocks = geometry.count_blocks(self._tile(self._preferred(pieces)))
             even = price.even + (blocks - 1) * work.blocks * rates.block
-            price = Price(even, price.crowded + work.reread * rates.reread)
+            reread = min(blocks - 1, 1) * work.reread
+            price = Price(even, price.crowded + reread * rates.reread)
         return price.of(_NOTIONAL_WORKERS, rates)
 
     def _shared(self, pieces: int, splits: int) -> "_Fit | None":
@@ -260,13 +260,20 @@ class TileSearch:
 
     def _tiling(self, positions: int, cells: int, splits: int) -> Tiling:
         geometry = self._problem.geometry
-        tile = self._strategy.tile(self._problem, positions, self._variant)
+        tile = self._tile(positions)
         region = geometry.whole_region
         if self._problem.op == "input_grad":
             whole = cells >= geometry.cells
             region = Tile(tile.images, region.cells)
             region = region if whole else geometry.region_tile(cells)
         return Tiling(tile, region, splits, self._variant)
+
+    def _tile(self, positions: int) -> Tile:
+        found = self._tiles.get(positions)
+        if found is None:
+            found = self._strategy.tile(self._problem, positions, self._variant)
+            self._tiles[positions] = found
+        return found
 
     def _has_room(self, found: "_Fit", workers: int) -> bool:
         return self._bytes(found, workers) <= self._limit

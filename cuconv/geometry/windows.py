@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from typing import NamedTuple
 
 from cuconv.geometry.axis import Axis, Range, Ranges, T
@@ -18,6 +18,7 @@ from cuconv.geometry.options import (
     frozen,
     split_shape,
 )
+from cuconv.lazy import lazy
 
 
 class Tile(NamedTuple):
@@ -123,47 +124,47 @@ class WindowGeometry:
     def rank(self) -> int:
         return len(self.axes)
 
-    @cached_property
+    @lazy
     def size(self) -> tuple[int, ...]:
         return tuple(axis.size for axis in self.axes)
 
-    @cached_property
+    @lazy
     def kernel(self) -> tuple[int, ...]:
         return tuple(axis.kernel for axis in self.axes)
 
-    @cached_property
+    @lazy
     def out(self) -> tuple[int, ...]:
         return tuple(axis.out for axis in self.axes)
 
-    @cached_property
+    @lazy
     def taps(self) -> int:
         return math.prod(self.kernel)
 
-    @cached_property
+    @lazy
     def positions(self) -> int:
         """Output positions in one image."""
         return math.prod(self.out)
 
-    @cached_property
+    @lazy
     def cells(self) -> int:
         """Input cells in one channel of one image."""
         return math.prod(self.size)
 
-    @cached_property
+    @lazy
     def whole_region(self) -> Tile:
         """The input in one piece; axes without cells count as one."""
         return Tile(self.images, tuple(max(n, 1) for n in self.size))
 
-    @cached_property
+    @lazy
     def is_padded(self) -> bool:
         return any(axis.before > 0 or axis.after > 0 for axis in self.axes)
 
-    @cached_property
+    @lazy
     def is_pointwise(self) -> bool:
         """Whether the column matrix is the input itself."""
         return all(axis[1:6] == (1, 1, axis.dilation, 0, 0) for axis in self.axes)
 
-    @cached_property
+    @lazy
     def x_shape(self) -> tuple[int, ...]:
         return self.array_shape(self.channels, self.size)
 

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, fields, replace
-from functools import cached_property
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 from cuconv.arrays import (
@@ -19,6 +18,7 @@ from cuconv.backends.blocking import uses_tensor_cores
 from cuconv.backends.sharing import Shared
 from cuconv.engine.costs import Work as Work
 from cuconv.geometry import Axis, Block, ConvGeometry, Tile
+from cuconv.lazy import lazy
 from cuconv.memory import Buffer
 
 OPERATIONS = ("forward", "input_grad", "weight_grad")
@@ -123,7 +123,7 @@ class Problem:
         """Whether every product is so small that BLAS uses no second thread."""
         return self.geometry.multiplications <= LIGHT_PRODUCT
 
-    @cached_property
+    @lazy
     def as_forward(self) -> "Problem | None":
         """An input gradient as the forward pass over dy; None where there is none.
 
