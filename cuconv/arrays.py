@@ -37,7 +37,8 @@ class Types(NamedTuple):
 
 def is_half(dtype: DType) -> bool:
     """Whether this is float16 or bfloat16."""
-    return dtype.name in _HALF_TYPES
+    # NumPy works the name out each time.
+    return dtype.itemsize == 2 and dtype.name in _HALF_TYPES
 
 
 def accumulator(dtype: DType) -> DType:

@@ -21,7 +21,7 @@ from cuconv.arrays import (
 from cuconv.backends import Backend, backend_of, refuse_capture
 from cuconv.backends.sharing import Shared
 from cuconv.engine.plan import NEEDS_OUT
-from cuconv.engine.planner import most
+from cuconv.engine.tile_search import largest_fitting
 from cuconv.geometry import Block, Padding, Region, Sizes, Tile, WindowGeometry
 from cuconv.memory import (
     Buffer,
@@ -454,7 +454,7 @@ def _lazy_tile(
         return _lazy_bytes(backend, geometry, dtype, geometry.tile(positions))
 
     whole = geometry.images * geometry.positions
-    positions = most(lambda p: needed(p) <= limit, max(whole, 1))
+    positions = largest_fitting(lambda p: needed(p) <= limit, max(whole, 1))
     if not positions:
         raise MemoryLimitError(limit, needed(1), "one column")
     return geometry.tile(positions)

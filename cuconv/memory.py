@@ -114,10 +114,22 @@ class Buffer(NamedTuple):
         return -(-self.cells * self.dtype.itemsize // ALIGNED) * ALIGNED
 
 
+def buffer_bytes(buffers: Iterable[Buffer]) -> int:
+    """Bytes of these buffers, each rounded up."""
+    total = 0
+    for _, cells, dtype in buffers:
+        total += -(-cells * dtype.itemsize // ALIGNED)
+    return total * ALIGNED
+
+
+def with_start(nbytes: int) -> int:
+    """Bytes of an allocation in which buffers can start aligned."""
+    return nbytes + ALIGNED if nbytes else 0
+
+
 def workspace_bytes(buffers: Iterable[Buffer]) -> int:
     """What `carve` allocates for these buffers."""
-    total = sum(buffer.nbytes for buffer in buffers)
-    return total + ALIGNED if total else 0
+    return with_start(buffer_bytes(buffers))
 
 
 def carve(raw: Array, start: int, buffers: Iterable[Buffer]) -> dict[str, Array]:

@@ -40,9 +40,9 @@ from cuconv.engine.call import (
     plan_gradients,
 )
 from cuconv.engine.plan import Plan
-from cuconv.engine.planner import most
 from cuconv.engine.problem import check_shape
 from cuconv.engine.request import Request, chosen_options, named_inputs
+from cuconv.engine.tile_search import largest_fitting
 from cuconv.engine.traversal import Piece, Tiling, Traversal
 from cuconv.geometry import (
     Axis,
@@ -697,7 +697,9 @@ class _Separable(NamedTuple):
         if blocks.is_whole or "x" not in results:
             return (blocks,)
         # What several outputs give to a cell of x is summed in one piece.
-        cells = most(lambda n: g.reach(g.region_tile(n)) <= positions, g.cells)
+        cells = largest_fitting(
+            lambda n: g.reach(g.region_tile(n)) <= positions, g.cells
+        )
         regions = Traversal(g, g.region_tile(cells), results & {"x"}, over_x=True)
         if results == {"x"}:
             return (regions,)

@@ -26,8 +26,8 @@ from test_conv import CASES
 import cuconv
 from cuconv import testing
 from cuconv.engine import call as calls
-from cuconv.engine import costs as rates
-from cuconv.engine import planner
+from cuconv.engine import costs
+from cuconv.engine import tile_search
 from cuconv.strategies import register, strategies
 
 # The module; the function of its name hides it.
@@ -111,7 +111,7 @@ def test_a_strategy_that_cannot_run_raises_with_its_reason(xp, op, name) -> None
     arrays = operands(case, "float32").on(xp)
     with pytest.raises(ValueError, match=f"{name!r} cannot run .* here: .+") as caught:
         run(op, arrays, case, strategy=name, precision="standard")
-    assert planner.NAMES[op] in str(caught.value)
+    assert tile_search.NAMES[op] in str(caught.value)
     reason = str(caught.value).split("here: ")[1]
     assert _is_sentence(reason)
 
@@ -152,15 +152,18 @@ def test_each_step_has_its_price() -> None:
     from cuconv.strategies import Work
 
     base = Work(multiply=1e6, short_side=64)
-    cost = partial(planner.price, rates=rates.CPU_RATES, workers=1)
+
+    def cost(work: Work, workers: int = 1) -> float:
+        return costs.price(work, costs.CPU_RATES).of(workers, costs.CPU_RATES)
+
     checked = 0
-    for name in set(Work._fields) - {"short_side", "tiles", "loads"}:
+    for name in set(Work._fields) - {"short_side", "tiles", "loads", "pieces"}:
         more = base._replace(**{name: getattr(base, name) + 1e6})
         assert cost(more) > cost(base), name
         checked += 1
-    assert checked == len(Work._fields) - 3
+    assert checked == len(Work._fields) - 4
     assert cost(base._replace(short_side=2)) > cost(base)
-    two = partial(planner.price, rates=rates.CPU_RATES, workers=2)
+    two = partial(cost, workers=2)
     assert two(base._replace(multiply=1e12)) < cost(base._replace(multiply=1e12))
     assert two(base._replace(multiply=1)) > 0
 
@@ -168,16 +171,16 @@ def test_each_step_has_its_price() -> None:
 def test_a_last_round_of_tiles_that_is_not_full_takes_as_long_as_a_full_one() -> None:
     from cuconv.strategies import Work
 
-    four = rates.CUDA_RATES._replace(processors=4, block=0)
+    four = costs.CUDA_RATES._replace(processors=4, block=0)
     base = Work(multiply=1e9)
+    each = costs.price(base, four).even
     times = [
-        planner.price(base._replace(tiles=tiles), four, 1)
-        / planner.price(base, four, 1)
+        costs.price(base._replace(tiles=tiles), four).even / each
         for tiles in (1, 3, 4, 5, 8, 9)
     ]
     np.testing.assert_allclose(times, [4, 4 / 3, 1, 8 / 5, 1, 12 / 9])
-    alone = planner.price(base._replace(tiles=3), rates.CPU_RATES, 1)
-    assert alone == planner.price(base, rates.CPU_RATES, 1)
+    alone = costs.price(base._replace(tiles=3), costs.CPU_RATES)
+    assert alone == costs.price(base, costs.CPU_RATES)
 
 
 SHAPES = list(

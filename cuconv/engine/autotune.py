@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from cuconv.backends import Backend
-from cuconv.engine.planner import Candidate
+from cuconv.engine.tile_search import Candidate
 from cuconv.version import __version__
 
 _ROUNDS = 5

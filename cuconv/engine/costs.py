@@ -1,10 +1,36 @@
-"""What each step of a strategy costs: the table from which plans are chosen.
+"""What the steps of a strategy cost: the table from which plans are chosen.
 
-Strategies count their steps (`cuconv.strategies.Work`); a step's price is in
-nanoseconds, on one worker, for float32.
+Strategies count their steps as `Work`; a step's price is in nanoseconds, on one
+worker, for float32.
 """
 
+import math
 from typing import NamedTuple
+
+
+class Work(NamedTuple):
+    """What a job does, counted in the units of `Rates`.
+
+    ``tiles`` are pieces of a product that run side by side, as many at a time as there
+    are processors; ``pieces`` are parts of the job that can run at the same time.
+    """
+
+    multiply: float = 0
+    short_side: float = float("inf")
+    gather: float = 0
+    scatter: float = 0
+    copy: float = 0
+    transform: float = 0
+    last_transform: float = 0
+    transpose: float = 0
+    reread: float = 0
+    fourier: float = 0
+    direct: float = 0
+    loads: float = 0
+    products: float = 0
+    blocks: float = 1
+    tiles: float = 0
+    pieces: int = 1
 
 
 class Rates(NamedTuple):
@@ -43,6 +69,52 @@ class Rates(NamedTuple):
     # as fast products of halves, or of float32 as TF32, are.
     processors: int = 0
     tensor: float = 1
+
+    def on_tensor_cores(self, *, wanted: bool) -> "Rates":
+        """The rates of products there, if they run there."""
+        if not wanted or self.tensor == 1:
+            return self
+        return self._replace(multiply=self.multiply / self.tensor)
+
+
+class Price(NamedTuple):
+    """Nanoseconds of one worker: of steps that are shared out evenly, and of others.
+
+    The others wait for memory together, where a second worker adds less than its own.
+    """
+
+    even: float
+    crowded: float
+
+    def of(self, workers: int, rates: Rates) -> float:
+        """Nanoseconds of so many workers."""
+        crowd = 1 + rates.crowding * (workers - 1)
+        return self.even / workers + self.crowded / crowd + (workers - 1) * rates.worker
+
+
+def price(work: Work, rates: Rates) -> Price:
+    """What the rates give for this work."""
+    short = 1 + rates.short / max(work.short_side, 1)
+    product = work.multiply * rates.multiply * short + work.loads * rates.loads
+    if work.tiles and rates.processors:
+        # The last round of tiles takes as long as a full one.
+        rounds = math.ceil(work.tiles / rates.processors)
+        product *= rounds * rates.processors / work.tiles
+    each = (
+        work.gather * rates.gather
+        + work.scatter * rates.scatter
+        + work.fourier * rates.fourier
+        + work.direct * rates.direct
+        + work.products * rates.products
+    )
+    crowded = (
+        work.copy * rates.copy
+        + work.transform * rates.transform
+        + work.last_transform * rates.last_transform
+        + work.transpose * rates.transpose
+        + work.reread * rates.reread
+    )
+    return Price(float(product + each + work.blocks * rates.block), float(crowded))
 
 
 # Fitted to the layers of ResNet-50 and VGG-16, N = 8, on two AMD EPYC cores (Zen 4,

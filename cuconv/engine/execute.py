@@ -7,11 +7,11 @@ import numpy as np
 
 from cuconv.arrays import Array, base_array, stub_array
 from cuconv.backends import Backend
-from cuconv.engine.planner import Candidate
 from cuconv.engine.problem import in_groups
 from cuconv.engine.program import SHARED, Recording
+from cuconv.engine.tile_search import Candidate
 from cuconv.geometry import ConvGeometry
-from cuconv.memory import Buffer, carve
+from cuconv.memory import Buffer, buffer_bytes, carve
 from cuconv.strategies import Job
 
 
@@ -36,7 +36,7 @@ class Memory:
         self, name: str, start: int, buffers: Sequence[Buffer], workers: int
     ) -> tuple[dict[str, Array], ...]:
         """The buffers of each worker."""
-        each = bytes_of(buffers)
+        each = buffer_bytes(buffers)
         if self._recording is None:
             starts = (
                 range(start, start + workers * each, each) if each else [0] * workers
@@ -122,19 +122,14 @@ def job_of(
     workspace, workers = candidate.workspace, candidate.tiling.workers
     kept = workspace.weights if with_weights else ()
     space = memory.shared(start, kept)
-    start += bytes_of(kept)
+    start += buffer_bytes(kept)
     shared = memory.shared(start, workspace.shared)
-    start += bytes_of(workspace.shared)
+    start += buffer_bytes(workspace.shared)
     own = memory.own(f"own{number}", start, workspace.per_worker, workers)
     job = Job(
         candidate.problem, candidate.tiling, backend, shared, own, candidate.blocks
     )
     return job, space
-
-
-def bytes_of(buffers: Sequence[Buffer]) -> int:
-    """What buffers take in a workspace."""
-    return sum(buffer.nbytes for buffer in buffers)
 
 
 def fill(

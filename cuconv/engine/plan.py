@@ -17,14 +17,15 @@ from cuconv.arrays import (
 )
 from cuconv.backends import backend_of, refuse_capture
 from cuconv.engine.autotune import Winner, fastest, recall, remember
-from cuconv.engine.execute import Memory, Run, bytes_of, fill, job_of
+from cuconv.engine.execute import Memory, Run, fill, job_of
 from cuconv.engine.lower import lower
-from cuconv.engine.planner import Candidate, PlanningResult
+from cuconv.engine.planner import PlanningResult
 from cuconv.engine.problem import NAMES, ROLES, Problem, check_shape, shapes_of
 from cuconv.engine.program import Program, Recording, TooManySteps
 from cuconv.engine.request import ZERO_POINTS, Request
+from cuconv.engine.tile_search import Candidate
 from cuconv.geometry import Axis, ConvGeometry
-from cuconv.memory import ALIGNED, allocated, carve
+from cuconv.memory import ALIGNED, allocated, buffer_bytes, carve
 
 # Why a call without `out` is refused while a CUDA graph is captured.
 NEEDS_OUT = "cannot allocate the result during CUDA graph capture: pass out="
@@ -151,12 +152,14 @@ class Plan:
         """Bytes of a candidate's buffers, without those of prepared weights."""
         needs, workers = candidate.workspace, candidate.tiling.workers
         kept = () if self._weights else needs.weights
-        return bytes_of((*kept, *needs.shared)) + workers * bytes_of(needs.per_worker)
+        return buffer_bytes((*kept, *needs.shared)) + workers * buffer_bytes(
+            needs.per_worker
+        )
 
     @property
     def _memory_bytes(self) -> int:
         """Bytes of all buffers."""
-        total = bytes_of(self.lowering.buffers)
+        total = buffer_bytes(self.lowering.buffers)
         total += max(map(self._memory_of, self.candidates), default=0)
         return total + ALIGNED if total else 0
 
@@ -367,7 +370,7 @@ class Plan:
         buffers = self.lowering.buffers
         space = carve(memory.raw, 0, buffers)
         run = Run(
-            backend, {**arrays, **space}, self.candidates, memory, bytes_of(buffers)
+            backend, {**arrays, **space}, self.candidates, memory, buffer_bytes(buffers)
         )
         self.lowering.steps(run)
 

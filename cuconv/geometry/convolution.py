@@ -3,7 +3,7 @@
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from typing import NamedTuple
 
 from cuconv.geometry.axis import AxisPhase, Range, phases_of_inputs, phases_of_outputs
@@ -23,6 +23,7 @@ from cuconv.geometry.options import (
 )
 from cuconv.geometry.transposed import Ends, Source, transposed_axes
 from cuconv.geometry.windows import Block, WindowGeometry
+from cuconv.lazy import lazy
 
 
 class Phase(NamedTuple):
@@ -52,30 +53,38 @@ class ConvGeometry(WindowGeometry):
     batch_groups: int = 1
     padding_mode: str = "zeros"
 
-    @cached_property
+    def __hash__(self) -> int:
+        return self._hash
+
+    @lazy
+    def _hash(self) -> int:
+        """Worked out once: geometries are looked up again and again."""
+        return hash((self.images, self.channels, self.axes, self.filters, self.groups))
+
+    @lazy
     def results(self) -> int:
         """Images of y."""
         return self.images // self.batch_groups
 
-    @cached_property
+    @lazy
     def group_channels(self) -> int:
         return self.channels // self.groups
 
-    @cached_property
+    @lazy
     def group_filters(self) -> int:
         return self.filters // self.groups
 
-    @cached_property
+    @lazy
     def patch(self) -> int:
         """Cells under one window in one group: the length of a dot product."""
         return self.group_channels * self.taps
 
-    @cached_property
+    @lazy
     def multiplications(self) -> int:
         """Multiply-adds of one pass, padding counted as if it were data."""
         return self.results * self.positions * self.filters * self.patch
 
-    @cached_property
+    @lazy
     def is_empty(self) -> bool:
         """Whether nothing is multiplied: no cell, or none under any window."""
         if self.multiplications == 0 or self.cells == 0:
@@ -88,22 +97,22 @@ class ConvGeometry(WindowGeometry):
             for axis, (start, stop) in zip(self.axes, spans, strict=True)
         )
 
-    @cached_property
+    @lazy
     def y_shape(self) -> tuple[int, ...]:
         shape = self.array_shape(self.filters, self.out)
         return (self.results, *shape[1:]) if self.batch_groups > 1 else shape
 
-    @cached_property
+    @lazy
     def w_shape(self) -> tuple[int, ...]:
         if self.channels_first:
             return (self.filters, self.group_channels, *self.kernel)
         return (*self.kernel, self.group_channels, self.filters)
 
-    @cached_property
+    @lazy
     def is_unit_stride(self) -> bool:
         return all(axis.stride == 1 for axis in self.axes)
 
-    @cached_property
+    @lazy
     def adjoint(self) -> "ConvGeometry":
         """The convolution of dy, with flipped weights, that gives dx.
 
@@ -120,21 +129,31 @@ class ConvGeometry(WindowGeometry):
         )
         return replace(self, axes=axes, channels=self.filters, filters=self.channels)
 
-    @cached_property
+    @lazy
     def has_input_dilation(self) -> bool:
         """Whether cells of the input lie apart."""
         return any(axis.input_dilation > 1 for axis in self.axes)
 
-    @cached_property
+    @lazy
     def is_copied(self) -> bool:
         """Whether a plain one would need a copy of the input, padded or regrouped."""
         is_wrapped = self.padding_mode != "zeros" and self.is_padded
         return is_wrapped or self.batch_groups > 1
 
-    @cached_property
+    @lazy
     def is_plain(self) -> bool:
         """Whether it is a convolution that strategies know."""
         return not (self.has_input_dilation or self.is_copied)
+
+    @lazy
+    def padded_last(self) -> "ConvGeometry":
+        """The same with axes turned round so that more of the padding comes last."""
+        axes = tuple(
+            axis._replace(before=min(pads), after=max(pads))
+            for axis in self.axes
+            for pads in [(axis.before, axis.after)]
+        )
+        return replace(self, axes=axes)
 
     def phases(self) -> Iterator[Phase]:
         """Cut the output so that no zero between cells of x is multiplied.

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from typing import NamedTuple
 
 from cuconv.geometry.axis import Axis, Range, Ranges, T
@@ -18,6 +18,7 @@ from cuconv.geometry.options import (
     frozen,
     split_shape,
 )
+from cuconv.lazy import lazy
 
 
 class Tile(NamedTuple):
@@ -72,11 +73,15 @@ def tile_of(images: int, sizes: tuple[int, ...], cells: int) -> Tile:
     """
     budget = max(cells, 1)
     steps = []
-    for size in (*reversed(sizes), images):
-        pieces = math.ceil(size / min(size, budget)) if size else 1
-        steps.append(max(math.ceil(size / pieces), 1))
-        budget = budget // max(size, 1) if pieces == 1 else 1
-    return Tile(steps[-1], tuple(reversed(steps[:-1])))
+    for size in (*sizes[::-1], images):
+        if size <= budget:
+            steps.append(size or 1)
+            budget //= size or 1
+        else:
+            pieces = -(-size // budget)
+            steps.append(-(-size // pieces))
+            budget = 1
+    return Tile(steps.pop(), tuple(steps[::-1]))
 
 
 def _spans(ranges: Sequence[Range], steps: Sequence[int]) -> Iterator[Ranges]:
@@ -119,42 +124,47 @@ class WindowGeometry:
     def rank(self) -> int:
         return len(self.axes)
 
-    @cached_property
+    @lazy
     def size(self) -> tuple[int, ...]:
         return tuple(axis.size for axis in self.axes)
 
-    @cached_property
+    @lazy
     def kernel(self) -> tuple[int, ...]:
         return tuple(axis.kernel for axis in self.axes)
 
-    @cached_property
+    @lazy
     def out(self) -> tuple[int, ...]:
         return tuple(axis.out for axis in self.axes)
 
-    @cached_property
+    @lazy
     def taps(self) -> int:
         return math.prod(self.kernel)
 
-    @cached_property
+    @lazy
     def positions(self) -> int:
         """Output positions in one image."""
         return math.prod(self.out)
 
-    @cached_property
+    @lazy
     def cells(self) -> int:
         """Input cells in one channel of one image."""
         return math.prod(self.size)
 
-    @cached_property
+    @lazy
+    def whole_region(self) -> Tile:
+        """The input in one piece; axes without cells count as one."""
+        return Tile(self.images, tuple(max(n, 1) for n in self.size))
+
+    @lazy
     def is_padded(self) -> bool:
         return any(axis.before > 0 or axis.after > 0 for axis in self.axes)
 
-    @cached_property
+    @lazy
     def is_pointwise(self) -> bool:
         """Whether the column matrix is the input itself."""
         return all(axis[1:6] == (1, 1, axis.dilation, 0, 0) for axis in self.axes)
 
-    @cached_property
+    @lazy
     def x_shape(self) -> tuple[int, ...]:
         return self.array_shape(self.channels, self.size)
 
@@ -219,9 +229,10 @@ class WindowGeometry:
 
     def count_blocks(self, tile: Tile) -> int:
         """How many blocks of this tile cover the output."""
-        sizes = (self.images, *self.out)
-        steps = (tile.images, *tile.cells)
-        return math.prod(-(-n // step) for n, step in zip(sizes, steps, strict=True))
+        count = -(-self.images // tile.images)
+        for out, step in zip(self.out, tile.cells, strict=True):
+            count *= -(-out // step)
+        return count
 
     def count_regions(self, tile: Tile) -> int:
         """How many regions of this tile cover the input."""

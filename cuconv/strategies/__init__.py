@@ -5,7 +5,6 @@ from cuconv.strategies.base import (
     Job,
     Strategy,
     Tiling,
-    Work,
     Workspace,
 )
 from cuconv.strategies.depthwise import Depthwise
@@ -44,7 +43,6 @@ __all__ = [
     "Job",
     "Strategy",
     "Tiling",
-    "Work",
     "Workspace",
     "register",
     "strategies",

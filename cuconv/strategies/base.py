@@ -11,8 +11,8 @@ from cuconv.arrays import (
     stored,
 )
 from cuconv.backends import Backend
+from cuconv.engine.costs import Work
 from cuconv.engine.problem import Problem
-from cuconv.engine.problem import in_groups as in_groups
 from cuconv.geometry import Axis, Block, ConvGeometry, Tile
 from cuconv.memory import Buffer
 
@@ -67,9 +67,10 @@ class Job(NamedTuple):
         self.backend.each(items, body, self.own, single_threaded=single)
 
 
-def verdict(*refusals: tuple[bool, str]) -> tuple[bool, str]:
-    """The answer of `Strategy.supports`: the first reason that holds, if one does."""
-    return next(((False, reason) for holds, reason in refusals if holds), (True, ""))
+def verdict(refusals: Iterator[str]) -> tuple[bool, str]:
+    """The answer of `Strategy.supports`: the first reason against it, if there is one."""
+    reason = next(refusals, "")
+    return not reason, reason
 
 
 class Blocks:
@@ -95,30 +96,6 @@ class Workspace(NamedTuple):
     per_worker: tuple[Buffer, ...] = ()
 
 
-class Work(NamedTuple):
-    """What a job does, counted in the units of `cuconv.engine.costs.Rates`.
-
-    ``tiles`` are pieces of a product that run side by side, as many at a time as there
-    are processors.
-    """
-
-    multiply: float = 0
-    short_side: float = float("inf")
-    gather: float = 0
-    scatter: float = 0
-    copy: float = 0
-    transform: float = 0
-    last_transform: float = 0
-    transpose: float = 0
-    reread: float = 0
-    fourier: float = 0
-    direct: float = 0
-    loads: float = 0
-    products: float = 0
-    blocks: float = 1
-    tiles: float = 0
-
-
 class Strategy(Protocol):
     """One way to compute the three operations."""
 
@@ -126,6 +103,8 @@ class Strategy(Protocol):
     # Whether a run on CUDA launches kernels and nothing else, so that a graph can hold
     # it: CuPy refuses cuBLAS and cuFFT while one is captured.
     capturable: bool
+    # Whether one block of everything costs no more than any other tiling.
+    gains_from_size: bool
 
     def supports(self, problem: Problem) -> tuple[bool, str]:
         """Whether it can, and the reason if it cannot."""
@@ -153,9 +132,6 @@ class Strategy(Protocol):
     ) -> Workspace:
         """The buffers of a job that is cut like this."""
 
-    def pieces(self, problem: Problem, tiling: Tiling) -> int:
-        """How many parts of the job can run at the same time."""
-
     def work(self, problem: Problem, tiling: Tiling) -> Work:
         """What there is to do, all workers together."""
 
@@ -178,6 +154,8 @@ class Strategy(Protocol):
 
 class OneWay:
     """The answers of a strategy that has one way of doing it."""
+
+    gains_from_size = True
 
     def variants(self, problem: Problem) -> tuple[tuple[int, ...], ...]:
         del problem

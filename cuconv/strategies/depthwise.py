@@ -14,6 +14,7 @@ import numpy as np
 
 from cuconv.arrays import Array
 from cuconv.backends import Backend, jit_is_installed
+from cuconv.engine.costs import Work
 from cuconv.engine.problem import Problem, in_groups
 from cuconv.geometry import Axis, Block, ConvGeometry, Tile
 from cuconv.memory import Buffer
@@ -21,7 +22,6 @@ from cuconv.strategies.base import (
     Job,
     OneWay,
     Tiling,
-    Work,
     Workspace,
     filters_of,
     outer_view,
@@ -47,18 +47,7 @@ class Depthwise(OneWay):
     capturable = True
 
     def supports(self, problem: Problem) -> tuple[bool, str]:
-        g = problem.geometry
-        own = _loops_refuse if problem.module == "numpy" else _kernels_refuse
-        return verdict(
-            (g.rank > 3, f"{g.rank} axes, 3 at most"),
-            (g.groups == 1, "there is one group"),
-            (
-                g.group_channels > _MOST_CHANNELS,
-                f"{g.group_channels} channels in a group, {_MOST_CHANNELS} at most",
-            ),
-            *own(problem),
-            (problem.flipped, "it spreads dy out for every stride"),
-        )
+        return verdict(_refusals(problem))
 
     def preferred(self, problem: Problem, backend: Backend) -> int:
         del backend
@@ -95,20 +84,18 @@ class Depthwise(OneWay):
             (weights,), (Buffer("bias", problem.result_channels, dtype),), own
         )
 
-    def pieces(self, problem: Problem, tiling: Tiling) -> int:
-        del tiling
-        return min(_channels(problem), _TASKS)
-
     def work(self, problem: Problem, tiling: Tiling) -> Work:
         del tiling
         g = problem.geometry
         if problem.module != "numpy":
             arrays = g.images * (g.channels * g.cells + g.filters * g.positions)
-            return Work(direct=g.multiplications, copy=arrays)
+            pieces = min(_channels(problem), _TASKS)
+            return Work(direct=g.multiplications, copy=arrays, pieces=pieces)
         cells = g.images * math.prod(_scratch_shape(problem)[1:])
         return Work(
             direct=cells * g.filters * g.patch,
             copy=cells * max(g.filters, g.channels),
+            pieces=min(_channels(problem), _TASKS),
         )
 
     def weights(self, job: Job, w: Array, kept: dict[str, Array]) -> Array:
@@ -179,23 +166,33 @@ class Depthwise(OneWay):
         job.each(tasks, body)
 
 
-def _loops_refuse(problem: Problem) -> tuple[tuple[bool, str], ...]:
-    """What the loops over NumPy arrays cannot do."""
-    missing = [n for n in _OPERANDS[problem.op] if n not in problem.zero_copy]
-    return (
-        (
-            not jit_is_installed(),
-            "Numba is not installed, which compiles its loops (extra jit)",
-        ),
-        (problem.operand.char not in "fd", f"its loops would round {problem.operand}"),
-        (
-            bool(missing),
-            f"{' and '.join(missing)}: another type, or strides that are not even",
-        ),
+def _refusals(problem: Problem) -> Iterator[str]:
+    g = problem.geometry
+    if g.rank > 3:
+        yield f"{g.rank} axes, 3 at most"
+    if g.groups == 1:
+        yield "there is one group"
+    if g.group_channels > _MOST_CHANNELS:
+        yield f"{g.group_channels} channels in a group, {_MOST_CHANNELS} at most"
+    yield from (_loops_refuse if problem.module == "numpy" else _kernels_refuse)(
+        problem
     )
+    if problem.flipped:
+        yield "it spreads dy out for every stride"
 
 
-def _kernels_refuse(problem: Problem) -> tuple[tuple[bool, str], ...]:
+def _loops_refuse(problem: Problem) -> Iterator[str]:
+    """What the loops over NumPy arrays cannot do."""
+    if not jit_is_installed():
+        yield "Numba is not installed, which compiles its loops (extra jit)"
+    if problem.operand.char not in "fd":
+        yield f"its loops would round {problem.operand}"
+    missing = [n for n in _OPERANDS[problem.op] if n not in problem.zero_copy]
+    if missing:
+        yield f"{' and '.join(missing)}: another type, or strides that are not even"
+
+
+def _kernels_refuse(problem: Problem) -> Iterator[str]:
     """What the kernels over CuPy arrays cannot do."""
     g = problem.geometry
     # A kernel adds up a few such lengths; products of strides are the longest.
@@ -204,11 +201,12 @@ def _kernels_refuse(problem: Problem) -> tuple[tuple[bool, str], ...]:
         *(axis.extent + axis.stride**2 * (axis.out > 1) for axis in g.axes),
         *(g.images, g.channels, g.filters, g.taps),
     )
-    return (
-        (problem.operand.kind in "biu", f"its kernels do not add {problem.operand}"),
-        (not problem.uniform, "the arrays have several types"),
-        (far >= 2**30, f"lengths of {far} cells, less than 2^30 at most"),
-    )
+    if problem.operand.kind in "biu":
+        yield f"its kernels do not add {problem.operand}"
+    if not problem.uniform:
+        yield "the arrays have several types"
+    if far >= 2**30:
+        yield f"lengths of {far} cells, less than 2^30 at most"
 
 
 def _channels(problem: Problem) -> int:

@@ -27,6 +27,7 @@ import numpy as np
 
 from cuconv.arrays import Array, DType
 from cuconv.backends import Backend
+from cuconv.engine.costs import Work
 from cuconv.engine.problem import Problem, in_groups
 from cuconv.geometry import Block, ConvGeometry, Tile
 from cuconv.memory import Buffer
@@ -35,7 +36,6 @@ from cuconv.strategies.base import (
     Job,
     OneWay,
     Tiling,
-    Work,
     Workspace,
     add_splits,
     bias_buffer,
@@ -85,25 +85,10 @@ class Fft(OneWay):
 
     name = "fft"
     capturable = False
+    gains_from_size = False  # the cost of a cell grows with the transform's length
 
     def supports(self, problem: Problem) -> tuple[bool, str]:
-        taps = problem.geometry.taps
-        return verdict(
-            (
-                problem.op == "input_grad",
-                OVER_DY,
-            ),
-            (problem.precision != "fast", "precision='fast' alone allows it"),
-            (problem.module != "numpy", "its buffers are NumPy's so far"),
-            (
-                problem.operand.char not in _COMPLEX,
-                f"there is no transform of {problem.operand}",
-            ),
-            (
-                taps < _LEAST_TAPS,
-                f"the kernel has {taps} taps, fewer than {_LEAST_TAPS}",
-            ),
-        )
+        return verdict(_refusals(problem))
 
     def preferred(self, problem: Problem, backend: Backend) -> int:
         g = problem.geometry
@@ -158,11 +143,6 @@ class Fft(OneWay):
         kept = Buffer("w", weights * spectrum, wide)
         return Workspace((kept,), bias_buffer(problem), (real, between, x, y))
 
-    def pieces(self, problem: Problem, tiling: Tiling) -> int:
-        if problem.op == "weight_grad":
-            return tiling.splits
-        return problem.geometry.count_blocks(tiling.tile)
-
     def work(self, problem: Problem, tiling: Tiling) -> Work:
         g = problem.geometry
         lengths = _lengths(g, tiling.tile)
@@ -178,6 +158,7 @@ class Fft(OneWay):
             copy=2 * spectra * cells + (3 * blocks * weights * cells if adds else 0),
             reread=blocks * weights * cells,
             blocks=blocks,
+            pieces=tiling.splits if adds else blocks,
         )
 
     def weights(self, job: Job, w: Array, kept: dict[str, Array]) -> Array:
@@ -281,6 +262,20 @@ class Fft(OneWay):
 
         with job.backend.stage("weights", self.name):
             job.each(range(0, g.group_filters, step), finish)
+
+
+def _refusals(problem: Problem) -> Iterator[str]:
+    taps = problem.geometry.taps
+    if problem.op == "input_grad":
+        yield OVER_DY
+    if problem.precision != "fast":
+        yield "precision='fast' alone allows it"
+    if problem.module != "numpy":
+        yield "its buffers are NumPy's so far"
+    if problem.operand.char not in _COMPLEX:
+        yield f"there is no transform of {problem.operand}"
+    if taps < _LEAST_TAPS:
+        yield f"the kernel has {taps} taps, fewer than {_LEAST_TAPS}"
 
 
 def _strip(problem: Problem) -> int:

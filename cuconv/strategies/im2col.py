@@ -19,13 +19,13 @@ from itertools import islice
 
 from cuconv.arrays import Array, DType, Stored, flattened, stored
 from cuconv.backends import Backend
+from cuconv.engine.costs import Work
 from cuconv.engine.problem import Problem, in_groups
 from cuconv.geometry import Block, ConvGeometry, Region, Tile
 from cuconv.memory import Buffer
 from cuconv.strategies.base import (
     Job,
     Tiling,
-    Work,
     Workspace,
     add_splits,
     bias_buffer,
@@ -68,6 +68,7 @@ class Im2col:
 
     name = "im2col"
     capturable = False
+    gains_from_size = True
 
     def supports(self, problem: Problem) -> tuple[bool, str]:
         del problem
@@ -130,48 +131,47 @@ class Im2col:
             weight_buffer(problem), bias_buffer(problem), (*gathered, *staged)
         )
 
-    def pieces(self, problem: Problem, tiling: Tiling) -> int:
-        if problem.op == "input_grad":
-            return problem.geometry.count_regions(tiling.region)
-        if problem.op == "weight_grad":
-            return tiling.splits
-        return problem.geometry.count_blocks(tiling.tile) * tiling.splits
-
     def work(self, problem: Problem, tiling: Tiling) -> Work:
-        g = problem.geometry
+        g, splits, positions = problem.geometry, tiling.splits, tiling.tile.positions
         columns = g.images * g.positions * g.groups * g.patch * run_cost(g)
+        blocks = g.count_blocks(tiling.tile)
+        products = g.groups * blocks * tiling.tile.images
         turned = 0 if "w" in problem.zero_copy else g.filters * g.patch
-        part = g.group_filters // tiling.splits
-        work = Work(
-            multiply=g.multiplications,
-            short_side=min(tiling.tile.positions, g.group_filters, g.patch),
-            gather=columns,
-            transpose=turned,
-            products=g.groups * g.count_blocks(tiling.tile) * tiling.tile.images,
-            blocks=g.count_blocks(tiling.tile),
-        )
         if problem.op == "input_grad":
-            whole = max(g.images * g.positions, 1)
-            again = g.reach(tiling.region) * g.count_regions(tiling.region) / whole
-            return work._replace(
-                multiply=work.multiply * max(again, 1), gather=0, scatter=columns
+            regions = g.count_regions(tiling.region)
+            again = g.reach(tiling.region) * regions / max(g.images * g.positions, 1)
+            return Work(
+                multiply=g.multiplications * max(again, 1),
+                short_side=min(positions, g.group_filters, g.patch),
+                scatter=columns,
+                transpose=turned,
+                products=products,
+                blocks=blocks,
+                pieces=regions,
             )
         if problem.op == "weight_grad":
-            if tiling.variant == FILTERS:
-                return work._replace(
-                    gather=columns * tiling.splits,
-                    short_side=min(tiling.tile.positions, part, g.patch),
-                    blocks=work.blocks * tiling.splits,
-                    transpose=0,
-                )
-            return work._replace(copy=tiling.splits * g.filters * g.patch, transpose=0)
+            # Lanes own filters, each with all columns, or blocks, each with a sum.
+            apart = splits if tiling.variant == FILTERS else 1
+            return Work(
+                multiply=g.multiplications,
+                short_side=min(positions, g.group_filters // apart, g.patch),
+                gather=columns * apart,
+                copy=0 if tiling.variant == FILTERS else splits * g.filters * g.patch,
+                products=products,
+                blocks=blocks * apart,
+                pieces=splits,
+            )
         direct = "out" in problem.zero_copy and tiling.variant == EACH
         images = 1 if tiling.variant == WIDE else max(tiling.tile.images, 1)
-        return work._replace(
-            gather=columns * tiling.splits,
-            short_side=min(tiling.tile.positions // images, part, g.patch),
-            blocks=work.blocks * tiling.splits,
+        return Work(
+            multiply=g.multiplications,
+            short_side=min(positions // images, g.group_filters // splits, g.patch),
+            gather=columns * splits,
             copy=0 if direct else g.images * g.positions * g.filters,
+            transpose=turned,
+            products=products,
+            blocks=blocks * splits,
+            pieces=blocks * splits,
         )
 
     def column_buffers(

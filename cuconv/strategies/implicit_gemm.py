@@ -22,13 +22,13 @@ from collections.abc import Iterator
 from cuconv.arrays import Array, flattened
 from cuconv.backends import Backend, Contraction
 from cuconv.backends.blocking import Blocking, block_sizes
+from cuconv.engine.costs import Work
 from cuconv.engine.problem import Problem, in_groups
 from cuconv.geometry import Axis, Block, Tile
 from cuconv.memory import Buffer
 from cuconv.strategies.base import (
     Job,
     Tiling,
-    Work,
     Workspace,
     filters_of,
     verdict,
@@ -58,37 +58,10 @@ class ImplicitGemm:
 
     name = "implicit_gemm"
     capturable = True
+    gains_from_size = True
 
     def supports(self, problem: Problem) -> tuple[bool, str]:
-        g = problem.geometry
-        reach, count = max(map(_reach, g.axes)), max(g.images, g.channels, g.filters)
-        terms = _extents(problem)[-1]
-        blocks = _count_blocks(problem, block_sizes(problem.operand)[-1])
-        return verdict(
-            (problem.module == "numpy", "it is a CUDA kernel"),
-            (g.rank > 3, f"{g.rank} axes, 3 at most"),
-            (
-                problem.flipped and g.is_unit_stride,
-                "its input gradient goes phase by phase",
-            ),
-            (
-                not problem.uniform,
-                f"not all arrays are {problem.operand}, and it casts none",
-            ),
-            (
-                reach >= _LARGEST_REACH,
-                f"an axis spans {reach} cells, {_LARGEST_REACH} are too many",
-            ),
-            (
-                count >= _LARGEST_COUNT,
-                f"{count} images, channels or filters, {_LARGEST_COUNT} are too many",
-            ),
-            (terms > _MOST_TERMS, f"sums of {terms} terms, {_MOST_TERMS} at most"),
-            (
-                blocks > _MOST_BLOCKS,
-                f"its grid would have {blocks} blocks, {_MOST_BLOCKS} at most",
-            ),
-        )
+        return verdict(_refusals(problem))
 
     def variants(self, problem: Problem) -> tuple[tuple[int, ...], ...]:
         """Filters and columns of a block, parts of its sum, and how operands lie."""
@@ -155,10 +128,6 @@ class ImplicitGemm:
         if problem.op == "weight_grad":
             return Workspace((), (*shared, y))
         return Workspace((Buffer("w", g.filters * g.patch, own),), tuple(shared))
-
-    def pieces(self, problem: Problem, tiling: Tiling) -> int:
-        del problem, tiling
-        return 1
 
     def work(self, problem: Problem, tiling: Tiling) -> Work:
         g = problem.geometry
@@ -239,6 +208,29 @@ class ImplicitGemm:
         dw, how = filters_of(out, job.problem), _how(job, conjugated=2 * is_complex)
         with job.backend.stage("product", self.name):
             _kernels(job).correlate(dy, x, dw, g.axes, how, job.shared["parts"])
+
+
+def _refusals(problem: Problem) -> Iterator[str]:
+    g = problem.geometry
+    if problem.module == "numpy":
+        yield "it is a CUDA kernel"
+    if g.rank > 3:
+        yield f"{g.rank} axes, 3 at most"
+    if problem.flipped and g.is_unit_stride:
+        yield "its input gradient goes phase by phase"
+    if not problem.uniform:
+        yield f"not all arrays are {problem.operand}, and it casts none"
+    reach, count = max(map(_reach, g.axes)), max(g.images, g.channels, g.filters)
+    if reach >= _LARGEST_REACH:
+        yield f"an axis spans {reach} cells, {_LARGEST_REACH} are too many"
+    if count >= _LARGEST_COUNT:
+        yield f"{count} images, channels or filters, {_LARGEST_COUNT} are too many"
+    terms = _extents(problem)[-1]
+    if terms > _MOST_TERMS:
+        yield f"sums of {terms} terms, {_MOST_TERMS} at most"
+    blocks = _count_blocks(problem, block_sizes(problem.operand)[-1])
+    if blocks > _MOST_BLOCKS:
+        yield f"its grid would have {blocks} blocks, {_MOST_BLOCKS} at most"
 
 
 def _kernels(job: Job) -> Contraction:

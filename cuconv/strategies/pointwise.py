@@ -7,13 +7,13 @@ transposed.
 
 from cuconv.arrays import Array, flattened
 from cuconv.backends import Backend
+from cuconv.engine.costs import Work
 from cuconv.engine.problem import Problem, in_groups
 from cuconv.geometry import Block, Tile
 from cuconv.memory import Buffer
 from cuconv.strategies.base import (
     Job,
     Tiling,
-    Work,
     Workspace,
     bias_buffer,
     output_cells,
@@ -87,11 +87,6 @@ class Pointwise(Im2col):
             return Workspace(weight_buffer(problem), bias_buffer(problem))
         return super().workspace(problem, tiling, backend)
 
-    def pieces(self, problem: Problem, tiling: Tiling) -> int:
-        if problem.op == "input_grad" and _lies_ready(problem):
-            return problem.geometry.count_blocks(tiling.tile) * tiling.splits
-        return super().pieces(problem, tiling)
-
     def splits(self, problem: Problem, variant: tuple[int, ...]) -> int:
         if problem.op == "input_grad" and _lies_ready(problem):
             few = problem.geometry.images * problem.geometry.positions < FEW_POSITIONS
@@ -102,9 +97,11 @@ class Pointwise(Im2col):
         work = super().work(problem, tiling)
         if not _lies_ready(problem, tiling.variant):
             return work
-        return work._replace(
-            multiply=problem.geometry.multiplications, gather=0, scatter=0
-        )
+        pieces = work.pieces
+        if problem.op == "input_grad":
+            pieces = problem.geometry.count_blocks(tiling.tile) * tiling.splits
+        multiply = problem.geometry.multiplications
+        return work._replace(multiply=multiply, gather=0, scatter=0, pieces=pieces)
 
     def column_buffers(
         self, problem: Problem, tiling: Tiling, backend: Backend

@@ -13,21 +13,23 @@ multiplied, and the buffer is as many times smaller than the columns of
 write.
 """
 
+import math
 from collections.abc import Iterator
+from functools import lru_cache
 from itertools import islice, product
 from typing import NamedTuple
 
 from cuconv.arrays import Array, Stored, stored
 from cuconv.backends import Backend
+from cuconv.engine.costs import Work
 from cuconv.engine.problem import Problem, in_groups
-from cuconv.geometry import Block, ConvGeometry, Range, Tile
+from cuconv.geometry import Axis, Block, ConvGeometry, Range, Tile
 from cuconv.memory import Buffer
 from cuconv.strategies.base import (
     OVER_DY,
     Job,
     OneWay,
     Tiling,
-    Work,
     Workspace,
     add_splits,
     bias_buffer,
@@ -96,11 +98,6 @@ class TapMatmul(OneWay):
         y = Buffer("y", positions * g.filters, wide)
         return Workspace((weights,), bias_buffer(problem), (x, product, y))
 
-    def pieces(self, problem: Problem, tiling: Tiling) -> int:
-        if problem.op == "weight_grad":
-            return tiling.splits
-        return problem.geometry.count_blocks(tiling.tile)
-
     def work(self, problem: Problem, tiling: Tiling) -> Work:
         g = problem.geometry
         met = _share_met(g)
@@ -118,6 +115,7 @@ class TapMatmul(OneWay):
             else g.images * g.positions * g.filters,
             transpose=g.filters * g.patch,
             blocks=blocks * g.taps,
+            pieces=tiling.splits if problem.op == "weight_grad" else blocks,
         )
 
     def weights(self, job: Job, w: Array, kept: dict[str, Array]) -> Array:
@@ -282,12 +280,18 @@ def _met(
 
 def _share_met(geometry: ConvGeometry) -> float:
     """Which part of all products has a cell of the input, not of the padding."""
-    share = 1.0
-    for index, axis in enumerate(geometry.axes):
-        spans = (_met(geometry, index, t, (0, axis.out))[0] for t in range(axis.kernel))
-        inside = sum(stop - start for start, stop in spans)
-        share *= inside / max(axis.out * axis.kernel, 1)
-    return share
+    return math.prod(map(_axis_share_met, geometry.axes), start=1.0)
+
+
+@lru_cache(maxsize=1024)
+def _axis_share_met(axis: Axis) -> float:
+    inside, out = 0, axis.out
+    for tap in range(axis.kernel):
+        offset = tap * axis.dilation - axis.before
+        start = max(0, -(offset // axis.stride))
+        stop = min(out, (axis.size - 1 - offset) // axis.stride + 1)
+        inside += max(0, stop - start)
+    return inside / max(out * axis.kernel, 1)
 
 
 def _staged(

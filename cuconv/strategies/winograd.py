@@ -36,6 +36,7 @@ import numpy as np
 
 from cuconv.arrays import Array, DType
 from cuconv.backends import Backend
+from cuconv.engine.costs import Work
 from cuconv.engine.problem import Problem, in_groups
 from cuconv.geometry import Block, ConvGeometry, Tile, tile_of
 from cuconv.memory import Buffer
@@ -43,7 +44,6 @@ from cuconv.strategies.base import (
     OVER_DY,
     Job,
     Tiling,
-    Work,
     Workspace,
     add_splits,
     bias_buffer,
@@ -118,7 +118,8 @@ def _shape(geometry: ConvGeometry, variant: tuple[int, ...], dtype: DType) -> Sh
         for n, axis in zip(variant, geometry.axes[-tiled:], strict=True)
     ]
     axes = three_axes(geometry, tiled)
-    return Shape(axes, (None if tiled == 1 else sizes[0], sizes[-1]))
+    lines = geometry.filters * geometry.group_channels * axes[0].kernel
+    return Shape(axes, (None if tiled == 1 else sizes[0], sizes[-1]), lines)
 
 
 class Winograd:
@@ -126,38 +127,10 @@ class Winograd:
 
     name = "winograd"
     capturable = False
+    gains_from_size = True
 
     def supports(self, problem: Problem) -> tuple[bool, str]:
-        g = problem.geometry
-        tiled = _tiled_axes(g)
-        outer = g.axes[: g.rank - tiled]
-        return verdict(
-            (
-                problem.op == "input_grad",
-                OVER_DY,
-            ),
-            (
-                problem.precision == "strict",
-                "precision='strict' allows plain sums of products alone",
-            ),
-            (
-                problem.operand.char not in "fd",
-                f"its transforms would round {problem.operand}",
-            ),
-            (
-                not tiled,
-                "the last axis needs 2 to 5 taps, stride 1 and dilation 1",
-            ),
-            (len(outer) > 1, "only one axis may stay outside the transforms"),
-            (
-                any(axis.kernel > 1 and axis.dilation > 1 for axis in outer),
-                "the outer axis needs dilation 1",
-            ),
-            (
-                min(g.group_channels, g.group_filters) < _LEAST_CHANNELS,
-                f"fewer than {_LEAST_CHANNELS} channels or filters in a group",
-            ),
-        )
+        return verdict(_refusals(problem))
 
     def variants(self, problem: Problem) -> tuple[tuple[int, ...], ...]:
         geometry = problem.geometry
@@ -183,17 +156,14 @@ class Winograd:
     def tile(self, problem: Problem, positions: int, variant: tuple[int, ...]) -> Tile:
         geometry = problem.geometry
         shape = _shape(geometry, variant, problem.operand)
-        steps = (
-            *(1,) * (geometry.rank - len(variant)),
-            *shape.outputs[-len(variant) :],
-        )
-        counts = tuple(
-            -(-out // step) for out, step in zip(geometry.out, steps, strict=True)
-        )
-        share = positions * math.prod(counts) // max(geometry.positions, 1)
-        tiles = tile_of(geometry.images, counts, share)
-        cells = tuple(n * step for n, step in zip(tiles.cells, steps, strict=True))
-        return Tile(tiles.images, cells)
+        share = positions * math.prod(shape.counts) // max(geometry.positions, 1)
+        images, (outer, tall, wide) = tile_of(geometry.images, shape.counts, share)
+        height, width = shape.outputs
+        cells = outer, tall * height, wide * width
+        # Of (outer, rows, last), those that there are.
+        if geometry.rank == 2 and len(variant) == 1:
+            return Tile(images, cells[::2])
+        return Tile(images, cells[-geometry.rank :])
 
     def splits(self, problem: Problem, variant: tuple[int, ...]) -> int:
         del variant
@@ -213,7 +183,7 @@ class Winograd:
         shape = _shape(g, tiling.variant, dtype)
         way = _transforms(backend)
         shared, own = way.shared(problem), way.own(problem, tiling, shape)
-        kept = shape.weight_cells(g)
+        kept = shape.weight_cells
         if problem.op == "forward":
             weights = (Buffer("w", kept, dtype),)
             return Workspace(weights, (*shared, *bias_buffer(problem)), own)
@@ -221,28 +191,22 @@ class Winograd:
             (), (Buffer("sums", tiling.splits * kept, dtype), *shared), own
         )
 
-    def pieces(self, problem: Problem, tiling: Tiling) -> int:
-        if problem.op == "weight_grad":
-            return tiling.splits
-        return problem.geometry.count_blocks(tiling.tile)
-
     def work(self, problem: Problem, tiling: Tiling) -> Work:
         g = problem.geometry
         shape = _shape(g, tiling.variant, problem.operand)
         blocks = g.count_blocks(tiling.tile)
-        height, width = shape.outputs
-        tall = -(-shape.axes[1].out // height)
-        wide = -(-shape.axes[2].out // width)
-        tiles = g.images * shape.axes[0].out * tall * wide
-        kept = shape.weight_cells(g)
+        tiles = g.images * math.prod(shape.counts)
+        kept = shape.weight_cells
         outer = math.prod(tiling.tile.cells[: g.rank - len(tiling.variant)])
         rows_in_block = -(-tiles // max(blocks * outer, 1))
         grad = problem.op == "weight_grad"
         count = products_work if problem.module == "numpy" else kernels_work
-        return count(problem, tiling, shape)._replace(
+        return Work(
             multiply=float(tiles) * kept,
             short_side=min(rows_in_block, g.group_filters, g.group_channels),
             reread=(blocks if not grad else blocks + tiling.splits) * kept,
+            pieces=tiling.splits if grad else blocks,
+            **count(problem, tiling, shape, blocks),
         )
 
     def weights(self, job: Job, w: Array, kept: dict[str, Array]) -> Array:
@@ -301,6 +265,26 @@ class Winograd:
         add_splits(job, list(sums))
         with job.backend.stage("weights", self.name):
             way.taps(job, sums[0], out, shape)
+
+
+def _refusals(problem: Problem) -> Iterator[str]:
+    g = problem.geometry
+    tiled = _tiled_axes(g)
+    outer = g.axes[: g.rank - tiled]
+    if problem.op == "input_grad":
+        yield OVER_DY
+    if problem.precision == "strict":
+        yield "precision='strict' allows plain sums of products alone"
+    if problem.operand.char not in "fd":
+        yield f"its transforms would round {problem.operand}"
+    if not tiled:
+        yield "the last axis needs 2 to 5 taps, stride 1 and dilation 1"
+    if len(outer) > 1:
+        yield "only one axis may stay outside the transforms"
+    if any(axis.kernel > 1 and axis.dilation > 1 for axis in outer):
+        yield "the outer axis needs dilation 1"
+    if min(g.group_channels, g.group_filters) < _LEAST_CHANNELS:
+        yield f"fewer than {_LEAST_CHANNELS} channels or filters in a group"
 
 
 def _transforms(backend: Backend) -> Transforms:

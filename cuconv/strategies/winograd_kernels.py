@@ -24,7 +24,6 @@ from cuconv.memory import Buffer
 from cuconv.strategies.base import (
     Job,
     Tiling,
-    Work,
     filters_of,
     outer_view,
     output_buffer,
@@ -149,20 +148,21 @@ class TileKernels:
             job.backend.copy(staged, view)
 
 
-def kernels_work(problem: Problem, tiling: Tiling, shape: Shape) -> Work:
+def kernels_work(
+    problem: Problem, tiling: Tiling, shape: Shape, blocks: int
+) -> dict[str, float]:
     """What these transforms cost: a cell read and a cell written are one unit."""
-    g = problem.geometry
-    blocks, sizes = g.count_blocks(tiling.tile), _sizes(problem, tiling, shape)
+    g, sizes = problem.geometry, _sizes(problem, tiling, shape)
     cells = g.images * (g.channels * g.cells + g.filters * g.positions)
-    weights = shape.weight_cells(g) + g.filters * g.patch
+    weights = shape.weight_cells + g.filters * g.patch
     products = tiling.tile.cells[0] if g.rank > len(tiling.variant) else 1
     if problem.op == "forward":
         # A batch along whichever is longer: the outer axis, or frequencies and groups.
         products = min(products, shape.frequencies * g.groups)
-    return Work(
-        transform=(blocks * (sizes["v"] + sizes["m"]) + cells + weights) / 2,
-        blocks=(blocks * (2 + products) + 1) / _LAUNCHES,
-    )
+    return {
+        "transform": (blocks * (sizes["v"] + sizes["m"]) + cells + weights) / 2,
+        "blocks": (blocks * (2 + products) + 1) / _LAUNCHES,
+    }
 
 
 class _Laid(NamedTuple):

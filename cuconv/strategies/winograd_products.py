@@ -22,7 +22,6 @@ from cuconv.memory import Buffer
 from cuconv.strategies.base import (
     Job,
     Tiling,
-    Work,
     copy_transposed,
     filters_of,
     outer_view,
@@ -43,13 +42,12 @@ class Products:
 
     def own(self, problem: Problem, tiling: Tiling, shape: Shape) -> tuple[Buffer, ...]:
         g, dtype = problem.geometry, problem.operand
-        cells = {**_sizes(problem, tiling, shape), "bands": _band_cells(shape)}
+        cells = _sizes(problem, tiling, shape)
+        cells["bands"] = _band_cells(shape)
         if problem.op == "weight_grad":
-            kept = shape.weight_cells(g)
-            cells["partial"] = partial_cells(
-                kept, g.group_filters, tiling.tile.positions
-            )
-        return tuple(Buffer(name, count, dtype) for name, count in cells.items())
+            kept, positions = shape.weight_cells, tiling.tile.positions
+            cells["partial"] = partial_cells(kept, g.group_filters, positions)
+        return tuple([Buffer(name, count, dtype) for name, count in cells.items()])
 
     def weights(self, job: Job, w: Array, flat: Array, shape: Shape) -> Array:
         problem, g = job.problem, job.problem.geometry
@@ -102,41 +100,43 @@ class Products:
         _finish(job, flat, out, shape)
 
 
-def products_work(problem: Problem, tiling: Tiling, shape: Shape) -> Work:
-    """What these transforms cost."""
-    g, grad = problem.geometry, problem.op == "weight_grad"
-    blocks, sizes = g.count_blocks(tiling.tile), _sizes(problem, tiling, shape)
-    return Work(
-        copy=blocks * (sizes["q"] + sizes["y"]),
-        transform=blocks * (sizes["q"] + sizes["y"]) + shape.weight_cells(g) * 1.5,
-        last_transform=blocks * (sizes["v"] + sizes["z"] * (2 if grad else 1)),
-        transpose=g.filters * g.patch,
+def products_work(
+    problem: Problem, tiling: Tiling, shape: Shape, blocks: int
+) -> dict[str, float]:
+    """What these transforms cost, as fields of `cuconv.engine.costs.Work`."""
+    g, ways = problem.geometry, 2 if problem.op == "weight_grad" else 1
+    sizes = _sizes(problem, tiling, shape)
+    rows = blocks * (sizes["q"] + sizes["y"])
+    return {
+        "copy": rows,
+        "transform": rows + shape.weight_cells * 1.5,
+        "last_transform": blocks * (sizes["v"] + sizes["z"] * ways),
+        "transpose": g.filters * g.patch,
         # Dozens of short steps each, which workers contend for.
-        blocks=blocks * (1 + len(tiling.variant)) * (2 if grad else 1),
-    )
+        "blocks": blocks * (1 + len(tiling.variant)) * ways,
+    }
 
 
 def _sizes(problem: Problem, tiling: Tiling, shape: Shape) -> dict[str, int]:
     """Cells of every buffer of a worker, for the largest block."""
-    g, tile = problem.geometry, tiling.tile
+    g, (images, cells) = problem.geometry, tiling.tile
     (rows_out, last_out), (rows_in, last_in) = shape.outputs, shape.inputs
     tiled = len(tiling.variant)
-    outer_out = math.prod(tile.cells[: g.rank - tiled])
+    outer_out = cells[0] if g.rank > tiled else 1
     axis = shape.axes[0]
     outer_in = (outer_out - 1) * axis.stride + axis.extent
-    rows = tile.cells[-2] if tiled == 2 else 1
-    tall, wide = -(-rows // rows_out), -(-tile.cells[-1] // last_out)
-    runs = tile.images * tall
-    width = wide * last_out + last_in - last_out
-    inputs = runs * outer_in * g.channels
-    outputs = runs * outer_out * g.filters
+    rows = cells[-2] if tiled == 2 else 1
+    runs, wide = images * -(-rows // rows_out), -(-cells[-1] // last_out)
+    inputs = rows_in * runs * outer_in * g.channels
+    outputs = runs * outer_out * g.filters * wide
+    q = inputs * (wide * last_out + last_in - last_out)
     return {
-        "q": rows_in * inputs * width,
-        "r": rows_in * inputs * width if rows_in > 1 else 0,
-        "v": rows_in * last_in * wide * inputs,
-        "z": rows_in * outputs * wide * last_out,
-        "y": rows_out * outputs * wide * last_out if rows_in > 1 else 0,
-        "m": rows_in * last_in * wide * outputs,
+        "q": q,
+        "r": q if rows_in > 1 else 0,
+        "v": last_in * wide * inputs,
+        "z": rows_in * outputs * last_out,
+        "y": rows_out * outputs * last_out if rows_in > 1 else 0,
+        "m": rows_in * last_in * outputs,
     }
 
 

@@ -12,11 +12,13 @@ as views of whatever layout suits them; f counts the frequencies of a tile.
 """
 
 import math
+from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 from cuconv.arrays import Array
 from cuconv.engine.problem import Problem
-from cuconv.geometry import Axis, Block, ConvGeometry, Range, Ranges
+from cuconv.geometry import Axis, Block, Range, Ranges
+from cuconv.lazy import lazy
 from cuconv.memory import Buffer
 from cuconv.strategies.base import Job, Tiling
 
@@ -29,7 +31,8 @@ class Matrices(NamedTuple):
     output: Array
 
 
-class Shape(NamedTuple):
+@dataclass(frozen=True)
+class Shape:
     """One convolution seen by the transforms: an outer axis, and one or two tiled.
 
     ``axes`` are always three (outer, rows, last); one that the convolution lacks has a
@@ -38,27 +41,36 @@ class Shape(NamedTuple):
 
     axes: tuple[Axis, Axis, Axis]
     tiles: tuple[Matrices | None, Matrices]
+    # Weights, without the taps that are transformed.
+    lines: int
 
-    @property
+    @lazy
     def outputs(self) -> tuple[int, int]:
         """m, along rows and along the last axis."""
         rows, last = self.tiles
         return (1 if rows is None else rows.output.shape[0]), last.output.shape[0]
 
-    @property
+    @lazy
     def inputs(self) -> tuple[int, int]:
         """n, likewise."""
         rows, last = self.tiles
         return (1 if rows is None else rows.input.shape[0]), last.input.shape[0]
 
-    @property
+    @lazy
     def frequencies(self) -> int:
         return math.prod(self.inputs)
 
-    def weight_cells(self, geometry: ConvGeometry) -> int:
+    @lazy
+    def counts(self) -> tuple[int, int, int]:
+        """Cells along the outer axis, and tiles along the two others."""
+        outer, rows, last = (axis.out for axis in self.axes)
+        height, width = self.outputs
+        return outer, -(-rows // height), -(-last // width)
+
+    @lazy
+    def weight_cells(self) -> int:
         """Cells of U."""
-        filters = geometry.filters * geometry.group_channels
-        return self.frequencies * filters * self.axes[0].kernel
+        return self.frequencies * self.lines
 
 
 class Piece(NamedTuple):

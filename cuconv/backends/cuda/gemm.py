@@ -168,7 +168,7 @@ class _Product(NamedTuple):
     left: _Matrix
     right: _Matrix
     into: _Matrix
-    count: int
+    batches: int
     compute_type: int
 
 
@@ -187,7 +187,7 @@ def _run(product: _Product, left: Any, right: Any, into: Any) -> None:
             *(right, *product.right.how),
             product.beta.ctypes.data,
             *(into, *product.into.how),
-            *(product.count, product.compute_type, cublas.CUBLAS_GEMM_DEFAULT),
+            *(product.batches, product.compute_type, cublas.CUBLAS_GEMM_DEFAULT),
         )
     finally:
         cublas.setMathMode(handle, before)

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, TypeAlias
 from cuconv.arrays import Array, stub_array
 from cuconv.engine.execute import Run, fill
 from cuconv.engine.lowering import Basic, Lowering, basic_part, held, within
-from cuconv.engine.planner import PlanningResult
+from cuconv.engine.planner import PlanningResult, floor
 from cuconv.engine.problem import shapes_of
 from cuconv.engine.request import Request
 from cuconv.geometry import ConvGeometry, Phase
@@ -117,16 +117,36 @@ def _faster_by_phases(request: Request, whole: PlanningResult) -> Polyphase | No
         return None
     if best.problem.single_threaded or best.problem.captured:
         return None
+    most = _WORTH_PHASES * best.rank - count * _CALL_NANOSECONDS
+    if not _may_take_less(request, most):
+        return None
     try:
         found = _by_phases(request)
     except MemoryLimitError:
         return None
-    cost = found.rank + count * _CALL_NANOSECONDS
-    if cost >= _WORTH_PHASES * best.rank:
+    if found.rank >= most:
         return None
     slower = f"estimated {best.rank / found.rank:.2f} times as long"
     found.instead_of = {f"all phases at once, {best.label}": slower}
     return found
+
+
+def _may_take_less(request: Request, most: float) -> bool:
+    """Whether the phases of an input gradient may take less, before they are planned.
+
+    Those that are alike but for which end of an axis is padded cost the same.
+    """
+    alike: dict[ConvGeometry, list[Phase]] = {}
+    for phase in request.geometry.input_phases():
+        alike.setdefault(phase.geometry.padded_last, []).append(phase)
+    least, limit = 0.0, request.options.memory_limit
+    for phase, *others in alike.values():
+        own = _request_of(request, phase.geometry, _place(request, phase))
+        problem = own.problem(flipped=True)
+        least += (1 + len(others)) * floor(problem, request.backend, limit)
+        if least >= most:
+            return False
+    return True
 
 
 def _place(request: Request, phase: Phase) -> _Place:
@@ -140,13 +160,18 @@ def _place(request: Request, phase: Phase) -> _Place:
 
 
 def _phase(request: Request, geometry: ConvGeometry, place: _Place) -> Basic:
+    own = _request_of(request, geometry, place)
+    return Basic(basic_part(own, flipped=request.is_input_grad), geometry)
+
+
+def _request_of(request: Request, geometry: ConvGeometry, place: _Place) -> Request:
+    """The request of a phase."""
     arrays = request.arrays.copy()
     first, second, *_ = arrays
     arrays[first] = arrays[first][place.first]
     arrays[second] = arrays[second][place.second]
     out = request.result[place.out]
-    own = request._replace(geometry=geometry, arrays=arrays, out=out)
-    return Basic(basic_part(own, flipped=request.is_input_grad), geometry)
+    return request._replace(geometry=geometry, arrays=arrays, out=out)
 
 
 def _index(

@@ -1,0 +1,380 @@
+"""Find the largest tiles whose workspace fits the limit, and the best of their splits.
+
+A search is of one strategy in one variant.  Its tilings are priced for a number of
+workers that everyone has, so that neither the choice nor the bits of a result depend on
+the number of threads; how many work on it in the end is what fits the limit.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+from cuconv.backends import Backend
+from cuconv.engine.costs import Price, Rates, Work, price
+from cuconv.engine.problem import NAMES, Problem
+from cuconv.geometry import Tile
+from cuconv.lazy import lazy
+from cuconv.memory import MemoryLimitError, buffer_bytes, with_start, workspace_bytes
+from cuconv.strategies import Blocks, Strategy, Tiling, Workspace
+
+# A job that is worth several workers is cut into one of these numbers of pieces, the
+# one that is cheapest for two workers: how many there really are must not matter, or
+# the bits of the result would depend on it.  Fewer pieces must save a twentieth.
+_PIECES = (8, 4, 2)
+_NOTIONAL_WORKERS = 2
+_WORTH_FEWER = 0.95
+# Blocks with fewer positions than this, and than a quarter of what is preferred, are
+# too small to be worth a worker's while.
+_LEAST_POSITIONS = 64
+# Less than 1 by what rounding may do to a sum of prices.
+_ALMOST = 1 - 1e-9
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A strategy, the problem as it runs it, and a tiling that fits the limit.
+
+    ``workspace_bytes`` is everything that a run allocates beyond inputs and result;
+    ``nanoseconds`` is what the rates say it takes with its workers, ``rank`` with as
+    many as everyone has: the number of threads must not decide which strategy runs.
+    """
+
+    strategy: Strategy
+    problem: Problem
+    tiling: Tiling
+    workspace: Workspace
+    workspace_bytes: int
+    nanoseconds: float
+    rank: float
+
+    @lazy
+    def blocks(self) -> Blocks:
+        """The blocks of the tiling."""
+        make = partial(self.strategy.blocks, self.problem, self.tiling)
+        return Blocks(make, self.problem.geometry.count_blocks(self.tiling.tile))
+
+    @property
+    def chunks(self) -> int:
+        """How many blocks the work is cut into."""
+        return self.problem.geometry.count_blocks(self.tiling.tile)
+
+    @property
+    def flops(self) -> int:
+        """Operations of the basic sum of products; a multiply-add counts as two."""
+        g = self.problem.geometry
+        return 0 if g.is_empty else 2 * g.multiplications
+
+    @lazy
+    def memory_bytes(self) -> int:
+        """Bytes of the buffers; 0 where nothing is multiplied."""
+        workspace = self.workspace
+        own = workspace.per_worker * self.tiling.workers
+        buffers = (*workspace.weights, *workspace.shared, *own)
+        return workspace_bytes(buffers) if self.flops else 0
+
+    @property
+    def overhead_bytes(self) -> int:
+        """What a run allocates beside its buffers."""
+        return self.workspace_bytes - self.memory_bytes if self.flops else 0
+
+    @property
+    def label(self) -> str:
+        """The strategy's name, with what the name leaves open."""
+        words = self.strategy.describe(self.tiling.variant)
+        name = self.strategy.name + (f" ({words})" if words else "")
+        return f"{name} {over(self.problem)}" if self.problem.flipped else name
+
+
+def over(problem: Problem) -> str:
+    """What a forward pass for an input gradient goes over."""
+    return "over x" if problem.transposed else "over dy"
+
+
+class TileSearch:
+    """The tilings of one strategy in one variant, by what they take and cost."""
+
+    def __init__(
+        self,
+        strategy: Strategy,
+        problem: Problem,
+        backend: Backend,
+        variant: tuple[int, ...],
+        limit: int,
+    ) -> None:
+        self._strategy = strategy
+        self._problem = problem
+        self._backend = backend
+        self._variant = variant
+        self._limit = limit
+        self._rates = backend.rates.on_tensor_cores(wanted=problem.is_for_tensor_cores)
+        self._itemsize = problem.types.accumulate.itemsize
+        self._everything = problem.geometry.images * problem.geometry.positions
+        self._most_positions = strategy.preferred(problem, backend)
+        self._most_splits = strategy.splits(problem, variant)
+        self._tiles: dict[int, Tile] = {}
+        self._fits: dict[tuple[int, int, int], _Fit] = {}
+
+    @lazy
+    def _alone(self) -> "_Fit | None":
+        """The best tiling for one worker, if any has room."""
+        return self._largest(1, 1, 1)
+
+    @lazy
+    def _is_busy(self) -> bool:
+        """Whether the job is worth several workers."""
+        alone, worth = self._alone, self._rates.worth_workers
+        if alone is None:
+            return False
+        return self._floor_alone >= worth or self._cost(alone, 1) >= worth
+
+    @lazy
+    def _whole(self) -> "_Fit":
+        """One block of everything."""
+        return self._fit(self._everything, self._problem.geometry.cells, 1)
+
+    @lazy
+    def _floor_alone(self) -> float:
+        """What a tiling costs at least that has one worker."""
+        return self._cost(self._whole, 1) if self._strategy.gains_from_size else 0.0
+
+    @lazy
+    def floor(self) -> float:
+        """What `Candidate.rank` is at least."""
+        alone = self._floor_alone
+        if alone < self._rates.worth_workers and not self._is_busy:
+            return alone
+        return min(alone, self._floor_shared(2, min(2, self._most_splits)))
+
+    def candidate(self, workers: int) -> Candidate:
+        """The tiling with the largest blocks up to the preferred, and what it costs.
+
+        Raises
+        ------
+        MemoryLimitError
+            If none fits.
+        """
+        found = self._cheapest() or self._alone or self._extreme()
+        pieces = max(found.work.pieces, 1)
+        available = min(workers, pieces) if self._is_busy else 1
+        count = max(largest_fitting(partial(self._has_room, found), available), 1)
+        return Candidate(
+            self._strategy,
+            self._problem,
+            found.tiling._replace(workers=count),
+            found.workspace,
+            self._bytes(found, count),
+            self._cost(found, count),
+            self._rank(found),
+        )
+
+    def _cheapest(self) -> "_Fit | None":
+        """The best tiling for several workers; None for a job of one."""
+        if not self._is_busy:
+            return None
+        most = self._most_splits
+        cuts = [(n, m) for n in _PIECES for m in dict.fromkeys((min(most, n), 1))]
+        floors = [self._floor_shared(*cut) for cut in cuts]
+        likely = _last_worthwhile(floors)
+        found = self._shared(*cuts[likely])
+        if found is not None:
+            # What wins over all floors wins over what the others really cost.
+            cost, before, after = (
+                self._rank(found),
+                floors[:likely],
+                floors[likely + 1 :],
+            )
+            wins = cost < min(before, default=float("inf")) * _WORTH_FEWER * _ALMOST
+            if (
+                wins
+                and cost * _WORTH_FEWER < min(after, default=float("inf")) * _ALMOST
+            ):
+                return found
+        best, least = None, float("inf")
+        for cut, floor in zip(cuts, floors, strict=True):
+            if floor * _ALMOST < least * _WORTH_FEWER:
+                found = self._shared(*cut)
+                cost = float("inf") if found is None else self._rank(found)
+                if cost < least * _WORTH_FEWER:
+                    best, least = found, cost
+        return best
+
+    def _floor_shared(self, pieces: int, splits: int) -> float:
+        """What `_shared` costs at least: what everything does, and a start of each block.
+
+        Every sum of a weight gradient has one worker; filters apart may share blocks.
+        """
+        if not self._strategy.gains_from_size:
+            return 0.0
+        price, work, op = self._whole.price, self._whole.work, self._problem.op
+        if work.pieces == splits == 1 and op == "weight_grad":
+            return self._floor_alone
+        geometry, rates = self._problem.geometry, self._rates
+        apart = splits > 1 and op != "weight_grad"
+        one = geometry.count_blocks(self._whole.tiling.tile)
+        if work.pieces == one == 1 and not apart:
+            blocks = geometry.count_blocks(self._tile(self._preferred(pieces)))
+            even = price.even + (blocks - 1) * work.blocks * rates.block
+            reread = min(blocks - 1, 1) * work.reread
+            price = Price(even, price.crowded + reread * rates.reread)
+        return price.of(_NOTIONAL_WORKERS, rates)
+
+    def _shared(self, pieces: int, splits: int) -> "_Fit | None":
+        """A tiling that leaves room for a second worker, if its blocks are not tiny."""
+        while True:
+            # Filters apart are pieces already: each of them sees all positions.
+            apart = splits if self._problem.op != "weight_grad" else 1
+            blocks = -(-pieces // apart)
+            found = self._largest(2, splits, blocks)
+            if found is not None:
+                least = min(self._preferred(blocks), 4 * _LEAST_POSITIONS)
+                if 4 * found.tiling.tile.positions >= least:
+                    return found
+            if splits == 1:
+                return None
+            splits //= 2
+
+    def _largest(self, workers: int, splits: int, pieces: int) -> "_Fit | None":
+        """The best tiling that leaves room for this many workers, or None."""
+
+        def fits(positions: int, cells: int) -> bool:
+            return self._has_room(self._fit(positions, cells, splits), workers)
+
+        geometry = self._problem.geometry
+        share = -(-pieces // max(geometry.images, 1))
+        whole = max(1, -(-geometry.cells // share))
+        preferred = self._preferred(pieces)
+        positions = largest_fitting(lambda p: fits(p, whole), preferred)
+        if positions:
+            return self._fit(positions, whole, splits)
+        if self._problem.op != "input_grad":
+            return None
+        halves = (preferred >> i for i in range(preferred.bit_length()))
+        pairs = ((p, largest_fitting(partial(fits, p), whole)) for p in halves)
+        found = [self._fit(p, cells, splits) for p, cells in pairs if cells]
+        return min(found, key=self._overlap, default=None)
+
+    def _preferred(self, pieces: int) -> int:
+        whole, largest = max(self._everything, 1), self._most_positions
+        if pieces > 1 and pieces * largest < whole:
+            # A multiple of the pieces, so that no worker waits for the last one.
+            pieces *= -(-whole // (largest * pieces))
+        return max(1, min(largest, -(-whole // pieces)))
+
+    def _extreme(self) -> "_Fit":
+        """One position at a time; or everything at once, which saves partial sums."""
+        everything = self._everything, self._problem.geometry.cells, 1
+        extremes = self._fit(1, 1, 1), self._fit(*everything)
+        for found in extremes:
+            if self._has_room(found, 1):
+                return found
+        smallest = min(self._bytes(found, 1) for found in extremes)
+        raise MemoryLimitError(self._limit, smallest, NAMES[self._problem.call])
+
+    def _fit(self, positions: int, cells: int, splits: int) -> "_Fit":
+        if self._problem.op != "input_grad":
+            cells = self._problem.geometry.cells
+        key = positions, cells, splits
+        found = self._fits.get(key)
+        if found is None:
+            tiling = self._tiling(*key)
+            found = _Fit(
+                self._strategy, self._problem, self._backend, self._rates, tiling
+            )
+            self._fits[key] = found
+        return found
+
+    def _tiling(self, positions: int, cells: int, splits: int) -> Tiling:
+        geometry = self._problem.geometry
+        tile = self._tile(positions)
+        region = geometry.whole_region
+        if self._problem.op == "input_grad":
+            whole = cells >= geometry.cells
+            region = Tile(tile.images, region.cells)
+            region = region if whole else geometry.region_tile(cells)
+        return Tiling(tile, region, splits, self._variant)
+
+    def _tile(self, positions: int) -> Tile:
+        found = self._tiles.get(positions)
+        if found is None:
+            found = self._strategy.tile(self._problem, positions, self._variant)
+            self._tiles[positions] = found
+        return found
+
+    def _has_room(self, found: "_Fit", workers: int) -> bool:
+        return self._bytes(found, workers) <= self._limit
+
+    def _bytes(self, found: "_Fit", workers: int) -> int:
+        buffers = found.shared_bytes + found.own_bytes * workers
+        return self._backend.overhead(workers, self._itemsize) + with_start(buffers)
+
+    def _rank(self, found: "_Fit") -> float:
+        """What a tiling costs, whoever runs it."""
+        several = _NOTIONAL_WORKERS if self._is_busy else 1
+        workers = max(min(found.work.pieces, several), 1)
+        return self._cost(found, workers if self._has_room(found, workers) else 1)
+
+    def _cost(self, found: "_Fit", workers: int) -> float:
+        return found.price.of(workers, self._rates)
+
+    def _overlap(self, found: "_Fit") -> float:
+        # Fewer positions leave room for a larger region, and so for fewer windows that
+        # two regions both compute; but short matrices multiply slowly.
+        tiling, geometry = found.tiling, self._problem.geometry
+        region = max(tiling.region.positions, 1)
+        return geometry.reach(tiling.region) / region * (1 + 64 / tiling.tile.positions)
+
+
+class _Fit:
+    """A tiling for one worker, with what it takes and costs when that is asked."""
+
+    def __init__(
+        self,
+        strategy: Strategy,
+        problem: Problem,
+        backend: Backend,
+        rates: Rates,
+        tiling: Tiling,
+    ) -> None:
+        self.tiling = tiling
+        self._strategy, self._problem = strategy, problem
+        self._backend, self._rates = backend, rates
+
+    @lazy
+    def workspace(self) -> Workspace:
+        return self._strategy.workspace(self._problem, self.tiling, self._backend)
+
+    @lazy
+    def shared_bytes(self) -> int:
+        return buffer_bytes((*self.workspace.weights, *self.workspace.shared))
+
+    @lazy
+    def own_bytes(self) -> int:
+        return buffer_bytes(self.workspace.per_worker)
+
+    @lazy
+    def work(self) -> Work:
+        return self._strategy.work(self._problem, self.tiling)
+
+    @lazy
+    def price(self) -> Price:
+        return price(self.work, self._rates)
+
+
+def _last_worthwhile(costs: list[float]) -> int:
+    """Which cost to take if each must save a twentieth over those before it."""
+    best = 0
+    for index, cost in enumerate(costs):
+        if cost < costs[best] * _WORTH_FEWER:
+            best = index
+    return best
+
+
+def largest_fitting(fits: Callable[[int], bool], limit: int) -> int:
+    """The largest number up to ``limit`` that fits, 0 if none does."""
+    if fits(limit):
+        return limit
+    low, high = 0, limit
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
