@@ -5,10 +5,13 @@ import gc
 import sys
 import tracemalloc
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import ml_dtypes  # noqa: F401 - gives NumPy the name bfloat16
 import numpy as np
+import pytest
 
 import cuconv
 from cuconv import testing
@@ -17,6 +20,9 @@ from cuconv.backends.cpu import backend as host
 from cuconv.engine import call as calls
 from cuconv.engine import planner
 from cuconv.memory import MemoryLimitError
+
+TESTS = Path(__file__).parent
+ROOT = TESTS.parent
 
 OPERATIONS = ("forward", "input_grad", "weight_grad")
 LAYOUTS = ("channels_first", "channels_last")
@@ -291,3 +297,113 @@ def device_peak(xp: Any, call: Callable[[], Any]) -> int:
 def peak(xp: Any, call: Callable[[], Any]) -> int:
     """Bytes beyond inputs and results at the peak of a call, measured."""
     return host_peak(call) if xp is np else device_peak(xp, call)
+
+
+# Where arrays are stored
+
+
+def _spread(xp: Any, array: np.ndarray) -> Any:
+    """Every second cell of a larger array."""
+    big = xp.full([2 * n + 1 for n in array.shape], 55, dtype=array.dtype)
+    view = big[tuple(slice(1, None, 2) for _ in array.shape)]
+    view[...] = to_device(xp, array)
+    return view
+
+
+def _turned(xp: Any, array: np.ndarray) -> Any:
+    """Negative strides along every axis."""
+    back = tuple(slice(None, None, -1) for _ in array.shape)
+    return to_device(xp, np.ascontiguousarray(array[back]))[back]
+
+
+def _fortran(xp: Any, array: np.ndarray) -> Any:
+    return to_device(xp, np.ascontiguousarray(array.T)).transpose()
+
+
+def _swapped_axes(xp: Any, array: np.ndarray) -> Any:
+    """Contiguous with the first two axes exchanged."""
+    return to_device(xp, np.ascontiguousarray(array.swapaxes(0, 1))).swapaxes(0, 1)
+
+
+def _shifted(xp: Any, array: np.ndarray) -> Any:
+    """Contiguous, but no address is aligned to more than one element."""
+    flat = xp.empty(array.size + 1, dtype=array.dtype)[1:]
+    view = flat.reshape(array.shape)
+    view[...] = to_device(xp, array)
+    return view
+
+
+PLACES = {f.__name__: f for f in (_spread, _turned, _fortran, _swapped_axes, _shifted)}
+
+
+def unaligned(array: np.ndarray) -> np.ndarray:
+    raw = np.empty(array.nbytes + 1, dtype=np.uint8)[1:]
+    view = raw.view(array.dtype).reshape(array.shape)
+    view[...] = array
+    return view
+
+
+# Refusals
+
+
+def large(xp: Any, *shape: int, dtype: Any = np.float32) -> Any:
+    """An array of any size that takes the memory of one element."""
+    return spread_over(xp, xp.zeros((1,) * len(shape), dtype=dtype), shape)
+
+
+def assert_refused(
+    xp: Any, call: Callable[[], Any], error: type[Exception], *words: str
+) -> None:
+    """The call raises, says these words, and takes no memory to speak of."""
+    assert words, "a refusal must say something"
+    with pytest.raises(error):
+        call()  # what is imported or cached at the first call is no part of the second
+    tracemalloc.start()
+    try:
+        with device_or_nothing(xp) as seen, pytest.raises(error) as caught:
+            call()
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    # Frames, the message and the traceback; the arrays are gigabytes.
+    assert peak < 64 * 1024
+    assert seen.count == 0
+    for word in words:
+        assert word in str(caught.value), f"{word!r} is not in: {caught.value}"
+
+
+def device_or_nothing(xp: Any) -> Any:
+    if xp is np:
+        return contextlib.nullcontext(SimpleNamespace(count=0))
+    return device_allocations(xp)
+
+
+# CUDA graphs
+
+
+@contextlib.contextmanager
+def captured(xp: Any) -> Iterator[list[Any]]:
+    """A stream that records; its graph is in the list afterwards."""
+    stream, found = xp.cuda.Stream(non_blocking=True), []
+    with stream:
+        stream.begin_capture()
+        try:
+            yield found
+        finally:
+            found.append(stream.end_capture())
+    stream.synchronize()
+
+
+def call_into(op: str, arrays: Operands, case: Case, out: Any, **options: Any) -> Any:
+    x, w, dy = arrays
+    options = {**case.options, **options}
+    if op == "forward":
+        return cuconv.conv(x, w, out=out, **options)
+    if op == "input_grad":
+        return cuconv.conv_input_grad(dy, w, case.x_shape, out=out, **options)
+    return cuconv.conv_weight_grad(dy, x, case.w_shape, out=out, **options)
+
+
+def wanted_shape(op: str, case: Case) -> tuple[int, ...]:
+    shapes = case.y_shape(), case.x_shape, case.w_shape
+    return dict(zip(OPERATIONS, shapes, strict=True))[op]

@@ -1,0 +1,306 @@
+"""Several threads and processes at once: right answers, and BLAS as it was."""
+
+import os
+import subprocess
+import sys
+import textwrap
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pytest
+from cases import CASES
+from support import OPERATIONS, Case, operands, reference, run, to_device, to_host
+from threadpoolctl import threadpool_info, threadpool_limits
+
+import cuconv
+from cuconv import testing
+from cuconv.backends.cpu import backend as host
+
+# More than two million multiply-adds: worth several workers.
+LARGE = Case((4, 16, 30, 28), (32, 16, 3, 3), {"padding": 1})
+
+
+def blas_threads() -> list[int]:
+    return [
+        lib["num_threads"] for lib in threadpool_info() if lib["user_api"] == "blas"
+    ]
+
+
+def large_arrays() -> tuple[np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(0)
+    x = rng.integers(-3, 4, LARGE.x_shape).astype(np.float32)
+    return x, rng.integers(-3, 4, LARGE.w_shape).astype(np.float32)
+
+
+# Integers in float32 are exact in sums of products, and not under Winograd.
+strictly = partial(cuconv.conv, padding=1, precision="strict")
+
+
+def test_many_threads_give_right_answers(xp) -> None:
+    jobs = []
+    for case in CASES.values():
+        arrays = operands(case, "float32")
+        for op in OPERATIONS:
+            wanted = reference(op, arrays, case)
+            jobs.append((partial(run, op, arrays.on(xp), case), wanted))
+    with ThreadPoolExecutor(8) as pool:
+        answers = list(pool.map(lambda job: job[0](), jobs * 5))
+    assert len(answers) == 5 * 3 * len(CASES)
+    for answer, (_, wanted) in zip(answers, jobs * 5, strict=True):
+        testing.assert_equal(answer, wanted)
+
+
+def test_threads_that_each_have_workers(xp, choices) -> None:
+    """More calls than cores, all handing work to one pool: none waits forever."""
+    x, w = large_arrays()
+    with threadpool_limits(1, "blas"):
+        wanted = strictly(x, w, memory_limit="1 MiB")
+    mine = to_device(xp, x), to_device(xp, w)
+    before = blas_threads()
+    choices.clear()
+
+    def call() -> Any:
+        with cuconv.config(num_threads=4):
+            return strictly(*mine)
+
+    with ThreadPoolExecutor(8) as pool:
+        calls = [pool.submit(call) for _ in range(24)]
+        answers = [call.result(timeout=120) for call in calls]
+    if xp is np:
+        assert len(choices) == 24
+        assert min(candidate.tiling.workers for candidate in choices) > 1
+    for answer in answers:
+        testing.assert_equal(answer, wanted)
+    assert blas_threads() == before
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_blas_has_its_threads_again(threads) -> None:
+    x, w = large_arrays()
+    with threadpool_limits(threads, "blas"):
+        before = blas_threads()
+        cuconv.conv(x, w, padding=1)
+        assert blas_threads() == before
+
+
+def test_blas_has_its_threads_again_after_an_error(monkeypatch) -> None:
+    """An error in one worker reaches the caller when all have stopped."""
+    x, w = large_arrays()
+    before, begun = blas_threads(), threading.Event()
+    original = host.CpuBackend.gather
+
+    def gather(backend: Any, *arguments: Any) -> None:
+        if threading.current_thread().name.startswith("cuconv"):
+            begun.set()
+            raise MemoryError("in a worker")
+        # The caller works too, and must leave something for the others.
+        assert begun.wait(60)
+        original(backend, *arguments)
+
+    monkeypatch.setattr(host.CpuBackend, "gather", gather)
+    with pytest.raises(MemoryError, match="in a worker"), cuconv.config(num_threads=3):
+        strictly(x, w)
+    assert begun.is_set()
+    assert blas_threads() == before
+
+
+def test_one_thread_holds_while_any_call_runs() -> None:
+    """Overlapping calls: the first lowers the number, the last one restores it."""
+    blas = host._Blas()
+    with threadpool_limits(2, "blas"):
+        before = blas_threads()
+        first, second = blas.one_thread(), blas.one_thread()
+        first.__enter__()
+        second.__enter__()
+        assert set(blas_threads()) <= {1}
+        # What is asked meanwhile is the number from before.
+        assert blas.threads() == max(1, min([*before, len(os.sched_getaffinity(0))]))
+        first.__exit__(None, None, None)
+        assert set(blas_threads()) <= {1}
+        second.__exit__(None, None, None)
+        assert blas_threads() == before
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+@pytest.mark.filterwarnings("ignore:This process.*is multi-threaded:DeprecationWarning")
+def test_a_forked_child_computes_too() -> None:
+    """It has none of its parent's threads; waiting for them would be forever."""
+    x, w = large_arrays()
+    with cuconv.config(num_threads=3):
+        _compare_in_a_child(x, w)
+
+
+def _compare_in_a_child(x: np.ndarray, w: np.ndarray) -> None:
+    wanted = cuconv.conv(x, w, padding=1)
+    assert any(t.name.startswith("cuconv") for t in threading.enumerate())
+    read, write = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            same = (cuconv.conv(x, w, padding=1) == wanted).all()
+            os.write(write, b"same" if same else b"other")
+        finally:
+            os._exit(0)
+    os.close(write)
+    watch = threading.Timer(60, os.kill, (child, 9))
+    watch.start()
+    answer = os.read(read, 16)
+    watch.cancel()
+    os.waitpid(child, 0)
+    assert answer == b"same"
+
+
+def test_a_result_is_the_callers_alone(xp) -> None:
+    """No buffer of a call lives on in its result or in the next one's."""
+    case = CASES["two axes, all different"]
+    arrays = operands(case, "float32").on(xp)
+    first = run("forward", arrays, case)
+    kept = to_host(first).copy()
+    second = run("forward", arrays, case)
+    second[...] = 99
+    run("input_grad", arrays, case)[...] = 98
+    testing.assert_equal(first, kept)
+
+
+def test_the_same_bits_while_other_threads_convolve() -> None:
+    """Their calls set BLAS's threads, and OpenBLAS rounds by how many there are."""
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((4, 16, 13, 13), dtype=np.float32)
+    dy = rng.standard_normal((4, 16, 11, 11), dtype=np.float32)
+    large, stop = large_arrays(), threading.Event()
+    wanted = cuconv.conv_weight_grad(dy, x, (16, 16, 3, 3))
+
+    def disturb() -> None:
+        while not stop.is_set():
+            cuconv.conv(*large, padding=1)
+
+    other = threading.Thread(target=disturb)
+    other.start()
+    try:
+        for _ in range(500):
+            got = cuconv.conv_weight_grad(dy, x, (16, 16, 3, 3))
+            assert got.tobytes() == wanted.tobytes()
+    finally:
+        stop.set()
+        other.join()
+
+
+def run_script(code: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+def test_threads_that_outlive_the_main_one() -> None:
+    """The pool takes no work then; the call does it all by itself."""
+    done = run_script("""
+        import threading, time
+        import numpy as np, cuconv
+        x, w = np.ones((8, 16, 56, 56), "f4"), np.ones((16, 16, 3, 3), "f4")
+        def late():
+            threading.main_thread().join()
+            time.sleep(0.1)
+            with cuconv.config(num_threads=3, precision="strict"):
+                y = cuconv.conv(x, w)
+                dw = cuconv.conv_weight_grad(y, x, w.shape)
+            print(y.sum() == y.size * 144, dw.shape)
+        threading.Thread(target=late).start()
+    """)
+    assert done.stderr == ""
+    assert done.stdout.split() == ["True", "(16,", "16,", "3,", "3)"]
+
+
+def test_nothing_is_written_after_an_interruption() -> None:
+    done = run_script("""
+        import signal, time
+        import numpy as np, cuconv
+        x, w = np.ones((64, 64, 56, 56), "f4"), np.ones((256, 64, 3, 3), "f4")
+        out = np.zeros((64, 256, 54, 54), "f4")
+        cuconv.conv(x[:2], w)
+        # A clock of the kernel's: a thread would wait for the workers to let it run.
+        signal.signal(signal.SIGALRM, signal.default_int_handler)
+        try:
+            signal.setitimer(signal.ITIMER_REAL, 0.03, 0.02)
+            cuconv.conv(x, w, out=out)
+            print("too fast")
+        except KeyboardInterrupt:
+            pass
+        signal.signal(signal.SIGALRM, signal.SIG_IGN)
+        before = out.copy()
+        time.sleep(0.3)
+        assert (out == 0).any(), "not interrupted at all"
+        print(np.array_equal(before, out))
+    """)
+    assert done.stdout.split() == ["True"], done.stderr
+
+
+def test_a_child_forked_during_a_call_has_all_blas_threads(monkeypatch) -> None:
+    class Later(host.ThreadpoolController):
+        """A second BLAS, loaded since: the child finds more than its parent did."""
+
+        def select(self, **words: Any) -> Any:
+            found = super().select(**words)
+            found.lib_controllers *= 2
+            return found
+
+    monkeypatch.setattr(host, "ThreadpoolController", Later)
+    with threadpool_limits(2, "blas"):
+        wanted = blas_threads()
+        with host._BLAS.one_thread():
+            assert blas_threads() != wanted
+            pid = os.fork()
+            if pid == 0:
+                os._exit(blas_threads() != wanted)
+            assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+
+
+def test_workers_heed_the_callers_errstate() -> None:
+    x, w = large_arrays()
+    x[...] = 3e38
+    with np.errstate(all="ignore"), cuconv.config(num_threads=3):
+        y = strictly(x, np.abs(w) + 1)
+    assert np.isinf(y).all()
+
+
+def test_a_tiny_call_whose_buffers_another_thread_has_just_taken() -> None:
+    """They were there when it looked, and are gone when it takes them."""
+
+    class Taken(list[Any]):
+        def __bool__(self) -> bool:
+            return True
+
+    x, w = np.arange(27, dtype="f4").reshape(1, 3, 3, 3), np.ones((2, 3, 3, 3), "f4")
+    plan = cuconv.plan_conv(x.shape, w.shape, padding=1, strategy="im2col")
+    plan._spare = Taken()
+    wanted = cuconv.conv2d(x, w, padding=1, precision="strict")
+    testing.assert_equal(plan(x, w), wanted)
+    assert len(plan._spare) == 1
+
+
+def test_a_tiny_call_from_many_threads() -> None:
+    """A tiny plan keeps its buffers between calls: no two calls may share them."""
+    x = np.arange(4 * 27, dtype="f4").reshape(4, 1, 3, 3, 3)
+    w = np.arange(54, dtype="f4").reshape(2, 3, 3, 3)
+    wanted = [cuconv.conv2d(each, w, padding=1, strategy="im2col") for each in x]
+    before, checked = sys.getswitchinterval(), 0
+    sys.setswitchinterval(1e-6)
+    try:
+
+        def many(which: int) -> int:
+            for _ in range(400):
+                got = cuconv.conv2d(x[which], w, padding=1, strategy="im2col")
+                testing.assert_equal(got, wanted[which])
+            return 400
+
+        with ThreadPoolExecutor(4) as pool:
+            checked = sum(pool.map(many, range(4)))
+    finally:
+        sys.setswitchinterval(before)
+    assert checked == 1600

@@ -1,0 +1,457 @@
+"""The choice among strategies: reasons, settings, and plans that are made once."""
+
+import itertools
+import re
+import sys
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pytest
+from cases import CASES, cases, tiled_cases
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from support import (
+    LAYOUTS,
+    OPERATIONS,
+    Case,
+    forget_plans,
+    integers,
+    operands,
+    plan_of,
+    run,
+)
+
+import cuconv
+from cuconv import testing
+from cuconv.engine import call as calls
+from cuconv.engine import costs as rates
+from cuconv.engine import planner
+from cuconv.strategies import register, strategies
+
+# The module; the function of its name hides it.
+convolutions = sys.modules["cuconv.conv"]
+
+
+@pytest.fixture
+def planned(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """One item for each call that was checked and planned, and not known before."""
+    seen: list[Any] = []
+    original = convolutions.bind
+
+    def spy(*arguments: Any, **options: Any) -> Any:
+        seen.append(arguments[0])
+        return original(*arguments, **options)
+
+    monkeypatch.setattr(convolutions, "bind", spy)
+    forget_plans()
+    return seen
+
+
+# Reasons
+
+
+def _is_sentence(reason: str) -> bool:
+    return len(reason) > 10 and " " in reason and not reason.endswith((".", " "))
+
+
+@pytest.mark.parametrize("op", OPERATIONS)
+@settings(max_examples=40)
+@given(
+    case=st.one_of(cases(), tiled_cases(most=3)),
+    dtype=st.sampled_from(["float32", "float16", "int8", "complex64"]),
+    precision=st.sampled_from(["strict", "standard", "fast"]),
+)
+def test_every_other_strategy_has_a_reason(op, case, dtype, precision) -> None:
+    plan = plan_of(op, case, dtype, precision=precision)
+    passed = plan.passed_over
+    assert plan._candidate.label not in passed
+    words = {re.split(r" \(| over ", label)[0] for label in passed}
+    assert words | {plan.strategy} == set(strategies())
+    assert all(_is_sentence(reason) for reason in passed.values()), passed
+    for strategy in strategies().values():
+        able, reason = strategy.supports(plan.problem)
+        assert able is (reason == "")
+        assert able or _is_sentence(reason)
+
+
+def test_what_was_passed_over_is_slower_by_estimate_or_cannot() -> None:
+    plan = cuconv.plan_conv((8, 64, 28, 28), (64, 64, 3, 3), padding=1)
+    times = [
+        float(match[1])
+        for match in map(
+            re.compile(r"estimated (\d+\.\d+) times as long").fullmatch,
+            plan.passed_over.values(),
+        )
+        if match
+    ]
+    assert len(times) > 3
+    assert times == sorted(times)
+    assert times[0] >= 1
+
+
+def test_a_reason_names_the_limit_that_a_strategy_needs() -> None:
+    options = {"padding": 1, "precision": "standard"}
+    shapes = (4, 32, 28, 28), (32, 32, 3, 3)
+    plan = cuconv.plan_conv(*shapes, memory_limit="90 KiB", **options)
+    reason = plan.passed_over["winograd"]
+    least = int(re.search(r"needs (\d+) bytes at least", reason)[1])
+    assert least > 90 * 1024
+    alone = partial(cuconv.plan_conv, *shapes, strategy="winograd", **options)
+    assert alone(memory_limit=least).workspace_bytes <= least
+    with pytest.raises(cuconv.MemoryLimitError):
+        alone(memory_limit=least - 1)
+
+
+@pytest.mark.parametrize("name", ["pointwise", "depthwise", "winograd", "fft"])
+@pytest.mark.parametrize("op", OPERATIONS)
+def test_a_strategy_that_cannot_run_raises_with_its_reason(xp, op, name) -> None:
+    case = CASES["two axes, all different"]
+    arrays = operands(case, "float32").on(xp)
+    with pytest.raises(ValueError, match=f"{name!r} cannot run .* here: .+") as caught:
+        run(op, arrays, case, strategy=name, precision="standard")
+    assert planner.NAMES[op] in str(caught.value)
+    reason = str(caught.value).split("here: ")[1]
+    assert _is_sentence(reason)
+
+
+def test_a_strategys_name_must_be_new() -> None:
+    with pytest.raises(ValueError, match="'im2col' is already registered"):
+        register(strategies()["im2col"])
+    strategies().clear()
+    assert strategies(), "the registry itself was handed out"
+
+
+def test_an_unknown_strategy_is_refused_with_the_known_ones() -> None:
+    with pytest.raises(ValueError, match="'magic'") as caught:
+        cuconv.plan_conv((1, 1, 3), (1, 1, 2), strategy="magic")
+    for name in ("auto", "benchmark", *strategies()):
+        assert repr(name) in str(caught.value)
+    for bad in (None, 3, ("im2col",)):
+        with pytest.raises(TypeError, match="strategy must be a word"):
+            cuconv.plan_conv((1, 1, 3), (1, 1, 2), strategy=bad)
+
+
+# The choice
+
+
+def test_the_choice_is_the_cheapest() -> None:
+    """By its own estimate, whatever the strategy."""
+    several = 0
+    for case in CASES.values():
+        plan = plan_of("forward", case, precision="fast")
+        times = [candidate.nanoseconds for candidate in plan._decision.candidates]
+        assert min(times) == plan._candidate.nanoseconds
+        several += len(times) > 1
+    assert several > 10
+
+
+def test_each_step_has_its_price() -> None:
+    """More of any step costs more, and a worker pays for itself only where work is."""
+    from cuconv.strategies import Work
+
+    base = Work(multiply=1e6, short_side=64)
+    cost = partial(planner.price, rates=rates.CPU_RATES, workers=1)
+    checked = 0
+    for name in set(Work._fields) - {"short_side", "tiles", "loads"}:
+        more = base._replace(**{name: getattr(base, name) + 1e6})
+        assert cost(more) > cost(base), name
+        checked += 1
+    assert checked == len(Work._fields) - 3
+    assert cost(base._replace(short_side=2)) > cost(base)
+    two = partial(planner.price, rates=rates.CPU_RATES, workers=2)
+    assert two(base._replace(multiply=1e12)) < cost(base._replace(multiply=1e12))
+    assert two(base._replace(multiply=1)) > 0
+
+
+def test_a_last_round_of_tiles_that_is_not_full_takes_as_long_as_a_full_one() -> None:
+    from cuconv.strategies import Work
+
+    four = rates.CUDA_RATES._replace(processors=4, block=0)
+    base = Work(multiply=1e9)
+    times = [
+        planner.price(base._replace(tiles=tiles), four, 1)
+        / planner.price(base, four, 1)
+        for tiles in (1, 3, 4, 5, 8, 9)
+    ]
+    np.testing.assert_allclose(times, [4, 4 / 3, 1, 8 / 5, 1, 12 / 9])
+    alone = planner.price(base._replace(tiles=3), rates.CPU_RATES, 1)
+    assert alone == planner.price(base, rates.CPU_RATES, 1)
+
+
+SHAPES = list(
+    itertools.product(
+        [(1, 256, 7), (2, 8, 20), (4, 512, 14), (8, 64, 28), (1, 3, 112)],
+        [32, 128],
+        [1, 3],
+        [1, 2],
+        [None, 2**21, 2**23],
+    )
+)
+
+
+@pytest.mark.parametrize("op", OPERATIONS)
+def test_what_runs_does_not_depend_on_the_number_of_threads(op) -> None:
+    """Neither the strategy nor the cut: results would round differently."""
+    checked = 0
+    for (n, c, size), k, kernel, stride, limit in SHAPES:
+        found = set()
+        for threads in (1, 2, 3, 5):
+            with cuconv.config(num_threads=threads):
+                plan = cuconv.plan_conv(
+                    (n, c, size, size),
+                    (k, c, kernel, kernel),
+                    op=op,
+                    stride=stride,
+                    padding=kernel // 2,
+                    memory_limit=limit,
+                )
+            found.add(
+                (plan._candidate.label, plan._candidate.tiling._replace(workers=0))
+            )
+            assert plan.workers <= threads
+        assert len(found) == 1, f"{found} for {n, c, size, k, kernel, stride, limit}"
+        checked += 1
+    assert checked == len(SHAPES) == 120
+
+
+# Plans that are made once
+
+
+def test_a_call_like_one_before_is_not_planned_again(planned) -> None:
+    case = CASES["groups with stride"]
+    arrays = operands(case, "float32")
+    for op in OPERATIONS:
+        planned.clear()
+        wanted = run(op, arrays, case)
+        assert planned == [op]
+        for _ in range(3):
+            testing.assert_equal(run(op, arrays, case), wanted)
+        again = operands(case, "float32", seed=5)
+        out = np.empty_like(wanted)
+        assert planned == [op]
+        run(op, again, case, out=out)
+        assert planned == [op, op], "a result of the caller's may lie elsewhere"
+        got = run(op, again, case, out=out)
+        assert got is out
+        assert planned == [op, op]
+        testing.assert_equal(out, run(op, again, case))
+
+
+def _variations(case: Case) -> dict[str, dict[str, Any]]:
+    return {
+        "type": {"dtype": "float64"},
+        "precision": {"precision": "fast"},
+        "limit": {"memory_limit": "10 MiB"},
+        "strategy": {"strategy": "im2col"},
+        "deterministic": {"deterministic": True},
+        "stride": {"stride": (2, 1)},
+        "padding": {"padding": 2},
+        "layout": {"layout": "NCHW"},
+    }
+
+
+@pytest.mark.parametrize("name", [*_variations(CASES["pointwise"])])
+def test_another_option_is_another_plan(planned, name) -> None:
+    case = Case((2, 4, 9, 8), (4, 4, 3, 3), {"stride": (1, 1), "padding": 1})
+    x, w, _ = operands(case, "float32")
+    other = {**case.options, **_variations(case)[name]}
+    for options in (case.options, other):
+        for _ in range(2):
+            got = cuconv.conv(x, w, **options)
+            wanted = testing.conv_reference(
+                x, w, **{k: v for k, v in options.items() if k in REFERENCE}
+            )
+            testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)
+    assert len(planned) == 2
+
+
+REFERENCE = ("stride", "padding", "dilation", "groups", "layout")
+
+
+def test_other_arrays_are_another_plan(planned) -> None:
+    case = Case((2, 4, 9, 9), (4, 4, 3, 3), {})
+    x, w, _ = operands(case, "float32")
+    bias = integers((4,), "float32")
+    reads = x.view()
+    reads.flags.writeable = False
+    plain = [
+        (x, w),
+        (x.astype("f8"), w),
+        (x, w.astype("f8")),
+        (x.astype(x.dtype.newbyteorder()), w),
+        (np.asfortranarray(x), w),
+        (x[:, :, ::-1], w),
+        (x[:, :, :, :8], w),
+        (x[:1], w),
+        (x[0], w),
+        (x, w, bias),
+        (x, w, bias.astype("f8")),
+        (x, w, bias[::-1]),
+    ]
+    for arrays in plain:
+        before = len(planned)
+        for _ in range(2):
+            got = cuconv.conv(*arrays)
+            testing.assert_equal(got, testing.conv_reference(*arrays))
+        assert len(planned) == before + 1
+    testing.assert_equal(cuconv.conv(reads, w), cuconv.conv(x, w))
+
+
+def test_other_settings_are_another_plan(choices) -> None:
+    case = Case((4, 32, 28, 28), (32, 32, 3, 3), {"padding": 1})
+    x, w = integers(case.x_shape, "float32"), integers(case.w_shape, "float32")
+    found = []
+    for settings_ in (
+        {},
+        {"precision": "strict"},
+        {"memory_limit": 2**18},
+        {"num_threads": 1},
+        {"num_threads": 2},
+        {},
+    ):
+        with cuconv.config(**settings_):
+            cuconv.conv(x, w, padding=1)
+        found.append(choices[-1])
+    assert found[0] == found[-1]
+    assert found[1].strategy.name != "winograd"
+    assert found[2].workspace_bytes <= 2**18
+    assert [candidate.tiling.workers for candidate in found[3:5]] == [1, 2]
+
+
+BAD = {
+    "a stride of 1.0": ({"stride": 1}, {"stride": 1.0}),
+    "strides of 1.0": ({"stride": (1, 1)}, {"stride": (1.0, 1)}),
+    "a padding of 0.0": ({"padding": 0}, {"padding": 0.0}),
+    "pads of 0.0": ({"padding": ((0, 0), (0, 0))}, {"padding": ((0, 0.0), (0, 0))}),
+    "a dilation of 1.0": ({"dilation": (1, 1)}, {"dilation": (1, 1.0)}),
+    "groups of 1.0": ({"groups": 1}, {"groups": 1.0}),
+    "a limit of 1e6": ({"memory_limit": 10**6}, {"memory_limit": 1e6}),
+    "deterministic 1": ({"deterministic": True}, {"deterministic": 1}),
+    "a layout": ({"layout": "NCHW"}, {"layout": "NHCW"}),
+    "an unknown option": ({"stride": 1}, {"strides": 1}),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_a_bad_option_is_refused_after_a_good_one(name) -> None:
+    """Numbers that are equal and have one hash are not the same option."""
+    good, bad = BAD[name]
+    x, w = np.ones((1, 1, 6, 6)), np.ones((1, 1, 2, 2))
+    dy = np.ones((1, 1, 5, 5))
+    for call in (
+        partial(cuconv.conv, x, w),
+        partial(cuconv.conv_input_grad, dy, w, x.shape),
+        partial(cuconv.conv_weight_grad, dy, x, w.shape),
+    ):
+        call(**good)
+        with pytest.raises((TypeError, ValueError)):
+            call(**bad)
+        call(**good)
+
+
+def test_a_bad_shape_is_refused_after_a_good_one() -> None:
+    x, w, dy = np.ones((1, 1, 6, 6)), np.ones((1, 1, 2, 2)), np.ones((1, 1, 5, 5))
+    for _ in range(2):
+        cuconv.conv_input_grad(dy, w, (1, 1, 6, 6))
+        with pytest.raises(TypeError, match="x must be made of integers"):
+            cuconv.conv_input_grad(dy, w, (1, 1, 6.0, 6))
+        cuconv.conv_weight_grad(dy, x, (1, 1, 2, 2))
+        with pytest.raises(TypeError, match="w must be made of integers"):
+            cuconv.conv_weight_grad(dy, x, (1, 1, 2.0, 2))
+
+
+def test_lists_and_arrays_are_options_too(planned) -> None:
+    """They have no hash: such calls work, and are planned each time."""
+    x, w, dy = np.ones((1, 1, 6, 6)), np.ones((1, 1, 2, 2)), np.ones((1, 1, 3, 5))
+    wanted = cuconv.conv(x, w, stride=(2, 1))
+    for stride in ([2, 1], np.array([2, 1]), (np.int64(2), np.int8(1))):
+        for _ in range(2):
+            testing.assert_equal(cuconv.conv(x, w, stride=stride), wanted)
+    wanted = cuconv.conv_input_grad(dy, w, (1, 1, 6, 6), stride=(2, 1))
+    for shape in ([1, 1, 6, 6], np.array([1, 1, 6, 6])):
+        got = cuconv.conv_input_grad(dy, w, shape, stride=[2, 1])
+        testing.assert_equal(got, wanted)
+    assert len(planned) >= 6
+
+
+def test_out_that_overlaps_is_refused_the_second_time_too() -> None:
+    """The plan is known; whether arrays share memory is asked on every call."""
+    pool = np.zeros(300, np.float32)
+    x, w = pool[:36].reshape(1, 1, 6, 6), np.ones((1, 1, 2, 2), np.float32)
+    apart, over = (pool[i : i + 25].reshape(1, 1, 5, 5) for i in (100, 20))
+    for _ in range(2):
+        cuconv.conv(x, w, out=apart)
+        with pytest.raises(ValueError, match="out overlaps x"):
+            cuconv.conv(x, w, out=over)
+        with pytest.raises(ValueError, match="out overlaps w"):
+            cuconv.conv(x, apart[:, :, :2, :2], out=apart[:, :, :, :])
+    assert (pool[:36] == 0).all()
+
+
+def test_no_more_plans_are_kept_than_there_is_room_for(monkeypatch, planned) -> None:
+    monkeypatch.setattr(calls, "_MOST_SEEN", 8)
+    w = np.ones((1, 1, 2))
+    for length in range(2, 40):
+        x = np.ones((1, 1, length))
+        testing.assert_equal(cuconv.conv(x, w), np.full((1, 1, length - 1), 2))
+        assert len(calls._SEEN) <= 8
+    assert len(planned) == 38
+
+
+def test_a_plan_keeps_no_array_alive() -> None:
+    """What was seen is shapes, not data."""
+    import gc
+    import weakref
+
+    class Watched(np.ndarray):
+        pass
+
+    for kind in (np.ndarray, Watched):
+        x = np.ones((1, 1, 50)).view(Watched)
+        watch = weakref.ref(x)
+        cuconv.conv(x.view(kind), np.ones((1, 1, 3)))
+        cuconv.conv(x.view(kind), np.ones((1, 1, 3)))
+        del x
+        gc.collect()
+        assert watch() is None
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_known_calls_give_the_same_bits(layout) -> None:
+    rng = np.random.default_rng(0)
+    for case in (case.in_layout(layout) for case in CASES.values()):
+        for op in OPERATIONS:
+            shapes = (case.x_shape, case.w_shape, case.y_shape())
+            arrays = [rng.standard_normal(s).astype("f4") for s in shapes]
+            arrays = type(operands(case))(*arrays)
+            forget_plans()
+            first = run(op, arrays, case, precision="standard")
+            for _ in range(3):
+                again = run(op, arrays, case, precision="standard")
+                assert again.tobytes() == first.tobytes()
+                again[...] = 55
+
+
+def test_the_reason_is_that_of_the_form_that_could_run() -> None:
+    """An input gradient of stride 1 may run over dy: what forbids that is said too."""
+    plan = cuconv.plan_conv((2, 4, 9, 9), (4, 4, 3, 3), op="input_grad", padding=1)
+    reason = plan.passed_over["winograd"]
+    assert "over dy: fewer than 8 channels" in reason
+    with pytest.raises(ValueError, match="over dy: fewer than 8 channels"):
+        cuconv.plan_conv(
+            (2, 4, 9, 9), (4, 4, 3, 3), op="input_grad", strategy="winograd"
+        )
+
+
+def test_an_option_that_shows_its_address_is_never_taken_for_another() -> None:
+    class Step:
+        def __init__(self, size: int) -> None:
+            self.size = size
+
+        def __index__(self) -> int:
+            return self.size
+
+    x, w = np.ones((1, 1, 9)), np.ones((1, 1, 2))
+    lengths = [cuconv.conv(x, w, stride=Step(n)).shape[-1] for n in (1, 2, 3, 4) * 20]
+    assert lengths == [8, 4, 3, 2] * 20

@@ -1,0 +1,542 @@
+"""The product that gathers its own columns: exact, in place, and free of conflicts.
+
+On a machine without a GPU this is the kernel's own text on the CPU, a warp's exchange
+of fragments included; see `standin`.
+"""
+
+import math
+from itertools import product
+from typing import Any
+
+import numpy as np
+import pytest
+from cases import cases
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from support import (
+    LAYOUTS,
+    OPERATIONS,
+    Case,
+    Operands,
+    device_peak,
+    integers,
+    of,
+    operands,
+    plan_of,
+    reference,
+    run,
+    to_host,
+)
+
+import cuconv
+from cuconv import testing
+from cuconv.arrays import SUPPORTED_TYPES, accumulator
+from cuconv.backends.blocking import Blocking, block_sizes
+from cuconv.backends.cuda import cuda_backend
+from cuconv.backends.cuda.implicit_gemm import _Walk
+from cuconv.engine.rewrites import bind
+from cuconv.geometry import ConvGeometry
+from cuconv.memory import MemoryLimitError
+from cuconv.options import Options
+from cuconv.strategies import implicit_gemm
+from cuconv.strategies.base import filters_of, in_groups
+
+pytestmark = pytest.mark.parametrize("xp", ["cupy"], indirect=True)
+MINE = {"strategy": "implicit_gemm"}
+_COUNTS = "images", "channels", "filters"
+
+# Channels and filters that fill a copy of 16 bytes, or two, and tiles that they do not
+# fill; sizes, kernels, strides, dilations and pads that all differ.
+ALIGNED = Case(
+    (2, 32, 7, 10),
+    (96, 16, 3, 2),
+    {
+        "groups": 2,
+        "stride": (2, 3),
+        "dilation": (1, 2),
+        "padding": ((1, 2), (3, -1)),
+    },
+)
+ODD = Case(
+    (3, 10, 9, 6),
+    (70, 5, 2, 3),
+    {"groups": 2, "stride": (1, 2), "dilation": (3, 1), "padding": ((0, 2), (2, 1))},
+)
+ONE_AXIS = Case(
+    (2, 3, 41), (5, 3, 4), {"stride": 3, "dilation": 2, "padding": ((4, 1),)}
+)
+THREE_AXES = Case(
+    (2, 8, 4, 5, 6),
+    (10, 4, 2, 3, 2),
+    {
+        "groups": 2,
+        "stride": (1, 2, 3),
+        "dilation": (2, 1, 1),
+        "padding": ((1, 0), (2, 1), (0, 3)),
+    },
+)
+POINTWISE = Case((2, 64, 5, 7), (130, 64, 1, 1), {})
+SIGNED = [t for t in SUPPORTED_TYPES if t != "bool" and not t.startswith("u")]
+CASES = {
+    "aligned": ALIGNED,
+    "odd": ODD,
+    "one axis": ONE_AXIS,
+    "three axes": THREE_AXES,
+    "pointwise": POINTWISE,
+}
+
+
+_KNOWN: dict[tuple[str, str, str], np.ndarray] = {}
+
+
+def wanted_of(op: str, case: Case, kind: Any = float, seed: int = 0) -> np.ndarray:
+    """The reference for `operands`, computed once for all types that hold the same."""
+    key = op, repr((case, seed)), np.dtype(kind).name
+    if key not in _KNOWN:
+        _KNOWN[key] = reference(op, operands(case, kind, seed), case)
+    return _KNOWN[key]
+
+
+def geometry_of(case: Case) -> ConvGeometry:
+    return ConvGeometry.of_weights(case.x_shape, case.w_shape, **case.options)
+
+
+def launched(
+    xp: Any, op: str, case: Case, arrays: Operands, how: Blocking, out: Any = None
+) -> Any:
+    """One launch of the kernel, with blocks and parts of the test's choosing."""
+    g = geometry_of(case)
+    problem = cuconv.plan_conv(
+        case.x_shape, case.w_shape, op=op, dtype=arrays.x.dtype, **case.options
+    ).problem
+    shape = {"forward": g.y_shape, "weight_grad": g.w_shape}[op]
+    out = xp.empty(shape, arrays.x.dtype) if out is None else out
+    parts = xp.empty(how.parts * math.prod(shape), accumulator(arrays.x.dtype))
+    kernels = cuda_backend().contraction
+    if op == "forward":
+        w, x = filters_of(arrays.w, problem), in_groups(arrays.x, g)
+        kernels.convolve(w, x, None, in_groups(out, g), g.axes, how, parts)
+    else:
+        dy, x = in_groups(arrays.dy, g), in_groups(arrays.x, g)
+        into = filters_of(out, problem)
+        kernels.correlate(dy, x, into, g.axes, how, parts)
+    return to_host(out)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("op", OPERATIONS)
+def test_exact_on_small_integers(xp, op, name, layout):
+    case = CASES[name].in_layout(layout)
+    arrays = operands(case, "float32")
+    wanted = wanted_of(op, case)
+    testing.assert_equal(to_host(run(op, arrays.on(xp), case, **MINE)), wanted)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", SIGNED)
+@pytest.mark.parametrize("op", OPERATIONS)
+def test_every_type(xp, op, dtype, layout):
+    case = ALIGNED.in_layout(layout)
+    arrays = operands(case, dtype)
+    kind = complex if np.dtype(dtype).kind == "c" else float
+    got = to_host(run(op, arrays.on(xp), case, **MINE))
+    assert got.dtype == dtype
+    testing.assert_equal(got.astype(kind), wanted_of(op, case, kind).astype(dtype))
+
+
+@pytest.mark.parametrize("dtype", ["bool", "uint8", "uint16", "uint32", "uint64"])
+@pytest.mark.parametrize("op", OPERATIONS)
+def test_integers_wrap_and_booleans_are_ored(xp, op, dtype):
+    arrays = operands(ODD, dtype)
+    wide = Operands(*(a.astype("int64") for a in arrays))
+    wanted = reference(op, wide, ODD)
+    wanted = wanted.astype(bool) if dtype == "bool" else wanted.astype("int64")
+    got = to_host(run(op, arrays.on(xp), ODD, **MINE))
+    testing.assert_equal(got, wanted.astype(dtype), dtype=dtype)
+
+
+@settings(max_examples=30)
+@given(case=cases(), seed=st.integers(0, 99))
+@pytest.mark.parametrize("op", OPERATIONS)
+def test_exact_for_any_geometry(xp, op, case, seed):
+    arrays = operands(case, "float32", seed)
+    wanted = reference(op, arrays, case)
+    testing.assert_equal(to_host(run(op, arrays.on(xp), case, **MINE)), wanted)
+
+
+BLOCKS = [
+    (dtype, fast, size)
+    for dtype, fast in (("float32", 0), ("float32", 1), ("float16", 0), ("float64", 0))
+    for size in block_sizes(np.dtype(dtype))
+]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(("dtype", "fast", "size"), BLOCKS)
+@pytest.mark.parametrize("op", ["forward", "weight_grad"])
+@pytest.mark.parametrize("parts", [1, 3])
+def test_every_block_size_and_sums_in_parts(xp, parts, op, dtype, fast, size, layout):
+    case = ALIGNED.in_layout(layout)
+    how = Blocking(*size, parts, fast=bool(fast))
+    got = launched(xp, op, case, operands(case, dtype).on(xp), how)
+    testing.assert_equal(got.astype("float64"), wanted_of(op, case))
+
+
+def test_operands_that_are_not_aligned_are_read_one_by_one(xp):
+    case = POINTWISE.in_layout("channels_last")
+    host = operands(case, "float16")
+
+    def moved(array: np.ndarray) -> Any:
+        buffer = xp.zeros(array.size + 1, array.dtype)
+        buffer[1:] = xp.asarray(array.ravel())
+        return buffer[1:].reshape(array.shape)
+
+    arrays = Operands(*map(moved, host))
+    for op in ("forward", "weight_grad"):
+        got = launched(xp, op, case, arrays, Blocking(64, 64))
+        testing.assert_equal(got.astype("float64"), wanted_of(op, case))
+
+
+def test_a_result_with_gaps_is_summed_whole(xp):
+    """Parts are added as runs of memory, which such a result is not."""
+    arrays = operands(ODD, "float32")
+    shape = geometry_of(ODD).y_shape
+    out = xp.zeros((*shape[:-1], 2 * shape[-1]), "float32")[..., ::2]
+    got = launched(xp, "forward", ODD, arrays.on(xp), Blocking(64, 64, 4), out)
+    testing.assert_equal(got, reference("forward", arrays, ODD))
+
+
+@pytest.mark.parametrize("step", [-1, 2])
+@pytest.mark.parametrize("op", OPERATIONS)
+def test_arrays_may_run_backwards_or_in_steps(xp, op, step):
+    case = Case((2, 4, 5, 6), (6, 2, 3, 2), {"groups": 2, "padding": 1, "stride": 2})
+    host = operands(case, "float32")
+
+    def stepped(array: np.ndarray) -> Any:
+        buffer = xp.zeros((*array.shape[:-1], abs(step) * array.shape[-1]), "float32")
+        view = buffer[..., ::step]
+        view[...] = xp.asarray(array)
+        return view
+
+    got = run(op, Operands(*map(stepped, host)), case, **MINE)
+    testing.assert_equal(to_host(got), reference(op, host, case))
+
+
+def test_an_operand_may_be_spread_by_strides_of_zero(xp):
+    case = Case((3, 4, 6, 5), (5, 4, 3, 3), {"padding": 1})
+    host = operands(case, "float32")
+    one = xp.asarray(host.x[:1])
+    strides = (0, *one.strides[1:])
+    x = xp.lib.stride_tricks.as_strided(one, case.x_shape, strides)
+    whole = host._replace(x=np.broadcast_to(host.x[:1], case.x_shape))
+    got = run("forward", host.on(xp)._replace(x=x), case, **MINE)
+    testing.assert_equal(to_host(got), reference("forward", whole, case))
+
+
+def test_offsets_past_31_bits(xp):
+    far = 2**30 + 8
+    buffer = xp.zeros(2 * far + 64, dtype="uint8")
+    host = integers((3, 2, 3, 4), "uint8", largest=5)
+    x = xp.lib.stride_tricks.as_strided(buffer, (3, 2, 3, 4), (far, 12, 4, 1))
+    x[...] = xp.asarray(host)
+    w = integers((2, 2, 2, 3), "uint8", seed=1)
+    wanted = testing.conv_reference(host.astype(int), w.astype(int))
+    got = to_host(cuconv.conv(x, xp.asarray(w), **MINE))
+    testing.assert_equal(got, wanted.astype("uint8"), dtype="uint8")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_bias_is_added_once(xp, dtype):
+    case = ODD
+    x, w, _ = operands(case, dtype)
+    both = integers((140,), dtype, seed=9)
+    wide = (a.astype("float64") for a in (x, w))
+    wanted = testing.conv_reference(*wide, **case.options)
+    wanted += both[::2].astype("float64")[:, None, None]
+    bias = xp.asarray(both)[::2]
+    got = cuconv.conv(xp.asarray(x), xp.asarray(w), bias, **MINE, **case.options)
+    testing.assert_equal(to_host(got).astype("float64"), wanted)
+
+
+def test_tensor_cores_read_no_bank_twice(xp):
+    if not getattr(xp, "IS_STAND_IN", False):
+        pytest.skip("only the shim counts conflicts")
+    conflicts = xp._kernels.bank_conflicts
+    for layout, size in product(LAYOUTS, ((128, 128), (32, 64))):
+        case = ALIGNED.in_layout(layout)
+        arrays = operands(case, "float16").on(xp)
+        for op in ("forward", "weight_grad"):
+            launched(xp, op, case, arrays, Blocking(*size))
+    assert conflicts["implicit_gemm"] == 0
+
+
+@pytest.mark.parametrize("prepares", [False, True])
+@pytest.mark.parametrize(
+    ("dtype", "precision"), [("float16", "strict"), ("float32", "fast")]
+)
+@pytest.mark.parametrize("op", OPERATIONS)
+def test_operands_turned_so_that_channels_come_last(xp, op, dtype, precision, prepares):
+    """Every candidate, in place and turned, over strides and groups."""
+    case = ALIGNED
+    host = operands(case, dtype)
+    arrays = host.on(xp)
+    wanted = wanted_of(op, case)
+    plan = plan_of(op, case, dtype, device="cuda", precision=precision, **MINE)
+    turned = [c for c in plan._decision.candidates if c.tiling.variant[-1]]
+    assert len(turned) == len(plan._decision.candidates) / 2 > 0
+    for candidate in turned:
+        own = plan._on(candidate)
+        assert "channels turned last" in candidate.label
+        if prepares and op != "weight_grad":
+            got = own.prepare(arrays.w)(
+                *(a for a in of(op, arrays) if a is not arrays.w)
+            )
+        else:
+            got = own(*of(op, arrays))
+        testing.assert_equal(to_host(got).astype("float64"), wanted)
+        taken = device_peak(xp, lambda own=own: own(*of(op, arrays)))
+        assert 0 < taken <= candidate.workspace_bytes
+
+
+@pytest.mark.parametrize("op", OPERATIONS)
+def test_views_whose_channels_lie_last_need_no_turning(xp, op):
+    """A plan takes them for matrices as well, by columns instead of by rows."""
+    case = ALIGNED
+    host = operands(case, "float16")
+
+    def viewed(array: np.ndarray) -> Any:
+        last = np.ascontiguousarray(np.moveaxis(array, 1, -1))
+        return xp.asarray(last).transpose(0, 3, 1, 2)
+
+    arrays = Operands(viewed(host.x), xp.asarray(host.w), viewed(host.dy))
+    plan = plan_of(op, case, "float16", device="cuda", **MINE)
+    turned = [c for c in plan._decision.candidates if c.tiling.variant[-1]]
+    assert turned
+    got = plan._on(turned[0])(*of(op, arrays))
+    testing.assert_equal(to_host(got).astype("float64"), wanted_of(op, case))
+
+
+def test_only_tensor_cores_have_operands_turned(xp):
+    def lies(dtype: str, **options: Any) -> set[int]:
+        plan = plan_of("forward", ALIGNED, dtype, device="cuda", **MINE, **options)
+        return {c.tiling.variant[-1] for c in plan._decision.candidates}
+
+    assert lies("float16") == lies("float32", precision="fast") == {0, 1}
+    assert lies("float32") == lies("float64") == {0}
+    assert lies("float16", memory_limit=0) == {0}
+    last = ALIGNED.in_layout("channels_last")
+    plan = plan_of("forward", last, "float16", device="cuda", **MINE)
+    assert {c.tiling.variant[-1] for c in plan._decision.candidates} == {0}
+
+
+# What it takes, and what it rounds
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("op", OPERATIONS)
+def test_nothing_is_allocated(xp, op, layout):
+    case = ALIGNED.in_layout(layout)
+    arrays = operands(case, "float32").on(xp)
+    plan = plan_of(op, case, device="cuda", memory_limit=0, **MINE)
+    assert plan.workspace_bytes == 0
+    out = xp.empty(plan.result_shape, "float32")
+    assert device_peak_of(xp, lambda: plan(*of(op, arrays), out=out)) == 0
+
+
+def device_peak_of(xp: Any, call: Any) -> int:
+    """Bytes that a call takes which returns an array of the caller's."""
+    call()
+    return device_peak(xp, lambda: (xp.empty(1), call())[0])
+
+
+def test_parts_take_what_they_say_and_never_more_than_allowed(xp):
+    case = Case((4, 8, 17, 16), (16, 8, 3, 3), {"padding": 1})
+    arrays = operands(case, "float32").on(xp)
+    wanted = wanted_of("weight_grad", case)
+    parts: dict[int, set[int]] = {}
+    for limit in (0, 2**14, 2**20):
+        plan = plan_of("weight_grad", case, device="cuda", memory_limit=limit, **MINE)
+        for candidate in plan._decision.candidates:
+            own = plan._on(candidate)
+            parts.setdefault(limit, set()).add(candidate.tiling.variant[2])
+            testing.assert_equal(to_host(own(*of("weight_grad", arrays))), wanted)
+            taken = device_peak(xp, lambda own=own: own(*of("weight_grad", arrays)))
+            assert taken <= candidate.workspace_bytes <= limit
+            assert (taken > 0) == (candidate.tiling.variant[2] > 1)
+    assert parts == {0: {1}, 2**14: {1}, 2**20: {1, 4}}
+
+
+def test_sums_are_cut_only_where_the_result_is_one_run(xp):
+    x, w = xp.ones((2, 64, 7, 7), "float32"), xp.ones((32, 64, 5, 5), "float32")
+    big = xp.empty((2, 64, 7, 7), "float32")
+    options = {"padding": 2, **MINE}
+    seen = {}
+    for name, out in (
+        ("run", xp.empty((2, 32, 7, 7), "float32")),
+        ("gaps", big[:, :32]),
+    ):
+        arrays = {"x": x, "w": w}
+        geometry = ConvGeometry.of_weights(x.shape, w.shape, padding=2)
+        plan = bind("forward", geometry, arrays, out, Options(**options)).plan
+        seen[name] = {c.tiling.variant[2] for c in plan._decision.candidates}
+    assert seen["gaps"] == {1} < seen["run"]
+
+
+def test_halves_are_summed_in_float32(xp):
+    """2048 and 1 add up to 2048 in half precision, however often one adds."""
+    x = np.ones((1, 64, 40), "float16")
+    w = np.ones((1, 64, 40), "float16")
+    x[0, 0, 0] = 2048
+    for dtype in (None, "float32"):
+        y = cuconv.conv(xp.asarray(x), xp.asarray(w), dtype=dtype, **MINE)
+        assert float(to_host(y)[0, 0, 0]) == np.dtype(dtype or "float16").type(4607)
+
+
+def test_only_fast_rounds_to_tf32(xp):
+    x = np.full((1, 8, 3), 1 + 2**-12, "float32")
+    w = np.ones((4, 8, 1), "float32")
+    sums = {
+        precision: float(
+            to_host(
+                cuconv.conv(xp.asarray(x), xp.asarray(w), precision=precision, **MINE)
+            )[0, 0, 0]
+        )
+        for precision in ("strict", "standard", "fast")
+    }
+    exact = 8 * (1 + 2**-12)
+    assert sums == {"strict": exact, "standard": exact, "fast": 8.0}
+
+
+@pytest.mark.parametrize("op", OPERATIONS)
+def test_what_is_not_finite_stays_where_it_is(xp, op):
+    """NaN and Inf reach the sums that they are part of, and no other."""
+    case = Case((2, 3, 9, 8), (5, 3, 3, 2), {"stride": 2, "padding": 1})
+    arrays = operands(case, "float32")
+    for name in {"forward": ("x",), "input_grad": ("dy",), "weight_grad": ("x",)}[op]:
+        spoiled = getattr(arrays, name).copy()
+        spoiled.flat[7] = np.nan
+        spoiled.flat[-3] = np.inf
+        mine = arrays._replace(**{name: spoiled})
+        got = to_host(run(op, mine.on(xp), case, **MINE))
+        with np.errstate(invalid="ignore"):
+            wanted = reference(op, mine, case)
+        finite = np.isfinite(wanted)
+        assert 0 < finite.sum() < finite.size
+        np.testing.assert_array_equal(np.isfinite(got), finite)
+        np.testing.assert_array_equal(got[finite], wanted[finite])
+
+
+@pytest.mark.parametrize("op", OPERATIONS)
+def test_complex_numbers_may_lie_at_any_multiple_of_their_parts(xp, op):
+    """A complex128 has 16 bytes and may begin at 8: no copy of 16 may be used."""
+
+    def askew(array: np.ndarray) -> Any:
+        parts = np.concatenate([np.zeros(1), array.ravel().view("float64")])
+        flat = xp.asarray(parts)[1:].view("complex128")
+        assert flat.data.ptr % 16 == 8
+        return flat.reshape(array.shape)
+
+    arrays = operands(ODD, "complex128")
+    mine = Operands(*map(askew, arrays))
+    out = askew(np.zeros_like(reference(op, arrays, ODD)))
+    got = to_host(run(op, mine, ODD, out=out, **MINE))
+    testing.assert_equal(got, reference(op, arrays, ODD))
+
+
+def test_same_bits_every_time(xp):
+    case = ALIGNED
+    rng = np.random.default_rng(0)
+    arrays = Operands(
+        *(rng.standard_normal(a.shape).astype("float32") for a in operands(case))
+    ).on(xp)
+    for op in OPERATIONS:
+        one, two = (to_host(run(op, arrays, case, **MINE)) for _ in range(2))
+        np.testing.assert_array_equal(one, two)
+
+
+# What it refuses
+
+
+def test_refusals_say_why(xp):
+    x, w = xp.ones((1, 2, 5, 5), "float32"), xp.ones((3, 2, 3, 3), "float32")
+    with pytest.raises(ValueError, match="not all arrays are float64"):
+        cuconv.conv(x, w, dtype="float64", **MINE)
+    with pytest.raises(ValueError, match="not all arrays are float64"):
+        cuconv.conv(x, xp.ones(w.shape, "float64"), **MINE)
+    with pytest.raises(ValueError, match="it is a CUDA kernel"):
+        cuconv.conv(to_host(x), to_host(w), **MINE)
+    four = xp.ones((1, 1, 2, 2, 2, 2), "float32")
+    with pytest.raises(ValueError, match="4 axes, 3 at most"):
+        cuconv.conv(four, four, **MINE)
+    far = 2**30
+    with pytest.raises(ValueError, match=rf"spans {3 * far + 8} cells, {2**29} are"):
+        cuconv.conv(x, w, padding=far, stride=far, **MINE)
+
+
+@pytest.mark.parametrize("op", OPERATIONS)
+@pytest.mark.parametrize("axis", _COUNTS)
+def test_counts_past_32_bits_are_refused(xp, op, axis):
+    """Each is a digit of 32 bits in the kernel; a plan takes no memory for them."""
+    far = 2**31
+    images, channels, filters = (far if axis == n else 1 for n in _COUNTS)
+    shapes = (images, channels, 1), (filters, channels, 1)
+    options = {"op": op, "dtype": "int8", "device": "cuda"}
+    with pytest.raises(ValueError, match=f"{far} images, channels or filters, {2**30}"):
+        cuconv.plan_conv(*shapes, **options, **MINE)
+    assert cuconv.plan_conv(*shapes, **options).strategy != "implicit_gemm"
+
+
+def test_sums_past_32_bits_of_tiles_are_refused(xp):
+    shapes = (2**17, 1, 2**17), (1, 1, 1)
+    options = {"op": "weight_grad", "dtype": "int8", "device": "cuda"}
+    with pytest.raises(ValueError, match=f"sums of {2**34} terms, {2**33} at most"):
+        cuconv.plan_conv(*shapes, **options, **MINE)
+    assert cuconv.plan_conv(*shapes, **options).strategy != "implicit_gemm"
+
+
+def test_a_limit_too_small_for_other_strategies_is_none_for_it(xp):
+    x, w = xp.ones((1, 4, 9, 9), "float32"), xp.ones((3, 4, 3, 3), "float32")
+    with pytest.raises(MemoryLimitError):
+        cuconv.conv(x, w, memory_limit=0, strategy="im2col")
+    wanted = cuconv.conv(x, w)
+    got = cuconv.conv(x, w, memory_limit=0)
+    np.testing.assert_array_equal(to_host(got), to_host(wanted))
+
+
+# What the host works out
+
+
+@given(
+    radix=st.tuples(*[st.integers(1, 7)] * 4),
+    more=st.integers(1, 40),
+    first_fastest=st.booleans(),
+)
+def test_advancing_is_adding(xp, radix, more, first_fastest):
+    zero = (0, 0, 0, 0)
+    walk = _Walk(radix, zero, zero, (1, 1, 1), (0, 0, 0), 0, first_fastest)
+    order = (1, 2, 3, 0) if first_fastest else (0, 1, 2, 3)
+
+    def number(digits: tuple[int, ...]) -> int:
+        value = 0
+        for place, i in enumerate(order):
+            value = value * (radix[i] if place else 1) + digits[i]
+        return value
+
+    digits = walk.advance(more)
+    assert number(digits) == more
+    assert all(0 <= digits[i] < radix[i] for i in order[1:])
+
+
+def test_blocks_fit_the_filters(xp):
+    """No block is twice as tall as there are filters, unless it is the smallest."""
+    seen = set()
+    for filters in (1, 16, 31, 32, 33, 64, 65, 128, 500):
+        plan = cuconv.plan_conv(
+            (8, 16, 30, 30), (filters, 16, 3, 3), device="cuda", **MINE
+        )
+        tall = plan._candidate.tiling.variant[0]
+        assert tall < 2 * filters or tall == 32
+        seen.add(tall)
+    assert len(seen) > 1
+    assert implicit_gemm.ImplicitGemm().describe((128, 64, 4, 0)).endswith("in 4 parts")

@@ -1,0 +1,427 @@
+"""Every strategy against the seven loops, and against every other one.
+
+Those of the strict class are exact on small integers; the others are held to their
+documented bound.
+"""
+
+import contextlib
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pytest
+from cases import EMPTY, cases, tiled_cases
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from support import (
+    COMPLEX,
+    LAYOUTS,
+    OPERATIONS,
+    PLACES,
+    ROUNDED,
+    STRICT,
+    Case,
+    Operands,
+    host_peak,
+    integers,
+    normal,
+    of,
+    operands,
+    plan_of,
+    reference,
+    run,
+    smallest_limit,
+)
+
+import cuconv
+from cuconv import testing
+from cuconv.memory import MemoryLimitError
+from cuconv.strategies import strategies
+
+# Wide enough for Winograd, grouped enough for loops, long enough for Fourier.
+WIDE = {
+    "one axis": Case((2, 9, 17), (10, 9, 3), {"padding": ((2, 1),)}),
+    "two axes": Case((2, 8, 5, 7), (9, 8, 3, 3), {"padding": ((1, 2), (0, 1))}),
+    "two axes, cropped": Case(
+        (1, 16, 7, 6), (18, 8, 2, 3), {"padding": ((-1, 1), (2, -2)), "groups": 2}
+    ),
+    "five by three": Case((1, 8, 6, 5), (8, 8, 5, 3), {"padding": 2}),
+    "a stride outside": Case(
+        (1, 8, 7, 5), (9, 8, 5, 3), {"stride": (2, 1), "padding": (2, 1)}
+    ),
+    "three axes": Case(
+        (1, 8, 5, 4, 5),
+        (9, 8, 3, 3, 2),
+        {"stride": (2, 1, 1), "padding": ((1, 1), (0, 2), (1, 0))},
+    ),
+    "no batch axis": Case((8, 4, 5), (8, 8, 3, 4), {"padding": 1}),
+    "strided": Case((2, 8, 9, 8), (9, 8, 3, 3), {"stride": 2, "padding": 1}),
+    "dilated": Case((1, 8, 7, 9), (9, 8, 3, 3), {"dilation": (2, 3)}),
+    "pointwise": Case((3, 8, 3, 4), (9, 8, 1, 1), {}),
+    "pointwise, strided": Case((3, 8, 4, 5), (9, 8, 1, 1), {"stride": (2, 3)}),
+    "depthwise": Case(
+        (3, 9, 6, 5), (9, 1, 3, 3), {"groups": 9, "padding": 1, "stride": (2, 1)}
+    ),
+    "depthwise with a multiplier": Case(
+        (2, 6, 13), (12, 2, 4), {"groups": 3, "dilation": 2, "padding": ((3, 1),)}
+    ),
+    "many taps": Case((2, 3, 8, 9), (4, 3, 5, 6), {"padding": ((1, 3), (2, 0))}),
+    "many taps, strided": Case(
+        (1, 4, 9, 20), (6, 2, 3, 9), {"groups": 2, "stride": (2, 3), "dilation": 2}
+    ),
+}
+# bool and unsigned types hold other integers, and have their turn in test_conv.
+TYPES = (
+    *("float32", "float64", "float16", "bfloat16", "int8", "int64"),
+    *("complex64", "complex128"),
+)
+# Of the largest number of the result.
+BOUNDS = {
+    ("winograd", "standard", "float32"): 1e-5,
+    ("winograd", "fast", "float32"): 1e-4,
+    ("winograd", "standard", "float64"): 1e-12,
+    ("winograd", "fast", "float64"): 1e-12,
+    ("fft", "fast", "float32"): 1e-5,
+    ("fft", "fast", "float64"): 1e-12,
+}
+
+
+_KNOWN: dict[tuple[str, str, str], np.ndarray] = {}
+
+
+def wanted_of(op: str, case: Case, dtype: Any) -> np.ndarray:
+    """The reference for `operands`, computed once for all types that hold the same."""
+    wide = complex if np.dtype(dtype).kind == "c" else float
+    key = op, repr(case), np.dtype(wide).name
+    if key not in _KNOWN:
+        _KNOWN[key] = reference(op, operands(case, wide), case)
+    return _KNOWN[key].astype(dtype)
+
+
+def assert_near(actual: Any, wanted: np.ndarray, bound: float) -> None:
+    """No farther off than this part of the largest number; NaN is never near."""
+    largest = float(np.abs(wanted).max(initial=0))
+    assert_within(actual, wanted, bound * largest)
+
+
+def assert_within(actual: Any, wanted: np.ndarray, bound: float) -> None:
+    assert actual.shape == wanted.shape
+    error = float(np.abs(actual.astype(np.float64) - wanted).max(initial=0))
+    assert error <= bound, f"off by {error:.3g}, and {bound:.3g} is allowed"
+
+
+def test_these_are_the_strategies() -> None:
+    """A new one belongs into the tests of its class; a kernel has a file of its own."""
+    assert set(strategies()) == {*STRICT, *ROUNDED, "implicit_gemm"}
+
+
+@pytest.mark.parametrize("name", STRICT)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("op", OPERATIONS)
+def test_strict_strategies_are_exact_in_every_type(op, layout, name) -> None:
+    ran, dtypes = 0, set()
+    for dtype in TYPES:
+        for case in (case.in_layout(layout) for case in WIDE.values()):
+            plan = plan_of(op, case, dtype, strategy=name)
+            if plan is None:
+                continue
+            got = plan(*of(op, operands(case, dtype)))
+            testing.assert_equal(got, wanted_of(op, case, dtype), dtype=dtype)
+            assert plan.strategy == name
+            ran += 1
+            dtypes.add(dtype)
+    if name == "depthwise" and layout == "channels_last":
+        return
+    assert ran >= len(dtypes) * (1 if name == "tap_matmul" else 2)
+    assert len(dtypes) >= (2 if name == "depthwise" else len(TYPES) - 2)
+
+
+@pytest.mark.parametrize("name", ["im2col", "pointwise", "tap_matmul"])
+@pytest.mark.parametrize("op", OPERATIONS)
+@settings(max_examples=40)
+@given(case=cases(), dtype=st.sampled_from(["float32", "float16", "complex64", "int8"]))
+def test_strict_strategies_are_exact_for_any_geometry(op, name, case, dtype) -> None:
+    if name == "pointwise":
+        ones = (1,) * len(case.options["stride"])
+        first = case.layout == "channels_first"
+        kernel = slice(2, None) if first else slice(0, -2)
+        shape = list(case.w_shape)
+        shape[kernel] = ones
+        # The kernel is a single cell: pads that leave no input are not for it.
+        pads = tuple((max(a, 0), max(b, 0)) for a, b in case.options["padding"])
+        options = {**case.options, "padding": pads}
+        case = Case(case.x_shape, tuple(shape), options)
+    plan = plan_of(op, case, dtype, strategy=name)
+    if plan is None:
+        assert name == "tap_matmul"
+        return
+    arrays = operands(case, dtype)
+    wanted = reference(op, arrays, case).astype(dtype)
+    testing.assert_equal(plan(*of(op, arrays)), wanted, dtype=dtype)
+
+
+@pytest.mark.parametrize("name", ROUNDED)
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("op", OPERATIONS)
+def test_the_others_are_within_their_bound(op, layout, dtype, name) -> None:
+    ran = 0
+    for precision in ("standard", "fast"):
+        for case in (case.in_layout(layout) for case in WIDE.values()):
+            plan = plan_of(op, case, dtype, strategy=name, precision=precision)
+            if plan is None:
+                continue
+            arrays = normal(case, dtype)
+            wanted = reference(op, Operands(*(a.astype(float) for a in arrays)), case)
+            bound = BOUNDS[name, precision, dtype]
+            for candidate in plan._decision.candidates:
+                assert candidate.strategy.name == name
+                got = plan._on(candidate).run(of(op, arrays), None)
+                assert_near(got, wanted, bound)
+                ran += 1
+    assert ran >= (1 if name == "fft" else 4)
+
+
+@pytest.mark.parametrize("op", OPERATIONS)
+@settings(max_examples=40)
+@given(
+    case=st.one_of(tiled_cases(), cases()),
+    precision=st.sampled_from(["standard", "fast"]),
+)
+def test_all_strategies_agree(op, case, precision) -> None:
+    """Whatever can run: each variant of each strategy.
+
+    What cancels in a transform leaves a rounding error as large as what cancelled,
+    so that results are compared with the largest sum that there could be.
+    """
+    arrays = normal(case)
+    wanted = reference(op, Operands(*(a.astype(float) for a in arrays)), case)
+    largest = float(np.prod([np.abs(a).max(initial=0) for a in of(op, arrays)]))
+    terms = max(arrays.x.size, arrays.w.size, arrays.dy.size) ** 0.5
+    names = set()
+    for name in strategies():
+        plan = plan_of(op, case, strategy=name, precision=precision)
+        for candidate in plan._decision.candidates if plan else ():
+            got = plan._on(candidate).run(of(op, arrays), None)
+            assert_within(got, wanted, 1e-5 * terms * largest)
+            names.add(name)
+    assert "im2col" in names
+
+
+@pytest.mark.parametrize("name", [*STRICT, *ROUNDED])
+@pytest.mark.parametrize("op", OPERATIONS)
+def test_bias_out_and_places(op, name) -> None:
+    """Odd strides of every array, a result that has neighbours, and a bias."""
+    ran = 0
+    exact = name in STRICT
+    for case in WIDE.values():
+        plan = plan_of(op, case, strategy=name, precision="fast")
+        if plan is None:
+            continue
+        arrays = operands(case, "float32")
+        wanted = wanted_of(op, case, "float32")
+        options = {"strategy": name, "precision": "fast"}
+        for place in PLACES.values():
+            mine = Operands(*(place(np, a) for a in arrays))
+            around = np.full([n + 2 for n in wanted.shape], 77, np.float32)
+            inside, got = tuple(slice(1, -1) for _ in wanted.shape), None
+            with contextlib.suppress(ValueError):
+                got = run(op, mine, case, out=around[inside], **options)
+                ran += 1
+            if got is None:
+                assert name == "depthwise"
+                continue
+            assert got.base is around
+            near = partial(assert_near, bound=0 if exact else 1e-4)
+            near(got, wanted)
+            around[inside] = 77
+            assert (around == 77).all(), "it wrote beyond its result"
+        if op == "forward":
+            bias = integers((case.filters(),), "float32", largest=9)
+            got = cuconv.conv(arrays.x, arrays.w, bias, **case.options, **options)
+            per_filter = bias.reshape(-1, *(1,) * (len(case.w_shape) - 2))
+            with_bias = wanted + per_filter
+            assert_near(got, with_bias, 0 if exact else 1e-4)
+    assert ran >= 2
+
+
+@pytest.mark.parametrize("name", [*STRICT, *ROUNDED])
+@pytest.mark.parametrize("op", OPERATIONS)
+def test_the_sum_over_nothing(op, name) -> None:
+    """No image, no filter, no channel, no cell: zero, whatever was asked for."""
+    ran = 0
+    nothing = [
+        *EMPTY,
+        Case((0, 16, 8, 9), (16, 16, 3, 3), {"padding": 1}),
+        Case((2, 16, 0, 9), (16, 16, 3, 3), {"padding": 2}),
+        Case((0, 16, 8, 9), (16, 1, 3, 3), {"groups": 16}),
+        Case((0, 16, 8), (16, 16, 1), {}),
+        Case((2, 8, 9), (0, 8, 3), {}),
+        Case((0, 2, 40), (3, 2, 27), {}),
+    ]
+    for case in nothing:
+        plan = plan_of(op, case, strategy=name, precision="fast")
+        if plan is None:
+            continue
+        arrays = operands(case, "float32")
+        assert str(plan)
+        got = plan(*of(op, arrays))
+        testing.assert_equal(got, reference(op, arrays, case), dtype=np.float32)
+        ran += 1
+    assert ran >= 1
+
+
+def test_four_axes_in_groups() -> None:
+    """Every strategy that takes four spatial axes, or says that it does not."""
+    case = Case((2, 16, 3, 3, 4, 5), (16, 8, 2, 2, 2, 3), {"groups": 2, "padding": 1})
+    few = Case((1, 4, 3, 3, 3, 4), (4, 1, 2, 1, 2, 2), {"groups": 4})
+    for op in OPERATIONS:
+        for each in (case, few):
+            arrays = operands(each, "float32")
+            wanted = reference(op, arrays, each)
+            testing.assert_equal(run(op, arrays, each), wanted, dtype=np.float32)
+            for name in strategies():
+                plan = plan_of(op, each, strategy=name, precision="fast")
+                if plan:
+                    assert_near(plan(*of(op, arrays)), wanted, 1e-4)
+
+
+# What a NaN or an infinity reaches
+
+SMALL = {
+    "padded": Case((2, 4, 9, 8), (4, 1, 3, 3), {"groups": 4, "padding": 1}),
+    "strided": Case((2, 4, 9, 8), (4, 1, 3, 3), {"groups": 4, "stride": 2}),
+    "dilated": Case((2, 4, 9, 8), (4, 1, 3, 3), {"groups": 4, "dilation": 2}),
+    "a tail": Case((1, 2, 12), (2, 1, 2), {"groups": 2, "stride": 5}),
+    "whole": Case((2, 3, 7, 8), (4, 3, 3, 2), {"stride": (2, 3)}),
+}
+
+
+@pytest.mark.parametrize("name", STRICT)
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+@pytest.mark.parametrize("op", OPERATIONS)
+def test_what_is_no_number_stays_where_it_belongs(op, bad, name) -> None:
+    """A cell that no window of a result reads does not spoil it.
+
+    Zeros of the padding times infinity are NaN, as in every framework; they are part
+    of the sum.  The input gradient may pad dy likewise, so that bad weights spread to
+    the rim.  Zeros that a strategy has put elsewhere for its own ends have no part.
+    """
+    ran = 0
+    for case in SMALL.values():
+        padded = "padding" in case.options
+        for which in range(3):
+            arrays = operands(case, "float32", seed=3)
+            array = arrays[which]
+            array[(0,) * array.ndim] = bad
+            array[(-1,) * array.ndim] = bad
+            plan = plan_of(op, case, strategy=name)
+            if plan is None:
+                continue
+            with np.errstate(invalid="ignore"):
+                got = plan(*of(op, arrays))
+                wanted = reference(op, arrays, case)
+            spoiled = ~np.isfinite(got)
+            ran += 1
+            if not padded and not (op == "input_grad" and which == 1):
+                np.testing.assert_array_equal(spoiled, ~np.isfinite(wanted))
+                continue
+            assert not (np.isfinite(got) & ~np.isfinite(wanted)).any()
+            # Where x or dy is bad, zeros around x have no part in it.
+            if which == 0 or (which == 2 and op == "input_grad"):
+                np.testing.assert_array_equal(spoiled, ~np.isfinite(wanted))
+    assert ran == 0 if name == "pointwise" else ran >= 3
+
+
+@pytest.mark.parametrize("op", OPERATIONS)
+def test_subnormal_numbers_are_numbers(op) -> None:
+    """No strategy flushes them to zero on a CPU."""
+    tiny = 2.0**-1060
+    ran = 0
+    for name in (*STRICT, "winograd"):
+        for case in WIDE.values():
+            plan = plan_of(op, case, "float64", strategy=name, precision="standard")
+            if plan is None:
+                continue
+            first, second = of(op, operands(case, "float64"))
+            got = plan(first * tiny, second)
+            wanted = wanted_of(op, case, "float64")
+            # A subnormal has 2^-1074 for its last place; Winograd rounds there.
+            near = 0 if name in STRICT else 2.0**-7
+            assert_near(got / tiny, wanted, near)
+            ran += 1
+    assert ran > 20
+
+
+# Memory
+
+LARGE = {
+    "wide": Case((3, 16, 19, 21), (24, 16, 3, 3), {"padding": 1}),
+    "grouped": Case((3, 20, 21, 19), (20, 1, 5, 3), {"groups": 20, "stride": (3, 1)}),
+    "pointwise": Case((5, 32, 13, 19), (16, 32, 1, 1), {}),
+    "one axis": Case((2, 16, 501), (16, 16, 5), {"padding": 2}),
+    "many taps": Case((2, 6, 41, 43), (7, 6, 7, 9), {"padding": 3}),
+}
+
+
+@pytest.mark.parametrize("name", [*STRICT, *ROUNDED, "auto"])
+@pytest.mark.parametrize("op", OPERATIONS)
+def test_every_strategy_stays_within_any_limit(op, name) -> None:
+    ran = 0
+    for case in LARGE.values():
+        options = {"strategy": name, "precision": "fast"}
+        plan = plan_of(op, case, **options)
+        if plan is None:
+            continue
+        arrays = integer_arrays(case)
+        call = partial(run, op, arrays, case, **options)
+        smallest = smallest_limit(call)
+        with pytest.raises(MemoryLimitError) as caught:
+            call(memory_limit=smallest - 1)
+        assert caught.value.smallest == smallest
+        wanted = run(op, arrays, case, strategy="im2col")
+        # The smallest limits run one position at a time: not for all of these.
+        for extra in (2**13, 2**16, 2**19):
+            limit = smallest + extra
+            took = host_peak(partial(call, memory_limit=limit))
+            own = plan_of(op, case, memory_limit=limit, **options)
+            assert took <= own.workspace_bytes <= limit
+            assert_near(call(memory_limit=limit), wanted, 1e-4)
+            ran += 1
+    assert ran >= 3
+
+
+@pytest.mark.parametrize("name", [*STRICT, *ROUNDED])
+@pytest.mark.parametrize("op", OPERATIONS)
+def test_the_smallest_limit_of_every_strategy_will_do(op, name) -> None:
+    ran = 0
+    for case in WIDE.values():
+        options = {"strategy": name, "precision": "fast"}
+        if plan_of(op, case, **options) is None:
+            continue
+        call = partial(run, op, operands(case, "float32"), case, **options)
+        smallest = smallest_limit(call)
+        for limit in (smallest, smallest + 512, smallest + 3000):
+            assert host_peak(partial(call, memory_limit=limit)) <= limit
+            got = call(memory_limit=limit)
+            near = 0 if name in STRICT else 1e-4
+            assert_near(got, wanted_of(op, case, "float32"), near)
+            ran += 1
+    assert ran >= 3
+
+
+def integer_arrays(case: Case, dtype: Any = "float32") -> Operands:
+    """Like `operands`, for cases that are too large for loops in Python."""
+    y_shape = cuconv.plan_conv(case.x_shape, case.w_shape, **case.options).result_shape
+    shapes = (case.x_shape, case.w_shape, y_shape)
+    return Operands(*(integers(s, dtype, i) for i, s in enumerate(shapes)))
+
+
+@pytest.mark.parametrize("dtype", ["float32", *COMPLEX, "int16"])
+@pytest.mark.parametrize("op", OPERATIONS)
+def test_the_workspace_is_an_upper_bound(op, dtype) -> None:
+    """What a plan says of itself, measured."""
+    for case in LARGE.values():
+        plan = plan_of(op, case, dtype, precision="standard")
+        arrays = of(op, integer_arrays(case, dtype))
+        assert host_peak(lambda p=plan, a=arrays: p(*a)) <= plan.workspace_bytes
