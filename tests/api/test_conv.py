@@ -428,7 +428,7 @@ def test_byte_swapped_inputs_and_results(op) -> None:
 
 
 @pytest.mark.parametrize("op", OPERATIONS)
-def testunaligned_inputs(op) -> None:
+def test_unaligned_inputs(op) -> None:
     """Addresses that no element may have; NumPy alone makes such arrays."""
     for case in CASES.values():
         arrays = operands(case, "float64")
