@@ -79,7 +79,7 @@ def run_sanitized(*arguments: str) -> subprocess.CompletedProcess[str]:
 )
 def test_kernels_are_clean(name, chosen, least):
     done = run_sanitized(
-        *("-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist"),
+        *("-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-m", ""),
         *(str(TESTS / name), "-k", chosen),
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
