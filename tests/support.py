@@ -407,3 +407,12 @@ def call_into(op: str, arrays: Operands, case: Case, out: Any, **options: Any) -
 def wanted_shape(op: str, case: Case) -> tuple[int, ...]:
     shapes = case.y_shape(), case.x_shape, case.w_shape
     return dict(zip(OPERATIONS, shapes, strict=True))[op]
+
+
+def outs(xp: Any, shape: Sequence[int], dtype: Any = "float32") -> list[Any]:
+    """Results full of rubbish: plain, Fortran, every second cell, and reversed."""
+    plain, other = xp.full(shape, 77, dtype), xp.full(shape, 77, dtype)
+    fortran = xp.full(tuple(shape)[::-1], 77, dtype).transpose()
+    spaced = xp.full([2 * n for n in shape], 77, dtype)
+    spaced = spaced[tuple(slice(1, None, 2) for _ in shape)]
+    return [plain, fortran, spaced, other[tuple(slice(None, None, -1) for _ in shape)]]

@@ -21,6 +21,7 @@ from support import (
     arrays_of,
     integers,
     operands,
+    outs,
     reference,
     run,
     smallest_limit,
@@ -90,53 +91,13 @@ def test_equals_the_loops_for_any_geometry(xp, op, case, seed) -> None:
 
 
 @pytest.mark.parametrize("op", OPERATIONS)
-@given(case=cases(), extra=st.integers(0, 40))
+@given(case=cases(), extra=st.sampled_from([*range(0, 2**12, 256), 2**14, 2**20]))
 def test_equals_the_loops_under_any_limit(xp, op, case, extra) -> None:
     arrays = operands(case, "float32")
     mine = arrays.on(xp)
     chunked = partial(run, op, mine, case, **with_buffers_on(xp))
-    limit = smallest_limit(chunked) + extra * 256
+    limit = smallest_limit(chunked) + extra
     expect(op, arrays, case, np.float32, chunked(memory_limit=limit))
-
-
-@pytest.mark.parametrize("dtype", ["float32", "float16", "int8", "complex64"])
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("op", OPERATIONS)
-def test_every_chunking_gives_the_same_numbers(xp, choices, op, layout, dtype) -> None:
-    checked = with_buffers = 0
-    for case in each_in(layout):
-        arrays = operands(case, dtype)
-        mine = arrays.on(xp)
-        chunked = partial(run, op, mine, case, **with_buffers_on(xp))
-        smallest = smallest_limit(chunked)
-        with_buffers += smallest > 0
-        wanted = reference(op, arrays, case).astype(dtype)
-        for extra in (0, 512, 1536, 4096, 2**14, 2**20):
-            actual = chunked(memory_limit=smallest + extra)
-            testing.assert_equal(actual, wanted, dtype=dtype)
-            checked += 1
-    assert checked == 6 * len(CASES)
-    # Buffers come in units of 512 bytes, which hold more of the smaller types.
-    most = 1.5 if np.dtype(dtype).itemsize > 1 else 1.1
-    tilings = {(candidate.problem, candidate.tiling) for candidate in choices}
-    assert with_buffers > len(CASES) // 2
-    assert len(tilings) > most * with_buffers, "the limits did not lead to other chunks"
-
-
-@pytest.mark.parametrize("strategy", ["auto", "im2col", "pointwise"])
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("op", OPERATIONS)
-def test_every_strategy_gives_the_same_numbers(xp, op, layout, strategy) -> None:
-    checked = 0
-    for name, case in zip(CASES, each_in(layout), strict=True):
-        if strategy == "pointwise" and "pointwise" not in name:
-            continue
-        arrays = operands(case)
-        for precision in ("strict", "standard", "fast"):
-            options = {"strategy": strategy, "precision": precision}
-            expect(op, arrays, case, float, run(op, arrays.on(xp), case, **options))
-            checked += 1
-    assert checked == 3 * (3 if strategy == "pointwise" else len(CASES))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -213,23 +174,11 @@ def test_out_takes_the_result_wherever_it_lies(xp, op, layout) -> None:
         arrays = operands(case, "float32")
         mine = arrays.on(xp)
         wanted = reference(op, arrays, case)
-        for out in _places(xp, wanted.shape, np.float32):
+        for out in outs(xp, wanted.shape, np.float32):
             assert run(op, mine, case, out=out) is out
             testing.assert_equal(out, wanted, dtype=np.float32)
             checked += 1
     assert checked == 4 * len(CASES)
-
-
-def _places(xp: Any, shape: tuple[int, ...], dtype: Any) -> list[Any]:
-    """Results full of rubbish: plain, Fortran, every second cell, and reversed."""
-    plain = xp.full(shape, 77, dtype=dtype)
-    fortran = xp.full(shape[::-1], 77, dtype=dtype).transpose()
-    spaced = xp.full([2 * n for n in shape], 77, dtype=dtype)
-    spaced = spaced[tuple(slice(1, None, 2) for _ in shape)]
-    turned = xp.full(shape, 77, dtype=dtype)[
-        tuple(slice(None, None, -1) for _ in shape)
-    ]
-    return [plain, fortran, spaced, turned]
 
 
 @pytest.mark.parametrize("op", OPERATIONS)
@@ -300,13 +249,6 @@ def test_mixed_types_meet_in_numpys_common_one(xp, op, first, second, result) ->
     expect(op, arrays, case, np.dtype(result), run(op, arrays.on(xp), case))
 
 
-def test_int8_with_a_wide_result_does_not_wrap(xp) -> None:
-    x = xp.full((1, 300, 4), 127, dtype=np.int8)
-    w = xp.full((2, 300, 2), -128, dtype=np.int8)
-    y = cuconv.conv(x, w, dtype=np.int32)
-    testing.assert_equal(y, np.full((1, 2, 3), 2 * 300 * 127 * -128), dtype=np.int32)
-
-
 @pytest.mark.parametrize("dtype", INTEGERS)
 @pytest.mark.parametrize("op", OPERATIONS)
 def test_integers_wrap_as_numpys_do(xp, op, dtype) -> None:
@@ -322,33 +264,6 @@ def test_integers_wrap_as_numpys_do(xp, op, dtype) -> None:
     exact = reference(op, arrays, case)
     assert (exact.astype(dtype) != exact).any() or limits.bits == 64
     expect(op, arrays, case, np.dtype(dtype), run(op, arrays.on(xp), case))
-
-
-@pytest.mark.parametrize("dtype", HALVES)
-@pytest.mark.parametrize("limit", [None, "smallest"])
-def test_half_types_are_summed_in_float32(xp, dtype, limit) -> None:
-    """4096 ones: a sum in float16 stops at 2048, one in bfloat16 at 256."""
-    many, ones = 4096, np.dtype(dtype)
-
-    def call(function: Any, *arguments: Any) -> float:
-        def bound(**options: Any) -> Any:
-            return function(*arguments, **options)
-
-        some = {} if limit is None else {"memory_limit": smallest_limit(bound)}
-        result = bound(**some)
-        assert result.dtype == ones
-        return float(to_host(result).ravel()[0])
-
-    over_channels = xp.ones((1, many, 3), ones), xp.ones((1, many, 3), ones)
-    assert call(cuconv.conv, *over_channels) == 3 * many
-    over_taps = xp.ones((1, 1, many), ones), xp.ones((1, 1, many), ones)
-    assert call(cuconv.conv, *over_taps) == many
-    dy, w = xp.ones((1, many, 2), ones), xp.ones((many, 1, 2), ones)
-    assert call(cuconv.conv_input_grad, dy, w, (1, 1, 3)) == many
-    dy, x = xp.ones((1, 1, many), ones), xp.ones((1, 1, many + 2), ones)
-    assert call(cuconv.conv_weight_grad, dy, x, (1, 1, 3)) == many
-    dy, x = xp.ones((many, 1, 1), ones), xp.ones((many, 1, 2), ones)
-    assert call(cuconv.conv_weight_grad, dy, x, (1, 1, 2)) == many
 
 
 @pytest.mark.parametrize("dtype", HALVES)
@@ -370,23 +285,13 @@ def test_a_half_result_is_rounded_once(xp) -> None:
 # How the inputs lie in memory
 
 
-@pytest.mark.parametrize("place", PLACES)
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("op", OPERATIONS)
-def test_inputs_may_lie_anyhow(xp, op, layout, place) -> None:
-    for case in each_in(layout):
-        arrays = operands(case, "float32")
-        mine = Operands(*(PLACES[place](xp, array) for array in arrays))
-        expect(op, arrays, case, np.float32, run(op, mine, case))
-
-
 @pytest.mark.parametrize("op", OPERATIONS)
 @given(
     case=cases(),
     places=st.tuples(*[st.sampled_from(sorted(PLACES))] * 3),
     dtype=st.sampled_from(["float16", "float32", "int16", "complex64"]),
 )
-def test_any_mix_of_places(xp, op, case, places, dtype) -> None:
+def test_any_mix_ofouts(xp, op, case, places, dtype) -> None:
     arrays = operands(case, dtype)
     mine = Operands(*(PLACES[p](xp, a) for p, a in zip(places, arrays, strict=True)))
     expect(op, arrays, case, np.dtype(dtype), run(op, mine, case))
@@ -468,18 +373,6 @@ def test_subclasses_of_numpys_array_are_arrays() -> None:
 
 
 # Nothing to sum
-
-
-@pytest.mark.parametrize("dtype", ["float32", "float16", "int8", "complex64"])
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("op", OPERATIONS)
-def test_the_sum_over_nothing_is_zero(xp, op, layout, dtype) -> None:
-    for case in each_in(layout, EMPTY):
-        arrays = operands(case, dtype)
-        wanted = reference(op, arrays, case).astype(dtype)
-        testing.assert_equal(run(op, arrays.on(xp), case), wanted, dtype=dtype)
-        out = xp.full(wanted.shape, 77, dtype=dtype)
-        testing.assert_equal(run(op, arrays.on(xp), case, out=out), wanted)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -591,27 +484,6 @@ def test_backward_computes_what_is_needed_alone(xp, choices, needs) -> None:
 
 
 # The tail, and the words
-
-
-@pytest.mark.parametrize("op", OPERATIONS)
-def test_the_stride_tail(xp, op) -> None:
-    """Cells that no window reaches: gradient zero, and no effect on the result."""
-    case = Case(
-        (2, 2, 12, 13), (3, 2, 2, 3), {"stride": (5, 4), "padding": ((1, 0), 0)}
-    )
-    arrays = operands(case, "float32")
-    assert case.y_shape() == (2, 3, 3, 3)
-    tails = {"two or more": 0}
-    for tail in range(1, 4):
-        longer = Case((2, 2, 12 + tail, 13), case.w_shape, case.options)
-        assert longer.y_shape() == case.y_shape()
-        tails["two or more"] += tail >= 2
-        x = integers(longer.x_shape, "float32", seed=tail)
-        mine = arrays._replace(x=x)
-        expect(op, mine, longer, np.float32, run(op, mine.on(xp), longer))
-    assert tails["two or more"] == 2
-    gradient = run("input_grad", arrays._replace(x=x).on(xp), longer)
-    testing.assert_equal(gradient[:, :, 12:], np.zeros((2, 2, 3, 13)))
 
 
 SPELLINGS = {

@@ -1,7 +1,7 @@
 """im2col, col2im, iter_im2col and patches against loops over single cells."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from itertools import product
 from typing import Any
@@ -19,6 +19,7 @@ from support import (
     device_allocations,
     host_peak,
     integers,
+    outs,
     spread_over,
     to_device,
     to_host,
@@ -251,22 +252,15 @@ def test_out_takes_the_result_wherever_it_lies(xp, order) -> None:
             x = integers(case.x_shape, "float32")
             columns = loops_im2col(x, case, order)
             back = loops_col2im(columns, case, order)
-            for out in places_for(xp, columns.shape):
+            for out in outs(xp, columns.shape):
                 assert im2col(to_device(xp, x), case, order=order, out=out) is out
                 testing.assert_equal(out, columns)
-            for out in places_for(xp, back.shape):
+            for out in outs(xp, back.shape):
                 mine = to_device(xp, columns)
                 assert col2im(mine, case, order=order, out=out) is out
                 testing.assert_equal(out, back)
             checked += 1
     assert checked == 2 * len(CASES)
-
-
-def places_for(xp: Any, shape: Sequence[int]) -> list[Any]:
-    plain = xp.full(shape, 77, dtype=np.float32)
-    turned = xp.full(tuple(shape)[::-1], 77, dtype=np.float32).transpose()
-    spaced = xp.full([2 * n for n in shape], 77, dtype=np.float32)
-    return [plain, turned, spaced[tuple(slice(None, None, 2) for _ in shape)]]
 
 
 # Nothing

@@ -704,162 +704,113 @@ def test_indices_outside_the_plane_are_passed_over(xp) -> None:
 
 
 X = np.zeros((2, 3, 6, 7), dtype=np.float32)
-REFUSED = {
-    "a complex maximum": (
-        lambda xp: cuconv.max_pool(xp.zeros((1, 1, 4), dtype="complex64"), 2),
-        TypeError,
-        "complex64, and complex numbers have no maximum",
-    ),
-    "four axes": (
-        lambda xp: cuconv.max_pool(xp.zeros((1,) * 6), 1),
-        ValueError,
-        "4 spatial axes; pooling takes 3 at most",
-    ),
-    "an integer mean": (
-        lambda xp: cuconv.avg_pool(xp.asarray(X), 2, dtype="int32"),
-        TypeError,
-        "real or complex dtype; got int32",
-    ),
-    "a divisor of zero": (
-        lambda xp: cuconv.avg_pool(xp.asarray(X), 2, divisor_override=0),
-        ValueError,
-        "divisor_override must not be 0",
-    ),
-    "a norm of zero": (
-        lambda xp: cuconv.lp_pool(xp.asarray(X), 0, 2),
-        ValueError,
-        "norm_type must be positive and finite; got 0",
-    ),
-    "a norm of integers": (
-        lambda xp: cuconv.lp_pool(xp.zeros((1, 1, 4), dtype="int8"), 2, 2),
-        TypeError,
-        "x has type int8; lp_pool takes real floats",
-    ),
-    "a norm of two types": (
-        lambda xp: cuconv.lp_pool_backward(
+# What is said, and the call.
+REFUSED: dict[type[Exception], dict[str, Any]] = {
+    TypeError: {
+        "complex64, and complex numbers have no maximum": lambda xp: cuconv.max_pool(
+            xp.zeros((1, 1, 4), dtype="complex64"), 2
+        ),
+        "real or complex dtype; got int32": lambda xp: cuconv.avg_pool(
+            xp.asarray(X), 2, dtype="int32"
+        ),
+        "x has type int8; lp_pool takes real floats": lambda xp: cuconv.lp_pool(
+            xp.zeros((1, 1, 4), dtype="int8"), 2, 2
+        ),
+        "dy has type float64 and x has float32": lambda xp: cuconv.lp_pool_backward(
             xp.zeros((2, 3, 3, 3)), xp.asarray(X), xp.zeros((2, 3, 3, 3)), 2, 2
         ),
-        TypeError,
-        "dy has type float64 and x has float32",
-    ),
-    "a kernel that is too large": (
-        lambda xp: cuconv.max_pool(xp.asarray(X), 9, padding=1),
-        ValueError,
-        "axis 0: it spans 9 cells .* input has 8",
-    ),
-    "dy of another shape": (
-        lambda xp: cuconv.avg_pool_backward(xp.zeros((2, 3, 3, 4)), X.shape, 2),
-        ValueError,
-        r"dy has shape \(2, 3, 3, 4\) and must have \(2, 3, 3, 3\)",
-    ),
-    "indices of another shape": (
-        lambda xp: cuconv.max_pool_backward(
-            xp.zeros((2, 3, 3, 3)), xp.zeros((2, 3, 3, 4), dtype="int64"), X.shape, 2
+        "indices have type int32 and must have int64": lambda xp: (
+            cuconv.max_pool_backward(
+                xp.zeros((2, 3, 3, 3)),
+                xp.zeros((2, 3, 3, 3), dtype="int32"),
+                X.shape,
+                2,
+            )
         ),
-        ValueError,
-        r"indices has shape \(2, 3, 3, 4\) and must have \(2, 3, 3, 3\)",
-    ),
-    "indices of another type": (
-        lambda xp: cuconv.max_pool_backward(
-            xp.zeros((2, 3, 3, 3)), xp.zeros((2, 3, 3, 3), dtype="int32"), X.shape, 2
+        "one of them; got neither": lambda xp: cuconv.max_pool_backward(
+            xp.zeros((2, 3, 3, 3)), None, X.shape, 2
         ),
-        TypeError,
-        "indices have type int32 and must have int64",
-    ),
-    "neither indices nor x": (
-        lambda xp: cuconv.max_pool_backward(xp.zeros((2, 3, 3, 3)), None, X.shape, 2),
-        TypeError,
-        "one of them; got neither",
-    ),
-    "x of another shape": (
-        lambda xp: cuconv.max_pool_backward(
-            xp.zeros((2, 3, 3, 3)), None, (2, 3, 6, 8), 2, x=xp.asarray(X)
+        "x_shape is None, and so is x": lambda xp: cuconv.max_pool_backward(
+            xp.zeros((2, 3, 3, 3)), None, None, 2
         ),
-        ValueError,
-        r"x has shape \(2, 3, 6, 7\) and x_shape is \(2, 3, 6, 8\)",
-    ),
-    "no shape": (
-        lambda xp: cuconv.max_pool_backward(xp.zeros((2, 3, 3, 3)), None, None, 2),
-        TypeError,
-        "x_shape is None, and so is x",
-    ),
-    "a gradient of booleans": (
-        lambda xp: cuconv.max_pool_backward(
+        "dy has type bool": lambda xp: cuconv.max_pool_backward(
             xp.zeros((1, 1, 2), dtype=bool), None, None, 2, x=xp.zeros((1, 1, 4))
         ),
-        TypeError,
-        "dy has type bool",
-    ),
-    "a list": (
-        lambda xp: cuconv.max_pool([[[1.0, 2.0]]], 2),
-        TypeError,
-        "list, of which numpy.asarray makes one",
-    ),
-    "a list where the rank is known": (
-        lambda xp: cuconv.avg_pool1d([[[1.0, 2.0]]], 2),
-        TypeError,
-        "list, of which numpy.asarray makes one",
-    ),
-    "no kernel": (
-        lambda xp: cuconv.max_pool2d(xp.asarray(X), None),
-        TypeError,
-        "kernel_size must be made of integers; got None",
-    ),
-    "a divisor that is no integer": (
-        lambda xp: cuconv.avg_pool2d(xp.asarray(X), 2, divisor_override=2.5),
-        TypeError,
-        "divisor_override must be made of integers; got 2.5",
-    ),
-    "a norm in words": (
-        lambda xp: cuconv.lp_pool(xp.asarray(X), "2", 2),
-        TypeError,
-        "norm_type must be a number; got '2'",
-    ),
-    "an unknown option": (
-        lambda xp: cuconv.max_pool(xp.asarray(X), 2, strides=1),
-        TypeError,
-        "no option 'strides'",
-    ),
-    "an option of means": (
-        lambda xp: cuconv.max_pool(xp.asarray(X), 2, count_include_pad=False),
-        TypeError,
-        "no option 'count_include_pad'",
-    ),
-    "outputs below zero": (
-        lambda xp: cuconv.adaptive_avg_pool(xp.asarray(X), (2, -1)),
-        ValueError,
-        "output_size of spatial axis 1 is -1",
-    ),
-    "windows over nothing": (
-        lambda xp: cuconv.adaptive_avg_pool(xp.zeros((1, 1, 0)), 2),
-        ValueError,
-        "axis 0 has 0 cells, too few for output_size 2",
-    ),
-    "out of another shape": (
-        lambda xp: cuconv.max_pool(xp.asarray(X), 2, out=xp.zeros((2, 3, 3, 4))),
-        ValueError,
-        r"out has shape \(2, 3, 3, 4\) and the result has \(2, 3, 3, 3\)",
-    ),
-    "out of another type": (
-        lambda xp: cuconv.max_pool(xp.asarray(X), 2, out=xp.zeros((2, 3, 3, 3))),
-        TypeError,
-        "out has type float64 and the result has float32",
-    ),
-    "one array for two": (
-        lambda xp: cuconv.max_pool(
+        "list, of which numpy.asarray makes one": lambda xp: cuconv.max_pool(
+            [[[1.0, 2.0]]], 2
+        ),
+        "of which numpy.asarray makes one": lambda xp: cuconv.avg_pool1d(
+            [[[1.0, 2.0]]], 2
+        ),
+        "kernel_size must be made of integers; got None": lambda xp: cuconv.max_pool2d(
+            xp.asarray(X), None
+        ),
+        "divisor_override must be made of integers; got 2.5": lambda xp: (
+            cuconv.avg_pool2d(xp.asarray(X), 2, divisor_override=2.5)
+        ),
+        "norm_type must be a number; got '2'": lambda xp: cuconv.lp_pool(
+            xp.asarray(X), "2", 2
+        ),
+        "no option 'strides'": lambda xp: cuconv.max_pool(xp.asarray(X), 2, strides=1),
+        "no option 'count_include_pad'": lambda xp: cuconv.max_pool(
+            xp.asarray(X), 2, count_include_pad=False
+        ),
+        "out has type float64 and the result has float32": lambda xp: cuconv.max_pool(
+            xp.asarray(X), 2, out=xp.zeros((2, 3, 3, 3))
+        ),
+        "out must be a pair": lambda xp: cuconv.max_pool(
             xp.asarray(X), 2, return_indices=True, out=xp.zeros((2, 3, 3, 3))
         ),
-        TypeError,
-        "out must be a pair",
-    ),
+    },
+    ValueError: {
+        "4 spatial axes; pooling takes 3 at most": lambda xp: cuconv.max_pool(
+            xp.zeros((1,) * 6), 1
+        ),
+        "divisor_override must not be 0": lambda xp: cuconv.avg_pool(
+            xp.asarray(X), 2, divisor_override=0
+        ),
+        "norm_type must be positive and finite; got 0": lambda xp: cuconv.lp_pool(
+            xp.asarray(X), 0, 2
+        ),
+        "axis 0: it spans 9 cells .* input has 8": lambda xp: cuconv.max_pool(
+            xp.asarray(X), 9, padding=1
+        ),
+        r"dy has shape \(2, 3, 3, 4\) and must have \(2, 3, 3, 3\)": lambda xp: (
+            cuconv.avg_pool_backward(xp.zeros((2, 3, 3, 4)), X.shape, 2)
+        ),
+        r"indices has shape \(2, 3, 3, 4\) and must have \(2, 3, 3, 3\)": lambda xp: (
+            cuconv.max_pool_backward(
+                xp.zeros((2, 3, 3, 3)),
+                xp.zeros((2, 3, 3, 4), dtype="int64"),
+                X.shape,
+                2,
+            )
+        ),
+        r"x has shape \(2, 3, 6, 7\) and x_shape is \(2, 3, 6, 8\)": lambda xp: (
+            cuconv.max_pool_backward(
+                xp.zeros((2, 3, 3, 3)), None, (2, 3, 6, 8), 2, x=xp.asarray(X)
+            )
+        ),
+        "output_size of spatial axis 1 is -1": lambda xp: cuconv.adaptive_avg_pool(
+            xp.asarray(X), (2, -1)
+        ),
+        "axis 0 has 0 cells, too few for output_size 2": lambda xp: (
+            cuconv.adaptive_avg_pool(xp.zeros((1, 1, 0)), 2)
+        ),
+        r"out has shape \(2, 3, 3, 4\) and the result has \(2, 3, 3, 3\)": lambda xp: (
+            cuconv.max_pool(xp.asarray(X), 2, out=xp.zeros((2, 3, 3, 4)))
+        ),
+    },
 }
 
 
-@pytest.mark.parametrize("name", REFUSED)
-def test_refused(xp, name) -> None:
-    call, error, words = REFUSED[name]
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [(error, words) for error in REFUSED for words in REFUSED[error]],
+)
+def test_refused(xp, error, words) -> None:
     with pytest.raises(error, match=words):
-        call(xp)
+        REFUSED[error][words](xp)
 
 
 def test_nothing_is_allocated_before_a_refusal(xp) -> None:

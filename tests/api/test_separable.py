@@ -436,95 +436,60 @@ def test_strategies_are_those_of_the_first_step(xp, choices) -> None:
 
 
 X, W, P = np.ones((2, 3, 6, 5)), np.ones((3, 2, 3, 2)), np.ones((4, 6))
-MISTAKES: dict[str, tuple[Any, type[Exception], str]] = {
-    "groups": (
-        lambda: cuconv.depthwise_conv(X, W, groups=3),
-        TypeError,
-        "no option 'groups'",
-    ),
-    "groups of both": (
-        lambda: cuconv.separable_conv(X, W, P, groups=3),
-        TypeError,
-        "no option 'groups'; the options are stride",
-    ),
-    "channels": (
-        lambda: cuconv.depthwise_conv(X[:, :2], W),
-        ValueError,
-        "x has 2 and w 3",
-    ),
-    "channels last": (
-        lambda: cuconv.depthwise_conv(X, W, layout="channels_last"),
-        ValueError,
-        "x has 5 and w 3",
-    ),
-    "channels of a separable": (
-        lambda: cuconv.separable_conv(X[:, :2], W, P),
-        ValueError,
-        "x has 2 and depthwise 3",
-    ),
-    "pointwise": (
-        lambda: cuconv.separable_conv(X, W, P[:, :5]),
-        ValueError,
-        "pointwise takes 5 and depthwise gives 3 × 2 = 6",
-    ),
-    "axes of pointwise": (
-        lambda: cuconv.separable_conv(X, W, P[:, :, None]),
-        ValueError,
-        "pointwise has 3 axes and must have 2",
-    ),
-    "axes of w": (
-        lambda: cuconv.depthwise_conv(X, W[:, :, 0, 0]),
-        ValueError,
-        "w has 2 axes; it needs at least 3",
-    ),
-    "axes of x": (
-        lambda: cuconv.depthwise_conv(X[0, 0], W),
-        ValueError,
-        "x has 2 axes; 2 spatial axes need 4",
-    ),
-    "bias": (
-        lambda: cuconv.separable_conv(X, W, P, np.ones(6)),
-        ValueError,
-        r"bias has shape \(6,\) and must have \(4,\)",
-    ),
-    "dy": (
-        lambda: cuconv.separable_conv_backward(X, X, W, P),
-        ValueError,
-        r"dy has shape \(2, 3, 6, 5\) and must have \(2, 4, 4, 4\)",
-    ),
-    "dy of a depthwise": (
-        lambda: cuconv.depthwise_conv_backward(X, X, W),
-        ValueError,
-        r"dy has shape \(2, 3, 6, 5\) and must have \(2, 6, 4, 4\)",
-    ),
-    "needs": (
-        lambda: cuconv.separable_conv_backward(X, X, W, P, needs=("w",)),
-        ValueError,
-        "needs must be several of",
-    ),
-    "out": (
-        lambda: cuconv.separable_conv(X, W, P, out=np.empty((2, 4, 4, 5))),
-        ValueError,
-        r"out has shape \(2, 4, 4, 5\) and the result has \(2, 4, 4, 4\)",
-    ),
-    "a list": (
-        lambda: cuconv.depthwise_conv([1.0], W),
-        TypeError,
-        "x must be a NumPy or CuPy array",
-    ),
-    "types": (
-        lambda: cuconv.separable_conv(X, W, P, dtype="int32"),
-        TypeError,
-        "cannot be cast to dtype int32",
-    ),
+# What is said, and the call.
+MISTAKES: dict[type[Exception], dict[str, Any]] = {
+    TypeError: {
+        "no option 'groups'": lambda: cuconv.depthwise_conv(X, W, groups=3),
+        "no option 'groups'; the options are stride": lambda: cuconv.separable_conv(
+            X, W, P, groups=3
+        ),
+        "x must be a NumPy or CuPy array": lambda: cuconv.depthwise_conv([1.0], W),
+        "cannot be cast to dtype int32": lambda: cuconv.separable_conv(
+            X, W, P, dtype="int32"
+        ),
+    },
+    ValueError: {
+        "x has 2 and w 3": lambda: cuconv.depthwise_conv(X[:, :2], W),
+        "x has 5 and w 3": lambda: cuconv.depthwise_conv(X, W, layout="channels_last"),
+        "x has 2 and depthwise 3": lambda: cuconv.separable_conv(X[:, :2], W, P),
+        "pointwise takes 5 and depthwise gives 3 × 2 = 6": lambda: (
+            cuconv.separable_conv(X, W, P[:, :5])
+        ),
+        "pointwise has 3 axes and must have 2": lambda: cuconv.separable_conv(
+            X, W, P[:, :, None]
+        ),
+        "w has 2 axes; it needs at least 3": lambda: cuconv.depthwise_conv(
+            X, W[:, :, 0, 0]
+        ),
+        "x has 2 axes; 2 spatial axes need 4": lambda: cuconv.depthwise_conv(
+            X[0, 0], W
+        ),
+        r"bias has shape \(6,\) and must have \(4,\)": lambda: cuconv.separable_conv(
+            X, W, P, np.ones(6)
+        ),
+        r"dy has shape \(2, 3, 6, 5\) and must have \(2, 4, 4, 4\)": lambda: (
+            cuconv.separable_conv_backward(X, X, W, P)
+        ),
+        r"dy has shape \(2, 3, 6, 5\) and must have \(2, 6, 4, 4\)": lambda: (
+            cuconv.depthwise_conv_backward(X, X, W)
+        ),
+        "needs must be several of": lambda: cuconv.separable_conv_backward(
+            X, X, W, P, needs=("w",)
+        ),
+        r"out has shape \(2, 4, 4, 5\) and the result has \(2, 4, 4, 4\)": lambda: (
+            cuconv.separable_conv(X, W, P, out=np.empty((2, 4, 4, 5)))
+        ),
+    },
 }
 
 
-@pytest.mark.parametrize("name", MISTAKES)
-def test_mistakes_are_named(name) -> None:
-    call, error, words = MISTAKES[name]
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [(error, words) for error in MISTAKES for words in MISTAKES[error]],
+)
+def test_mistakes_are_named(error, words) -> None:
     with pytest.raises(error, match=words):
-        call()
+        MISTAKES[error][words]()
 
 
 def test_out_may_not_be_an_input(xp) -> None:

@@ -31,7 +31,6 @@ import cuconv
 from cuconv import testing
 from cuconv.backends.cuda import cuda_backend
 from cuconv.backends.cuda import depthwise as direct
-from cuconv.backends.cuda.depthwise import pack_cells, share_cells, share_sums
 from cuconv.geometry import Axis
 
 pytestmark = pytest.mark.parametrize("xp", ["cupy"], indirect=True)
@@ -332,66 +331,6 @@ def launches() -> list[Any]:
 
 
 # How launches are shared out
-
-
-def test_images_share_a_thread_where_threads_abound(xp) -> None:
-    assert share_cells(8, 96 * 112 * 112, 4)[:4] == (4, 2 * 96 * 112 * 112, 9408, 256)
-    assert share_cells(3, 10**6, 4).each == 1
-    assert share_cells(8, 49, 4)[:4] == (1, 392, 2, 256)
-    assert share_cells(0, 49, 4)[:4] == (1, 0, 0, 256)
-    checked = 0
-    for images in range(10):
-        for cells in (0, 1, 255, 2**17, 2**19 + 1):
-            for at_once in (1, 2, 4):
-                share = share_cells(images, cells, at_once)
-                assert share.items * share.each >= images * cells
-                assert share.items * share.each < (images + share.each) * max(cells, 1)
-                checked += 1
-    assert checked == 150
-
-
-def test_every_weight_belongs_to_one_block(xp) -> None:
-    checked, seen = 0, set()
-    for filters in (1, 7, 64, 1000):
-        for taps in (1, 3, 9, 10, 25, 49):
-            for positions in (1, 49, 5000, 10**6):
-                for splits in (1, 8):
-                    share = share_sums(
-                        *(filters, 2, taps, 6, positions),
-                        at_once=4,
-                        most_taps=9,
-                        splits=splits,
-                    )
-                    parts = -(-taps // share.taps_each)
-                    assert 1 <= share.taps_each <= min(taps, 9)
-                    assert share.blocks == -(-filters // splits) * 2 * parts
-                    assert share.items * share.each >= 6 * positions
-                    assert share.threads in (32, 64, 128, 256, 512)
-                    seen.add((share.taps_each, share.threads))
-                    checked += 1
-    assert checked == 192
-    assert {(9, 256), (1, 512), (3, 512), (9, 32)} <= seen
-
-
-def test_long_sums_of_few_filters_are_cut_up(xp) -> None:
-    shape = {"at_once": 4, "most_taps": 9, "lanes": 1}
-    few = share_sums(32, 1, 9, 32, 112 * 112, **shape)
-    assert (few.taps_each, few.blocks, few.threads) == (1, 288, 512)
-    many = share_sums(960, 1, 9, 32, 49, **shape)
-    assert (many.taps_each, many.blocks, many.threads) == (9, 960, 256)
-
-
-def test_channels_are_neighbours_where_they_lie_closer(xp) -> None:
-    axes = (Axis(4, 2, 1, 1, 0, 0),) * 3
-    x = xp.empty((2, 4, 4, 4, 6, 1), "f4").transpose(0, 4, 5, 1, 2, 3)
-    w = xp.empty((6, 1, 1, 2, 2, 2), "f4")
-    first = xp.empty((2, 6, 1, 3, 3, 3), "f4")
-    last = xp.empty((2, 3, 3, 3, 6, 1), "f4").transpose(0, 4, 5, 1, 2, 3)
-    for y, fastest in ((first, 0), (last, 1)):
-        launch = pack_cells(x, w, y, axes, np.dtype("f4"), adjoint=False)
-        assert launch.packed["fastest"] == fastest
-        sums = direct.pack_sums(x, w, y, axes, np.dtype("f4"))
-        assert sums.share.splits == (8 if fastest else 1)
 
 
 # What it says

@@ -33,7 +33,6 @@ from cuconv.backends.cpu import backend as host
 from cuconv.backends.cpu import machine
 from cuconv.engine import autotune as tuning
 from cuconv.engine import plan as planning
-from cuconv.engine.autotune import Winner
 
 BENCHMARK = {"strategy": "benchmark"}
 CASE = Case((2, 8, 9, 8), (8, 8, 3, 3), {"padding": 1})
@@ -453,25 +452,6 @@ def test_whatever_wins_computes_the_same(op, monkeypatch, choices) -> None:
                 tiling.add((choices[-1].label, choices[-1].tiling))
     assert won == 8 * 6 * len(SMALL)
     assert len(tiling) > 30
-
-
-def test_the_words_of_a_winner() -> None:
-    """A candidate is known by strategy, variant and form, all three."""
-    candidates = [
-        Winner("a", (4,), False),
-        Winner("a", (4,), True),
-        Winner("a", (), True),
-    ]
-    assert len(set(candidates)) == 3
-    tuning._known.cache_clear()
-    tuning._known(("here",))["k"] = None
-    for winner in candidates:
-        known = tuning._known(("here",))
-        known[tuning._digest("k")] = [winner[0], list(winner[1]), winner[2]]
-        assert tuning.recall(("here",), "k", candidates) == winner
-        assert tuning.recall(("there",), "k", candidates) is None
-    assert tuning.recall(("here",), "other", candidates) is None
-    tuning._known.cache_clear()
 
 
 def test_operands_are_only_read(folder, races) -> None:

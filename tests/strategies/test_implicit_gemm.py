@@ -33,12 +33,9 @@ from cuconv import testing
 from cuconv.arrays import SUPPORTED_TYPES, accumulator
 from cuconv.backends.blocking import Blocking, block_sizes
 from cuconv.backends.cuda import cuda_backend
-from cuconv.backends.cuda.implicit_gemm import _Walk
 from cuconv.engine.rewrites import bind
 from cuconv.geometry import ConvGeometry
-from cuconv.memory import MemoryLimitError
 from cuconv.options import Options
-from cuconv.strategies import implicit_gemm
 from cuconv.strategies.base import filters_of, in_groups
 
 pytestmark = pytest.mark.parametrize("xp", ["cupy"], indirect=True)
@@ -444,17 +441,6 @@ def test_complex_numbers_may_lie_at_any_multiple_of_their_parts(xp, op):
     testing.assert_equal(got, reference(op, arrays, ODD))
 
 
-def test_same_bits_every_time(xp):
-    case = ALIGNED
-    rng = np.random.default_rng(0)
-    arrays = Operands(
-        *(rng.standard_normal(a.shape).astype("float32") for a in operands(case))
-    ).on(xp)
-    for op in OPERATIONS:
-        one, two = (to_host(run(op, arrays, case, **MINE)) for _ in range(2))
-        np.testing.assert_array_equal(one, two)
-
-
 # What it refuses
 
 
@@ -495,48 +481,4 @@ def test_sums_past_32_bits_of_tiles_are_refused(xp):
     assert cuconv.plan_conv(*shapes, **options).strategy != "implicit_gemm"
 
 
-def test_a_limit_too_small_for_other_strategies_is_none_for_it(xp):
-    x, w = xp.ones((1, 4, 9, 9), "float32"), xp.ones((3, 4, 3, 3), "float32")
-    with pytest.raises(MemoryLimitError):
-        cuconv.conv(x, w, memory_limit=0, strategy="im2col")
-    wanted = cuconv.conv(x, w)
-    got = cuconv.conv(x, w, memory_limit=0)
-    np.testing.assert_array_equal(to_host(got), to_host(wanted))
-
-
 # What the host works out
-
-
-@given(
-    radix=st.tuples(*[st.integers(1, 7)] * 4),
-    more=st.integers(1, 40),
-    first_fastest=st.booleans(),
-)
-def test_advancing_is_adding(xp, radix, more, first_fastest):
-    zero = (0, 0, 0, 0)
-    walk = _Walk(radix, zero, zero, (1, 1, 1), (0, 0, 0), 0, first_fastest)
-    order = (1, 2, 3, 0) if first_fastest else (0, 1, 2, 3)
-
-    def number(digits: tuple[int, ...]) -> int:
-        value = 0
-        for place, i in enumerate(order):
-            value = value * (radix[i] if place else 1) + digits[i]
-        return value
-
-    digits = walk.advance(more)
-    assert number(digits) == more
-    assert all(0 <= digits[i] < radix[i] for i in order[1:])
-
-
-def test_blocks_fit_the_filters(xp):
-    """No block is twice as tall as there are filters, unless it is the smallest."""
-    seen = set()
-    for filters in (1, 16, 31, 32, 33, 64, 65, 128, 500):
-        plan = cuconv.plan_conv(
-            (8, 16, 30, 30), (filters, 16, 3, 3), device="cuda", **MINE
-        )
-        tall = plan._candidate.tiling.variant[0]
-        assert tall < 2 * filters or tall == 32
-        seen.add(tall)
-    assert len(seen) > 1
-    assert implicit_gemm.ImplicitGemm().describe((128, 64, 4, 0)).endswith("in 4 parts")

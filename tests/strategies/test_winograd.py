@@ -58,12 +58,6 @@ def _all_sizes() -> list[tuple[int, int]]:
     return [(n - r + 1, r) for n in SIZES for r in KERNELS if n > r]
 
 
-def test_every_tile_holds_two_outputs_at_least() -> None:
-    found = _all_sizes()
-    assert len(found) == 3 + 8 - 1
-    assert min(m for m, _ in found) == 2
-
-
 @pytest.mark.parametrize(("m", "r"), _all_sizes())
 def test_the_transforms_are_the_correlation(m, r) -> None:
     """Checked cell by cell on the unit vectors: every product that there is."""
@@ -79,16 +73,6 @@ def test_the_transforms_are_the_correlation(m, r) -> None:
             wanted[o, t, o + t] = 1
     scale = np.einsum("of,ft,fi->oti", *map(np.abs, (found.output, *found[1::-1])))
     assert np.abs(products - wanted).max() <= 4 * np.finfo(float).eps * scale.max()
-
-
-@pytest.mark.parametrize(("m", "r"), _all_sizes())
-def test_the_transforms_in_float32_are_those_in_float64(m, r) -> None:
-    wide = matrices(m, r, np.dtype(np.float64))
-    narrow = matrices(m, r, np.dtype(np.float32))
-    for exact, rounded in zip(wide, narrow, strict=True):
-        assert rounded.dtype == np.float32
-        assert rounded.flags.c_contiguous
-        np.testing.assert_array_equal(rounded, exact.astype(np.float32))
 
 
 # Near enough
@@ -255,24 +239,6 @@ def test_a_result_with_odd_strides(xp, op) -> None:
             assert (to_host(around) == 77).all()
 
 
-@pytest.mark.parametrize("name", ["in groups", "cropped", "pads beyond the input"])
-def test_gradients_are_adjoint(xp, name) -> None:
-    """⟨conv(x, w), dy⟩ = ⟨x, dx⟩ = ⟨w, dw⟩."""
-    for layout in LAYOUTS:
-        case = CASES[name].in_layout(layout)
-        host = normal(case, "float64")
-        arrays = host.on(xp)
-        results = (
-            to_host(run(op, arrays, case, precision="fast", **WINOGRAD))
-            for op in OPERATIONS
-        )
-        partners = host.dy, host.x, host.w
-        sums = [(a * b).sum() for a, b in zip(results, partners, strict=True)]
-        scale = np.abs(host.dy).sum()
-        assert np.ptp(sums) <= 1e-12 * scale
-        assert abs(sums[0]) > 1e-3 * scale
-
-
 # The types of x, w and dy, and of the result.
 MIXED = [
     ("int8", "float32", "float64", None),
@@ -334,25 +300,6 @@ def test_what_is_no_number_spoils_the_weights_of_its_filter(xp) -> None:
             )
         assert not np.isfinite(got[4]).any()
         assert np.isfinite(np.delete(got, 4, axis=0)).all()
-
-
-@pytest.mark.parametrize("op", OPERATIONS)
-def test_both_modules_agree_within_rounding(op) -> None:
-    """The same matrices, and other orders of the same sums."""
-    cupy = pytest.importorskip("cupy")
-    case = CASES["in groups"]
-    host = normal(case)
-    plans = planned(np, op, case), planned(cupy, op, case)
-    choices = [{c.tiling.variant: c for c in p._decision.candidates} for p in plans]
-    assert choices[0].keys() == choices[1].keys()
-    for variant in choices[0]:
-        one, other = (
-            plan._on(by_variant[variant]).run(of(op, arrays), None)
-            for plan, by_variant, arrays in zip(
-                plans, choices, (host, host.on(cupy)), strict=True
-            )
-        )
-        assert_near(other, one, 2e-5 if variant[0] == 8 else 2e-6)
 
 
 def test_the_sizes_of_real_layers() -> None:
