@@ -17,8 +17,8 @@ import cuconv
 from cuconv import testing
 from cuconv.arrays import SUPPORTED_TYPES
 from cuconv.backends.cpu import backend as host
+from cuconv.engine import autotune, planner
 from cuconv.engine import call as calls
-from cuconv.engine import planner
 from cuconv.memory import MemoryLimitError
 
 TESTS = Path(__file__).parent
@@ -173,17 +173,6 @@ def normal(case: Case, dtype: Any = "float32", seed: int = 0) -> Operands:
     rng = np.random.default_rng((seed, *case.x_shape))
     shapes = (case.x_shape, case.w_shape, case.y_shape())
     return Operands(*(rng.standard_normal(s).astype(dtype) for s in shapes))
-
-
-def forget_plans() -> None:
-    """Plan every call anew: needed where something changes that no key knows of."""
-    planner.decide.cache_clear()
-    calls._SEEN.clear()
-
-
-def forget_arenas() -> None:
-    """Give the memory back that calls leave to the next ones."""
-    host._ARENAS.clear()
 
 
 def with_buffers_on(xp: Any) -> dict[str, str]:
@@ -416,3 +405,73 @@ def outs(xp: Any, shape: Sequence[int], dtype: Any = "float32") -> list[Any]:
     spaced = xp.full([2 * n for n in shape], 77, dtype)
     spaced = spaced[tuple(slice(1, None, 2) for _ in shape)]
     return [plain, fortran, spaced, other[tuple(slice(None, None, -1) for _ in shape)]]
+
+
+# Inside the library: nothing else in the tests knows these names
+
+
+def forget_plans() -> None:
+    """Plan every call anew: needed where something changes that no key knows of."""
+    planner.decide.cache_clear()
+    calls._SEEN.clear()
+
+
+def forget_winners() -> None:
+    """Read the records of `strategy="benchmark"` from the disk again."""
+    autotune._known.cache_clear()
+
+
+def candidates_of(plan: cuconv.Plan) -> Sequence[Any]:
+    """Everything that a plan could run: strategy, tiling and what they cost."""
+    return plan._decision.candidates
+
+
+def chosen(plan: cuconv.Plan) -> Any:
+    """The candidate that a plan runs."""
+    return plan._candidate
+
+
+def with_candidate(plan: cuconv.Plan, candidate: Any) -> cuconv.Plan:
+    """The same plan, which runs another of its candidates."""
+    return plan._on(candidate)
+
+
+def run_candidate(plan: cuconv.Plan, candidate: Any, arrays: Sequence[Any]) -> Any:
+    return with_candidate(plan, candidate).run(arrays, None)
+
+
+def ran(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Every candidate that runs from now on, one for each call."""
+    seen: list[Any] = []
+    original = cuconv.Plan.run
+
+    def spy(plan: Any, *arguments: Any) -> Any:
+        seen.append(chosen(plan))
+        return original(plan, *arguments)
+
+    monkeypatch.setattr(cuconv.Plan, "run", spy)
+    return seen
+
+
+def make_busy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let every problem be worth several workers, however small it is."""
+    eager = host.CPU_RATES._replace(worth_workers=0)
+    monkeypatch.setattr(host.CpuBackend, "rates", eager)
+    forget_plans()
+
+
+def forget_arenas() -> None:
+    """Give the memory back that calls leave to the next ones."""
+    host._ARENAS.clear()
+
+
+def fill_arenas(value: float) -> None:
+    """Leave rubbish in the memory that the next call takes."""
+    forget_arenas()
+    with host._ARENAS.borrowed(2**23) as arena:
+        arena.view(np.float32)[...] = value
+
+
+def kept_arenas() -> list[int]:
+    """Bytes of each piece of memory that waits for the next call."""
+    return [arena.nbytes for arena in host._ARENAS._kept]

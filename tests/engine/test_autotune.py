@@ -18,6 +18,7 @@ from support import (
     OPERATIONS,
     Case,
     Operands,
+    forget_winners,
     host_peak,
     of,
     operands,
@@ -42,9 +43,9 @@ CASE = Case((2, 8, 9, 8), (8, 8, 3, 3), {"padding": 1})
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A cache of this test's own, empty on disk and in memory."""
     monkeypatch.setenv("CUCONV_CACHE_DIR", str(tmp_path / "cache"))
-    tuning._known.cache_clear()
+    forget_winners()
     yield tmp_path / "cache"
-    tuning._known.cache_clear()
+    forget_winners()
 
 
 @pytest.fixture
@@ -70,7 +71,7 @@ def rewrite(folder: Path, text: str) -> None:
     """As if another process had left this."""
     (file,) = folder.iterdir()
     file.write_text(text, encoding="utf-8")
-    tuning._known.cache_clear()
+    forget_winners()
 
 
 @pytest.mark.usefixtures("folder")
@@ -109,7 +110,7 @@ def test_the_winner_is_remembered_in_memory_and_on_disk(folder, races, choices) 
     winner = choices[-1]
     assert known == [winner.strategy.name, list(winner.tiling.variant), False]
     assert choices[-2:] == [winner, winner]
-    tuning._known.cache_clear()
+    forget_winners()
     run("forward", arrays, CASE, precision="standard", **BENCHMARK)
     assert len(races) == 1, "the next process would measure again"
     for options in ({"precision": "strict"}, {"memory_limit": "1 MiB"}):
@@ -172,7 +173,7 @@ def test_a_file_that_is_no_text(folder, races) -> None:
     run("forward", arrays, CASE, **BENCHMARK)
     (file,) = folder.iterdir()
     file.write_bytes(b"\xff\xfe\x00{")
-    tuning._known.cache_clear()
+    forget_winners()
     run("forward", arrays, CASE, **BENCHMARK)
     assert len(races) == 2
 
@@ -230,10 +231,10 @@ def test_another_machine_or_version_has_another_file(
             for name, value in parts.items():
                 patch.setattr(*_PARTS[name], value)
             machine.cpu_machine.cache_clear()
-            tuning._known.cache_clear()
+            forget_winners()
             run("forward", arrays, CASE, **BENCHMARK)
         machine.cpu_machine.cache_clear()
-        tuning._known.cache_clear()
+        forget_winners()
 
     changed(version="9.9.9")
     changed(processor=lambda: "another one")
@@ -325,13 +326,13 @@ def test_a_cache_that_cannot_be_written(tmp_path, monkeypatch, races, where) -> 
 
         monkeypatch.setattr(tuning.tempfile, "NamedTemporaryFile", refused)
     monkeypatch.setenv("CUCONV_CACHE_DIR", str(place))
-    tuning._known.cache_clear()
+    forget_winners()
     arrays = operands(CASE, "float32")
     wanted = reference("forward", arrays, CASE)
     for _ in range(2):
         testing.assert_equal(run("forward", arrays, CASE, **BENCHMARK), wanted)
     assert len(races) == 1, "it is remembered in memory all the same"
-    tuning._known.cache_clear()
+    forget_winners()
     left = [p for p in tmp_path.rglob("*") if p.name.startswith("tmp")]
     assert left == [], "files half written were left behind"
 
@@ -344,12 +345,12 @@ def test_without_a_home_it_still_works(monkeypatch, races) -> None:
         raise RuntimeError("Could not determine home directory.")
 
     monkeypatch.setattr(tuning.Path, "home", homeless)
-    tuning._known.cache_clear()
+    forget_winners()
     arrays = operands(CASE, "float32")
     wanted = reference("forward", arrays, CASE)
     testing.assert_equal(run("forward", arrays, CASE, **BENCHMARK), wanted)
     assert len(races) == 1
-    tuning._known.cache_clear()
+    forget_winners()
 
 
 def test_the_cache_lies_where_it_is_told(tmp_path, monkeypatch) -> None:
@@ -410,7 +411,7 @@ def test_the_limit_holds_while_candidates_are_timed(folder) -> None:
         rewrite_all = folder.exists() and list(folder.iterdir())
         for file in rewrite_all or ():
             file.unlink()
-        tuning._known.cache_clear()
+        forget_winners()
         return cuconv.conv(
             x, w, padding=1, precision="standard", **BENCHMARK, **options
         )

@@ -14,6 +14,8 @@ from support import (
     STRICT,
     Case,
     Operands,
+    fill_arenas,
+    forget_arenas,
     forget_plans,
     of,
     operands,
@@ -111,28 +113,18 @@ def test_rubbish_in_the_arenas_does_not_show(op, name) -> None:
                 if plan is None:
                     break
                 if wanted is None:
-                    _fill_arenas(0)
+                    fill_arenas(0)
                     wanted = run(op, Operands(*(a.astype("f8") for a in arrays)), case)
                 for value in (np.nan, 1e30):
-                    _fill_arenas(value)
+                    fill_arenas(value)
                     got = plan(*of(op, arrays))
                     np.testing.assert_array_equal(np.rint(got), wanted)
                     ran += 1
     assert ran >= 6
 
 
-def _fill_arenas(value: float) -> None:
-    from cuconv.backends.cpu import backend as host
-
-    host._ARENAS.clear()
-    with host._ARENAS.borrowed(2**23) as arena:
-        arena.view(np.float32)[...] = value
-
-
 def test_no_buffer_is_read_before_it_is_written() -> None:
     """Small problems, whose buffers a plan may keep: rubbish in them must not show."""
-    from cuconv.backends.cpu import backend as host
-
     for shape in ((2, 3, 5, 6), (1, 1, 4, 4), (3, 8, 3, 3)):
         for padding in (0, 1, ((2, 0), (0, 3))):
             case = Case(shape, (4, shape[1], 3, 3), {"padding": padding})
@@ -145,10 +137,10 @@ def test_no_buffer_is_read_before_it_is_written() -> None:
                 poisoned = Operands(*(np.full_like(a, np.nan) for a in arrays))
                 for op, first in zip(OPERATIONS, wanted, strict=True):
                     run(op, poisoned, case, precision=precision)
-                    _fill_arenas(np.nan)
+                    fill_arenas(np.nan)
                     again = run(op, arrays, case, precision=precision)
                     assert again.tobytes() == first.tobytes()
-    host._ARENAS.clear()
+    forget_arenas()
 
 
 def test_threads_with_settings_of_their_own() -> None:

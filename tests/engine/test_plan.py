@@ -15,9 +15,11 @@ from support import (
     PLACES,
     Case,
     Operands,
+    chosen,
     forget_arenas,
     host_peak,
     integers,
+    kept_arenas,
     of,
     operands,
     plan_of,
@@ -60,7 +62,7 @@ def test_a_plan_shows_all_that_it_knows() -> None:
         str(y_shape),
         "28 cells, 3 taps, stride 2, dilation 1, padding 1 and 0, 14 out",
         "30 cells, 5 taps, stride 1, dilation 1, padding 2 and 2, 30 out",
-        f"{plan._candidate.label}, precision standard",
+        f"{chosen(plan).label}, precision standard",
         f"{plan.chunks} of ",
         f"{plan.workspace_bytes:,} bytes, limit 67,108,864",
         f"{plan.flops / 1e9:.4g} GFLOP",
@@ -191,8 +193,8 @@ def test_a_plan_runs_as_it_says(choices) -> None:
     arrays = [integers(s, "float32") for s in (BIG.x_shape, BIG.w_shape)]
     for plan in made:
         plan(*arrays)
-        assert choices[-1].tiling == plan._candidate.tiling
-        assert choices[-1].label == plan._candidate.label
+        assert choices[-1].tiling == chosen(plan).tiling
+        assert choices[-1].label == chosen(plan).label
 
 
 # What it refuses
@@ -448,10 +450,6 @@ def test_prepared_plans_stay_within_the_limit() -> None:
 # Memory that is used again
 
 
-def _kept() -> list[int]:
-    return [arena.nbytes for arena in host._ARENAS._kept]
-
-
 @pytest.mark.parametrize("op", OPERATIONS)
 def test_the_second_call_takes_nothing_large(op, monkeypatch) -> None:
     case = Case((4, 32, 28, 28), (32, 32, 3, 3), {"padding": 1})
@@ -462,7 +460,7 @@ def test_the_second_call_takes_nothing_large(op, monkeypatch) -> None:
     assert plan.workspace_bytes > 2**20
     forget_arenas()
     plan(*arrays)
-    assert sum(_kept()) > 2**19
+    assert sum(kept_arenas()) > 2**19
     taken = []
     empty = np.empty
 

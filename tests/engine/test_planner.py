@@ -11,7 +11,17 @@ import pytest
 from cases import CASES, cases, tiled_cases
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support import OPERATIONS, Case, forget_plans, integers, operands, plan_of, run
+from support import (
+    OPERATIONS,
+    Case,
+    candidates_of,
+    chosen,
+    forget_plans,
+    integers,
+    operands,
+    plan_of,
+    run,
+)
 
 import cuconv
 from cuconv import testing
@@ -56,7 +66,7 @@ def _is_sentence(reason: str) -> bool:
 def test_every_other_strategy_has_a_reason(op, case, dtype, precision) -> None:
     plan = plan_of(op, case, dtype, precision=precision)
     passed = plan.passed_over
-    assert plan._candidate.label not in passed
+    assert chosen(plan).label not in passed
     words = {re.split(r" \(| over ", label)[0] for label in passed}
     assert words | {plan.strategy} == set(strategies())
     assert all(_is_sentence(reason) for reason in passed.values()), passed
@@ -131,8 +141,8 @@ def test_the_choice_is_the_cheapest() -> None:
     several = 0
     for case in CASES.values():
         plan = plan_of("forward", case, precision="fast")
-        times = [candidate.nanoseconds for candidate in plan._decision.candidates]
-        assert min(times) == plan._candidate.nanoseconds
+        times = [candidate.nanoseconds for candidate in candidates_of(plan)]
+        assert min(times) == chosen(plan).nanoseconds
         several += len(times) > 1
     assert several > 10
 
@@ -197,9 +207,7 @@ def test_what_runs_does_not_depend_on_the_number_of_threads(op) -> None:
                     padding=kernel // 2,
                     memory_limit=limit,
                 )
-            found.add(
-                (plan._candidate.label, plan._candidate.tiling._replace(workers=0))
-            )
+            found.add((chosen(plan).label, chosen(plan).tiling._replace(workers=0)))
             assert plan.workers <= threads
         assert len(found) == 1, f"{found} for {n, c, size, k, kernel, stride, limit}"
         checked += 1

@@ -18,6 +18,7 @@ from support import (
     OPERATIONS,
     Case,
     Operands,
+    candidates_of,
     device_peak,
     integers,
     of,
@@ -26,6 +27,7 @@ from support import (
     reference,
     run,
     to_host,
+    with_candidate,
 )
 
 import cuconv
@@ -280,10 +282,10 @@ def test_operands_turned_so_that_channels_come_last(xp, op, dtype, precision, pr
     arrays = host.on(xp)
     wanted = wanted_of(op, case)
     plan = plan_of(op, case, dtype, device="cuda", precision=precision, **MINE)
-    turned = [c for c in plan._decision.candidates if c.tiling.variant[-1]]
-    assert len(turned) == len(plan._decision.candidates) / 2 > 0
+    turned = [c for c in candidates_of(plan) if c.tiling.variant[-1]]
+    assert len(turned) == len(candidates_of(plan)) / 2 > 0
     for candidate in turned:
-        own = plan._on(candidate)
+        own = with_candidate(plan, candidate)
         assert "channels turned last" in candidate.label
         if prepares and op != "weight_grad":
             got = own.prepare(arrays.w)(
@@ -308,23 +310,23 @@ def test_views_whose_channels_lie_last_need_no_turning(xp, op):
 
     arrays = Operands(viewed(host.x), xp.asarray(host.w), viewed(host.dy))
     plan = plan_of(op, case, "float16", device="cuda", **MINE)
-    turned = [c for c in plan._decision.candidates if c.tiling.variant[-1]]
+    turned = [c for c in candidates_of(plan) if c.tiling.variant[-1]]
     assert turned
-    got = plan._on(turned[0])(*of(op, arrays))
+    got = with_candidate(plan, turned[0])(*of(op, arrays))
     testing.assert_equal(to_host(got).astype("float64"), wanted_of(op, case))
 
 
 def test_only_tensor_cores_have_operands_turned(xp):
     def lies(dtype: str, **options: Any) -> set[int]:
         plan = plan_of("forward", ALIGNED, dtype, device="cuda", **MINE, **options)
-        return {c.tiling.variant[-1] for c in plan._decision.candidates}
+        return {c.tiling.variant[-1] for c in candidates_of(plan)}
 
     assert lies("float16") == lies("float32", precision="fast") == {0, 1}
     assert lies("float32") == lies("float64") == {0}
     assert lies("float16", memory_limit=0) == {0}
     last = ALIGNED.in_layout("channels_last")
     plan = plan_of("forward", last, "float16", device="cuda", **MINE)
-    assert {c.tiling.variant[-1] for c in plan._decision.candidates} == {0}
+    assert {c.tiling.variant[-1] for c in candidates_of(plan)} == {0}
 
 
 # What it takes, and what it rounds
@@ -354,8 +356,8 @@ def test_parts_take_what_they_say_and_never_more_than_allowed(xp):
     parts: dict[int, set[int]] = {}
     for limit in (0, 2**14, 2**20):
         plan = plan_of("weight_grad", case, device="cuda", memory_limit=limit, **MINE)
-        for candidate in plan._decision.candidates:
-            own = plan._on(candidate)
+        for candidate in candidates_of(plan):
+            own = with_candidate(plan, candidate)
             parts.setdefault(limit, set()).add(candidate.tiling.variant[2])
             testing.assert_equal(to_host(own(*of("weight_grad", arrays))), wanted)
             taken = device_peak(xp, lambda own=own: own(*of("weight_grad", arrays)))
@@ -376,7 +378,7 @@ def test_sums_are_cut_only_where_the_result_is_one_run(xp):
         arrays = {"x": x, "w": w}
         geometry = ConvGeometry.of_weights(x.shape, w.shape, padding=2)
         plan = bind("forward", geometry, arrays, out, Options(**options)).plan
-        seen[name] = {c.tiling.variant[2] for c in plan._decision.candidates}
+        seen[name] = {c.tiling.variant[2] for c in candidates_of(plan)}
     assert seen["gaps"] == {1} < seen["run"]
 
 

@@ -21,6 +21,7 @@ from support import (
     STRICT,
     Case,
     Operands,
+    candidates_of,
     host_peak,
     integers,
     normal,
@@ -29,6 +30,7 @@ from support import (
     plan_of,
     reference,
     run,
+    run_candidate,
     smallest_limit,
 )
 
@@ -173,9 +175,9 @@ def test_the_others_are_within_their_bound(op, layout, dtype, name) -> None:
             arrays = normal(case, dtype)
             wanted = reference(op, Operands(*(a.astype(float) for a in arrays)), case)
             bound = BOUNDS[name, precision, dtype]
-            for candidate in plan._decision.candidates:
+            for candidate in candidates_of(plan):
                 assert candidate.strategy.name == name
-                got = plan._on(candidate).run(of(op, arrays), None)
+                got = run_candidate(plan, candidate, of(op, arrays))
                 assert_near(got, wanted, bound)
                 ran += 1
     assert ran >= (1 if name == "fft" else 4)
@@ -200,8 +202,8 @@ def test_all_strategies_agree(op, case, precision) -> None:
     names = set()
     for name in strategies():
         plan = plan_of(op, case, strategy=name, precision=precision)
-        for candidate in plan._decision.candidates if plan else ():
-            got = plan._on(candidate).run(of(op, arrays), None)
+        for candidate in candidates_of(plan) if plan else ():
+            got = run_candidate(plan, candidate, of(op, arrays))
             assert_within(got, wanted, 1e-5 * terms * largest)
             names.add(name)
     assert "im2col" in names

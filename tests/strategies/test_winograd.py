@@ -14,6 +14,7 @@ from support import (
     PLACES,
     Case,
     Operands,
+    candidates_of,
     integers,
     normal,
     of,
@@ -21,6 +22,7 @@ from support import (
     plan_of,
     reference,
     run,
+    run_candidate,
     smallest_limit,
     to_host,
 )
@@ -132,9 +134,9 @@ def test_every_tile_size_is_within_the_bound(xp, op, layout, dtype) -> None:
             assert max(case.options["stride"]) > 1
             continue
         wanted = known(op, name, layout, dtype)
-        for candidate in plan._decision.candidates:
+        for candidate in candidates_of(plan):
             precision = "fast" if 8 in candidate.tiling.variant else "standard"
-            got = plan._on(candidate).run(of(op, arrays), None)
+            got = run_candidate(plan, candidate, of(op, arrays))
             assert_near(got, wanted, BOUNDS[precision, dtype])
             assert got.dtype == dtype
             variants.add(candidate.tiling.variant)
@@ -152,8 +154,8 @@ def test_any_tail_is_within_the_bound(op, case, precision) -> None:
         return
     arrays = Operands(*(np.rint(array * 2) for array in normal(case)))
     wanted = reference(op, wide(arrays), case)
-    for candidate in plan._decision.candidates:
-        got = plan._on(candidate).run(of(op, arrays), None)
+    for candidate in candidates_of(plan):
+        got = run_candidate(plan, candidate, of(op, arrays))
         np.testing.assert_array_equal(np.rint(got), wanted)
 
 
@@ -181,12 +183,12 @@ def test_blocks_and_workers_agree(xp, op) -> None:
     most = (18, 19, 20, 22) if xp is np else (15, 16, 17, 18)
     for limit in (2**17, *(2**n for n in most)):
         plan = planned(xp, op, case, memory_limit=limit)
-        for candidate in plan._decision.candidates:
-            got = plan._on(candidate).run(of(op, arrays), None)
+        for candidate in candidates_of(plan):
+            got = run_candidate(plan, candidate, of(op, arrays))
             assert_near(got, wanted, 1e-4)
             tilings.add(candidate.tiling)
             took = peak(
-                xp, lambda c=candidate, p=plan: p._on(c).run(of(op, arrays), None)
+                xp, lambda c=candidate, p=plan: run_candidate(p, c, of(op, arrays))
             )
             assert took <= candidate.workspace_bytes <= limit
     assert len(tilings) > 12
@@ -277,10 +279,10 @@ def test_what_is_no_number_stays_in_its_tiles(xp, op) -> None:
     image, row, column = 1, 11, 12
     first[image, 3, row, column] = np.nan
     plan = planned(xp, op, case)
-    for candidate in plan._decision.candidates:
+    for candidate in candidates_of(plan):
         with np.errstate(invalid="ignore"):
             got = to_host(
-                plan._on(candidate).run((xp.asarray(first), xp.asarray(w)), None)
+                run_candidate(plan, candidate, (xp.asarray(first), xp.asarray(w)))
             )
         bad = np.isnan(got)
         assert bad[image, :, row - 1 : row + 2, column - 1 : column + 2].all()
@@ -293,10 +295,10 @@ def test_what_is_no_number_spoils_the_weights_of_its_filter(xp) -> None:
     dy, x = of("weight_grad", normal(case))
     dy[1, 4, 7, 5] = np.inf
     plan = planned(xp, "weight_grad", case)
-    for candidate in plan._decision.candidates:
+    for candidate in candidates_of(plan):
         with np.errstate(invalid="ignore"):
             got = to_host(
-                plan._on(candidate).run((xp.asarray(dy), xp.asarray(x)), None)
+                run_candidate(plan, candidate, (xp.asarray(dy), xp.asarray(x)))
             )
         assert not np.isfinite(got[4]).any()
         assert np.isfinite(np.delete(got, 4, axis=0)).all()
@@ -314,8 +316,8 @@ def test_the_sizes_of_real_layers() -> None:
             exact = run(op, wide(arrays), case)
             for precision in ("standard", "fast"):
                 plan = plan_of(op, case, precision=precision, **WINOGRAD)
-                for candidate in plan._decision.candidates:
-                    got = plan._on(candidate).run(of(op, arrays), None)
+                for candidate in candidates_of(plan):
+                    got = run_candidate(plan, candidate, of(op, arrays))
                     assert_near(got, exact, BOUNDS[precision, "float32"])
 
 
@@ -340,7 +342,7 @@ def test_what_is_allowed_depends_on_the_word_alone(op) -> None:
         for x_shape, w_shape in shapes:
             options = {"op": op, "padding": 1, "precision": word}
             plan = cuconv.plan_conv(x_shape, w_shape, **options)
-            seen[word] |= {c.strategy.name for c in plan._decision.candidates}
+            seen[word] |= {c.strategy.name for c in candidates_of(plan)}
             for name in {"winograd", "fft"} - names:
                 with pytest.raises(ValueError, match="precision"):
                     cuconv.plan_conv(x_shape, w_shape, strategy=name, **options)
@@ -352,7 +354,7 @@ def test_tiles_of_8_are_for_fast_alone() -> None:
     case = CASES["square"]
     for precision, largest in (("standard", 6), ("fast", 8)):
         plan = plan_of("forward", case, precision=precision, **WINOGRAD)
-        tiles = {n for c in plan._decision.candidates for n in c.tiling.variant}
+        tiles = {n for c in candidates_of(plan) for n in c.tiling.variant}
         assert max(tiles) == largest
 
 
