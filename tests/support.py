@@ -19,6 +19,7 @@ from cuconv.arrays import SUPPORTED_TYPES
 from cuconv.backends.cpu import backend as host
 from cuconv.engine import autotune, planner
 from cuconv.engine import call as calls
+from cuconv.engine import plan as planning
 from cuconv.memory import MemoryLimitError
 
 TESTS = Path(__file__).parent
@@ -475,3 +476,22 @@ def fill_arenas(value: float) -> None:
 def kept_arenas() -> list[int]:
     """Bytes of each piece of memory that waits for the next call."""
     return [arena.nbytes for arena in host._ARENAS._kept]
+
+
+def let_win(monkeypatch: pytest.MonkeyPatch, name: str) -> list[int]:
+    """Let a strategy win every race; how many candidates each of them had."""
+    races: list[int] = []
+    candidates: list[Any] = []
+
+    def decide(*arguments: Any) -> Any:
+        decision = planner.decide(*arguments)
+        candidates[:] = decision.candidates
+        return decision
+
+    def fastest(backend: Any, timed: Sequence[Any]) -> int:
+        races.append(len(timed))
+        return [c.strategy.name for c in candidates].index(name)
+
+    monkeypatch.setattr(planning, "decide", decide)
+    monkeypatch.setattr(planning, "fastest", fastest)
+    return races

@@ -1,11 +1,9 @@
 """Calls recorded into a CUDA graph: right when it is launched, or refused with reasons.
 
-Only strategies that launch kernels alone can be captured.  One of this file's own,
-slow and simple, is there to see what the planner makes of such a strategy.
+Only strategies that launch kernels alone can be captured.
 """
 
-from collections.abc import Iterator
-from typing import Any
+from functools import partial
 
 import numpy as np
 import pytest
@@ -15,8 +13,9 @@ from support import (
     call_into,
     captured,
     device_allocations,
-    forget_plans,
+    forget_winners,
     integers,
+    let_win,
     of,
     operands,
     reference,
@@ -25,142 +24,9 @@ from support import (
 )
 
 import cuconv
-from cuconv import strategies, testing
-from cuconv.engine import plan as planning
-from cuconv.engine import planner
-from cuconv.memory import Buffer
-from cuconv.strategies.base import OneWay, Work, Workspace
+from cuconv import testing
 
 pytestmark = pytest.mark.parametrize("xp", ["cupy"], indirect=True)
-
-# Every thread looks at all products and adds those that belong to its cell.
-DIRECT = """
-extern "C" __global__ void direct(const float *a, const float *b, float *out, int op,
-    int images, int channels, int filters, int size, int taps, int positions,
-    int stride, int dilation, int before)
-{
-    long long own = blockIdx.x * (long long)blockDim.x + threadIdx.x;
-    float sum = 0;
-    bool mine = false;
-    for (int n = 0; n < images; ++n)
-    for (int c = 0; c < channels; ++c)
-    for (int k = 0; k < filters; ++k)
-    for (int i = 0; i < size; ++i)
-    for (int t = 0; t < taps; ++t) {
-        int o = i + before - t * dilation;
-        bool hit = o % stride == 0 && 0 <= o && o / stride < positions;
-        long long x = ((long long)n * channels + c) * size + i;
-        long long w = ((long long)k * channels + c) * taps + t;
-        long long y = ((long long)n * filters + k) * positions + o / stride;
-        if (op == 0 && hit && y == own) { mine = true; sum += a[x] * b[w]; }
-        if (op == 1 && x == own) { mine = true; if (hit) sum += a[y] * b[w]; }
-        if (op == 2 && w == own) { mine = true; if (hit) sum += a[y] * b[x]; }
-    }
-    if (mine) out[own] = sum;
-}
-"""
-
-
-class DirectConv(OneWay):
-    """One kernel for one axis, one group, float32; dear, so that others come first."""
-
-    name = "direct"
-    capturable = True
-    cost = 1e12
-
-    def __init__(self, xp: Any) -> None:
-        self._kernel = xp.RawKernel(DIRECT, "direct")
-
-    def supports(self, problem: Any) -> tuple[bool, str]:
-        g = problem.geometry
-        mine = g.rank == 1 and g.groups == 1 and problem.module == "cupy"
-        return mine and not problem.flipped and not problem.has_bias, "not mine"
-
-    def preferred(self, problem: Any, backend: Any) -> int:
-        return problem.geometry.images * problem.geometry.positions
-
-    def tile(self, problem: Any, positions: int, variant: Any) -> Any:
-        return problem.geometry.tile(positions)
-
-    def splits(self, problem: Any, variant: Any) -> int:
-        return 1
-
-    def blocks(self, problem: Any, tiling: Any) -> Any:
-        return problem.geometry.blocks(tiling.tile)
-
-    def workspace(self, problem: Any, tiling: Any, backend: Any) -> Workspace:
-        return Workspace()
-
-    def pieces(self, problem: Any, tiling: Any) -> int:
-        return 1
-
-    def work(self, problem: Any, tiling: Any) -> Work:
-        return Work(multiply=self.cost, blocks=0)
-
-    def weights(self, job: Any, w: Any, kept: Any) -> Any:
-        return w
-
-    def forward(self, job: Any, x: Any, weights: Any, bias: Any, out: Any) -> None:
-        self._launch(job, 0, x, weights, out)
-
-    def input_grad(self, job: Any, dy: Any, weights: Any, bias: Any, out: Any) -> None:
-        self._launch(job, 1, dy, weights, out)
-
-    def weight_grad(self, job: Any, dy: Any, x: Any, out: Any) -> None:
-        self._launch(job, 2, dy, x, out)
-
-    def _launch(self, job: Any, op: int, a: Any, b: Any, out: Any) -> None:
-        g = job.problem.geometry
-        (axis,) = g.axes
-        numbers = (op, g.images, g.channels, g.filters, axis.size, axis.kernel)
-        numbers += (axis.out, axis.stride, axis.dilation, axis.before)
-        arguments = (a, b, out, *map(np.int32, numbers))
-        self._kernel((-(-out.size // 64),), (64,), arguments)
-
-
-class Cheap(DirectConv):
-    """The same, but what the planner prefers."""
-
-    name = "cheap"
-    cost = 1
-
-
-class Hungry(DirectConv):
-    """The same, but it asks for memory."""
-
-    name = "hungry"
-
-    def workspace(self, problem: Any, tiling: Any, backend: Any) -> Workspace:
-        return Workspace(shared=(Buffer("space", 100, np.dtype("f4")),))
-
-
-class Packing(DirectConv):
-    """The same, but it keeps weights of its own."""
-
-    name = "packing"
-
-    def workspace(self, problem: Any, tiling: Any, backend: Any) -> Workspace:
-        cells = problem.geometry.filters * problem.geometry.patch
-        return Workspace(weights=(Buffer("w", cells, problem.operand),))
-
-    def weights(self, job: Any, w: Any, kept: Any) -> Any:
-        job.backend.copy(w.reshape(-1), kept["w"])
-        return kept["w"]
-
-
-def _add(monkeypatch: pytest.MonkeyPatch, strategy: Any) -> None:
-    monkeypatch.setattr(strategies, "_REGISTRY", strategies.strategies())
-    strategies.register(strategy)
-    forget_plans()
-
-
-@pytest.fixture
-def direct(xp: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The strategy of this file is among the others."""
-    _add(monkeypatch, DirectConv(xp))
-    yield
-    monkeypatch.undo()
-    forget_plans()
 
 
 LINE = Case((2, 3, 11), (4, 3, 3), {"stride": 2, "padding": ((1, 2),), "dilation": 2})
@@ -171,14 +37,12 @@ PLANE = Case(
 )
 APART = Case((2, 6, 7, 9), (6, 1, 3, 2), {"padding": (1, 0), "groups": 6})
 CAPTURABLE = [
-    ("direct", LINE),
     ("implicit_gemm", LINE),
     ("implicit_gemm", PLANE),
     ("depthwise", APART),
 ]
 
 
-@pytest.mark.usefixtures("direct")
 @pytest.mark.parametrize("op", OPERATIONS)
 @pytest.mark.parametrize(("name", "case"), CAPTURABLE)
 def test_a_graph_computes_what_is_in_its_buffers(xp, op, name, case) -> None:
@@ -200,13 +64,10 @@ def test_a_graph_computes_what_is_in_its_buffers(xp, op, name, case) -> None:
         testing.assert_equal(out, reference(op, fresh, case))
 
 
-@pytest.mark.usefixtures("direct")
 @pytest.mark.parametrize("op", OPERATIONS)
 def test_the_planner_takes_what_can_be_captured(xp, op, choices) -> None:
     arrays = operands(LINE, "float32").on(xp)
     out = xp.zeros(wanted_shape(op, LINE), dtype="float32")
-    call_into(op, arrays, LINE, out)
-    assert choices[-1].strategy.name != "direct", "or this test shows nothing"
     with captured(xp):
         call_into(op, arrays, LINE, out)
         plan = cuconv.plan_conv(
@@ -217,6 +78,9 @@ def test_the_planner_takes_what_can_be_captured(xp, op, choices) -> None:
     assert plan.problem.captured
     assert plan.strategy == choices[-1].strategy.name
     assert "cannot hold cuBLAS" in plan.passed_over["im2col"]
+    host = operands(LINE, "float32")
+    made_inside = plan(*of(op, host.on(xp)))
+    testing.assert_equal(made_inside, reference(op, host, LINE))
 
 
 BLAS = {
@@ -249,44 +113,14 @@ def test_a_strategy_that_cannot_is_refused_before_anything(xp, op, name) -> None
     assert np.all(to_host(out) == 77), "something had been recorded"
 
 
-def test_where_nothing_can_be_captured_the_error_says_what_would_do(
-    xp, monkeypatch
-) -> None:
-    known = {
-        n: strategies.strategies()[n] for n in ("im2col", "pointwise", "depthwise")
-    }
-    monkeypatch.setattr(planner, "strategies", lambda: known)
-    forget_plans()
-    x, w = xp.ones((1, 2, 5), "float32"), xp.ones((3, 2, 2), "float32")
-    out = xp.empty((1, 3, 4), "float32")
-    with captured(xp), pytest.raises(ValueError, match="cannot be captured") as found:
-        cuconv.conv(x, w, out=out)
-    message = str(found.value)
-    assert "im2col: a CUDA graph is being captured" in message
-    assert "depthwise: there is one group" in message
-    assert "so that 'depthwise' can run it" in message
-    forget_plans()
-
-
-@pytest.mark.parametrize("name", ["hungry", "auto"])
-def test_a_workspace_is_refused_with_its_size(xp, monkeypatch, name) -> None:
-    _add(monkeypatch, Hungry(xp))
-    known = {n: strategies.strategies()[n] for n in ("im2col", "hungry")}
-    monkeypatch.setattr(planner, "strategies", lambda: known)
-    x, w = xp.ones((1, 2, 5), "float32"), xp.ones((3, 2, 2), "float32")
-    out = xp.empty((1, 3, 4), "float32")
-    cuconv.conv(x, w, out=out, strategy="hungry")
-    words = "hungry: needs 1024 bytes of workspace, which a CUDA graph cannot hold"
-    with captured(xp), pytest.raises(ValueError, match=words):
-        cuconv.conv(x, w, out=out, strategy=name, memory_limit="1 GiB")
-    forget_plans()
-
-
-@pytest.mark.usefixtures("direct")
 def test_results_without_out_are_refused(xp) -> None:
     x, w, dy = operands(LINE, "float32").on(xp)
     plan = cuconv.plan_conv(
-        LINE.x_shape, LINE.w_shape, device="cuda", strategy="direct", **LINE.options
+        LINE.x_shape,
+        LINE.w_shape,
+        device="cuda",
+        strategy="implicit_gemm",
+        **LINE.options,
     )
     columns = cuconv.im2col(x, 3)
     steps = cuconv.iter_im2col(xp.ones((4, 3, 40)), 3, memory_limit=1024)
@@ -295,7 +129,7 @@ def test_results_without_out_are_refused(xp) -> None:
     target = xp.zeros(x.shape, "float16")
     calls = {
         "give the array for the result as out=": [
-            lambda: cuconv.conv(x, w, strategy="direct", **LINE.options),
+            lambda: cuconv.conv(x, w, strategy="implicit_gemm", **LINE.options),
             lambda: cuconv.conv_input_grad(dy, w, x.shape, **LINE.options),
             lambda: cuconv.conv_weight_grad(dy, x, w.shape, **LINE.options),
             lambda: plan(x, w),
@@ -348,7 +182,6 @@ def test_columns_with_out_are_captured(xp, order) -> None:
         np.testing.assert_array_equal(to_host(back), wanted)
 
 
-@pytest.mark.usefixtures("direct")
 @pytest.mark.parametrize("op", OPERATIONS)
 def test_a_plan_from_outside_is_made_anew_inside(xp, op, choices) -> None:
     options = {**LINE.options, "op": op, "device": "cuda"}
@@ -356,7 +189,6 @@ def test_a_plan_from_outside_is_made_anew_inside(xp, op, choices) -> None:
     insisting = cuconv.plan_conv(
         LINE.x_shape, LINE.w_shape, strategy="im2col", **options
     )
-    assert plan.strategy != "direct"
     host = operands(LINE, "float32")
     arrays = of(op, host.on(xp))
     out = xp.full(wanted_shape(op, LINE), 77, "float32")
@@ -370,19 +202,6 @@ def test_a_plan_from_outside_is_made_anew_inside(xp, op, choices) -> None:
     testing.assert_equal(out, reference(op, host, LINE))
 
 
-@pytest.mark.usefixtures("direct")
-def test_a_plan_from_inside_runs_outside(xp) -> None:
-    host = operands(LINE, "float32")
-    with captured(xp):
-        plan = cuconv.plan_conv(
-            LINE.x_shape, LINE.w_shape, device="cuda", **LINE.options
-        )
-    assert plan.problem.captured
-    x, w, _ = host.on(xp)
-    testing.assert_equal(plan(x, w), reference("forward", host, LINE))
-
-
-@pytest.mark.usefixtures("direct")
 def test_prepared_plans(xp) -> None:
     """Captured where a graph can hold what they were prepared for, else refused."""
     host = operands(LINE, "float32")
@@ -392,81 +211,17 @@ def test_prepared_plans(xp) -> None:
         name: cuconv.plan_conv(
             LINE.x_shape, LINE.w_shape, strategy=name, **options
         ).prepare(w)
-        for name in ("im2col", "direct")
+        for name in ("im2col", "implicit_gemm")
     }
     out = xp.full(LINE.y_shape(), 77, "float32")
     with captured(xp) as graphs:
         with pytest.raises(ValueError, match="prepared for im2col, which it cannot"):
             plans["im2col"](x, out=out)
-        plans["direct"](x, out=out)
+        plans["implicit_gemm"](x, out=out)
     w[...] = 0  # prepared weights are the plan's own
     graphs[0].launch()
     xp.cuda.Device().synchronize()
     testing.assert_equal(out, reference("forward", host, LINE))
-
-
-def test_a_graph_that_recalls_the_winner(xp, monkeypatch, tmp_path, choices) -> None:
-    """Recorded winners hold in a capture; without one nothing is timed there."""
-    monkeypatch.setenv("CUCONV_CACHE_DIR", str(tmp_path))
-    planning.recall.__globals__["_known"].cache_clear()
-    _add(monkeypatch, DirectConv(xp))
-    _add(monkeypatch, Cheap(xp))
-    host = operands(LINE, "float32")
-    arrays = host.on(xp)
-    out = xp.full(LINE.y_shape(), 77, "float32")
-    races = []
-    with captured(xp):
-        call_into("forward", arrays, LINE, out, strategy="benchmark")
-        assert choices[-1].strategy.name == "cheap", "the cheapest, as by auto"
-
-    def picks_direct(backend: Any, calls: Any) -> int:
-        races.append(len(calls))
-        names = [c.strategy.name for c in candidates]
-        return names.index("direct")
-
-    decide = planning.decide
-    candidates: list[Any] = []
-
-    def spying(*arguments: Any) -> Any:
-        decision = decide(*arguments)
-        candidates[:] = decision.candidates
-        return decision
-
-    monkeypatch.setattr(planning, "decide", spying)
-    monkeypatch.setattr(planning, "fastest", picks_direct)
-    call_into("forward", arrays, LINE, out, strategy="benchmark")
-    assert len(races) == 1
-    assert choices[-1].strategy.name == "direct"
-    with captured(xp) as graphs:
-        call_into("forward", arrays, LINE, out, strategy="benchmark")
-    assert choices[-1].strategy.name == "direct"
-    assert len(races) == 1
-    out[...] = 77
-    graphs[0].launch()
-    xp.cuda.Device().synchronize()
-    testing.assert_equal(out, reference("forward", host, LINE))
-    monkeypatch.undo()
-    forget_plans()
-
-
-def test_packed_weights_are_prepared_before_a_capture(xp, monkeypatch) -> None:
-    """Then they are no workspace of a call."""
-    _add(monkeypatch, Packing(xp))
-    host = operands(LINE, "float32")
-    x, w, _ = host.on(xp)
-    options = {**LINE.options, "device": "cuda", "strategy": "packing"}
-    plan = cuconv.plan_conv(LINE.x_shape, LINE.w_shape, **options)
-    prepared = plan.prepare(w)
-    out = xp.full(LINE.y_shape(), 77, "float32")
-    with captured(xp) as graphs:
-        with pytest.raises(ValueError, match="packing: needs 1024 bytes"):
-            plan(x, w, out=out)
-        prepared(x, out=out)
-    graphs[0].launch()
-    xp.cuda.Device().synchronize()
-    testing.assert_equal(out, reference("forward", host, LINE))
-    monkeypatch.undo()
-    forget_plans()
 
 
 def test_the_stream_of_the_arrays_device_counts(xp) -> None:
@@ -484,7 +239,6 @@ def test_the_stream_of_the_arrays_device_counts(xp) -> None:
     testing.assert_equal(found, reference("forward", operands(LINE), LINE))
 
 
-@pytest.mark.usefixtures("direct")
 def test_another_stream_may_capture_meanwhile(xp, choices) -> None:
     """Only the current stream counts."""
     host = operands(LINE, "float32")
@@ -497,11 +251,9 @@ def test_another_stream_may_capture_meanwhile(xp, choices) -> None:
                 found = call_into("forward", arrays, LINE, None)
             recording.end_capture()
         working.synchronize()
-        assert choices[-1].strategy.name != "direct"
         testing.assert_equal(found, reference("forward", host, LINE))
 
 
-@pytest.mark.usefixtures("direct")
 def test_the_first_call_of_a_process_may_be_in_a_capture(xp, monkeypatch) -> None:
     """Whether a GPU works is not asked there: it would have to be waited for."""
     from cuconv.backends.cuda import device
@@ -509,12 +261,47 @@ def test_the_first_call_of_a_process_may_be_in_a_capture(xp, monkeypatch) -> Non
     host = operands(LINE, "float32")
     arrays = host.on(xp)
     out = xp.zeros(LINE.y_shape(), "float32")
-    call_into("forward", arrays, LINE, out, strategy="direct")
+    call_into("forward", arrays, LINE, out, strategy="implicit_gemm")
     monkeypatch.setattr(device, "_working", [])
     with captured(xp) as graphs:
-        call_into("forward", arrays, LINE, out, strategy="direct")
+        call_into("forward", arrays, LINE, out, strategy="implicit_gemm")
     assert device._working == []
     out[...] = 77
     graphs[0].launch()
     xp.cuda.Device().synchronize()
     testing.assert_equal(out, reference("forward", host, LINE))
+
+
+def test_where_nothing_can_be_captured_the_error_says_what_would_do(xp) -> None:
+    """Four axes, which no kernel takes."""
+    x, w = xp.ones((1, 2, 2, 2, 2, 5), "f4"), xp.ones((3, 2, 1, 1, 1, 2), "f4")
+    out = xp.empty((1, 3, 2, 2, 2, 4), "f4")
+    with captured(xp), pytest.raises(ValueError, match="cannot be captured") as found:
+        cuconv.conv(x, w, out=out)
+    message = str(found.value)
+    assert "im2col: a CUDA graph is being captured" in message
+    assert "so that 'depthwise' or 'implicit_gemm' can run it" in message
+
+
+def test_a_graph_that_recalls_the_winner(xp, monkeypatch, tmp_path, choices) -> None:
+    """Recorded winners hold in a capture; without one nothing is timed there."""
+    monkeypatch.setenv("CUCONV_CACHE_DIR", str(tmp_path))
+    forget_winners()
+    host = operands(APART, "float32")
+    arrays = host.on(xp)
+    out = xp.full(APART.y_shape(), 77, "float32")
+    call = partial(call_into, "forward", arrays, APART, out, strategy="benchmark")
+    races = let_win(monkeypatch, "implicit_gemm")
+    with captured(xp):
+        call()
+    assert (choices[-1].strategy.name, races) == ("depthwise", [])
+    call()
+    assert len(races) == 1
+    with captured(xp) as graphs:
+        call()
+    assert (choices[-1].strategy.name, len(races)) == ("implicit_gemm", 1)
+    out[...] = 77
+    graphs[0].launch()
+    xp.cuda.Device().synchronize()
+    testing.assert_equal(out, reference("forward", host, APART))
+    forget_winners()
