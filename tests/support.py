@@ -495,3 +495,37 @@ def let_win(monkeypatch: pytest.MonkeyPatch, name: str) -> list[int]:
     monkeypatch.setattr(planning, "decide", decide)
     monkeypatch.setattr(planning, "fastest", fastest)
     return races
+
+
+# Sweeps that take long
+
+
+def slowly(*values: Any) -> list[Any]:
+    """Parameters of a test that are left to ``-m slow``."""
+    each = (v if isinstance(v, tuple) else (v,) for v in values)
+    return [pytest.param(*value, marks=pytest.mark.slow) for value in each]
+
+
+# NumPy always, and CuPy or its stand-in where slow tests run.
+cupy_slowly = pytest.mark.parametrize("xp", ["numpy", *slowly("cupy")], indirect=True)
+
+
+_KNOWN: dict[Any, np.ndarray] = {}
+
+
+def wanted_of(op: str, case: Case, dtype: Any = "float64", seed: int = 0) -> np.ndarray:
+    """`reference` for `operands`, looped over once for all types that hold the same."""
+    same = {"b": "bool", "u": "uint8", "c": "complex128"}
+    kind = same.get(np.dtype(dtype).kind, "int64")
+    key = op, repr(case), kind, seed
+    if key not in _KNOWN:
+        _KNOWN[key] = reference(op, operands(case, kind, seed), case)
+    return _KNOWN[key].astype(dtype)
+
+
+# Every type with channels first, one with channels last; the others slowly.
+EACH_TYPE = [
+    *((dtype, LAYOUTS[0]) for dtype in SUPPORTED_TYPES),
+    ("float32", LAYOUTS[1]),
+    *slowly(*((dtype, LAYOUTS[1]) for dtype in SUPPORTED_TYPES if dtype != "float32")),
+]

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support import (
     COMPLEX,
+    EACH_TYPE,
     HALVES,
     LAYOUTS,
     PLACES,
@@ -19,6 +20,7 @@ from support import (
     Case,
     assert_refused,
     captured,
+    cupy_slowly,
     integers,
     large,
     peak,
@@ -29,7 +31,6 @@ from support import (
 
 import cuconv
 from cuconv import testing
-from cuconv.arrays import SUPPORTED_TYPES
 from cuconv.geometry import ConvGeometry
 
 CALLS = ("forward", "input_grad", "weight_grad")
@@ -162,8 +163,7 @@ def expect(call: str, arrays: Operands, case: Case, dtype: Any, actual: Any) -> 
     testing.assert_equal(actual, wanted, dtype=dtype)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("dtype", SUPPORTED_TYPES)
+@pytest.mark.parametrize(("dtype", "layout"), EACH_TYPE)
 @pytest.mark.parametrize("call", CALLS)
 def test_equals_the_loops_in_every_type(xp, call, dtype, layout) -> None:
     for title, case in zip(CASES, each_in(layout), strict=True):
@@ -213,6 +213,7 @@ def test_causal_is_that_of_the_convolution_that_leads_back(xp, layout) -> None:
     assert y.tolist() == [[[1, 0, 1, 0, 0, 0]]]
 
 
+@cupy_slowly
 @pytest.mark.parametrize("dtype", ["float64", "complex128"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_gradients_are_the_numerical_ones(xp, layout, dtype) -> None:

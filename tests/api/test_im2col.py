@@ -12,6 +12,7 @@ from cases import CASES, cases
 from hypothesis import given
 from hypothesis import strategies as st
 from support import (
+    EACH_TYPE,
     HALVES,
     LAYOUTS,
     PLACES,
@@ -27,7 +28,6 @@ from support import (
 
 import cuconv
 from cuconv import testing
-from cuconv.arrays import SUPPORTED_TYPES
 from cuconv.memory import MemoryLimitError
 
 ORDERS = ("rows", "columns", "batched")
@@ -141,8 +141,7 @@ def same_bits(actual: Any, expected: np.ndarray) -> None:
 # im2col
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("dtype", SUPPORTED_TYPES)
+@pytest.mark.parametrize(("dtype", "layout"), EACH_TYPE)
 @pytest.mark.parametrize("order", ORDERS)
 def test_im2col_equals_the_loops(xp, order, dtype, layout) -> None:
     for written in CASES.values():
@@ -174,8 +173,9 @@ def test_im2col_copies_bits_of_every_kind(xp, dtype) -> None:
 # col2im
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("dtype", [t for t in SUPPORTED_TYPES if t != "bool"])
+@pytest.mark.parametrize(
+    ("dtype", "layout"), [each for each in EACH_TYPE if "bool" not in str(each)]
+)
 @pytest.mark.parametrize("order", ORDERS)
 def test_col2im_equals_the_loops(xp, order, dtype, layout) -> None:
     for written in CASES.values():

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from support import Case, to_host
+from support import Case, cupy_slowly, to_host
 
 import cuconv
 from cuconv.testing import assert_close, numerical_gradient
@@ -67,6 +67,7 @@ class Loss:
         return for_x, for_w
 
 
+@cupy_slowly
 @pytest.mark.parametrize("name", CASES)
 def test_hessians_times_vectors(xp, name) -> None:
     loss = Loss(CASES[name])

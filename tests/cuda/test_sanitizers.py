@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from support import ROOT, TESTS
+from support import ROOT, TESTS, slowly
 
 SANITIZE = (
     "-fsanitize=address,undefined -fno-sanitize-recover=all -fno-sanitize=alignment"
@@ -61,19 +61,20 @@ def run_sanitized(*arguments: str) -> subprocess.CompletedProcess[str]:
     [
         ("cuda/test_kernels.py", "im2col and not complex128 and not float64", 60),
         (
-            "cuda/test_kernels.py",
-            "col2im and False- and (float32 or uint8 or complex64)",
-            30,
+            *("cuda/test_kernels.py", "col2im and False- and (float32 or complex64)"),
+            20,
         ),
-        ("cuda/test_kernels.py", "gemm or offsets", 100),
         ("cuda/test_kernels.py", "(pad_copy or pad_adjoint) and int32-int16", 25),
-        ("cuda/test_winograd_tiles.py", "split or join", 15),
-        ("cuda/test_direct.py", "anywhere or one_in_memory or round_again", 15),
-        ("api/test_pooling.py", "cupy and (any_view or no_window)", 6),
-        (
-            "strategies/test_implicit_gemm.py",
-            "odd-channels_first or aligned-channels_last",
-            6,
+        *slowly(
+            ("cuda/test_kernels.py", "col2im and False- and uint8", 10),
+            ("cuda/test_kernels.py", "gemm or offsets", 100),
+            ("cuda/test_winograd_tiles.py", "split or join", 15),
+            ("cuda/test_direct.py", "anywhere or one_in_memory or round_again", 15),
+            ("api/test_pooling.py", "cupy and (any_view or no_window)", 6),
+            (
+                *("strategies/test_implicit_gemm.py",),
+                *("odd-channels_first or aligned-channels_last", 6),
+            ),
         ),
     ],
 )

@@ -17,7 +17,7 @@ from cases import Pool, cases, invalid_cases, pools, transposed_cases
 from dask.array.core import concatenate_lookup
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from support import LAYOUTS, Case, integers, operands, to_host
+from support import LAYOUTS, Case, cupy_slowly, integers, operands, to_host
 
 import cuconv
 from cuconv import testing
@@ -86,6 +86,7 @@ SMALL = Case(
 SPARSE = Case((1, 1, 23), (2, 1, 2), {"stride": (7,), "dilation": (2,)})
 
 
+@cupy_slowly
 @settings(max_examples=12)
 @given(case=cases(), data=st.data())
 def test_convolution_and_gradients_equal_eager_ones(xp, case, data) -> None:

@@ -21,6 +21,7 @@ from support import (
     operands,
     plan_of,
     run,
+    slowly,
     smallest_limit,
 )
 from threadpoolctl import threadpool_limits
@@ -47,7 +48,7 @@ def random(case: Case) -> Operands:
 
 @pytest.mark.usefixtures("busy")
 @pytest.mark.parametrize("name", [*STRICT, *ROUNDED, "auto"])
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", [LAYOUTS[0], *slowly(LAYOUTS[1])])
 @pytest.mark.parametrize("op", OPERATIONS)
 def test_the_number_of_threads_does_not_show(op, layout, name) -> None:
     """Every problem is shared out here, however small, in many pieces or few."""

@@ -19,6 +19,7 @@ from support import (
     PLACES,
     Case,
     Operands,
+    cupy_slowly,
     forget_arenas,
     host_peak,
     integers,
@@ -26,6 +27,7 @@ from support import (
     peak,
     reference,
     run,
+    slowly,
     smallest_limit,
     to_device,
     unaligned,
@@ -86,7 +88,7 @@ def big_arrays(xp: Any, case: Case, dtype: Any) -> Operands:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("dtype", [TYPES[0], *slowly(*TYPES[1:])])
 @pytest.mark.parametrize("op", OPERATIONS)
 def test_the_peak_is_within_the_limit(xp, op, dtype, layout) -> None:
     checked = 0
@@ -118,7 +120,9 @@ def test_any_geometry_stays_within_the_smallest_limit(
     assert_within(xp, call, smallest_limit(call) + extra)
 
 
-@pytest.mark.parametrize("result", ["float64", "float16", "int32", "complex128"])
+@pytest.mark.parametrize(
+    "result", ["int32", *slowly("float64", "float16", "complex128")]
+)
 @pytest.mark.parametrize("op", OPERATIONS)
 def test_the_peak_is_within_the_limit_when_types_change(xp, op, result) -> None:
     case = volumes(xp)["two axes"]
@@ -150,7 +154,7 @@ def test_the_peak_is_within_the_limit_with_out(xp, op) -> None:
         assert peak(xp, nothing) <= limit
 
 
-@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("dtype", [TYPES[0], *slowly(*TYPES[1:])])
 def test_bias_and_its_gradient_are_within_the_limit(xp, dtype) -> None:
     for case in volumes(xp).values():
         x, w, dy = big_arrays(xp, case, dtype)
@@ -176,7 +180,7 @@ def test_several_workers_share_the_limit(choices) -> None:
     assert max(workers) > 2
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", [LAYOUTS[0], *slowly(LAYOUTS[1])])
 @pytest.mark.parametrize("op", OPERATIONS)
 def test_the_smallest_limit_that_is_named_works_and_one_less_fails(
     xp, op, layout
@@ -228,6 +232,7 @@ def test_thousands_of_chunks_are_not_listed_beforehand(xp, op) -> None:
     assert_within(xp, call, smallest_limit(call))
 
 
+@cupy_slowly
 def test_without_a_limit_memory_is_bounded_too(xp) -> None:
     """The whole column matrix would be more than 256 MiB."""
     case = Case((8, 32, 181, 179), (4, 32, 3, 3), {"padding": 1})

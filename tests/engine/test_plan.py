@@ -24,6 +24,7 @@ from support import (
     operands,
     plan_of,
     reference,
+    slowly,
     to_device,
 )
 
@@ -346,7 +347,7 @@ def test_words_that_mean_nothing() -> None:
 # Prepared weights
 
 
-@pytest.mark.parametrize("precision", ["strict", "standard", "fast"])
+@pytest.mark.parametrize("precision", ["standard", *slowly("strict", "fast")])
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("op", ["forward", "input_grad"])
 def test_prepared_weights_give_the_same_bits(xp, op, layout, precision) -> None:

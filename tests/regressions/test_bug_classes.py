@@ -23,6 +23,7 @@ from support import (
     peak,
     reference,
     run,
+    slowly,
     smallest_limit,
     to_device,
     to_host,
@@ -56,7 +57,7 @@ def check(
 # 1. More than 2^31 elements
 
 
-@pytest.mark.parametrize("dtype", ["float32", "uint8"])
+@pytest.mark.parametrize("dtype", ["float32", *slowly("uint8")])
 def test_01_columns_past_2_to_the_31(dtype) -> None:
     """In megabytes of memory; what counts is the end of the last batch entry."""
     need_memory(2)

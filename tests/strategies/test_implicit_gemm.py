@@ -27,6 +27,7 @@ from support import (
     reference,
     run,
     to_host,
+    wanted_of,
     with_candidate,
 )
 
@@ -83,17 +84,6 @@ CASES = {
     "three axes": THREE_AXES,
     "pointwise": POINTWISE,
 }
-
-
-_KNOWN: dict[tuple[str, str, str], np.ndarray] = {}
-
-
-def wanted_of(op: str, case: Case, kind: Any = float, seed: int = 0) -> np.ndarray:
-    """The reference for `operands`, computed once for all types that hold the same."""
-    key = op, repr((case, seed)), np.dtype(kind).name
-    if key not in _KNOWN:
-        _KNOWN[key] = reference(op, operands(case, kind, seed), case)
-    return _KNOWN[key]
 
 
 def geometry_of(case: Case) -> ConvGeometry:

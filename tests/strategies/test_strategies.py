@@ -31,7 +31,9 @@ from support import (
     reference,
     run,
     run_candidate,
+    slowly,
     smallest_limit,
+    wanted_of,
 )
 
 import cuconv
@@ -85,18 +87,6 @@ BOUNDS = {
     ("fft", "fast", "float32"): 1e-5,
     ("fft", "fast", "float64"): 1e-12,
 }
-
-
-_KNOWN: dict[tuple[str, str, str], np.ndarray] = {}
-
-
-def wanted_of(op: str, case: Case, dtype: Any) -> np.ndarray:
-    """The reference for `operands`, computed once for all types that hold the same."""
-    wide = complex if np.dtype(dtype).kind == "c" else float
-    key = op, repr(case), np.dtype(wide).name
-    if key not in _KNOWN:
-        _KNOWN[key] = reference(op, operands(case, wide), case)
-    return _KNOWN[key].astype(dtype)
 
 
 def assert_near(actual: Any, wanted: np.ndarray, bound: float) -> None:
@@ -365,7 +355,7 @@ LARGE = {
 }
 
 
-@pytest.mark.parametrize("name", [*STRICT, *ROUNDED, "auto"])
+@pytest.mark.parametrize("name", ["auto", "winograd", *slowly(*STRICT, "fft")])
 @pytest.mark.parametrize("op", OPERATIONS)
 def test_every_strategy_stays_within_any_limit(op, name) -> None:
     ran = 0
