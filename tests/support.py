@@ -515,8 +515,7 @@ _KNOWN: dict[Any, np.ndarray] = {}
 
 def wanted_of(op: str, case: Case, dtype: Any = "float64", seed: int = 0) -> np.ndarray:
     """`reference` for `operands`, looped over once for all types that hold the same."""
-    same = {"b": "bool", "u": "uint8", "c": "complex128"}
-    kind = same.get(np.dtype(dtype).kind, "int64")
+    kind = widest(dtype)
     key = op, repr(case), kind, seed
     if key not in _KNOWN:
         _KNOWN[key] = reference(op, operands(case, kind, seed), case)
@@ -529,3 +528,16 @@ EACH_TYPE = [
     ("float32", LAYOUTS[1]),
     *slowly(*((dtype, LAYOUTS[1]) for dtype in SUPPORTED_TYPES if dtype != "float32")),
 ]
+
+
+def widest(dtype: Any) -> str:
+    """The type that holds the same small integers, and their sums."""
+    same = {"b": "bool", "u": "uint64", "c": "complex128"}
+    return same.get(np.dtype(dtype).kind, "int64")
+
+
+def add_bias(y: np.ndarray, bias: np.ndarray, case: Case) -> np.ndarray:
+    """A result of either layout with a number added for each filter."""
+    if case.layout == "channels_first":
+        bias = bias.reshape(-1, *(1,) * (len(case.w_shape) - 2))
+    return y + bias

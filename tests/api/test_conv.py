@@ -19,6 +19,7 @@ from support import (
     PLACES,
     Case,
     Operands,
+    add_bias,
     arrays_of,
     cupy_slowly,
     integers,
@@ -32,6 +33,7 @@ from support import (
     to_host,
     unaligned,
     wanted_of,
+    widest,
     with_buffers_on,
 )
 
@@ -135,7 +137,7 @@ def test_the_default_precision_is_near_enough(xp) -> None:
         arrays = operands(case, "float32")
         for op in OPERATIONS:
             got = run(op, arrays.on(xp), case, precision="standard")
-            wanted = reference(op, arrays, case)
+            wanted = wanted_of(op, case)
             largest = float(np.abs(wanted).max())
             testing.assert_close(got, wanted, rtol=0, atol=1e-5 * largest)
 
@@ -149,7 +151,8 @@ def test_bias_is_added_to_every_position(xp, dtype, layout) -> None:
     for case in each_in(layout):
         x, w, _ = operands(case, dtype)
         bias = integers((case.filters(),), dtype, seed=9)
-        wanted = testing.conv_reference(x, w, bias, **case.options).astype(dtype)
+        wanted = add_bias(wanted_of("forward", case, widest(dtype)), bias, case)
+        wanted = wanted.astype(dtype)
         on_xp = (to_device(xp, array) for array in (x, w, bias))
         testing.assert_equal(cuconv.conv(*on_xp, **case.options), wanted, dtype=dtype)
 
@@ -349,15 +352,14 @@ def test_unaligned_inputs(op) -> None:
 @pytest.mark.parametrize("op", OPERATIONS)
 def test_read_only_inputs_are_not_written(xp, op) -> None:
     for case in CASES.values():
-        for dtype in ("float32", "complex64"):
-            arrays = operands(case, dtype)
-            mine = arrays.on(xp)
-            if xp is np:
-                for array in mine:
-                    array.flags.writeable = False
-            run(op, mine, case)
-            for before, after in zip(arrays, mine, strict=True):
-                testing.assert_equal(after, before)
+        arrays = operands(case, "float32")
+        mine = arrays.on(xp)
+        if xp is np:
+            for array in mine:
+                array.flags.writeable = False
+        run(op, mine, case)
+        for before, after in zip(arrays, mine, strict=True):
+            testing.assert_equal(after, before)
 
 
 def test_subclasses_of_numpys_array_are_arrays() -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from cases import Pool, even_pools, pools
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 from support import (
     HALVES,
@@ -111,20 +111,17 @@ BESIDE = Pool(
 )
 
 
-@settings(max_examples=80)
 @given(pool=pools(), dtype=st.sampled_from(REAL))
 @example(pool=BESIDE, dtype="float32")
 def test_maxima_and_their_places(xp, pool, dtype) -> None:
     check_max(xp, pool, dtype)
 
 
-@settings(max_examples=80)
 @given(pool=pools(), dtype=st.sampled_from(ADDED), padding=st.booleans())
 def test_means(xp, pool, dtype, padding) -> None:
     check_mean(xp, pool, dtype, count_include_pad=padding)
 
 
-@settings(max_examples=80)
 @given(pool=pools(), dtype=st.sampled_from(ADDED), divisor=st.sampled_from((1, -2)))
 def test_sums_are_equal(xp, pool, dtype, divisor) -> None:
     x = integers(pool.x_shape, dtype)
@@ -138,7 +135,6 @@ def test_sums_are_equal(xp, pool, dtype, divisor) -> None:
     equal(to_host(back), expected, dtype=y.dtype)
 
 
-@settings(max_examples=80)
 @given(
     pool=pools(),
     dtype=st.sampled_from(("float32", "float64", *HALVES)),
@@ -163,7 +159,6 @@ def test_norms(xp, pool, dtype, norm) -> None:
     close(to_host(back), expected, rtol=rtol, atol=scale, dtype=x.dtype)
 
 
-@settings(max_examples=80)
 @given(pool=even_pools(), dtype=st.sampled_from(("float64", "float32", "int8")))
 def test_adaptive(xp, pool, dtype) -> None:
     x = integers(pool.x_shape, dtype)
@@ -857,7 +852,7 @@ AXES = st.builds(
     after=st.integers(-6, 6),
     overhang=st.just(0),
     windows=st.just(0),
-    backward=st.just(1),
+    input_dilation=st.just(1),
 )
 
 

@@ -59,14 +59,17 @@ def run_sanitized(*arguments: str) -> subprocess.CompletedProcess[str]:
 @pytest.mark.parametrize(
     ("name", "chosen", "least"),
     [
-        ("cuda/test_kernels.py", "im2col and not complex128 and not float64", 60),
         (
-            *("cuda/test_kernels.py", "col2im and False- and (float32 or complex64)"),
-            20,
+            *("cuda/test_kernels.py",),
+            "int32 and (int16 or float32 and (False- or True-True) and not gemm)",
+            *(60,),
         ),
-        ("cuda/test_kernels.py", "(pad_copy or pad_adjoint) and int32-int16", 25),
         *slowly(
-            ("cuda/test_kernels.py", "col2im and False- and uint8", 10),
+            ("cuda/test_kernels.py", "im2col and not complex128 and not float64", 60),
+            (
+                *("cuda/test_kernels.py",),
+                *("col2im and False- and (float32 or uint8 or complex64)", 30),
+            ),
             ("cuda/test_kernels.py", "gemm or offsets", 100),
             ("cuda/test_winograd_tiles.py", "split or join", 15),
             ("cuda/test_direct.py", "anywhere or one_in_memory or round_again", 15),

@@ -15,6 +15,7 @@ from support import (
     PLACES,
     Case,
     Operands,
+    add_bias,
     chosen,
     forget_arenas,
     host_peak,
@@ -26,6 +27,7 @@ from support import (
     reference,
     slowly,
     to_device,
+    wanted_of,
 )
 
 import cuconv
@@ -110,9 +112,8 @@ def test_a_plan_computes_what_the_function_does(xp, op, layout) -> None:
     checked = 0
     for case in (case.in_layout(layout) for case in CASES.values()):
         plan = plan_of(op, case, device=device(xp))
-        arrays = operands(case, "float32")
-        mine = of(op, arrays.on(xp))
-        wanted = reference(op, arrays, case)
+        mine = of(op, operands(case, "float32").on(xp))
+        wanted = wanted_of(op, case, "float32")
         testing.assert_equal(plan(*mine), wanted, dtype=np.float32)
         testing.assert_equal(plan(*mine), wanted, dtype=np.float32)
         out = xp.full(wanted.shape, 77, dtype=np.float32)
@@ -129,7 +130,7 @@ def test_a_plan_with_a_bias(xp, layout) -> None:
         x, w, _ = operands(case, "float32")
         bias = integers((case.filters(),), "float32", seed=4)
         plan = plan_of("forward", case, bias=True, device=device(xp))
-        wanted = testing.conv_reference(x, w, bias, **case.options)
+        wanted = add_bias(wanted_of("forward", case), bias, case)
         x, w, bias = (to_device(xp, array) for array in (x, w, bias))
         testing.assert_equal(plan(x, w, bias), wanted, dtype=np.float32)
         prepared = plan.prepare(w)
@@ -143,7 +144,7 @@ def test_arrays_may_lie_otherwise_than_planned(xp, op, place) -> None:
         plan = plan_of(op, case, device=device(xp))
         arrays = operands(case, "float32")
         mine = Operands(*(PLACES[place](xp, array) for array in arrays))
-        testing.assert_equal(plan(*of(op, mine)), reference(op, arrays, case))
+        testing.assert_equal(plan(*of(op, mine)), wanted_of(op, case, "float32"))
 
 
 @pytest.mark.parametrize("op", OPERATIONS)
@@ -381,9 +382,7 @@ def test_prepared_weights_of_every_kind(xp, dtype) -> None:
         arrays = operands(case, dtype)
         first, w = of(op, arrays.on(xp))
         got = plan.prepare(w)(first)
-        testing.assert_equal(
-            got, reference(op, arrays, case).astype(dtype), dtype=dtype
-        )
+        testing.assert_equal(got, wanted_of(op, case, dtype), dtype=dtype)
 
 
 def test_two_sets_of_weights_do_not_meet() -> None:
@@ -426,7 +425,7 @@ def test_a_prepared_plan_says_where_arrays_must_lie(xp) -> None:
         arrays = operands(case, "float32")
         plan = plan_of("forward", case, device=device(xp))
         prepared = plan.prepare(to_device(xp, arrays.w))
-        wanted = reference("forward", arrays, case)
+        wanted = wanted_of("forward", case)
         for place in PLACES.values():
             try:
                 got = prepared(place(xp, arrays.x))
