@@ -20,7 +20,6 @@ from support import (
     Case,
     Operands,
     add_bias,
-    arrays_of,
     cupy_slowly,
     integers,
     operands,
@@ -51,6 +50,7 @@ def expect(op: str, arrays: Operands, case: Case, dtype: Any, actual: Any) -> No
 def check(xp: Any, op: str, case: Case, dtype: Any = "float32", **options: Any) -> None:
     """Small integers of a type, which give their own sums exactly."""
     actual = run(op, operands(case, dtype).on(xp), case, **options)
+    assert type(actual) is xp.ndarray
     testing.assert_equal(actual, wanted_of(op, case, dtype), dtype=dtype)
 
 
@@ -186,19 +186,6 @@ def test_out_takes_the_result_wherever_it_lies(xp, op, layout) -> None:
             testing.assert_equal(out, wanted, dtype=np.float32)
             checked += 1
     assert checked == 4 * len(CASES)
-
-
-@pytest.mark.parametrize("op", OPERATIONS)
-def test_out_leaves_its_neighbours_alone(xp, op) -> None:
-    for case in CASES.values():
-        arrays = operands(case, "float32")
-        wanted = wanted_of(op, case, "float32")
-        around = xp.full([n + 2 for n in wanted.shape], 77, dtype=np.float32)
-        inside = tuple(slice(1, -1) for _ in wanted.shape)
-        run(op, arrays.on(xp), case, out=around[inside])
-        expected = np.full(around.shape, 77.0)
-        expected[inside] = wanted
-        testing.assert_equal(around, expected)
 
 
 RESULTS = [
@@ -543,12 +530,3 @@ def test_options_may_be_numpy_integers_and_arrays(xp) -> None:
     one = {"stride": np.int64(2), "groups": np.int8(1), "padding": np.uint8(1)}
     plain = {name: int(value) for name, value in one.items()}
     testing.assert_equal(cuconv.conv(x, w, **one), cuconv.conv(x, w, **plain))
-
-
-def test_results_are_in_the_module_of_the_inputs(xp) -> None:
-    case = CASES["two axes, all different"]
-    x, w, dy = operands(case).on(xp)
-    got = [cuconv.conv(x, w, **case.options)]
-    got += arrays_of(cuconv.conv_backward(dy, x, w, **case.options))
-    assert len(got) == 4
-    assert all(type(array) is xp.ndarray for array in got)

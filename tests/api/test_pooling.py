@@ -31,7 +31,6 @@ from cuconv.backends.cpu import backend as host
 from cuconv.backends.cpu import pooling as host_pools
 from cuconv.backends.cuda import cuda_backend
 from cuconv.backends.cuda import pooling as packing
-from cuconv.geometry import Axis, EvenAxis, WindowGeometry
 from cuconv.memory import MemoryLimitError
 
 REAL = ("float32", "float64", *HALVES, "bool", "int8", "uint8", "uint16", "int64")
@@ -612,25 +611,6 @@ def test_planes_of_more_than_two_to_the_31_cells(xp) -> None:
     equal(to_host(indices), wanted, dtype=np.int64)
 
 
-def test_offsets_are_wide_where_they_must_be() -> None:
-    """Planes past 2^31 cells, or strides past it, in a struct that nobody launches."""
-
-    class ArrayLayout:
-        def __init__(self, shape: tuple[int, ...], strides: tuple[int, ...]) -> None:
-            self.shape, self.strides, self.dtype = shape, strides, np.dtype("int8")
-            self.size = int(np.prod(shape))
-
-    for size, step, wide in ((2**20, 1, False), (2**31, 1, True), (2**20, 2**12, True)):
-        g = WindowGeometry.of((1, 1, size), (2**10,))
-        same = dict.fromkeys(("source", "accumulate", "result"), np.dtype("int8"))
-        pooling = packing.PoolProblem("max", g, **same)
-        x, y = (
-            ArrayLayout((1, 1, size), (0, 0, step)),
-            ArrayLayout((1, 1, size // 2**10), (0, 0, 1)),
-        )
-        assert packing.pack_pool(pooling, x, y).wide is wide
-
-
 def test_a_graph_can_hold_them(monkeypatch) -> None:
     cupy = pytest.importorskip("cupy")
     x = cupy.asarray(integers((2, 3, 9, 10), "float32"))
@@ -840,59 +820,6 @@ def test_out_that_overlaps(xp) -> None:
         cuconv.max_pool(x, 2, return_indices=True, out=(y, y.view("int64")))
     with pytest.raises(ValueError, match="out overlaps dy"):
         cuconv.avg_pool_backward(y, (2, 3, 3, 3), 1, out=y)
-
-
-AXES = st.builds(
-    Axis,
-    size=st.integers(0, 20),
-    kernel=st.integers(1, 5),
-    stride=st.integers(1, 5),
-    dilation=st.integers(1, 4),
-    before=st.integers(-6, 6),
-    after=st.integers(-6, 6),
-    overhang=st.just(0),
-    windows=st.just(0),
-    input_dilation=st.just(1),
-)
-
-
-@given(axis=AXES)
-def test_rounded_up_axes(axis) -> None:
-    """One window more where cells are left over and it starts before they end."""
-    up = axis.rounded_up
-    assert up.out - axis.out in (0, 1)
-    end = axis.size + axis.after
-    is_left = (axis.out - 1) * axis.stride - axis.before + axis.extent < end
-    starts = axis.out * axis.stride - axis.before < axis.size
-    assert (up.out > axis.out) == (is_left and starts)
-    if up.out > axis.out:
-        assert up.window(0, up.out)[1] == end + up.overhang > end
-    assert up.counted(padding=True) == axis.counted(padding=True)
-
-
-@given(size=st.integers(1, 30), windows=st.integers(1, 30), data=st.data())
-def test_even_axes(size, windows, data) -> None:
-    """Against floor and ceil, in both directions."""
-    axis = EvenAxis.of(size, windows)
-    assert axis.out == windows
-    under = [
-        range(i * size // windows, -(-(i + 1) * size // windows))
-        for i in range(windows)
-    ]
-    start = data.draw(st.integers(0, windows - 1))
-    stop = data.draw(st.integers(start + 1, windows))
-    assert axis.window(start, stop) == (under[start][0], under[stop - 1][-1] + 1)
-    assert axis.span(stop - start) >= under[stop - 1][-1] + 1 - under[start][0]
-    for i, cells in enumerate(under):
-        assert axis.taps_of(i, padding=True) == len(cells)
-        assert axis.cells_under(i, (0, size)) == slice(
-            cells[0], cells[-1] + 1, None
-        ) or (range(size)[axis.cells_under(i, (0, size))] == cells)
-    low = data.draw(st.integers(0, size - 1))
-    high = data.draw(st.integers(low + 1, size))
-    met = [i for i, cells in enumerate(under) if cells[0] < high and cells[-1] >= low]
-    assert axis.reached_from(low, high) == (met[0], met[-1] + 1)
-    assert axis.reach(high - low) >= len(met)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64", "float16"])

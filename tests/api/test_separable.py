@@ -310,36 +310,6 @@ def test_pieces_of_any_size(xp, name, pieces_of, steps) -> None:
                     testing.assert_equal(mine, loops)
 
 
-def test_whole_images_share_what_is_between(xp, pieces_of, steps) -> None:
-    """A piece of whole images takes five steps for all gradients, and no more."""
-    host = made(NETS["one axis"])
-    x, w, points, _, dy, options = on(xp, host, "channels_first")
-    pieces_of(7)
-    cuconv.separable_conv_backward(dy, x, w, points, **options)
-    each = ["forward", "weight_grad", "input_grad", "weight_grad", "input_grad"]
-    assert steps == 3 * each
-    steps.clear()
-    for needs in ((), ("bias",)):
-        found = cuconv.separable_conv_backward(
-            dy, x, w, points, needs=needs, memory_limit="64 KiB", **options
-        )
-        assert [key for key in GRADIENTS if getattr(found, key) is not None] == [*needs]
-    assert steps == []
-
-
-def test_steps_are_left_half_of_the_limit(xp) -> None:
-    """Where the whole fits only just, it is computed in parts all the same."""
-    x, w, points = xp.ones((8, 4, 30, 30)), xp.ones((4, 4, 1, 1)), xp.ones((2, 16))
-    between = 4 * x.nbytes
-    for limit, pieces in ((between + 2**18, 2), (2 * between + 2**18, 1)):
-        separable._SEEN.clear()
-        y = cuconv.separable_conv(x, w, points, memory_limit=limit)
-        testing.assert_equal(y, np.full(y.shape, 16.0))
-        (tiling,) = separable._SEEN.values()
-        assert tiling.limit >= limit // 2
-        assert tiling.sweeps[0].number == pieces
-
-
 def test_the_limit_holds_by_measurement(xp) -> None:
     """What lies between the steps is the largest array, and need not be whole."""
     arrays = on(xp, made(BIG if xp is np else SMALLER, "float32"), "channels_first")

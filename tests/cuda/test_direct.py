@@ -226,26 +226,6 @@ def test_nothing_is_allocated_but_the_result(xp, op, dtype) -> None:
         assert seen.count == 1
 
 
-def test_prepared_weights_are_a_copy(xp) -> None:
-    case = CASES["two axes"]
-    x, w, _ = operands(case, "float32")
-    mine = xp.asarray(w)
-    plan = cuconv.plan_conv(case.x_shape, case.w_shape, device="cuda", **case.options)
-    assert plan.strategy == "depthwise"
-    prepared = plan.prepare(mine)
-    mine[...] = 0
-    wanted = testing.conv_reference(x, w, **case.options)
-    testing.assert_equal(to_host(prepared(xp.asarray(x))), wanted.astype("f4"))
-
-
-def test_a_plan_counts_its_launches(xp) -> None:
-    """All images are one launch, and one chunk of the plan."""
-    options = {"groups": 6, "device": "cuda", "strategy": "depthwise"}
-    plan = cuconv.plan_conv((5, 6, 7, 8), (6, 1, 3, 2), **options)
-    assert plan.chunks == 1
-    assert "1 of 5×5×7 positions" in str(plan)
-
-
 # Edges
 
 

@@ -17,7 +17,7 @@ from cuconv.backends.cuda.backend import _layout
 from cuconv.backends.cuda.gemm import gemm
 from cuconv.backends.cuda.structs import divisor, pack
 from cuconv.backends.cuda.variants import all_variants, has_atomics
-from cuconv.backends.cuda.vector_width import ArrayLayout, VectorWidth, vector_width
+from cuconv.backends.cuda.vector_width import vector_width
 from cuconv.backends.padding import Reading
 from cuconv.geometry import Axis, ConvGeometry
 
@@ -253,34 +253,6 @@ def test_im2col_with_a_wide_index_moves_items_one_by_one(xp, monkeypatch):
     for first in (True, False):
         words = columns_in_words(xp, "f4", 4, (4, 10), (2, 3), (1, 1), first=first)
         assert words == ((1, 4) if first else (4, 1))
-
-
-def test_words_need_steps_and_addresses_that_divide(xp):
-    x = ArrayLayout((2, 1, 8, 5, 6), (240, 240, 1, 48, 8), 4096)
-    columns = ArrayLayout((2, 1, 8, 1, 1, 5, 6), (240, 240, 1, 8, 8, 48, 8), 512)
-    assert vector_width(x, columns, 4) == VectorWidth(channels=4)
-    assert vector_width(x._replace(address=4104), columns, 4) == VectorWidth(channels=2)
-    assert vector_width(x._replace(address=4100), columns, 4) == VectorWidth()
-    assert (
-        vector_width(x._replace(steps=(240, 240, 1, 49, 8)), columns, 4)
-        == VectorWidth()
-    )
-    assert (
-        vector_width(x._replace(steps=(240, 240, 2, 48, 8)), columns, 4)
-        == VectorWidth()
-    )
-    # The step of an axis of one cell does not matter.
-    assert vector_width(
-        x._replace(steps=(240, 3, 1, 48, 8)), columns, 4
-    ) == VectorWidth(4)
-    first = ArrayLayout((2, 1, 3, 1, 1, 5, 8), (120, 120, 40, 40, 40, 8, 1), 512)
-    assert vector_width(x, first, 4) == VectorWidth(positions=4)
-    assert vector_width(x, first._replace(address=520), 4) == VectorWidth(positions=2)
-    assert vector_width(x, first, 1) == VectorWidth()
-    odd = first._replace(steps=(126, 120, 42, 40, 40, 8, 1))
-    assert vector_width(x, odd, 4) == VectorWidth(positions=2)
-    backwards = first._replace(steps=(120, 120, 40, 40, 40, 8, -1))
-    assert vector_width(x, backwards, 4) == VectorWidth()
 
 
 def test_products_of_halves_with_odd_strides_go_one_by_one(xp):

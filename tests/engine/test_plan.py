@@ -32,7 +32,6 @@ from support import (
 
 import cuconv
 from cuconv import testing
-from cuconv.backends.cpu import backend as host
 from cuconv.strategies import strategies
 
 DEVICES = {"numpy": "cpu", "cupy": "cuda"}
@@ -147,17 +146,6 @@ def test_arrays_may_lie_otherwise_than_planned(xp, op, place) -> None:
         testing.assert_equal(plan(*of(op, mine)), wanted_of(op, case, "float32"))
 
 
-@pytest.mark.parametrize("op", OPERATIONS)
-def test_plans_of_nothing(xp, op) -> None:
-    for case in EMPTY:
-        plan = plan_of(op, case, device=device(xp))
-        arrays = operands(case, "float32")
-        assert plan.flops == 0
-        assert str(plan)
-        got = plan(*of(op, arrays.on(xp)))
-        testing.assert_equal(got, reference(op, arrays, case), dtype=np.float32)
-
-
 @pytest.mark.parametrize("name", ["forward", "input_grad"])
 def test_prepared_plans_of_nothing(xp, name) -> None:
     more = [
@@ -231,22 +219,12 @@ def test_types_that_are_not_planned(xp, other) -> None:
         for mine in ((bad[0], good[1]), (good[0], bad[1]), bad):
             with pytest.raises(TypeError, match=other):
                 plan(*mine)
-
-
-@pytest.mark.parametrize("other", ["float64", "float16", "int32", "complex64"])
-def test_prepared_weights_and_bias_are_of_the_planned_type(xp, other) -> None:
-    case = CASES["two axes, all different"]
-    x, w, _ = operands(case, "float32").on(xp)
-    bias = to_device(xp, integers((5,), "float32"))
-    plan = plan_of("forward", case, bias=True, device=device(xp))
-    with pytest.raises(TypeError, match=other):
-        plan.prepare(w.astype(other))
-    prepared = plan.prepare(w)
-    prepared(x, bias)
-    with pytest.raises((TypeError, ValueError)):
-        prepared(x.astype(other), bias)
-    with pytest.raises((TypeError, ValueError)):
-        prepared(x, bias.astype(other))
+        if op == "weight_grad":
+            continue
+        with pytest.raises(TypeError, match=other):
+            plan.prepare(bad[1])
+        with pytest.raises((TypeError, ValueError)):
+            plan.prepare(good[1])(bad[0])
 
 
 def test_the_number_of_arrays(xp) -> None:
@@ -385,19 +363,6 @@ def test_prepared_weights_of_every_kind(xp, dtype) -> None:
         testing.assert_equal(got, wanted_of(op, case, dtype), dtype=dtype)
 
 
-def test_two_sets_of_weights_do_not_meet() -> None:
-    x = integers(BIG.x_shape, "float32")
-    one, two = (integers(BIG.w_shape, "float32", seed=i) for i in (1, 2))
-    plan = plan_of("forward", BIG)
-    first, second = plan.prepare(one), plan.prepare(two)
-    wanted = plan(x, one), plan(x, two)
-    for _ in range(2):
-        testing.assert_equal(first(x), wanted[0])
-        testing.assert_equal(second(x), wanted[1])
-    again = first.prepare(two) if hasattr(first, "prepare") else second
-    testing.assert_equal(again(x), wanted[1])
-
-
 def test_the_weight_gradient_has_no_weights_to_prepare() -> None:
     plan = plan_of("weight_grad", CASES["pointwise"])
     with pytest.raises(ValueError, match="no weights to prepare"):
@@ -474,31 +439,3 @@ def test_the_second_call_takes_nothing_large(op, monkeypatch) -> None:
         taken.clear()
         result = plan(*arrays)
         assert taken == [result.nbytes]
-
-
-def test_what_is_kept_never_passes_the_default_limit() -> None:
-    """Many calls at once, of many sizes, each with an arena of its own."""
-    most = host.CpuBackend.default_memory_limit
-    arenas = host._Arenas(most)
-    sizes = [most // 3, most // 2, most // 2, most, 2 * most, 1, 0, most // 3]
-    for order in (sizes, sizes[::-1]):
-        open_ = [arenas.borrowed(size) for size in order]
-        for arena, size in zip(open_, order, strict=True):
-            assert arena.__enter__().nbytes >= size
-        for arena in open_:
-            arena.__exit__(None, None, None)
-            assert sum(kept.nbytes for kept in arenas._kept) <= most
-    assert arenas._kept
-    arenas.clear()
-    assert arenas._kept == []
-
-
-def test_two_calls_never_share_an_arena() -> None:
-    arenas = host._Arenas(2**20)
-    with arenas.borrowed(100) as first, arenas.borrowed(100) as second:
-        assert not np.shares_memory(first, second)
-    assert len(arenas._kept) == 2
-    for _ in range(3):
-        with pytest.raises(KeyError), arenas.borrowed(100):
-            raise KeyError("in a call")
-    assert len(arenas._kept) == 2, "an arena is brought back by a call that fails"

@@ -159,11 +159,6 @@ def test_a_causal_window_ends_at_its_own_cell(size, kernel, stride, dilation) ->
     assert all(axis.window(o, o + 1)[1] == o * stride + 1 for o in range(axis.out))
 
 
-def test_valid_is_no_padding() -> None:
-    of = WindowGeometry.of
-    assert of((1, 1, 9), 3, padding="valid") == of((1, 1, 9), 3, padding=0)
-
-
 SPELLINGS: list[tuple[Any, tuple[tuple[int, int], ...]]] = [
     (2, ((2, 2), (2, 2))),
     (-1, ((-1, -1), (-1, -1))),
@@ -231,38 +226,6 @@ def test_a_window_and_its_padding_are_what_a_block_needs(tiling) -> None:
             if inside:
                 assert window == (inside[0], inside[-1] + 1)
                 assert padding == (inside[0] - start, stop - inside[-1] - 1)
-
-
-@given(tiling=cut_geometries())
-def test_a_block_convolved_alone_is_the_block_of_the_whole(tiling) -> None:
-    """Along each axis, as sums of the input's own indices: window, padding, stride."""
-    geometry, tile = tiling
-    whole = [
-        _along(axis, np.arange(1, axis.size + 1), axis.before, axis.after)
-        for axis in geometry.axes
-    ]
-    for block in geometry.blocks(tile):
-        spans = zip(
-            geometry.axes, block.output, block.window, block.padding, strict=True
-        )
-        for (axis, output, window, padding), everything in zip(
-            spans, whole, strict=True
-        ):
-            cells = np.arange(1, axis.size + 1)[slice(*window)]
-            alone = _along(axis, cells, *padding)
-            assert (alone == everything[slice(*output)]).all()
-
-
-def _along(axis: Axis, cells: np.ndarray, before: int, after: int) -> np.ndarray:
-    """Convolve with weights 1, 100, 10000, …, which keep every tap apart."""
-    crop = cells[max(-before, 0) : len(cells) - max(-after, 0)]
-    padded = np.pad(crop, (max(before, 0), max(after, 0)))
-    starts = range(0, len(padded) - axis.extent + 1, axis.stride)
-    taps = [
-        [padded[s + t * axis.dilation] * 100**t for t in range(axis.kernel)]
-        for s in starts
-    ]
-    return np.array([sum(row) for row in taps])
 
 
 @given(tiling=cut_geometries(), data=st.data())
@@ -381,13 +344,6 @@ def test_column_shapes_hold_every_cell_of_every_window(order, case) -> None:
         assert geometry.column_bytes(itemsize) == math.prod(shape) * itemsize
 
 
-def test_an_order_must_be_known() -> None:
-    with pytest.raises(
-        ValueError, match=r"'rows', 'columns', 'batched'; got 'patches'"
-    ):
-        WindowGeometry.of((1, 1, 5), 2).column_shape("patches")
-
-
 @given(case=cases())
 def test_geometry_knows_its_arrays(case) -> None:
     geometry = geometry_of(case)
@@ -473,3 +429,45 @@ def test_one_phase_at_stride_one() -> None:
     geometry = ConvGeometry.of_weights((2, 4, 9, 8), (6, 4, 3, 2), padding=(1, 2))
     (phase,) = geometry.input_phases()
     assert phase.geometry == geometry.adjoint
+
+
+# Axes of pooling
+
+
+@given(axis=axes)
+def test_rounded_up_axes(axis) -> None:
+    """One window more where cells are left over and it starts before they end."""
+    up = axis.rounded_up
+    assert up.out - axis.out in (0, 1)
+    end = axis.size + axis.after
+    is_left = (axis.out - 1) * axis.stride - axis.before + axis.extent < end
+    starts = axis.out * axis.stride - axis.before < axis.size
+    assert (up.out > axis.out) == (is_left and starts)
+    if up.out > axis.out:
+        assert up.window(0, up.out)[1] == end + up.overhang > end
+    assert up.counted(padding=True) == axis.counted(padding=True)
+
+
+@given(size=st.integers(1, 30), windows=st.integers(1, 30), data=st.data())
+def test_even_axes(size, windows, data) -> None:
+    """Against floor and ceil, in both directions."""
+    axis = EvenAxis.of(size, windows)
+    assert axis.out == windows
+    under = [
+        range(i * size // windows, -(-(i + 1) * size // windows))
+        for i in range(windows)
+    ]
+    start = data.draw(st.integers(0, windows - 1))
+    stop = data.draw(st.integers(start + 1, windows))
+    assert axis.window(start, stop) == (under[start][0], under[stop - 1][-1] + 1)
+    assert axis.span(stop - start) >= under[stop - 1][-1] + 1 - under[start][0]
+    for i, cells in enumerate(under):
+        assert axis.taps_of(i, padding=True) == len(cells)
+        assert axis.cells_under(i, (0, size)) == slice(
+            cells[0], cells[-1] + 1, None
+        ) or (range(size)[axis.cells_under(i, (0, size))] == cells)
+    low = data.draw(st.integers(0, size - 1))
+    high = data.draw(st.integers(low + 1, size))
+    met = [i for i, cells in enumerate(under) if cells[0] < high and cells[-1] >= low]
+    assert axis.reached_from(low, high) == (met[0], met[-1] + 1)
+    assert axis.reach(high - low) >= len(met)

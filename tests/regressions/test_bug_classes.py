@@ -564,3 +564,35 @@ def test_25_one_allocation_serves_a_whole_call(xp) -> None:
             call(memory_limit=limit)
         # The result, the shared buffers and those of the one worker.
         assert seen.count <= 3
+
+
+OTHER_OPTIONS: list[dict[str, Any]] = [
+    *({"precision": "fast"}, {"memory_limit": "10 MiB"}, {"strategy": "im2col"}),
+    *({"deterministic": True}, {"stride": (2, 1)}, {"padding": 2}, {"layout": "NCHW"}),
+    *({"stride": [2, 1]}, {"stride": np.array([2, 1])}, {"dtype": "float64"}),
+]
+
+
+@pytest.mark.parametrize("other", OTHER_OPTIONS, ids=str)
+def test_22_another_option_is_another_plan(xp, other) -> None:
+    x, w, _ = operands(Case((2, 4, 9, 8), (4, 4, 3, 3), {"padding": 1}), "float32")
+    known = "stride", "padding", "layout"
+    for options in ({"padding": 1}, {"padding": 1, **other}) * 2:
+        y = cuconv.conv(to_device(xp, x), to_device(xp, w), **options)
+        mine = {name: value for name, value in options.items() if name in known}
+        wanted = testing.conv_reference(x, w, **mine)
+        dtype = options.get("dtype", "float32")
+        testing.assert_close(y, wanted, rtol=1e-5, atol=1e-5, dtype=dtype)
+
+
+def test_22_other_arrays_are_another_plan() -> None:
+    x, w, _ = operands(Case((2, 4, 9, 9), (4, 4, 3, 3), {}), "float32")
+    bias = integers((4,), "float32")
+    swapped = x.astype(x.dtype.newbyteorder())
+    for arrays in 2 * [
+        *((x, w), (x.astype("f8"), w), (x, w.astype("f8")), (swapped, w)),
+        *((np.asfortranarray(x), w), (x[:, :, ::-1], w), (x[:, :, :, :8], w)),
+        *((x[:1], w), (x[0], w), (x, w, bias), (x, w, bias.astype("f8"))),
+        (x, w, bias[::-1]),
+    ]:
+        testing.assert_equal(cuconv.conv(*arrays), testing.conv_reference(*arrays))

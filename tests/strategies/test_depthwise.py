@@ -123,17 +123,6 @@ def test_extremes(op, name) -> None:
     assert long == (name == "a long line")
 
 
-def test_bias() -> None:
-    case = Case((2, 4, 6, 5), (8, 1, 3, 3), {"groups": 4, "padding": 1})
-    x, w, _ = operands(case, "float32")
-    bias = integers((8,), "float32", largest=9)
-    wanted = testing.conv_reference(x, w, bias, **case.options)
-    got = cuconv.conv(x, w, bias, **case.options, **DEPTHWISE)
-    testing.assert_equal(got, wanted)
-    again = cuconv.conv(x, w, **case.options, **DEPTHWISE)
-    testing.assert_equal(again, testing.conv_reference(x, w, **case.options))
-
-
 REFUSED = {
     "there is one group": Case((1, 2, 9), (3, 2, 3), {}),
     "5 channels in a group, 4 at most": Case((1, 10, 9), (2, 5, 3), {"groups": 2}),

@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from support import (
     LAYOUTS,
     OPERATIONS,
-    PLACES,
     Case,
     Operands,
     candidates_of,
@@ -199,53 +198,6 @@ def test_blocks_and_workers_agree(xp, op) -> None:
             )
             assert took <= candidate.workspace_bytes <= limit
     assert len(tilings) > 12
-
-
-@pytest.mark.parametrize("op", OPERATIONS)
-def test_the_smallest_limit_will_do(xp, op) -> None:
-    for name in ("in groups", "taps outside, three axes", "one axis"):
-        case = CASES[name]
-        if planned(xp, op, case) is None:
-            continue
-        options = {"precision": "fast", **WINOGRAD}
-        call = partial(run, op, normal(case).on(xp), case, **options)
-        limit = smallest_limit(call)
-        assert peak(xp, partial(call, memory_limit=limit)) <= limit
-        wanted = known(op, name, "channels_first", "float32")
-        assert_near(call(memory_limit=limit), wanted, 1e-4)
-        with pytest.raises(cuconv.MemoryLimitError):
-            call(memory_limit=limit - 1)
-
-
-def test_bias_is_added_once_in_every_tile(xp) -> None:
-    checked = 0
-    for name, case in CASES.items():
-        x, w, _ = normal(case)
-        bias = np.arange(1.0, case.filters() + 1, dtype=np.float32)
-        given = map(xp.asarray, (x, w, bias))
-        got = cuconv.conv(*given, **case.options, precision="fast", **WINOGRAD)
-        per_filter = bias.reshape(-1, *(1,) * (len(case.w_shape) - 2))
-        wanted = known("forward", name, "channels_first", "float32") + per_filter
-        assert_near(got, wanted, 1e-4)
-        checked += 1
-    assert checked == len(CASES)
-
-
-@pytest.mark.parametrize("op", OPERATIONS)
-def test_a_result_with_odd_strides(xp, op) -> None:
-    for layout in LAYOUTS:
-        case = CASES["uneven pads"].in_layout(layout)
-        host = normal(case)
-        wanted = run(op, host, case).astype(np.float64)
-        for place in PLACES.values():
-            arrays = Operands(*(place(xp, array) for array in host))
-            around = xp.full([2 * n + 3 for n in wanted.shape], 77, np.float32)
-            out = around[tuple(slice(2 * n, 0, -2) for n in wanted.shape)]
-            options = {"precision": "standard", "out": out, **WINOGRAD}
-            assert run(op, arrays, case, **options) is out
-            assert_near(out, wanted, 1e-5)
-            out[...] = 77
-            assert (to_host(around) == 77).all()
 
 
 # The types of x, w and dy, and of the result.
