@@ -5,6 +5,7 @@ import gc
 import sys
 import tracemalloc
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -12,6 +13,7 @@ from typing import Any, NamedTuple
 import ml_dtypes  # noqa: F401 - gives NumPy the name bfloat16
 import numpy as np
 import pytest
+from threadpoolctl import threadpool_info
 
 import cuconv
 from cuconv import testing
@@ -541,3 +543,26 @@ def add_bias(y: np.ndarray, bias: np.ndarray, case: Case) -> np.ndarray:
     if case.layout == "channels_first":
         bias = bias.reshape(-1, *(1,) * (len(case.w_shape) - 2))
     return y + bias
+
+
+# Calls that are worth several workers
+
+
+# More than two million multiply-adds: worth several workers.
+BUSY = Case((4, 16, 30, 28), (32, 16, 3, 3), {"padding": 1})
+
+
+def blas_threads() -> list[int]:
+    return [
+        lib["num_threads"] for lib in threadpool_info() if lib["user_api"] == "blas"
+    ]
+
+
+def large_arrays() -> tuple[np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(0)
+    x = rng.integers(-3, 4, BUSY.x_shape).astype(np.float32)
+    return x, rng.integers(-3, 4, BUSY.w_shape).astype(np.float32)
+
+
+# Integers in float32 are exact in sums of products, and not under Winograd.
+strictly = partial(cuconv.conv, padding=1, precision="strict")

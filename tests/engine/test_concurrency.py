@@ -1,6 +1,5 @@
 """Several threads and processes at once: right answers, and BLAS as it was."""
 
-import os
 import subprocess
 import sys
 import textwrap
@@ -10,33 +9,22 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-import pytest
 from cases import CASES
-from support import OPERATIONS, Case, operands, reference, run, to_device, to_host
-from threadpoolctl import threadpool_info, threadpool_limits
+from support import (
+    OPERATIONS,
+    blas_threads,
+    large_arrays,
+    operands,
+    reference,
+    run,
+    strictly,
+    to_device,
+    to_host,
+)
+from threadpoolctl import threadpool_limits
 
 import cuconv
 from cuconv import testing
-from cuconv.backends.cpu import backend as host
-
-# More than two million multiply-adds: worth several workers.
-LARGE = Case((4, 16, 30, 28), (32, 16, 3, 3), {"padding": 1})
-
-
-def blas_threads() -> list[int]:
-    return [
-        lib["num_threads"] for lib in threadpool_info() if lib["user_api"] == "blas"
-    ]
-
-
-def large_arrays() -> tuple[np.ndarray, np.ndarray]:
-    rng = np.random.default_rng(0)
-    x = rng.integers(-3, 4, LARGE.x_shape).astype(np.float32)
-    return x, rng.integers(-3, 4, LARGE.w_shape).astype(np.float32)
-
-
-# Integers in float32 are exact in sums of products, and not under Winograd.
-strictly = partial(cuconv.conv, padding=1, precision="strict")
 
 
 def test_many_threads_give_right_answers(xp) -> None:
@@ -75,82 +63,6 @@ def test_threads_that_each_have_workers(xp, choices) -> None:
     for answer in answers:
         testing.assert_equal(answer, wanted)
     assert blas_threads() == before
-
-
-@pytest.mark.parametrize("threads", [1, 2])
-def test_blas_has_its_threads_again(threads) -> None:
-    x, w = large_arrays()
-    with threadpool_limits(threads, "blas"):
-        before = blas_threads()
-        cuconv.conv(x, w, padding=1)
-        assert blas_threads() == before
-
-
-def test_blas_has_its_threads_again_after_an_error(monkeypatch) -> None:
-    """An error in one worker reaches the caller when all have stopped."""
-    x, w = large_arrays()
-    before, begun = blas_threads(), threading.Event()
-    original = host.CpuBackend.gather
-
-    def gather(backend: Any, *arguments: Any) -> None:
-        if threading.current_thread().name.startswith("cuconv"):
-            begun.set()
-            raise MemoryError("in a worker")
-        # The caller works too, and must leave something for the others.
-        assert begun.wait(60)
-        original(backend, *arguments)
-
-    monkeypatch.setattr(host.CpuBackend, "gather", gather)
-    with pytest.raises(MemoryError, match="in a worker"), cuconv.config(num_threads=3):
-        strictly(x, w)
-    assert begun.is_set()
-    assert blas_threads() == before
-
-
-def test_one_thread_holds_while_any_call_runs() -> None:
-    """Overlapping calls: the first lowers the number, the last one restores it."""
-    blas = host._Blas()
-    with threadpool_limits(2, "blas"):
-        before = blas_threads()
-        first, second = blas.one_thread(), blas.one_thread()
-        first.__enter__()
-        second.__enter__()
-        assert set(blas_threads()) <= {1}
-        # What is asked meanwhile is the number from before.
-        assert blas.threads() == max(1, min([*before, len(os.sched_getaffinity(0))]))
-        first.__exit__(None, None, None)
-        assert set(blas_threads()) <= {1}
-        second.__exit__(None, None, None)
-        assert blas_threads() == before
-
-
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
-@pytest.mark.filterwarnings("ignore:This process.*is multi-threaded:DeprecationWarning")
-def test_a_forked_child_computes_too() -> None:
-    """It has none of its parent's threads; waiting for them would be forever."""
-    x, w = large_arrays()
-    with cuconv.config(num_threads=3):
-        _compare_in_a_child(x, w)
-
-
-def _compare_in_a_child(x: np.ndarray, w: np.ndarray) -> None:
-    wanted = cuconv.conv(x, w, padding=1)
-    assert any(t.name.startswith("cuconv") for t in threading.enumerate())
-    read, write = os.pipe()
-    child = os.fork()
-    if child == 0:
-        try:
-            same = (cuconv.conv(x, w, padding=1) == wanted).all()
-            os.write(write, b"same" if same else b"other")
-        finally:
-            os._exit(0)
-    os.close(write)
-    watch = threading.Timer(60, os.kill, (child, 9))
-    watch.start()
-    answer = os.read(read, 16)
-    watch.cancel()
-    os.waitpid(child, 0)
-    assert answer == b"same"
 
 
 def test_a_result_is_the_callers_alone(xp) -> None:
@@ -239,31 +151,3 @@ def test_nothing_is_written_after_an_interruption() -> None:
         print(np.array_equal(before, out))
     """)
     assert done.stdout.split() == ["True"], done.stderr
-
-
-def test_a_child_forked_during_a_call_has_all_blas_threads(monkeypatch) -> None:
-    class Later(host.ThreadpoolController):
-        """A second BLAS, loaded since: the child finds more than its parent did."""
-
-        def select(self, **words: Any) -> Any:
-            found = super().select(**words)
-            found.lib_controllers *= 2
-            return found
-
-    monkeypatch.setattr(host, "ThreadpoolController", Later)
-    with threadpool_limits(2, "blas"):
-        wanted = blas_threads()
-        with host._BLAS.one_thread():
-            assert blas_threads() != wanted
-            pid = os.fork()
-            if pid == 0:
-                os._exit(blas_threads() != wanted)
-            assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
-
-
-def test_workers_heed_the_callers_errstate() -> None:
-    x, w = large_arrays()
-    x[...] = 3e38
-    with np.errstate(all="ignore"), cuconv.config(num_threads=3):
-        y = strictly(x, np.abs(w) + 1)
-    assert np.isinf(y).all()
