@@ -89,6 +89,17 @@ EXTREMES = {
 }
 
 
+# Large enough for several workers, and for the columns to be megabytes.
+LARGE = {
+    "square": Case((3, 16, 23, 25), (24, 16, 3, 3), {"padding": 1}),
+    "strided": Case((2, 8, 31, 29), (16, 8, 5, 3), {"padding": 2, "stride": (2, 3)}),
+    "depthwise": Case((3, 18, 21, 19), (18, 1, 3, 3), {"groups": 18, "padding": 1}),
+    "pointwise": Case((5, 32, 13, 19), (48, 32, 1, 1), {}),
+    "many taps": Case((2, 6, 37, 33), (8, 6, 7, 9), {"padding": 3}),
+    "one axis": Case((2, 16, 801), (16, 16, 5), {"padding": 2}),
+}
+
+
 def each_in(layout: str, cases: Iterable[Case] = CASES.values()) -> list[Case]:
     return [case.in_layout(layout) for case in cases]
 

@@ -566,3 +566,25 @@ def large_arrays() -> tuple[np.ndarray, np.ndarray]:
 
 # Integers in float32 are exact in sums of products, and not under Winograd.
 strictly = partial(cuconv.conv, padding=1, precision="strict")
+
+
+def replay(xp: Any, graph: Any, arrays: Operands, fresh: Operands) -> None:
+    """Launch a graph on other numbers in the same buffers."""
+    for mine, others in zip(arrays, fresh.on(xp), strict=True):
+        mine[...] = others
+    xp.cuda.Device().synchronize()
+    graph.launch()
+    xp.cuda.Device().synchronize()
+
+
+def assert_near(actual: Any, wanted: np.ndarray, bound: float) -> None:
+    """No farther off than this part of the largest number; NaN is never near."""
+    largest = float(np.abs(wanted).max(initial=0))
+    assert_within(actual, wanted, bound * largest)
+
+
+def assert_within(actual: Any, wanted: np.ndarray, bound: float) -> None:
+    actual = to_host(actual)
+    assert actual.shape == wanted.shape
+    error = float(np.abs(actual.astype(np.float64) - wanted).max(initial=0))
+    assert error <= bound, f"off by {error:.3g}, and {bound:.3g} is allowed"

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ from support import (
 )
 
 import cuconv
+from cuconv.backends.cuda.compiler import _loaded as loaded
 
 pytestmark = pytest.mark.parametrize("xp", ["cupy"], indirect=True)
 
@@ -174,8 +176,7 @@ def test_cublas_reads_inside_arrays_only(standin):
 
 
 def test_the_arrays_device_becomes_current(standin):
-    from cupy._kernels import launches
-
+    launches = standin._kernels.launches
     with standin.cuda.Device(1):
         x = standin.asarray(integers((2, 3, 6, 7), "float32"))
         w = standin.asarray(integers((4, 3, 3, 2), "float32"))
@@ -202,8 +203,7 @@ def test_arrays_of_two_devices_are_refused(standin):
 
 
 def test_kernels_run_on_the_current_stream(standin):
-    from cupy._kernels import launches
-
+    launches = standin._kernels.launches
     x = standin.asarray(integers((2, 3, 6, 7), "float32"))
     w = standin.asarray(integers((4, 3, 3, 2), "float32"))
     before = len(launches)
@@ -216,18 +216,16 @@ def test_kernels_run_on_the_current_stream(standin):
 
 
 def test_kernels_are_loaded_once_per_device(standin):
-    from cuconv.backends.cuda.compiler import _loaded
-
     x = standin.asarray(integers((1, 1, 9, 9), "float64"))
     cuconv.im2col(x, 3)
-    before = _loaded.cache_info()
+    before = loaded.cache_info()
     cuconv.im2col(x, 3)
-    after = _loaded.cache_info()
+    after = loaded.cache_info()
     assert after.misses == before.misses
     assert after.hits == before.hits + 1
     with standin.cuda.Device(1):
         cuconv.im2col(standin.asarray(integers((1, 1, 9, 9), "float64")), 3)
-    assert _loaded.cache_info().misses == after.misses + 1
+    assert loaded.cache_info().misses == after.misses + 1
 
 
 def test_precompile(xp):
@@ -262,8 +260,7 @@ def test_precision_governs_tf32(standin):
 
 
 def test_deterministic_never_scatters(standin):
-    from cupy._kernels import launches
-
+    launches = standin._kernels.launches
     x_shape, w = (1, 2, 6, 6), standin.asarray(integers((3, 2, 3, 3), "float32"))
     dy = standin.asarray(integers((1, 3, 4, 4), "float32"))
     names = {}
@@ -308,49 +305,45 @@ def test_a_gpu_that_failed_once_is_asked_again(standin, monkeypatch):
     assert cuconv.conv(x, w).shape == (1, 1, 3)
 
 
-def test_precompiled_kernels_are_those_that_run(standin):
-    from cuconv.backends.cuda.compiler import _loaded
-
-    _loaded.cache_clear()
-    cuconv.precompile(("float16",), (2,))
-    before = _loaded.cache_info().misses
-    x, w = standin.ones((1, 2, 5, 5), "float16"), standin.ones((3, 2, 3, 3), "float16")
-    y = cuconv.conv(x, w)
-    cuconv.conv_backward(y, x, w)
-    assert _loaded.cache_info().misses == before
+def products(xp: Any, layout: str) -> None:
+    """Real numbers are not conjugated: all three operations find their kernels."""
+    case = Case((2, 8, 5, 6), (16, 8, 3, 2), {}).in_layout(layout)
+    for op in OPERATIONS:
+        run(op, operands(case, "float32").on(xp), case, strategy="implicit_gemm")
 
 
-def test_pooling_is_precompiled_too(standin):
-    from cuconv.backends.cuda.compiler import _loaded
+def convolutions(xp: Any) -> None:
+    x, w = xp.ones((1, 2, 5, 5), "float16"), xp.ones((3, 2, 3, 3), "float16")
+    cuconv.conv_backward(cuconv.conv(x, w), x, w)
 
-    _loaded.cache_clear()
-    cuconv.precompile(("float16",), (2,))
-    before = _loaded.cache_info().misses
-    x = standin.ones((1, 2, 4, 6), "float16")
+
+def pooling(xp: Any) -> None:
+    x = xp.ones((1, 2, 4, 6), "float16")
     y, indices = cuconv.max_pool(x, 2, return_indices=True)
     cuconv.max_pool_backward(y, indices, x.shape, 2)
     cuconv.max_pool_backward(y, None, None, 2, x=x)
     cuconv.avg_pool_backward(cuconv.avg_pool(x, 2), x.shape, 2)
     cuconv.lp_pool_backward(y, x, cuconv.lp_pool(x, 2, 2), 2, 2)
     cuconv.global_avg_pool_backward(cuconv.global_avg_pool(x), x.shape)
-    assert _loaded.cache_info().misses == before
-    cuconv.max_pool(standin.ones((1, 1, 4), "float32"), 2)
-    assert _loaded.cache_info().misses == before + 1, "nothing was counted"
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_products_without_columns_are_precompiled_too(standin, layout):
-    """Real numbers are not conjugated: all three operations find their kernels."""
-    from cuconv.backends.cuda.compiler import _loaded
-
-    case = Case((2, 8, 5, 6), (16, 8, 3, 2), {}).in_layout(layout)
-    arrays = operands(case, "float32").on(standin)
-    _loaded.cache_clear()
-    cuconv.precompile(("float32",), (2,))
-    before = _loaded.cache_info().misses
-    for op in OPERATIONS:
-        run(op, arrays, case, strategy="implicit_gemm")
-    assert _loaded.cache_info().misses == before
+@pytest.mark.parametrize(
+    ("dtype", "calls"),
+    [
+        ("float16", convolutions),
+        ("float16", pooling),
+        *(("float32", partial(products, layout=layout)) for layout in LAYOUTS),
+    ],
+)
+def test_precompiled_kernels_are_those_that_run(standin, dtype, calls):
+    calls(standin)  # others are compiled as they are met
+    loaded.cache_clear()
+    cuconv.precompile((dtype,), (2,))
+    before = loaded.cache_info().misses
+    calls(standin)
+    assert loaded.cache_info().misses == before
+    cuconv.max_pool(standin.ones((1, 1, 4), "float64"), 2)
+    assert loaded.cache_info().misses == before + 1, "nothing was counted"
 
 
 def test_patches_allocate_nothing(standin):
@@ -362,8 +355,7 @@ def test_patches_allocate_nothing(standin):
 
 
 def test_a_capture_records_and_does_not_run(standin):
-    from cupy._kernels import launches
-
+    launches = standin._kernels.launches
     host = integers((64,), "float32", largest=1000)
     x, y = standin.asarray(host), standin.zeros(64, "float32")
     total = standin.ones(64, "float32")

@@ -50,6 +50,11 @@ def equal(actual: Any, wanted: Any) -> None:
     assert computed.shape == actual.shape
 
 
+def equal_each(gradients: Any, wanted: Any) -> None:
+    for mine, eager in zip(gradients, wanted, strict=True):
+        equal(mine, eager)
+
+
 @st.composite
 def chunked(draw: st.DrawFn, shape: Sequence[int]) -> tuple[tuple[int, ...], ...]:
     """Uneven chunks of a shape, down to single cells; two or three along an axis."""
@@ -71,8 +76,7 @@ def check_conv(xp: Any, case: Case, data: Any) -> None:
     equal(y, cuconv.conv(x, arrays.w, bias, **options))
     got = cuconv.conv_backward(DY, X, w, **options)
     wanted = cuconv.conv_backward(dy, x, arrays.w, **options)
-    for mine, his in zip(got, wanted, strict=True):
-        equal(mine, his)
+    equal_each(got, wanted)
     equal(cuconv.conv_input_grad(DY, w, x.shape, **options), wanted.x)
 
 
@@ -100,10 +104,7 @@ def test_chunks_smaller_than_kernels_and_strides(case, chunk) -> None:
     X, DY = da.from_array(x, chunks=chunk), da.from_array(dy, chunks=chunk)
     equal(cuconv.conv(X, w, **case.options), cuconv.conv(x, w, **case.options))
     wanted = cuconv.conv_backward(dy, x, w, **case.options)
-    for got, eager in zip(
-        cuconv.conv_backward(DY, X, w, **case.options), wanted, strict=True
-    ):
-        equal(got, eager)
+    equal_each(cuconv.conv_backward(DY, X, w, **case.options), wanted)
 
 
 @pytest.mark.parametrize("mode", ["reflect", "replicate", "circular"])
@@ -123,10 +124,7 @@ def test_borders_that_repeat_the_input(mode, pads, layout) -> None:
     dy = integers(y.shape, "float16", seed=2)
     DY = da.from_array(dy, chunks=3)
     wanted = cuconv.conv_backward(dy, x, w, **case.options)
-    for got, eager in zip(
-        cuconv.conv_backward(DY, X, w, **case.options), wanted, strict=True
-    ):
-        equal(got, eager)
+    equal_each(cuconv.conv_backward(DY, X, w, **case.options), wanted)
 
 
 @pytest.mark.parametrize("mode", ["reflect", "replicate", "circular"])
@@ -137,10 +135,7 @@ def test_a_border_of_arrays_with_empty_chunks(mode) -> None:
     y = cuconv.conv(x, w, **options)
     equal(cuconv.conv(X, w, **options), y)
     wanted = cuconv.conv_backward(y, x, w, **options)
-    for got, eager in zip(
-        cuconv.conv_backward(y, X, w, **options), wanted, strict=True
-    ):
-        equal(got, eager)
+    equal_each(cuconv.conv_backward(y, X, w, **options), wanted)
 
 
 def test_a_border_leaves_chunks_as_they_are() -> None:
@@ -165,10 +160,7 @@ def test_transposed_convolution_equals_the_eager_one(case, data) -> None:
     X, DY = (da.from_array(a, chunks=data.draw(chunked(a.shape))) for a in (x, dy))
     equal(cuconv.conv_transpose(X, w, **options), y)
     wanted = cuconv.conv_transpose_backward(dy, x, w, **options)
-    for got, eager in zip(
-        cuconv.conv_transpose_backward(DY, X, w, **options), wanted, strict=True
-    ):
-        equal(got, eager)
+    equal_each(cuconv.conv_transpose_backward(DY, X, w, **options), wanted)
 
 
 @pytest.mark.parametrize("lazily", ["x", "dy"])
@@ -180,8 +172,7 @@ def test_an_eager_partner_is_cut_as_the_lazy_one(lazily) -> None:
     named[lazily] = da.from_array(named[lazily], chunks=chunks)
     got = cuconv.conv_backward(named["dy"], named["x"], w, **case.options)
     wanted = cuconv.conv_backward(dy, x, w, **case.options)
-    for mine, eager in zip(got, wanted, strict=True):
-        equal(mine, eager)
+    equal_each(got, wanted)
     assert max(got.x.chunks[2]) == 6
     grad = cuconv.conv_weight_grad(named["dy"], named["x"], w.shape, **case.options)
     equal(grad, wanted.w)
@@ -228,10 +219,7 @@ def test_nothing_in_a_batch_an_axis_or_the_channels(shape) -> None:
     equal(cuconv.conv(X, w, padding="same"), y)
     DY = da.from_array(y, chunks=(1, 3, 4))
     wanted = cuconv.conv_backward(y, x, w, padding="same")
-    for got, eager in zip(
-        cuconv.conv_backward(DY, X, w, padding="same"), wanted, strict=True
-    ):
-        equal(got, eager)
+    equal_each(cuconv.conv_backward(DY, X, w, padding="same"), wanted)
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "int8", "complex64", "bool"])
@@ -246,10 +234,7 @@ def test_types_are_those_of_eager_calls(dtype, wide) -> None:
     X, DY = da.from_array(x, chunks=(1, 2, 4)), da.from_array(dy, chunks=(1, 3, 4))
     equal(cuconv.conv(X, w, **options), cuconv.conv(x, w, **options))
     wanted = cuconv.conv_backward(dy, x, w, **options)
-    for got, eager in zip(
-        cuconv.conv_backward(DY, X, w, **options), wanted, strict=True
-    ):
-        equal(got, eager)
+    equal_each(cuconv.conv_backward(DY, X, w, **options), wanted)
 
 
 # --- pooling

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from cases import LARGE
 from support import (
     LAYOUTS,
     OPERATIONS,
@@ -27,14 +28,6 @@ from threadpoolctl import threadpool_limits
 
 import cuconv
 
-LARGE = {
-    "square": Case((3, 16, 23, 25), (24, 16, 3, 3), {"padding": 1}),
-    "strided": Case((2, 8, 31, 29), (16, 8, 5, 3), {"padding": 2, "stride": (2, 3)}),
-    "depthwise": Case((3, 18, 21, 19), (18, 1, 3, 3), {"groups": 18, "padding": 1}),
-    "pointwise": Case((5, 32, 13, 19), (48, 32, 1, 1), {}),
-    "many taps": Case((2, 6, 37, 33), (8, 6, 7, 9), {"padding": 3}),
-    "one axis": Case((2, 16, 801), (16, 16, 5), {"padding": 2}),
-}
 THREADS = (1, 2, 3, 5)
 
 

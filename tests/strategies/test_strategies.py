@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from cases import EMPTY, cases, tiled_cases
+from cases import EMPTY, LARGE, cases, tiled_cases
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support import (
@@ -21,6 +21,8 @@ from support import (
     STRICT,
     Case,
     Operands,
+    assert_near,
+    assert_within,
     candidates_of,
     host_peak,
     integers,
@@ -87,18 +89,6 @@ BOUNDS = {
     ("fft", "fast", "float32"): 1e-5,
     ("fft", "fast", "float64"): 1e-12,
 }
-
-
-def assert_near(actual: Any, wanted: np.ndarray, bound: float) -> None:
-    """No farther off than this part of the largest number; NaN is never near."""
-    largest = float(np.abs(wanted).max(initial=0))
-    assert_within(actual, wanted, bound * largest)
-
-
-def assert_within(actual: Any, wanted: np.ndarray, bound: float) -> None:
-    assert actual.shape == wanted.shape
-    error = float(np.abs(actual.astype(np.float64) - wanted).max(initial=0))
-    assert error <= bound, f"off by {error:.3g}, and {bound:.3g} is allowed"
 
 
 def test_these_are_the_strategies() -> None:
@@ -345,14 +335,6 @@ def test_subnormal_numbers_are_numbers(op) -> None:
 
 
 # Memory
-
-LARGE = {
-    "wide": Case((3, 16, 19, 21), (24, 16, 3, 3), {"padding": 1}),
-    "grouped": Case((3, 20, 21, 19), (20, 1, 5, 3), {"groups": 20, "stride": (3, 1)}),
-    "pointwise": Case((5, 32, 13, 19), (16, 32, 1, 1), {}),
-    "one axis": Case((2, 16, 501), (16, 16, 5), {"padding": 2}),
-    "many taps": Case((2, 6, 41, 43), (7, 6, 7, 9), {"padding": 3}),
-}
 
 
 @pytest.mark.parametrize("name", ["auto", "winograd", *slowly(*STRICT, "fft")])

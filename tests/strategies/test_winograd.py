@@ -14,6 +14,7 @@ from support import (
     OPERATIONS,
     Case,
     Operands,
+    assert_near,
     candidates_of,
     integers,
     normal,
@@ -43,14 +44,6 @@ BOUNDS = {
     ("fast", "float64"): 1e-12,
 }
 WINOGRAD = {"strategy": "winograd"}
-
-
-def assert_near(actual: Any, wanted: np.ndarray, bound: float) -> None:
-    actual = to_host(actual)
-    assert actual.shape == wanted.shape
-    largest = float(np.abs(wanted).max(initial=0))
-    error = float(np.abs(actual.astype(np.float64) - wanted).max(initial=0))
-    assert error <= bound * largest, f"{error}, and {bound * largest} is allowed"
 
 
 # The transforms
