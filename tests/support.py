@@ -314,7 +314,8 @@ def _fortran(xp: Any, array: np.ndarray) -> Any:
 
 def _swapped_axes(xp: Any, array: np.ndarray) -> Any:
     """Contiguous with the first two axes exchanged."""
-    return to_device(xp, np.ascontiguousarray(array.swapaxes(0, 1))).swapaxes(0, 1)
+    axes = 0, min(1, array.ndim - 1)
+    return to_device(xp, np.ascontiguousarray(array.swapaxes(*axes))).swapaxes(*axes)
 
 
 def _shifted(xp: Any, array: np.ndarray) -> Any:

@@ -435,36 +435,28 @@ def test_patches_take_no_memory(xp) -> None:
 
 def test_columns_refuse_what_does_not_fit(xp) -> None:
     x = spread_over(xp, xp.zeros((1, 1, 1, 1), np.float32), (64, 64, 2**12, 2**12))
-    bad: list[tuple[Callable[[], Any], type[Exception], str]] = [
+    im2col = partial(cuconv.im2col, x)
+    bad: list[tuple[type[Exception], str, Callable[[], Any]]] = [
+        (ValueError, "x has 4 axes; 4 spatial axes need 6", lambda: im2col((3,) * 4)),
+        (ValueError, "5000 cells", lambda: im2col(5000)),
+        (ValueError, "kernel_size of spatial axis 0 is 0", lambda: im2col(0)),
+        (ValueError, "stride of spatial axis 0", lambda: im2col(2, stride=0)),
+        (ValueError, "dilation of spatial", lambda: im2col(2, dilation=-1)),
+        (ValueError, "'full'", lambda: im2col(2, padding="full")),
+        (ValueError, "'NCL'", lambda: im2col(2, layout="NCL")),
+        (ValueError, "'rows'.*got 'row'", lambda: im2col(2, order="row")),
+        (TypeError, "kernel_size", lambda: im2col("2")),
+        (TypeError, "kernel_size.*2.0", lambda: im2col(2.0)),
+        (TypeError, "x must be a NumPy or CuPy", lambda: cuconv.im2col([1, 2], 2)),
+        (ValueError, "5000 cells", lambda: cuconv.patches(x, 5000)),
+        (ValueError, "stride", lambda: cuconv.patches(x, 2, stride=0)),
         (
-            lambda: cuconv.im2col(x, (3,) * 4),
-            ValueError,
-            "x has 4 axes; 4 spatial axes need 6",
-        ),
-        (lambda: cuconv.im2col(x, 5000), ValueError, "5000 cells"),
-        (lambda: cuconv.im2col(x, 0), ValueError, "kernel_size of spatial axis 0 is 0"),
-        (lambda: cuconv.im2col(x, 2, stride=0), ValueError, "stride of spatial axis 0"),
-        (lambda: cuconv.im2col(x, 2, dilation=-1), ValueError, "dilation of spatial"),
-        (lambda: cuconv.im2col(x, 2, padding="full"), ValueError, "'full'"),
-        (lambda: cuconv.im2col(x, 2, layout="NCL"), ValueError, "'NCL'"),
-        (lambda: cuconv.im2col(x, 2, order="row"), ValueError, "'rows'.*got 'row'"),
-        (lambda: cuconv.im2col(x, "2"), TypeError, "kernel_size"),
-        (lambda: cuconv.im2col(x, 2.0), TypeError, "kernel_size.*2.0"),
-        (
-            lambda: cuconv.im2col([1, 2], 2),
-            TypeError,
-            "x must be a NumPy or CuPy array",
-        ),
-        (lambda: cuconv.patches(x, 5000), ValueError, "5000 cells"),
-        (lambda: cuconv.patches(x, 2, stride=0), ValueError, "stride"),
-        (
+            *(ValueError, r"cols has shape \(64, 64, 4096, 4096\) and .* \(8, 2\)"),
             lambda: cuconv.col2im(x, (1, 1, 9), 2),
-            ValueError,
-            r"cols has shape \(64, 64, 4096, 4096\) and must have \(8, 2\)",
         ),
-        (lambda: cuconv.col2im(xp.ones((8, 2)), (1, 1, 9.5), 2), TypeError, "9.5"),
+        (TypeError, "9.5", lambda: cuconv.col2im(xp.ones((8, 2)), (1, 1, 9.5), 2)),
     ]
-    for call, error, words in bad:
+    for error, words, call in bad:
         with pytest.raises(error, match=words):
             call()
 

@@ -8,7 +8,6 @@ import pytest
 from support import LAYOUTS, Case, operands, to_device, to_host
 
 import cuconv
-from cuconv import testing
 from cuconv.testing import (
     assert_close,
     assert_equal,
@@ -19,14 +18,6 @@ from cuconv.testing import (
     numerical_gradient,
     relative_error,
 )
-
-
-def test_everything_public_is_documented_with_an_example() -> None:
-    for name in testing.__all__:
-        text = getattr(testing, name).__doc__
-        assert "Parameters\n" in text
-        assert ">>> " in text
-
 
 # The references, by hand
 
@@ -227,12 +218,6 @@ def test_equal_integers_are_compared_as_integers() -> None:
     assert_equal(np.array([2**53 + 1]), np.array([2**53 + 1], np.uint64))
 
 
-def test_what_is_no_array_is_refused() -> None:
-    for check in CHECKS:
-        with pytest.raises(TypeError, match="NumPy or CuPy array"):
-            check([1.0], np.array([1.0]))
-
-
 def test_relative_error(xp) -> None:
     a, b = to_device(xp, np.array([3.0, 4.5])), to_device(xp, np.array([3.0, 4.0]))
     assert relative_error(a, b) == pytest.approx(0.1)
@@ -264,13 +249,6 @@ def test_numerical_gradient_of_complex_numbers() -> None:
     c = 3 - 4j
     linear = numerical_gradient(lambda a: (np.conj(c) * a).real.sum(), z)
     assert_close(linear, np.full(2, c), rtol=1e-8)
-
-
-def test_numerical_gradient_needs_a_real_number() -> None:
-    with pytest.raises(TypeError):
-        numerical_gradient(lambda a: a, np.ones(3))
-    with pytest.raises(TypeError):
-        numerical_gradient(lambda a: complex(a.sum()), np.ones(3, complex))
 
 
 def test_numerical_gradient_tells_a_wrong_gradient() -> None:
@@ -320,14 +298,14 @@ def test_what_is_no_adjoint_fails(wrong) -> None:
     fails(check_adjoint, lambda x: MATRIX @ x, wrong, (4,), (3,))
 
 
+def test_an_adjoint_within_a_tolerance() -> None:
+    pair = (lambda x: MATRIX @ x, lambda y: MATRIX.T @ y * (1 + 1e-9))
+    check_adjoint(*pair, (4,), (3,), rtol=1e-8)
+    fails(check_adjoint, *pair, (4,), (3,), rtol=1e-11)
+
+
 def test_a_transpose_without_the_conjugate_fails() -> None:
     matrix = MATRIX * 1j
     pair = (lambda x: matrix @ x, lambda y: matrix.T @ y)
     fails(check_adjoint, *pair, (4,), (3,), dtype=complex)
     check_adjoint(pair[0], lambda y: matrix.T.conj() @ y, (4,), (3,), dtype=complex)
-
-
-def test_a_tolerance_for_what_is_not_exact() -> None:
-    pair = (lambda x: MATRIX @ x, lambda y: MATRIX.T @ y * (1 + 1e-9))
-    check_adjoint(*pair, (4,), (3,), rtol=1e-8)
-    fails(check_adjoint, *pair, (4,), (3,), rtol=1e-11)

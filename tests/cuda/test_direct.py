@@ -14,6 +14,7 @@ from support import (
     COMPLEX,
     HALVES,
     OPERATIONS,
+    PLACES,
     Case,
     Operands,
     device_allocations,
@@ -147,12 +148,6 @@ def _long(case: Case) -> Operands:
 # Where arrays lie
 
 
-def backwards(xp: Any, array: np.ndarray) -> Any:
-    """The same numbers along negative strides."""
-    turned = tuple(slice(None, None, -1) for _ in array.shape)
-    return xp.asarray(np.ascontiguousarray(array[turned]))[turned]
-
-
 def in_steps(xp: Any, array: np.ndarray) -> Any:
     """Every so many cells of a larger array, different along every axis."""
     axes = list(enumerate(array.shape))
@@ -162,12 +157,7 @@ def in_steps(xp: Any, array: np.ndarray) -> Any:
     return xp.asarray(large)[inside]
 
 
-def turned(xp: Any, array: np.ndarray) -> Any:
-    """Axes in memory in the reverse order."""
-    return xp.asarray(np.ascontiguousarray(array.transpose())).transpose()
-
-
-@pytest.mark.parametrize("place", [backwards, in_steps, turned])
+@pytest.mark.parametrize("place", [*PLACES.values(), in_steps])
 @pytest.mark.parametrize("op", OPERATIONS)
 def test_arrays_lie_anywhere(xp, op, place) -> None:
     """Inputs, bias and a result between other cells, which stay as they are."""
@@ -215,8 +205,8 @@ def test_nothing_is_allocated_but_the_result(xp, op, dtype) -> None:
     for case in CASES.values():
         arrays = operands(case, dtype)
         shape = reference(op, arrays, case).shape
-        mine = Operands(*(backwards(xp, array) for array in arrays))
-        out = backwards(xp, np.zeros(shape, dtype))
+        mine = Operands(*(PLACES["_turned"](xp, array) for array in arrays))
+        out = PLACES["_turned"](xp, np.zeros(shape, dtype))
         run(op, mine, case, out=out, **DEPTHWISE)
         with device_allocations(xp) as seen:
             run(op, mine, case, out=out, memory_limit=0, **DEPTHWISE)
