@@ -20,7 +20,6 @@ from support import (
     device_allocations,
     forget_plans,
     integers,
-    of,
     operands,
     reference,
     run,
@@ -148,39 +147,6 @@ def _long(case: Case) -> Operands:
 # Where arrays lie
 
 
-def in_steps(xp: Any, array: np.ndarray) -> Any:
-    """Every so many cells of a larger array, different along every axis."""
-    axes = list(enumerate(array.shape))
-    inside = tuple(slice(1, 1 + (2 + axis) * n, 2 + axis) for axis, n in axes)
-    large = np.full([(2 + axis) * n + 1 for axis, n in axes], 55, array.dtype)
-    large[inside] = array
-    return xp.asarray(large)[inside]
-
-
-@pytest.mark.parametrize("place", [*PLACES.values(), in_steps])
-@pytest.mark.parametrize("op", OPERATIONS)
-def test_arrays_lie_anywhere(xp, op, place) -> None:
-    """Inputs, bias and a result between other cells, which stay as they are."""
-    for case in CASES.values():
-        arrays = operands(case, "float32")
-        wanted = reference(op, arrays, case)
-        around = np.full([n + 3 for n in wanted.shape], 77, np.float32)
-        out = place(xp, around)
-        inside = tuple(slice(1, -2) for _ in wanted.shape)
-        mine = Operands(*(place(xp, array) for array in arrays))
-        options = {**case.options, **DEPTHWISE, "out": out[inside]}
-        if op == "forward":
-            bias = integers((case.filters(),), "float32", largest=9)
-            wanted = wanted + bias.reshape(-1, *(1,) * (len(case.w_shape) - 2))
-            cuconv.conv(mine.x, mine.w, place(xp, bias), **options)
-        else:
-            run(op, mine, case, **DEPTHWISE, out=out[inside])
-        got = to_host(out)
-        testing.assert_equal(np.ascontiguousarray(got[inside]), wanted.astype("f4"))
-        around[inside] = got[inside]
-        testing.assert_equal(np.ascontiguousarray(got), around)
-
-
 @pytest.mark.parametrize("op", OPERATIONS)
 def test_cells_that_are_one_in_memory(xp, op) -> None:
     """Strides of zero, of every input at once."""
@@ -217,18 +183,6 @@ def test_nothing_is_allocated_but_the_result(xp, op, dtype) -> None:
 
 
 # Edges
-
-
-@pytest.mark.parametrize("op", OPERATIONS)
-def test_nothing_to_add_is_zero(xp, op) -> None:
-    """No image; and cells that no window reaches."""
-    gaps = {"groups": 3, "stride": (4, 3)}
-    for case in (
-        Case((0, 3, 5, 6), (3, 1, 2, 3), {"groups": 3}),
-        Case((2, 3, 9, 11), (3, 1, 2, 1), gaps),
-        Case((2, 3, 9), (3, 1, 2), {"groups": 3, "padding": ((4, 0),), "stride": 7}),
-    ):
-        check(xp, op, case, "float32")
 
 
 def test_no_image_and_no_channel_for_the_kernels_themselves(xp) -> None:
@@ -338,17 +292,3 @@ def test_lengths_past_31_bits_go_elsewhere(xp) -> None:
         cuconv.plan_conv(
             (1, 2, 2**18), (2, 1, 3), op="input_grad", device="cuda", **far, **DEPTHWISE
         )
-
-
-def test_nan_stays_among_the_terms_of_its_sums(xp) -> None:
-    """Padding is passed over, not multiplied."""
-    case = Case((1, 2, 5, 6), (2, 1, 3, 2), {"groups": 2, "padding": 1})
-    arrays = operands(case, "float32")
-    dy = arrays.dy.copy()
-    dy[0, 0, 0, 0] = np.nan
-    mine = arrays._replace(dy=dy)
-    got = to_host(run("weight_grad", mine.on(xp), case, **DEPTHWISE))
-    met = np.zeros((2, 1, 3, 2), bool)
-    met[0, 0, 1:, 1:] = True
-    assert (np.isnan(got) == met).all()
-    assert of("weight_grad", mine)[0] is dy

@@ -17,6 +17,7 @@ from support import (
     Operands,
     add_bias,
     chosen,
+    device_of,
     forget_arenas,
     host_peak,
     integers,
@@ -34,12 +35,7 @@ import cuconv
 from cuconv import testing
 from cuconv.strategies import strategies
 
-DEVICES = {"numpy": "cpu", "cupy": "cuda"}
 BIG = Case((4, 16, 31, 29), (24, 16, 3, 3), {"padding": 1})
-
-
-def device(xp: Any) -> str:
-    return DEVICES[xp.__name__]
 
 
 # What it says
@@ -93,7 +89,7 @@ def test_the_counts_of_an_operation(op) -> None:
 @settings(max_examples=30)
 @given(case=cases(), precision=st.sampled_from(["strict", "fast"]))
 def test_any_plan_can_be_read(xp, op, case, precision) -> None:
-    plan = plan_of(op, case, precision=precision, device=device(xp))
+    plan = plan_of(op, case, precision=precision, device=device_of(xp))
     words = str(plan)
     assert xp.__name__ in words
     assert f"precision {precision}" in words
@@ -110,7 +106,7 @@ def test_any_plan_can_be_read(xp, op, case, precision) -> None:
 def test_a_plan_computes_what_the_function_does(xp, op, layout) -> None:
     checked = 0
     for case in (case.in_layout(layout) for case in CASES.values()):
-        plan = plan_of(op, case, device=device(xp))
+        plan = plan_of(op, case, device=device_of(xp))
         mine = of(op, operands(case, "float32").on(xp))
         wanted = wanted_of(op, case, "float32")
         testing.assert_equal(plan(*mine), wanted, dtype=np.float32)
@@ -128,7 +124,7 @@ def test_a_plan_with_a_bias(xp, layout) -> None:
     for case in (case.in_layout(layout) for case in CASES.values()):
         x, w, _ = operands(case, "float32")
         bias = integers((case.filters(),), "float32", seed=4)
-        plan = plan_of("forward", case, bias=True, device=device(xp))
+        plan = plan_of("forward", case, bias=True, device=device_of(xp))
         wanted = add_bias(wanted_of("forward", case), bias, case)
         x, w, bias = (to_device(xp, array) for array in (x, w, bias))
         testing.assert_equal(plan(x, w, bias), wanted, dtype=np.float32)
@@ -140,7 +136,7 @@ def test_a_plan_with_a_bias(xp, layout) -> None:
 @pytest.mark.parametrize("op", OPERATIONS)
 def test_arrays_may_lie_otherwise_than_planned(xp, op, place) -> None:
     for case in CASES.values():
-        plan = plan_of(op, case, device=device(xp))
+        plan = plan_of(op, case, device=device_of(xp))
         arrays = operands(case, "float32")
         mine = Operands(*(PLACES[place](xp, array) for array in arrays))
         testing.assert_equal(plan(*of(op, mine)), wanted_of(op, case, "float32"))
@@ -154,7 +150,7 @@ def test_prepared_plans_of_nothing(xp, name) -> None:
         Case((0, 16, 9, 9), (16, 1, 3, 3), {"groups": 16}),
     ]
     for case in more:
-        plan = plan_of(name, case, device=device(xp), precision="standard")
+        plan = plan_of(name, case, device=device_of(xp), precision="standard")
         first, w = of(name, operands(case, "float32").on(xp))
         wanted = reference(name, operands(case, "float32"), case)
         testing.assert_equal(plan.prepare(w)(first), wanted, dtype=np.float32)
@@ -194,7 +190,7 @@ def test_shapes_that_are_not_planned(xp) -> None:
     case = CASES["two axes, all different"]
     arrays = operands(case, "float32").on(xp)
     for op in OPERATIONS:
-        plan = plan_of(op, case, device=device(xp))
+        plan = plan_of(op, case, device=device_of(xp))
         names = {"forward": "xw", "input_grad": ("dy", "w"), "weight_grad": ("dy", "x")}
         for i, name in enumerate(names[op]):
             mine = list(of(op, arrays))
@@ -212,7 +208,7 @@ def test_types_that_are_not_planned(xp, other) -> None:
     """A plan is for arrays of one type; another would be rounded on the way."""
     case = CASES["two axes, all different"]
     for op in OPERATIONS:
-        plan = plan_of(op, case, device=device(xp))
+        plan = plan_of(op, case, device=device_of(xp))
         good = of(op, operands(case, "float32").on(xp))
         bad = of(op, operands(case, other).on(xp))
         plan(*good)
@@ -231,9 +227,9 @@ def test_the_number_of_arrays(xp) -> None:
     case = CASES["two axes, all different"]
     x, w, dy = operands(case, "float32").on(xp)
     bias = to_device(xp, integers((5,), "float32"))
-    plain = plan_of("forward", case, device=device(xp))
-    with_bias = plan_of("forward", case, bias=True, device=device(xp))
-    gradient = plan_of("input_grad", case, device=device(xp))
+    plain = plan_of("forward", case, device=device_of(xp))
+    with_bias = plan_of("forward", case, bias=True, device=device_of(xp))
+    gradient = plan_of("input_grad", case, device=device_of(xp))
     calls = [
         (plain, (), "x, w; got 0"),
         (plain, (x,), "x, w; got 1"),
@@ -277,7 +273,7 @@ def test_arrays_of_the_other_module() -> None:
 def test_out_is_checked(xp) -> None:
     case = CASES["two axes, all different"]
     arrays = operands(case, "float32").on(xp)
-    plan = plan_of("forward", case, device=device(xp))
+    plan = plan_of("forward", case, device=device_of(xp))
     shape = case.y_shape()
     for each in (plan, plan.prepare(arrays.w)):
         mine = (arrays.x,) if each is not plan else (arrays.x, arrays.w)
@@ -334,7 +330,7 @@ def test_prepared_weights_give_the_same_bits(xp, op, layout, precision) -> None:
     checked = set()
     more = (BIG, Case((2, 6, 9, 8), (6, 1, 3, 3), {"groups": 6, "stride": 2}))
     for case in (case.in_layout(layout) for case in (*CASES.values(), *more)):
-        plan = plan_of(op, case, precision=precision, device=device(xp))
+        plan = plan_of(op, case, precision=precision, device=device_of(xp))
         names = {"forward": case.x_shape, "input_grad": None}
         y_shape = plan.problem.geometry.y_shape
         first = rng.standard_normal(names[op] or y_shape).astype("f4")
@@ -356,7 +352,7 @@ def test_prepared_weights_give_the_same_bits(xp, op, layout, precision) -> None:
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "complex64", "int8", "bool"])
 def test_prepared_weights_of_every_kind(xp, dtype) -> None:
     for op, case in itertools.product(("forward", "input_grad"), CASES.values()):
-        plan = plan_of(op, case, dtype, device=device(xp))
+        plan = plan_of(op, case, dtype, device=device_of(xp))
         arrays = operands(case, dtype)
         first, w = of(op, arrays.on(xp))
         got = plan.prepare(w)(first)
@@ -388,7 +384,7 @@ def test_a_prepared_plan_says_where_arrays_must_lie(xp) -> None:
     taken = refused = 0
     for case in CASES.values():
         arrays = operands(case, "float32")
-        plan = plan_of("forward", case, device=device(xp))
+        plan = plan_of("forward", case, device=device_of(xp))
         prepared = plan.prepare(to_device(xp, arrays.w))
         wanted = wanted_of("forward", case)
         for place in PLACES.values():

@@ -172,11 +172,32 @@ def test_options_are_checked_when_a_layer_is_made(name, kind) -> None:
         kind(6, 4, 3, **{"xp": np, **options})
 
 
-def test_output_padding_is_checked_when_a_layer_is_made() -> None:
-    with pytest.raises(ValueError, match="axis 1 is 2; it must be less than stride 2"):
-        ConvTranspose2d(6, 4, 3, stride=(3, 2), output_padding=2, xp=np)
-    with pytest.raises(TypeError, match="no option 'output_padding'"):
-        Conv2d(6, 4, 3, stride=3, output_padding=2, xp=np)
+# A kind of layer, its sizes and options, and what is said.
+OTHER_MISTAKES: list[tuple[Any, tuple[Any, ...], dict[str, Any], str]] = [
+    (layers.DepthwiseConv2d, (6, 3), {"groups": 6}, "no option 'groups'"),
+    (layers.DepthwiseConv2d, (0, 3), {}, "channels must be at least 1; got 0"),
+    (layers.DepthwiseConv2d, (6, 3), {"multiplier": 0}, "multiplier .* got 0"),
+    (layers.DepthwiseConv2d, (6, 3), {"padding": "causal"}, "for one spatial axis"),
+    (layers.DepthwiseConv2d, (6, (3, 3, 3)), {}, "kernel_size has 3 values"),
+    (layers.SeparableConv2d, (3, 4, 3), {"groups": 3}, "no option 'groups'"),
+    (layers.SeparableConv2d, (3, 4, 3), {"stride": 0}, "stride of spatial axis 0"),
+    (layers.SeparableConv2d, (3, 4, 3), {"memory_limit": "much"}, "'much'"),
+    (layers.SeparableConv2d, (3, 4, 3), {"strategy": "magic"}, "'magic'"),
+    (layers.SeparableConv2d, (3, 4, 3), {"multiplier": 0}, "multiplier .* got 0"),
+    (layers.SeparableConv2d, (3, 4, 3), {"dtype": "int8"}, "floating or complex"),
+    (layers.SeparableConv2d, (3, 0, 3), {}, "out_channels must be at least 1"),
+    (Conv2d, (6, 4, 3), {"output_padding": 2}, "no option 'output_padding'"),
+    (
+        *(ConvTranspose2d, (6, 4, 3), {"stride": (3, 2), "output_padding": 2}),
+        "axis 1 is 2; it must be less than stride 2",
+    ),
+]
+
+
+@pytest.mark.parametrize(("kind", "sizes", "options", "words"), OTHER_MISTAKES)
+def test_what_one_kind_refuses(kind, sizes, options, words) -> None:
+    with pytest.raises((ValueError, TypeError), match=words):
+        kind(*sizes, xp=np, **options)
 
 
 @pytest.mark.parametrize("kind", [Conv, ConvTranspose])
@@ -375,25 +396,6 @@ def test_a_depthwise_layer_is_the_function(xp, kind, layout) -> None:
     }
 
 
-def test_depthwise_options_are_checked_when_a_layer_is_made() -> None:
-    wrong: list[tuple[tuple[Any, ...], dict[str, Any], type[Exception], str]] = [
-        ((6, 3), {"groups": 6}, TypeError, "no option 'groups'"),
-        ((0, 3), {}, ValueError, "channels must be at least 1; got 0"),
-        ((6, 3), {"multiplier": 0}, ValueError, "multiplier must be at least 1; got 0"),
-        (
-            (6, 3),
-            {"padding": "causal"},
-            ValueError,
-            "for one spatial axis; there are 2",
-        ),
-        ((6, (3, 3, 3)), {}, ValueError, "kernel_size has 3 values; needed: 2"),
-    ]
-    for arguments, options, error, words in wrong:
-        with pytest.raises(error, match=words):
-            layers.DepthwiseConv2d(*arguments, xp=np, **options)
-    assert layers.DepthwiseConv3d(2, 3, xp=np).parameters["weight"].ndim == 5
-
-
 SEPARABLE = {
     "SeparableConv": (layers.SeparableConv, (3, 2), {"padding": 1, "stride": (1, 2)}),
     "SeparableConv1d": (layers.SeparableConv1d, 3, {"padding": "causal"}),
@@ -472,22 +474,6 @@ def test_separable_weights_keep_the_spread_of_rectified_inputs() -> None:
     y = bare(np.ones((1, 3, 5, 5), "float32"))
     bare.backward(y)
     assert list(bare.gradients) == ["depthwise", "pointwise"]
-
-
-def test_separable_options_are_checked_when_a_layer_is_made() -> None:
-    wrong: list[tuple[dict[str, Any], type[Exception], str]] = [
-        ({"groups": 3}, TypeError, "no option 'groups'"),
-        ({"stride": 0}, ValueError, "stride of spatial axis 0 is 0"),
-        ({"memory_limit": "much"}, ValueError, "'much'"),
-        ({"strategy": "magic"}, ValueError, "'magic'"),
-        ({"multiplier": 0}, ValueError, "multiplier must be at least 1; got 0"),
-        ({"dtype": "int8"}, TypeError, "floating or complex dtype"),
-    ]
-    for options, error, words in wrong:
-        with pytest.raises(error, match=words):
-            layers.SeparableConv2d(3, 4, 3, xp=np, **options)
-    with pytest.raises(ValueError, match="out_channels must be at least 1"):
-        layers.SeparableConv2d(3, 0, 3, xp=np)
 
 
 # Pooling

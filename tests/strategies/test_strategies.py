@@ -5,6 +5,7 @@ documented bound.
 """
 
 import contextlib
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -21,9 +22,11 @@ from support import (
     STRICT,
     Case,
     Operands,
+    add_bias,
     assert_near,
     assert_within,
     candidates_of,
+    device_of,
     host_peak,
     integers,
     normal,
@@ -35,11 +38,13 @@ from support import (
     run_candidate,
     slowly,
     smallest_limit,
+    to_host,
     wanted_of,
 )
 
 import cuconv
 from cuconv import testing
+from cuconv.arrays import SUPPORTED_TYPES
 from cuconv.memory import MemoryLimitError
 from cuconv.strategies import strategies
 
@@ -75,11 +80,6 @@ WIDE = {
         (1, 4, 9, 20), (6, 2, 3, 9), {"groups": 2, "stride": (2, 3), "dilation": 2}
     ),
 }
-# bool and unsigned types hold other integers, and have their turn in test_conv.
-TYPES = (
-    *("float32", "float64", "float16", "bfloat16", "int8", "int64"),
-    *("complex64", "complex128"),
-)
 # Of the largest number of the result.
 BOUNDS = {
     ("winograd", "standard", "float32"): 1e-5,
@@ -96,32 +96,43 @@ def test_these_are_the_strategies() -> None:
     assert set(strategies()) == {*STRICT, *ROUNDED, "implicit_gemm"}
 
 
-@pytest.mark.parametrize("name", STRICT)
+def on_both(names: Sequence[str]) -> Any:
+    """Strategies on NumPy, and those that are kernels of their own on CuPy."""
+    pairs = [("numpy", name) for name in names if name != "implicit_gemm"]
+    pairs += [("cupy", n) for n in ("implicit_gemm", "depthwise") if n in names]
+    return pytest.mark.parametrize(("xp", "name"), pairs, indirect=["xp"])
+
+
+EXACT = (*STRICT, "implicit_gemm")
+
+
+@on_both(EXACT)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("op", OPERATIONS)
-def test_strict_strategies_are_exact_in_every_type(op, layout, name) -> None:
+def test_strict_strategies_are_exact_in_every_type(xp, op, layout, name) -> None:
     ran, dtypes = 0, set()
-    for dtype in TYPES:
+    few = ("float32", "bfloat16", "int8", "complex64")
+    for dtype in SUPPORTED_TYPES if layout == LAYOUTS[0] else few:
         for case in (case.in_layout(layout) for case in WIDE.values()):
-            plan = plan_of(op, case, dtype, strategy=name)
+            plan = plan_of(op, case, dtype, strategy=name, device=device_of(xp))
             if plan is None:
                 continue
-            got = plan(*of(op, operands(case, dtype)))
+            got = plan(*of(op, operands(case, dtype).on(xp)))
             testing.assert_equal(got, wanted_of(op, case, dtype), dtype=dtype)
             assert plan.strategy == name
             ran += 1
             dtypes.add(dtype)
-    if name == "depthwise" and layout == "channels_last":
-        return
-    assert ran >= len(dtypes) * (1 if name == "tap_matmul" else 2)
-    assert len(dtypes) >= (2 if name == "depthwise" else len(TYPES) - 2)
+    if layout == LAYOUTS[0]:
+        assert ran >= len(dtypes) * (1 if name == "tap_matmul" else 2)
+        assert len(dtypes) >= (2 if name == "depthwise" else 8)
 
 
-@pytest.mark.parametrize("name", ["im2col", "pointwise", "tap_matmul"])
+@on_both(("im2col", "pointwise", "tap_matmul", "implicit_gemm"))
 @pytest.mark.parametrize("op", OPERATIONS)
-@settings(max_examples=40)
 @given(case=cases(), dtype=st.sampled_from(["float32", "float16", "complex64", "int8"]))
-def test_strict_strategies_are_exact_for_any_geometry(op, name, case, dtype) -> None:
+def test_strict_strategies_are_exact_for_any_geometry(
+    xp, op, name, case, dtype
+) -> None:
     if name == "pointwise":
         ones = (1,) * len(case.options["stride"])
         first = case.layout == "channels_first"
@@ -132,13 +143,13 @@ def test_strict_strategies_are_exact_for_any_geometry(op, name, case, dtype) -> 
         pads = tuple((max(a, 0), max(b, 0)) for a, b in case.options["padding"])
         options = {**case.options, "padding": pads}
         case = Case(case.x_shape, tuple(shape), options)
-    plan = plan_of(op, case, dtype, strategy=name)
+    plan = plan_of(op, case, dtype, strategy=name, device=device_of(xp))
     if plan is None:
         assert name == "tap_matmul"
         return
     arrays = operands(case, dtype)
     wanted = reference(op, arrays, case).astype(dtype)
-    testing.assert_equal(plan(*of(op, arrays)), wanted, dtype=dtype)
+    testing.assert_equal(plan(*of(op, arrays.on(xp))), wanted, dtype=dtype)
 
 
 @pytest.mark.parametrize("name", ROUNDED)
@@ -189,46 +200,43 @@ def test_all_strategies_agree(op, case, precision) -> None:
     assert "im2col" in names
 
 
-@pytest.mark.parametrize("name", [*STRICT, *ROUNDED])
+@on_both((*EXACT, *ROUNDED))
 @pytest.mark.parametrize("op", OPERATIONS)
-def test_bias_out_and_places(op, name) -> None:
+def test_bias_out_and_places(xp, op, name) -> None:
     """Odd strides of every array, a result that has neighbours, and a bias."""
     ran = 0
-    exact = name in STRICT
+    exact = name in EXACT
     for case in WIDE.values():
-        plan = plan_of(op, case, strategy=name, precision="fast")
-        if plan is None:
+        precision = "strict" if exact else "fast"
+        options = {"strategy": name, "precision": precision}
+        if plan_of(op, case, device=device_of(xp), **options) is None:
             continue
         arrays = operands(case, "float32")
         wanted = wanted_of(op, case, "float32")
-        options = {"strategy": name, "precision": "fast"}
         for place in PLACES.values():
-            mine = Operands(*(place(np, a) for a in arrays))
-            around = np.full([n + 2 for n in wanted.shape], 77, np.float32)
+            mine = Operands(*(place(xp, a) for a in arrays))
+            around = xp.full([n + 2 for n in wanted.shape], 77, np.float32)
             inside, got = tuple(slice(1, -1) for _ in wanted.shape), None
             with contextlib.suppress(ValueError):
                 got = run(op, mine, case, out=around[inside], **options)
                 ran += 1
             if got is None:
-                assert name == "depthwise"
+                assert (name, xp) == ("depthwise", np)
                 continue
-            assert got.base is around
-            near = partial(assert_near, bound=0 if exact else 1e-4)
-            near(got, wanted)
+            assert_near(around[inside], wanted, 0 if exact else 1e-4)
             around[inside] = 77
             assert (around == 77).all(), "it wrote beyond its result"
         if op == "forward":
             bias = integers((case.filters(),), "float32", largest=9)
-            got = cuconv.conv(arrays.x, arrays.w, bias, **case.options, **options)
-            per_filter = bias.reshape(-1, *(1,) * (len(case.w_shape) - 2))
-            with_bias = wanted + per_filter
-            assert_near(got, with_bias, 0 if exact else 1e-4)
+            mine = (xp.asarray(a) for a in (arrays.x, arrays.w, bias))
+            got = cuconv.conv(*mine, **case.options, **options)
+            assert_near(got, add_bias(wanted, bias, case), 0 if exact else 1e-4)
     assert ran >= 2
 
 
-@pytest.mark.parametrize("name", [*STRICT, *ROUNDED])
+@on_both((*EXACT, *ROUNDED))
 @pytest.mark.parametrize("op", OPERATIONS)
-def test_the_sum_over_nothing(op, name) -> None:
+def test_the_sum_over_nothing(xp, op, name) -> None:
     """No image, no filter, no channel, no cell: zero, whatever was asked for."""
     ran = 0
     nothing = [
@@ -241,12 +249,13 @@ def test_the_sum_over_nothing(op, name) -> None:
         Case((0, 2, 40), (3, 2, 27), {}),
     ]
     for case in nothing:
-        plan = plan_of(op, case, strategy=name, precision="fast")
+        device = device_of(xp)
+        plan = plan_of(op, case, strategy=name, precision="fast", device=device)
         if plan is None:
             continue
         arrays = operands(case, "float32")
         assert str(plan)
-        got = plan(*of(op, arrays))
+        got = plan(*of(op, arrays.on(xp)))
         testing.assert_equal(got, reference(op, arrays, case), dtype=np.float32)
         ran += 1
     assert ran >= 1
@@ -278,10 +287,10 @@ SMALL = {
 }
 
 
-@pytest.mark.parametrize("name", STRICT)
+@on_both(EXACT)
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 @pytest.mark.parametrize("op", OPERATIONS)
-def test_what_is_no_number_stays_where_it_belongs(op, bad, name) -> None:
+def test_what_is_no_number_stays_where_it_belongs(xp, op, bad, name) -> None:
     """A cell that no window of a result reads does not spoil it.
 
     Zeros of the padding times infinity are NaN, as in every framework; they are part
@@ -296,11 +305,11 @@ def test_what_is_no_number_stays_where_it_belongs(op, bad, name) -> None:
             array = arrays[which]
             array[(0,) * array.ndim] = bad
             array[(-1,) * array.ndim] = bad
-            plan = plan_of(op, case, strategy=name)
+            plan = plan_of(op, case, strategy=name, device=device_of(xp))
             if plan is None:
                 continue
             with np.errstate(invalid="ignore"):
-                got = plan(*of(op, arrays))
+                got = to_host(plan(*of(op, arrays.on(xp))))
                 wanted = reference(op, arrays, case)
             spoiled = ~np.isfinite(got)
             ran += 1
