@@ -27,7 +27,6 @@ from support import (
 import cuconv
 from cuconv import testing
 from cuconv.engine import call as calls
-from cuconv.engine import planner
 from cuconv.strategies import register, strategies
 
 # The module; the function of its name hides it.
@@ -282,12 +281,12 @@ def test_out_that_overlaps_is_refused_the_second_time_too() -> None:
 
 
 def test_no_more_plans_are_kept_than_there_is_room_for(monkeypatch, planned) -> None:
-    monkeypatch.setattr(calls, "_MOST_SEEN", 8)
+    monkeypatch.setattr(calls, "_MOST_PLANS", 8)
     w = np.ones((1, 1, 2))
     for length in range(2, 40):
         x = np.ones((1, 1, length))
         testing.assert_equal(cuconv.conv(x, w), np.full((1, 1, length - 1), 2))
-        assert len(calls._SEEN) <= 8
+        assert len(calls._PLANS) <= 8
     assert len(planned) == 38
 
 
