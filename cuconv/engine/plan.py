@@ -22,7 +22,7 @@ from cuconv.engine.execute import Memory, Run, fill, job_of
 from cuconv.engine.lower import lower
 from cuconv.engine.planner import PlanningResult
 from cuconv.engine.problem import NAMES, ROLES, Problem, check_shape, shapes_of
-from cuconv.engine.program import Program, Recording, TooManySteps
+from cuconv.engine.program import MOST_BYTES, Program, Recording, TooManySteps
 from cuconv.engine.request import ZERO_POINTS, Request
 from cuconv.engine.tile_search import Candidate
 from cuconv.geometry import Axis, ConvGeometry
@@ -190,6 +190,8 @@ class Plan:
             plan that a graph cannot hold.
         """
         key = layouts_of((*arrays, out))
+        if key is None:
+            arrays = tuple(map(base_array, arrays))
         plan = self._others.get(key) if key is not None else None
         if plan is None:
             plan = self._checked(arrays, out)
@@ -204,7 +206,6 @@ class Plan:
 
     def _checked(self, arrays: tuple[Array | None, ...], out: Array | None) -> "Plan":
         """Check the arrays of a call; the plan for them, if they lie otherwise."""
-        arrays = tuple(map(base_array, arrays))
         names = [n for n in ROLES[self.call] if n != "w" or not self.is_prepared]
         given = {n: a for n, a in zip(names, arrays, strict=False) if a is not None}
         self._check(names, arrays, given, out)
@@ -292,6 +293,8 @@ class Plan:
         """The same plan with weights that nobody else writes, of the operands' type."""
         plan = self.with_candidates(self.candidates)
         plan.names = tuple(name for name in self.names if name != "w")
+        # Prepared weights are what one candidate takes, and no other.
+        plan._is_tuned = True
         each = enumerate(self.lowering.weights_of(w))
         plan._weights = {f"weights{n}": self._prepared(n, own) for n, own in each}
         return plan
@@ -334,10 +337,7 @@ class Plan:
         if not self._is_tuned and not self.problem.captured and self.flops:
             self._tune(arrays)
         if self._is_recordable:
-            try:
-                self._program = self._recorded(arrays)
-            except TooManySteps:
-                self._is_recordable = False
+            self._record(arrays)
         if self._program is not None:
             self.backend.execute(self._program, arrays)
         else:
@@ -352,16 +352,22 @@ class Plan:
         ):
             self._steps(backend, arrays, Memory(raw))
 
-    def _recorded(self, arrays: dict[str, Array]) -> Program:
-        """Record the steps for arrays of this layout."""
+    def _record(self, arrays: dict[str, Array]) -> None:
+        """Record the steps for arrays of this layout, if the program is not too long."""
+        self._is_recordable = False
+        overhead = max(candidate.overhead_bytes for candidate in self.candidates)
+        nbytes = self._memory_bytes
+        if self.memory_limit - nbytes - overhead < MOST_BYTES:
+            return
         stubs = {name: stub_of(name, array) for name, array in arrays.items()}
         recording = Recording(self.backend, stubs)
-        nbytes = max(self._memory_bytes - ALIGNED, 0)
-        self._steps(recording.backend, stubs, Memory.recorded(nbytes, recording))
-        single = self.is_single_threaded
-        return Program(
-            recording, self._memory_bytes, self.workers, single_threaded=single
-        )
+        memory = Memory.recorded(max(nbytes - ALIGNED, 0), recording)
+        try:
+            self._steps(recording.backend, stubs, memory)
+        except TooManySteps:
+            return
+        workers, single = self.workers, self.is_single_threaded
+        self._program = Program(recording, nbytes, workers, single_threaded=single)
 
     def _steps(self, backend: Any, arrays: dict[str, Array], memory: Memory) -> None:
         if not self.flops:

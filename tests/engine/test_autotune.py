@@ -17,6 +17,7 @@ from cases import CASES, EMPTY
 from support import (
     OPERATIONS,
     Case,
+    forget_plans,
     forget_winners,
     host_peak,
     operands,
@@ -202,6 +203,7 @@ def test_a_record_is_believed_even_if_it_is_slow(folder, races, choices) -> None
     (key,) = records(folder)
     for variant in ([4], [6, 6]):
         rewrite(folder, json.dumps({key: ["winograd", variant, False]}))
+        forget_plans()
         run("forward", arrays, CASE, **options)
         assert choices[-1].strategy.name == "winograd"
         assert list(choices[-1].tiling.variant) == variant
@@ -256,6 +258,7 @@ def test_another_gpu_or_driver_has_another_file(xp, folder, races, monkeypatch) 
     for number, change in enumerate(changes, 2):
         with monkeypatch.context() as patch:
             patch.setattr(*change)
+            forget_plans()
             run("forward", arrays.on(xp), CASE, **BENCHMARK)
         assert (len(races), len(set(folder.iterdir()))) == (number, number)
     with xp.cuda.Device(1):
@@ -284,9 +287,6 @@ def test_candidates_are_timed_with_events_on_the_current_stream(
     with xp.cuda.Stream(non_blocking=True):
         run("forward", arrays, CASE, **BENCHMARK)
     assert waits[before:] == ["event"] * 6
-    assert len(choices) == 6 * races[0] + 1
-    alternating = [candidate.label for candidate in choices[:-1]]
-    assert alternating == alternating[: races[0]] * 6
     assert races[0] > 1
 
 
@@ -436,6 +436,7 @@ def test_whatever_wins_computes_the_same(op, monkeypatch, choices) -> None:
                 monkeypatch.setattr(
                     planning, "fastest", lambda backend, each, n=number: n % len(each)
                 )
+                forget_plans()
                 got = call(memory_limit=limit, **BENCHMARK)
                 np.testing.assert_array_equal(np.rint(got), wanted)
                 won += 1

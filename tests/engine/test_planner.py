@@ -2,7 +2,6 @@
 
 import itertools
 import re
-import sys
 from functools import partial
 from typing import Any
 
@@ -27,23 +26,21 @@ from support import (
 import cuconv
 from cuconv import testing
 from cuconv.engine import call as calls
+from cuconv.engine.problem import NAMES
 from cuconv.strategies import register, strategies
-
-# The module; the function of its name hides it.
-convolutions = sys.modules["cuconv.conv"]
 
 
 @pytest.fixture
 def planned(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """One item for each call that was checked and planned, and not known before."""
     seen: list[Any] = []
-    original = convolutions.bind
+    original = calls.Plan
 
-    def spy(*arguments: Any, **options: Any) -> Any:
-        seen.append(arguments[0])
-        return original(*arguments, **options)
+    def spy(request: Any) -> Any:
+        seen.append(request.call)
+        return original(request)
 
-    monkeypatch.setattr(convolutions, "bind", spy)
+    monkeypatch.setattr(calls, "Plan", spy)
     forget_plans()
     return seen
 
@@ -110,7 +107,7 @@ def test_a_strategy_that_cannot_run_raises_with_its_reason(xp, op, name) -> None
     arrays = operands(case, "float32").on(xp)
     with pytest.raises(ValueError, match=f"{name!r} cannot run .* here: .+") as caught:
         run(op, arrays, case, strategy=name, precision="standard")
-    assert tile_search.NAMES[op] in str(caught.value)
+    assert NAMES[op] in str(caught.value)
     reason = str(caught.value).split("here: ")[1]
     assert _is_sentence(reason)
 
