@@ -43,8 +43,8 @@ from cuconv.engine.call import (
     shows_only,
 )
 from cuconv.engine.plan import Call, Plan, check_shape, stub_array
-from cuconv.engine.tile_search import largest_fitting
 from cuconv.engine.rewrites import planned
+from cuconv.engine.tile_search import largest_fitting
 from cuconv.engine.traversal import Piece, Tiling, Traversal
 from cuconv.geometry import (
     Axis,
@@ -691,7 +691,9 @@ class _Separable(NamedTuple):
         if blocks.is_whole or "x" not in results:
             return (blocks,)
         # What several outputs give to a cell of x is summed in one piece.
-        cells = largest_fitting(lambda n: g.reach(g.region_tile(n)) <= positions, g.cells)
+        cells = largest_fitting(
+            lambda n: g.reach(g.region_tile(n)) <= positions, g.cells
+        )
         regions = Traversal(g, g.region_tile(cells), results & {"x"}, over_x=True)
         if results == {"x"}:
             return (regions,)

@@ -27,8 +27,9 @@ import cuconv
 from cuconv import strategies, testing
 from cuconv.engine import plan as planning
 from cuconv.engine import planner
+from cuconv.engine.costs import Work
 from cuconv.memory import Buffer
-from cuconv.strategies.base import OneWay, Work, Workspace
+from cuconv.strategies.base import OneWay, Tilings, Workspace
 
 pytestmark = pytest.mark.parametrize("xp", ["cupy"], indirect=True)
 
@@ -75,23 +76,12 @@ class DirectConv(OneWay):
         mine = g.rank == 1 and g.groups == 1 and problem.module == "cupy"
         return mine and not problem.flipped and not problem.has_bias, "not mine"
 
-    def preferred(self, problem: Any, backend: Any) -> int:
-        return problem.geometry.images * problem.geometry.positions
-
-    def tile(self, problem: Any, positions: int, variant: Any) -> Any:
-        return problem.geometry.tile(positions)
-
-    def splits(self, problem: Any, variant: Any) -> int:
-        return 1
-
-    def blocks(self, problem: Any, tiling: Any) -> Any:
-        return problem.geometry.blocks(tiling.tile)
+    def tilings(self, problem: Any, variant: Any, backend: Any) -> Tilings:
+        g = problem.geometry
+        return Tilings(g.images * g.positions, g.tile)
 
     def workspace(self, problem: Any, tiling: Any, backend: Any) -> Workspace:
         return Workspace()
-
-    def pieces(self, problem: Any, tiling: Any) -> int:
-        return 1
 
     def work(self, problem: Any, tiling: Any) -> Work:
         return Work(multiply=self.cost, blocks=0)
@@ -130,7 +120,7 @@ class Hungry(DirectConv):
     name = "hungry"
 
     def workspace(self, problem: Any, tiling: Any, backend: Any) -> Workspace:
-        return Workspace(own=(Buffer("space", 100, np.dtype("f4")),))
+        return Workspace(per_worker=(Buffer("space", 100, np.dtype("f4")),))
 
 
 class Packing(DirectConv):
@@ -148,8 +138,8 @@ class Packing(DirectConv):
 
 
 def _add(monkeypatch: pytest.MonkeyPatch, strategy: Any) -> None:
-    monkeypatch.setattr(strategies, "_REGISTRY", strategies.strategies())
-    strategies.register(strategy)
+    several = (*strategies.STRATEGIES, strategy)
+    monkeypatch.setattr(strategies, "STRATEGIES", several)
     forget_plans()
 
 

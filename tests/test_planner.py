@@ -25,10 +25,12 @@ from test_conv import CASES
 
 import cuconv
 from cuconv import testing
+from cuconv.backends.cpu.backend import CpuBackend
 from cuconv.engine import call as calls
-from cuconv.engine import costs
-from cuconv.engine import tile_search
-from cuconv.strategies import register, strategies
+from cuconv.engine import costs, planner, tile_search
+from cuconv.engine.costs import Work
+from cuconv.memory import MemoryLimitError
+from cuconv.strategies import STRATEGIES, strategies
 
 # The module; the function of its name hides it.
 convolutions = sys.modules["cuconv.conv"]
@@ -116,11 +118,55 @@ def test_a_strategy_that_cannot_run_raises_with_its_reason(xp, op, name) -> None
     assert _is_sentence(reason)
 
 
-def test_a_strategys_name_must_be_new() -> None:
-    with pytest.raises(ValueError, match="'im2col' is already registered"):
-        register(strategies()["im2col"])
-    strategies().clear()
-    assert strategies(), "the registry itself was handed out"
+def test_no_two_strategies_have_one_name() -> None:
+    assert len(strategies()) == len(STRATEGIES)
+
+
+def test_no_two_variants_have_the_same_words() -> None:
+    """A record of the fastest knows a variant by them."""
+    seen = 0
+    for op, case, device in itertools.product(
+        OPERATIONS, CASES.values(), ("cpu", "cuda")
+    ):
+        plan = plan_of(op, case, "float16", device=device, precision="fast")
+        for strategy in STRATEGIES:
+            if strategy.supports(plan.problem)[0]:
+                variants = strategy.variants(plan.problem)
+                assert len(set(map(strategy.describe, variants))) == len(variants)
+                seen += len(variants) > 1
+    assert seen > 10
+
+
+@pytest.mark.parametrize("worth", [0, None])
+@pytest.mark.parametrize("op", OPERATIONS)
+@settings(max_examples=60)
+@given(
+    case=st.one_of(cases(), tiled_cases(most=3)),
+    precision=st.sampled_from(["standard", "fast"]),
+    limit=st.sampled_from([None, 50_000, 100_000]),
+)
+def test_no_rank_is_below_its_floor(worth, op, case, precision, limit) -> None:
+    """Or the best might never be looked at."""
+    eager = (
+        {}
+        if worth is None
+        else {"rates": costs.CPU_RATES._replace(worth_workers=worth)}
+    )
+    backend = type("Eager", (CpuBackend,), eager)()
+    try:
+        plan = plan_of(op, case, precision=precision, memory_limit=limit)
+    except MemoryLimitError:
+        return
+    limit = plan.memory_limit
+    ranks = []
+    for search in planner._searches(plan.problem, backend, "auto", limit):
+        try:
+            ranks.append(search.candidate(2).rank)
+        except MemoryLimitError:
+            continue
+        assert search.floor <= ranks[-1] * planner._ROUNDED
+    best = planner._best(plan.problem, backend, "auto", limit, 2)
+    assert best.rank == min(ranks)
 
 
 def test_an_unknown_strategy_is_refused_with_the_known_ones() -> None:
@@ -149,8 +195,6 @@ def test_the_choice_is_the_cheapest() -> None:
 
 def test_each_step_has_its_price() -> None:
     """More of any step costs more, and a worker pays for itself only where work is."""
-    from cuconv.strategies import Work
-
     base = Work(multiply=1e6, short_side=64)
 
     def cost(work: Work, workers: int = 1) -> float:
@@ -169,8 +213,6 @@ def test_each_step_has_its_price() -> None:
 
 
 def test_a_last_round_of_tiles_that_is_not_full_takes_as_long_as_a_full_one() -> None:
-    from cuconv.strategies import Work
-
     four = costs.CUDA_RATES._replace(processors=4, block=0)
     base = Work(multiply=1e9)
     each = costs.price(base, four).even

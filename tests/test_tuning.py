@@ -108,7 +108,8 @@ def test_the_winner_is_remembered_in_memory_and_on_disk(folder, races, choices) 
     assert races[0] > 2
     (known,) = records(folder).values()
     winner = choices[-1]
-    assert known == [winner.strategy.name, list(winner.tiling.variant), False]
+    words = winner.strategy.describe(winner.tiling.variant)
+    assert known == [winner.strategy.name, words, False]
     assert choices[-2:] == [winner, winner]
     tuning._known.cache_clear()
     run("forward", arrays, CASE, precision="standard", **BENCHMARK)
@@ -179,14 +180,14 @@ def test_a_file_that_is_no_text(folder, races) -> None:
 
 
 RECORDS = {
-    "a strategy that there is not": ["magic", [], False],
-    "a strategy that cannot run": ["depthwise", [], False],
-    "a variant that there is not": ["winograd", [9, 9], False],
-    "a form that there is not": ["im2col", [], True],
+    "a strategy that there is not": ["magic", "", False],
+    "a strategy that cannot run": ["depthwise", "", False],
+    "a variant that there is not": ["winograd", "tiles of 9×9", False],
+    "a form that there is not": ["im2col", "", True],
     "no list": "im2col",
     "null": None,
-    "too short": ["im2col", []],
-    "too long": ["im2col", [], False, 1],
+    "too short": ["im2col", ""],
+    "too long": ["im2col", "", False, 1],
     "other types": [1, 2, 3],
     "nested": {"strategy": "im2col"},
 }
@@ -211,11 +212,11 @@ def test_a_record_is_believed_even_if_it_is_slow(folder, races, choices) -> None
     options = {"precision": "standard", **BENCHMARK}
     run("forward", arrays, CASE, **options)
     (key,) = records(folder)
-    for variant in ([4], [6, 6]):
-        rewrite(folder, json.dumps({key: ["winograd", variant, False]}))
+    for words, variant in (("tiles of 4", (4,)), ("tiles of 6×6", (6, 6))):
+        rewrite(folder, json.dumps({key: ["winograd", words, False]}))
         run("forward", arrays, CASE, **options)
         assert choices[-1].strategy.name == "winograd"
-        assert list(choices[-1].tiling.variant) == variant
+        assert choices[-1].tiling.variant == variant
     assert len(races) == 1
 
 
@@ -458,16 +459,16 @@ def test_whatever_wins_computes_the_same(op, monkeypatch, choices) -> None:
 def test_the_words_of_a_winner() -> None:
     """A candidate is known by strategy, variant and form, all three."""
     candidates = [
-        Winner("a", (4,), False),
-        Winner("a", (4,), True),
-        Winner("a", (), True),
+        Winner("a", "tiles of 4", False),
+        Winner("a", "tiles of 4", True),
+        Winner("a", "", True),
     ]
     assert len(set(candidates)) == 3
     tuning._known.cache_clear()
     tuning._known(("here",))["k"] = None
     for winner in candidates:
         known = tuning._known(("here",))
-        known[tuning._digest("k")] = [winner[0], list(winner[1]), winner[2]]
+        known[tuning._digest("k")] = list(winner)
         assert tuning.recall(("here",), "k", candidates) == winner
         assert tuning.recall(("there",), "k", candidates) is None
     assert tuning.recall(("here",), "other", candidates) is None

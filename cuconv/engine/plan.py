@@ -843,9 +843,8 @@ def _is_plain(candidate: Candidate, backend: Backend) -> bool:
 
 
 def _winner(candidate: Candidate) -> Winner:
-    return Winner(
-        candidate.strategy.name, candidate.tiling.variant, candidate.problem.flipped
-    )
+    strategy, variant = candidate.strategy, candidate.tiling.variant
+    return Winner(strategy.name, strategy.describe(variant), candidate.problem.flipped)
 
 
 def _groups_text(geometry: ConvGeometry) -> str:

@@ -14,7 +14,7 @@ from functools import lru_cache
 from cuconv.backends import Backend
 from cuconv.engine.tile_search import NAMES, Candidate, TileSearch, over
 from cuconv.lazy import lazy
-from cuconv.memory import MemoryLimitError
+from cuconv.memory import MemoryLimit, MemoryLimitError
 from cuconv.strategies import Problem, Strategy, strategies
 
 # More than 1 by what rounding may do to a sum of prices.
@@ -88,9 +88,9 @@ def decide(
     return PlanningResult(best, allowed, problem, backend, name, workers)
 
 
-def floor(problem: Problem, backend: Backend, limit: int | None) -> float:
-    """What the best candidate of all strategies ranks at least; no limit is checked."""
-    allowed = backend.default_memory_limit if limit is None else limit
+def floor(problem: Problem, backend: Backend, limit: MemoryLimit) -> float:
+    """What the best candidate of all strategies ranks at least."""
+    allowed = limit if isinstance(limit, int) else backend.default_memory_limit
     searches = _searches(problem, backend, "auto", allowed)
     return min(search.floor for search in searches) / _ROUNDED
 

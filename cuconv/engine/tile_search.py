@@ -14,7 +14,7 @@ from cuconv.engine.costs import Price, Rates, Work, price
 from cuconv.geometry import Tile
 from cuconv.lazy import lazy
 from cuconv.memory import MemoryLimitError, buffer_bytes, with_start
-from cuconv.strategies import Blocks, Problem, Strategy, Tiling, Workspace
+from cuconv.strategies import Blocks, Problem, Strategy, Tiling, Variant, Workspace
 
 # A job that is worth several workers is cut into one of these numbers of pieces, the
 # one that is cheapest for two workers: how many there really are must not matter, or
@@ -58,8 +58,9 @@ class Candidate:
     @lazy
     def blocks(self) -> Blocks:
         """The blocks of the tiling."""
-        make = partial(self.strategy.blocks, self.problem, self.tiling)
-        return Blocks(make, self.problem.geometry.count_blocks(self.tiling.tile))
+        geometry, tile = self.problem.geometry, self.tiling.tile
+        make = geometry.blocks if self.strategy.by_runs else geometry.pieces
+        return Blocks(partial(make, tile), geometry.count_blocks(tile))
 
     @property
     def label(self) -> str:
@@ -82,7 +83,7 @@ class TileSearch:
         strategy: Strategy,
         problem: Problem,
         backend: Backend,
-        variant: tuple[int, ...],
+        variant: Variant,
         limit: int,
     ) -> None:
         self._strategy = strategy
@@ -93,8 +94,7 @@ class TileSearch:
         self._rates = backend.rates.on_tensor_cores(wanted=problem.is_for_tensor_cores)
         self._itemsize = problem.types.accumulate.itemsize
         self._everything = problem.geometry.images * problem.geometry.positions
-        self._most_positions = strategy.preferred(problem, backend)
-        self._most_splits = strategy.splits(problem, variant)
+        self._tilings = strategy.tilings(problem, variant, backend)
         self._tiles: dict[int, Tile] = {}
         self._fits: dict[tuple[int, int, int], _Fit] = {}
 
@@ -127,7 +127,7 @@ class TileSearch:
         alone = self._floor_alone
         if alone < self._rates.worth_workers and not self._is_busy:
             return alone
-        return min(alone, self._floor_shared(2, min(2, self._most_splits)))
+        return min(alone, self._floor_shared(2, min(2, self._tilings.splits)))
 
     def candidate(self, workers: int) -> Candidate:
         """The tiling with the largest blocks up to the preferred, and what it costs.
@@ -155,16 +155,23 @@ class TileSearch:
         """The best tiling for several workers; None for a job of one."""
         if not self._is_busy:
             return None
-        most = self._most_splits
+        most = self._tilings.splits
         cuts = [(n, m) for n in _PIECES for m in dict.fromkeys((min(most, n), 1))]
         floors = [self._floor_shared(*cut) for cut in cuts]
         likely = _last_worthwhile(floors)
         found = self._shared(*cuts[likely])
         if found is not None:
             # What wins over all floors wins over what the others really cost.
-            cost, before, after = self._rank(found), floors[:likely], floors[likely + 1 :]
+            cost, before, after = (
+                self._rank(found),
+                floors[:likely],
+                floors[likely + 1 :],
+            )
             wins = cost < min(before, default=float("inf")) * _WORTH_FEWER * _ALMOST
-            if wins and cost * _WORTH_FEWER < min(after, default=float("inf")) * _ALMOST:
+            if (
+                wins
+                and cost * _WORTH_FEWER < min(after, default=float("inf")) * _ALMOST
+            ):
                 return found
         best, least = None, float("inf")
         for cut, floor in zip(cuts, floors, strict=True):
@@ -176,7 +183,7 @@ class TileSearch:
         return best
 
     def _floor_shared(self, pieces: int, splits: int) -> float:
-        """What `_shared` costs at least: what everything does, and a start of each block.
+        """What `_shared` costs at least: everything, and the start of each block.
 
         Every sum of a weight gradient has one worker; filters apart may share blocks.
         """
@@ -231,7 +238,7 @@ class TileSearch:
         return min(found, key=self._overlap, default=None)
 
     def _preferred(self, pieces: int) -> int:
-        whole, largest = max(self._everything, 1), self._most_positions
+        whole, largest = max(self._everything, 1), self._tilings.positions
         if pieces > 1 and pieces * largest < whole:
             # A multiple of the pieces, so that no worker waits for the last one.
             pieces *= -(-whole // (largest * pieces))
@@ -254,7 +261,9 @@ class TileSearch:
         found = self._fits.get(key)
         if found is None:
             tiling = self._tiling(*key)
-            found = _Fit(self._strategy, self._problem, self._backend, self._rates, tiling)
+            found = _Fit(
+                self._strategy, self._problem, self._backend, self._rates, tiling
+            )
             self._fits[key] = found
         return found
 
@@ -271,8 +280,7 @@ class TileSearch:
     def _tile(self, positions: int) -> Tile:
         found = self._tiles.get(positions)
         if found is None:
-            found = self._strategy.tile(self._problem, positions, self._variant)
-            self._tiles[positions] = found
+            found = self._tiles[positions] = self._tilings.tile(positions)
         return found
 
     def _has_room(self, found: "_Fit", workers: int) -> bool:

@@ -14,7 +14,6 @@ from cuconv.arrays import Array, grouped, is_aligned
 from cuconv.backends import refuse_capture
 from cuconv.backends.padding import Reading
 from cuconv.engine.plan import Plan, Planner, stub_array
-from cuconv.engine.tile_search import NAMES
 from cuconv.engine.rewrites.base import (
     Arrays,
     Composed,
@@ -24,6 +23,7 @@ from cuconv.engine.rewrites.base import (
     run_part,
     within,
 )
+from cuconv.engine.tile_search import NAMES
 from cuconv.geometry import Block, ConvGeometry, Range
 from cuconv.memory import (
     Buffer,

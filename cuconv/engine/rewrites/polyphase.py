@@ -186,11 +186,15 @@ def _step(request: Request, phase: Phase) -> _Step:
 
 
 def _plan_of(request: Request, geometry: ConvGeometry, step: _Step) -> Plan:
-    return plain_plan(*_parts_of(request, geometry, step), flipped=request.is_input_grad)
+    return plain_plan(
+        *_parts_of(request, geometry, step), flipped=request.is_input_grad
+    )
 
 
 def _problem_of(request: Request, geometry: ConvGeometry, step: _Step) -> Problem:
-    return problem_of(*_parts_of(request, geometry, step), flipped=request.is_input_grad)
+    return problem_of(
+        *_parts_of(request, geometry, step), flipped=request.is_input_grad
+    )
 
 
 def _parts_of(
