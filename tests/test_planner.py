@@ -29,6 +29,7 @@ from cuconv.backends.cpu.backend import CpuBackend
 from cuconv.engine import call as calls
 from cuconv.engine import costs, planner, tile_search
 from cuconv.engine.costs import Work
+from cuconv.engine.rewrites import polyphase
 from cuconv.memory import MemoryLimitError
 from cuconv.strategies import STRATEGIES, strategies
 
@@ -501,3 +502,39 @@ def test_an_option_that_shows_its_address_is_never_taken_for_another() -> None:
     x, w = np.ones((1, 1, 9)), np.ones((1, 1, 2))
     lengths = [cuconv.conv(x, w, stride=Step(n)).shape[-1] for n in (1, 2, 3, 4) * 20]
     assert lengths == [8, 4, 3, 2] * 20
+
+
+STRIDED = list(
+    itertools.product(
+        [(1, 64, 20), (2, 128, 33), (1, 256, 60), (1, 16, 150)],
+        [16, 64, 256],
+        [(3, 1), (4, 1), (5, 2), (7, 3)],
+        [2, 3],
+        ["cpu", "cuda"],
+    )
+)
+
+
+def test_phases_are_weighed_as_if_they_had_been_planned(monkeypatch) -> None:
+    """What they cost at least says the same as what they cost."""
+
+    def chosen() -> list[tuple[str, str]]:
+        forget_plans()
+        plans = [
+            cuconv.plan_conv(
+                (n, c, size, size + 3),
+                (k, c, kernel, kernel),
+                op="input_grad",
+                stride=stride,
+                padding=padding,
+                device=device,
+            )
+            for (n, c, size), k, (kernel, padding), stride, device in STRIDED
+        ]
+        return [(plan.as_dict()["parts"], plan._candidate.label) for plan in plans]
+
+    quick = chosen()
+    monkeypatch.setattr(polyphase, "_may_take_less", lambda *_: True)
+    assert quick == chosen()
+    whole = sum(parts == "" for parts, _ in quick)
+    assert len(STRIDED) * 0.1 < whole < len(STRIDED) * 0.9

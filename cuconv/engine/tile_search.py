@@ -160,19 +160,8 @@ class TileSearch:
         floors = [self._floor_shared(*cut) for cut in cuts]
         likely = _last_worthwhile(floors)
         found = self._shared(*cuts[likely])
-        if found is not None:
-            # What wins over all floors wins over what the others really cost.
-            cost, before, after = (
-                self._rank(found),
-                floors[:likely],
-                floors[likely + 1 :],
-            )
-            wins = cost < min(before, default=float("inf")) * _WORTH_FEWER * _ALMOST
-            if (
-                wins
-                and cost * _WORTH_FEWER < min(after, default=float("inf")) * _ALMOST
-            ):
-                return found
+        if found is not None and _is_taken(self._rank(found), floors, likely):
+            return found
         best, least = None, float("inf")
         for cut, floor in zip(cuts, floors, strict=True):
             if floor * _ALMOST < least * _WORTH_FEWER:
@@ -350,6 +339,15 @@ def _last_worthwhile(costs: list[float]) -> int:
         if cost < costs[best] * _WORTH_FEWER:
             best = index
     return best
+
+
+def _is_taken(cost: float, floors: list[float], place: int) -> bool:
+    """Whether a cost is the last worthwhile, if others are no less than their floors."""
+    before = min(floors[:place], default=float("inf"))
+    after = min(floors[place + 1 :], default=float("inf"))
+    return (
+        cost < before * _ALMOST * _WORTH_FEWER and cost * _WORTH_FEWER < after * _ALMOST
+    )
 
 
 def largest_fitting(fits: Callable[[int], bool], limit: int) -> int:
