@@ -343,11 +343,9 @@ def _last_worthwhile(costs: list[float]) -> int:
 
 def _is_taken(cost: float, floors: list[float], place: int) -> bool:
     """Whether a cost is the last worthwhile, if others are no less than their floors."""
-    before = min(floors[:place], default=float("inf"))
-    after = min(floors[place + 1 :], default=float("inf"))
-    return (
-        cost < before * _ALMOST * _WORTH_FEWER and cost * _WORTH_FEWER < after * _ALMOST
-    )
+    before = min(floors[:place], default=float("inf")) * _ALMOST
+    after = min(floors[place + 1 :], default=float("inf")) * _ALMOST
+    return cost < before * _WORTH_FEWER and cost * _WORTH_FEWER < after
 
 
 def largest_fitting(fits: Callable[[int], bool], limit: int) -> int:

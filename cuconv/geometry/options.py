@@ -228,7 +228,8 @@ def axes_of(
     pads = pads_of(padding, dilated, kernel, strides, dilations)
     each = zip(sizes, kernel, strides, dilations, pads, spreads, strict=True)
     axes = tuple(
-        [Axis(n, k, s, d, *ends, 0, 0, apart) for n, k, s, d, ends, apart in each]
+        Axis(n, k, s, d, before, after, input_dilation=apart)
+        for n, k, s, d, (before, after), apart in each
     )
     if ceil_mode:
         axes = tuple(axis.rounded_up for axis in axes)
