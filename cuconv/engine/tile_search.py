@@ -86,7 +86,7 @@ class TileSearch:
         variant: Variant,
         limit: int,
     ) -> None:
-        self._strategy = strategy
+        self.strategy = strategy
         self._problem = problem
         self._backend = backend
         self._variant = variant
@@ -119,7 +119,7 @@ class TileSearch:
     @lazy
     def _floor_alone(self) -> float:
         """What a tiling costs at least that has one worker."""
-        return self._cost(self._whole, 1) if self._strategy.gains_from_size else 0.0
+        return self._cost(self._whole, 1) if self.strategy.gains_from_size else 0.0
 
     @lazy
     def floor(self) -> float:
@@ -142,7 +142,7 @@ class TileSearch:
         available = min(workers, pieces) if self._is_busy else 1
         count = max(largest_fitting(partial(self._has_room, found), available), 1)
         return Candidate(
-            self._strategy,
+            self.strategy,
             self._problem,
             found.tiling._replace(workers=count),
             found.workspace,
@@ -176,7 +176,7 @@ class TileSearch:
 
         Every sum of a weight gradient has one worker; filters apart may share blocks.
         """
-        if not self._strategy.gains_from_size:
+        if not self.strategy.gains_from_size:
             return 0.0
         price, work, op = self._whole.price, self._whole.work, self._problem.op
         if work.pieces == splits == 1 and op == "weight_grad":
@@ -251,7 +251,7 @@ class TileSearch:
         if found is None:
             tiling = self._tiling(*key)
             found = _Fit(
-                self._strategy, self._problem, self._backend, self._rates, tiling
+                self.strategy, self._problem, self._backend, self._rates, tiling
             )
             self._fits[key] = found
         return found
@@ -342,7 +342,7 @@ def _last_worthwhile(costs: list[float]) -> int:
 
 
 def _is_taken(cost: float, floors: list[float], place: int) -> bool:
-    """Whether a cost is the last worthwhile, if others are no less than their floors."""
+    """Whether a cost is the last worthwhile, where others have these floors."""
     before = min(floors[:place], default=float("inf")) * _ALMOST
     after = min(floors[place + 1 :], default=float("inf")) * _ALMOST
     return cost < before * _WORTH_FEWER and cost * _WORTH_FEWER < after

@@ -106,7 +106,7 @@ class Problem:
         stored = self.types.result in (self.operand, self.types.accumulate)
         return stored and not self.needs_cast
 
-    @property
+    @lazy
     def is_for_tensor_cores(self) -> bool:
         """Whether its products run on tensor cores, where a device has some."""
         return uses_tensor_cores(self.operand, fast=self.fast)

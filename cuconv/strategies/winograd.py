@@ -187,7 +187,7 @@ class Winograd:
         blocks = g.count_blocks(tiling.tile)
         tiles = g.images * math.prod(shape.counts)
         kept = shape.weight_cells
-        outer = math.prod(tiling.tile.cells[: g.rank - len(tiling.variant)])
+        outer = tiling.tile.cells[0] if g.rank > len(tiling.variant) else 1
         rows_in_block = -(-tiles // max(blocks * outer, 1))
         grad = problem.op == "weight_grad"
         count = products_work if problem.module == "numpy" else kernels_work
