@@ -20,7 +20,8 @@ from cuconv import __version__
 from cuconv.backends import default_array_module, precompile
 from cuconv.backends.cuda.device import why_not
 from cuconv.conv import plan_conv
-from cuconv.engine.plan import ROLES, Plan
+from cuconv.engine.plan import Plan
+from cuconv.engine.problem import ROLES
 from cuconv.memory import MemoryLimitError, parse_memory_limit
 from cuconv.options import Options
 

@@ -21,6 +21,10 @@ SUPPORTED_TYPES = (
     *("float16", "bfloat16", "float32", "float64", "complex64", "complex128"),
 )
 _HALF_TYPES = ("float16", "bfloat16")
+# Bits of `numpy.ndarray.flags.num`.
+_ALIGNED_AND_WRITEABLE = 0x500
+# No kernel reads or writes more bytes at once.
+ALIGNMENT = 16
 
 
 class Types(NamedTuple):
@@ -162,11 +166,151 @@ def _check_devices(arrays: dict[str, Array]) -> None:
         raise ValueError(f"arrays lie on different devices: {places}")
 
 
+class Source(NamedTuple):
+    """Where the views of an `ArrayStub` come from.
+
+    ``address`` is the place of its first element as NumPy counts it, ``misaligned``
+    how far the array that it stands for lies beyond a multiple of `ALIGNMENT`.
+    """
+
+    name: str
+    address: int
+    misaligned: int = 0
+
+
+class ArrayStub(np.ndarray):
+    """A NumPy array without memory, of which only shape, strides and type are read.
+
+    Steps of a program are recorded on stubs: every view of one remembers its source.
+    There is nothing behind them to read or write, so functions of NumPy refuse them.
+    """
+
+    __array_ufunc__ = None  # type: ignore[assignment]
+
+    source: Source | None
+
+    @property
+    def layout(self) -> tuple[object, ...]:
+        """Everything that a plan may read of the array; strides only where they move."""
+        moves = tuple(
+            stride if size > 1 else 0
+            for size, stride in zip(self.shape, self.strides, strict=True)
+        )
+        return self.shape, moves, self.dtype, alignment_of(self)
+
+    def __array_finalize__(self, base: Any) -> None:
+        self.source = getattr(base, "source", None)
+
+    def __array_function__(self, function: Any, *_: Any) -> Any:
+        raise TypeError(f"{function.__name__} of an array without memory")
+
+
+def stub_array(
+    shape: tuple[int, ...],
+    dtype: DType,
+    strides: tuple[int, ...] | None = None,
+    *,
+    name: str = "",
+    misaligned: int = 0,
+) -> ArrayStub:
+    """Stand in for an array of this layout, C-contiguous without ``strides``."""
+    if strides is None:
+        strides = contiguous_strides(shape, dtype.itemsize)
+    odd = misaligned % dtype.alignment
+    cell = np.empty(dtype.itemsize + odd, np.uint8)[odd:].view(dtype)
+    layout = shape, strides
+    memory = np.lib.stride_tricks.as_strided(cell, *layout, writeable=False)
+    stub = memory.view(ArrayStub)
+    stub.source = Source(name, stub.__array_interface__["data"][0], misaligned)
+    return stub
+
+
+def stub_of(name: str, array: Array) -> Any:
+    """Stand in for an array of NumPy's or CuPy's; other operands are themselves."""
+    if isinstance(array, ArrayStub):
+        odd = alignment_of(array)
+    elif isinstance(array, np.ndarray):
+        odd = 0 if array.flags.aligned else 1
+    elif is_array(array):
+        odd = alignment_of(array)
+    else:
+        return array
+    layout = array.shape, array.dtype, array.strides
+    return stub_array(*layout, name=name, misaligned=odd)
+
+
+def layouts_of(arrays: Iterable[Array | None]) -> tuple[object, ...] | None:
+    """How arrays lie in memory, as a key; None where one is of another kind."""
+    key: list[object] = []
+    for array in arrays:
+        kind = type(array)
+        if kind is np.ndarray:
+            flags = array.flags.num & _ALIGNED_AND_WRITEABLE
+            key += (array.shape, array.strides, array.dtype, flags)
+        elif array is None:
+            key.append(None)
+        elif kind is getattr(sys.modules.get("cupy"), "ndarray", None):
+            place = array.data
+            key += (array.shape, array.strides, array.dtype, place.ptr % ALIGNMENT)
+            key.append(place.device_id)
+        else:
+            return None
+    return tuple(key)
+
+
+def contiguous_strides(shape: Sequence[int], itemsize: int) -> tuple[int, ...]:
+    """Strides of a C-contiguous array, in bytes."""
+    strides, step = [], itemsize
+    for size in reversed(shape):
+        strides.append(step)
+        step *= max(size, 1)
+    return tuple(reversed(strides))
+
+
+def offset_of(view: ArrayStub) -> int:
+    """How many bytes after its source's first element a view of a stub begins."""
+    return int(view.__array_interface__["data"][0] - view.source.address)  # type: ignore[union-attr]
+
+
+def alignment_of(array: Array) -> int:
+    """How many bytes after a multiple of `ALIGNMENT` an array of CuPy's begins."""
+    if isinstance(array, ArrayStub):
+        return (array.source.misaligned + offset_of(array)) % ALIGNMENT  # type: ignore[union-attr]
+    return int(array.data.ptr % ALIGNMENT)
+
+
+def strided(
+    array: Array, shape: tuple[int, ...], strides: tuple[int, ...], offset: int = 0
+) -> Array:
+    """View the memory of an array with other strides, from ``offset`` bytes on."""
+    if not isinstance(array, np.ndarray):
+        place = array.data + offset
+        return type(array)(shape, array.dtype, place, strides=strides)
+    if type(array) is np.ndarray and array.flags.c_contiguous and array.size:
+        return np.ndarray(shape, array.dtype, array, offset, strides)
+    if offset:
+        array = np.asarray(_Shifted(array, offset))
+    is_stub = isinstance(array, ArrayStub)
+    return np.lib.stride_tricks.as_strided(array, shape, strides, subok=is_stub)
+
+
+class _Shifted:
+    """The memory of an array from some bytes on, as one element."""
+
+    def __init__(self, array: Array, offset: int) -> None:
+        interface = dict(array.__array_interface__)
+        address, read_only = interface["data"]
+        interface.update(data=(address + offset, read_only), shape=(1,), strides=None)
+        self.__array_interface__ = interface
+        self.array = array
+
+
 def base_array(array: Array) -> Array:
-    """The array without the habits of a subclass (`numpy.matrix`, `numpy.memmap`)."""
-    if type(array) is not np.ndarray and isinstance(array, np.ndarray):
-        return array.view(np.ndarray)
-    return array
+    """The array without what a subclass adds (`numpy.matrix`, `numpy.memmap`)."""
+    kind = type(array)
+    if kind is np.ndarray or kind is ArrayStub or not _is_on_host(array):
+        return array
+    return array.view(np.ndarray)
 
 
 def as_dtype(dtype: Any) -> DType:

@@ -1,30 +1,16 @@
 """Convolution and its gradients: validate, plan, run."""
 
-from collections.abc import Sequence
-from functools import partial
+from collections.abc import Mapping, Sequence
 from typing import Any, Unpack
 
-import numpy as np
-
-from cuconv.arrays import Array, any_dask, is_array
+from cuconv.arrays import Array, is_array
 from cuconv.backends import backend_on
-from cuconv.engine.call import (
-    GRADIENTS,
-    ConvGradients,
-    ConvOptions,
-    bind,
-    carry_out,
-    check_needs,
-    chosen_options,
-    gradients,
-    inputs,
-    shows_options,
-)
-from cuconv.engine.plan import ROLES, Call, Plan, check_shape
-from cuconv.engine.rewrites import ZeroPoints, check_zero_points, plan_of_shapes
-from cuconv.engine.rewrites import bind as bind_now
+from cuconv.engine.call import GRADIENTS, ConvGradients, convolve, plan_gradients, run
+from cuconv.engine.plan import Plan
+from cuconv.engine.problem import ROLES
+from cuconv.engine.request import ZERO_POINTS, chosen_options, request_of_shapes
 from cuconv.geometry import Sizes
-from cuconv.options import check_bias
+from cuconv.options import ConvOptions, check_bias, shows_options
 
 _BACKWARD_ALLOCATES = (
     "conv_backward allocates its results: call conv_input_grad and conv_weight_grad "
@@ -32,7 +18,10 @@ _BACKWARD_ALLOCATES = (
 )
 
 
-@shows_options
+_RANK_1, _RANK_2, _RANK_3 = ({"function": (f"conv{rank}d", rank)} for rank in (1, 2, 3))
+
+
+@shows_options()
 def conv(
     x: Array,
     w: Array,
@@ -175,57 +164,25 @@ def conv(
     >>> cuconv.conv(x, w, padding=1, x_zero_point=128)
     array([[[    0,   200, 12702,   127]]], dtype=int32)
     """
-
-    def bound() -> Any:
-        chosen = chosen_options(options)
-        arrays = inputs(x=x, w=w, bias=bias)
-        geometry = chosen.geometry(x.shape, w.shape)
-        if bias is not None:
-            check_shape("bias", bias, (geometry.filters,))
-        return bind("forward", geometry, arrays, out, chosen)
-
-    if x_zero_point is None and w_zero_point is None:
-        return carry_out("forward", (x, w, bias), out, options, bound)
-    zeros = ZeroPoints(x_zero_point, w_zero_point)
-    shifted = partial(_shifted, x, w, bias, out, zeros, options)
-    if any(map(is_array, zeros)):  # which may hold other numbers the next time
-        return shifted().run()
-    return carry_out("forward", (x, w, bias), out, options, shifted, zeros)
+    return _conv({}, (x, w, bias), out, options, x_zero_point, w_zero_point)
 
 
-def _shifted(
-    x: Array,
-    w: Array,
-    bias: Array | None,
+def _conv(
+    more: Mapping[str, Any],
+    arrays: tuple[Array | None, ...],
     out: Array | None,
-    zeros: ZeroPoints,
     options: ConvOptions,
-) -> Call:
-    """`conv` of cells and weights less their zero points."""
-    if any_dask((x, w)):
-        raise TypeError("x_zero_point and w_zero_point are not for Dask arrays")
-    chosen = chosen_options(options)
-    if chosen.dtype is None:
-        chosen = chosen._replace(dtype=np.int32)
-    arrays = inputs(x=x, w=w, bias=bias)
-    geometry = chosen.geometry(x.shape, w.shape)
-    if bias is not None:
-        check_shape("bias", bias, (geometry.filters,))
-    zeros = check_zero_points(zeros, arrays, geometry)
-    return bind_now("forward", geometry, arrays, out, chosen, zeros)
+    *zero_points: Any,
+) -> Array:
+    """Convolve; zero points that are arrays are operands, numbers are options."""
+    if any(zero is not None for zero in zero_points):
+        given = dict(zip(ZERO_POINTS, zero_points, strict=True))
+        arrays += tuple(z if is_array(z) else None for z in zero_points)
+        more = {**more, **{n: z for n, z in given.items() if not is_array(z)}}
+    return convolve("forward", arrays, out, options, more)
 
 
-def _conv_of_rank(rank: int, x: Array, w: Array, *rest: Any, **options: Any) -> Array:
-    axes = getattr(w, "ndim", rank + 2)
-    if axes != rank + 2:
-        raise ValueError(
-            f"conv{rank}d needs weights of {rank + 2} axes, for filters, channels and "
-            f"space; w has {axes}"
-        )
-    return conv(x, w, *rest, **options)
-
-
-@shows_options
+@shows_options()
 def conv1d(
     x: Array,
     w: Array,
@@ -246,11 +203,11 @@ def conv1d(
     >>> cuconv.conv1d(x, np.array([[[-1.0, 0.0, 1.0]]]))
     array([[[2., 2., 2., 2.]]])
     """
-    zeros: Any = {"x_zero_point": x_zero_point, "w_zero_point": w_zero_point}
-    return _conv_of_rank(1, x, w, bias, out=out, **zeros, **options)
+    arrays = x, w, bias
+    return _conv(_RANK_1, arrays, out, options, x_zero_point, w_zero_point)
 
 
-@shows_options
+@shows_options()
 def conv2d(
     x: Array,
     w: Array,
@@ -272,11 +229,11 @@ def conv2d(
     >>> cuconv.conv2d(x, w, padding=1).shape
     (8, 64, 56, 56)
     """
-    zeros: Any = {"x_zero_point": x_zero_point, "w_zero_point": w_zero_point}
-    return _conv_of_rank(2, x, w, bias, out=out, **zeros, **options)
+    arrays = x, w, bias
+    return _conv(_RANK_2, arrays, out, options, x_zero_point, w_zero_point)
 
 
-@shows_options
+@shows_options()
 def conv3d(
     x: Array,
     w: Array,
@@ -298,11 +255,11 @@ def conv3d(
     array([[[[[54., 54., 54.],
               [54., 54., 54.]]]]])
     """
-    zeros: Any = {"x_zero_point": x_zero_point, "w_zero_point": w_zero_point}
-    return _conv_of_rank(3, x, w, bias, out=out, **zeros, **options)
+    arrays = x, w, bias
+    return _conv(_RANK_3, arrays, out, options, x_zero_point, w_zero_point)
 
 
-@shows_options
+@shows_options()
 def conv_input_grad(
     dy: Array,
     w: Array,
@@ -358,18 +315,11 @@ def conv_input_grad(
              [2., 4., 2.],
              [1., 2., 1.]]]])
     """
-
-    def bound() -> Any:
-        chosen = chosen_options(options)
-        arrays = inputs(dy=dy, w=w)
-        geometry = chosen.geometry(x_shape, w.shape)
-        check_shape("dy", dy, geometry.y_shape)
-        return bind("input_grad", geometry, arrays, out, chosen)
-
-    return carry_out("input_grad", (dy, w), out, options, bound, x_shape)
+    more = {"x_shape": x_shape}
+    return convolve("input_grad", (dy, w), out, options, more)
 
 
-@shows_options
+@shows_options()
 def conv_weight_grad(
     dy: Array,
     x: Array,
@@ -425,18 +375,11 @@ def conv_weight_grad(
     array([[[[ 8., 12.],
              [20., 24.]]]])
     """
-
-    def bound() -> Any:
-        chosen = chosen_options(options)
-        arrays = inputs(dy=dy, x=x)
-        geometry = chosen.geometry(x.shape, w_shape)
-        check_shape("dy", dy, geometry.y_shape)
-        return bind("weight_grad", geometry, arrays, out, chosen)
-
-    return carry_out("weight_grad", (dy, x), out, options, bound, w_shape)
+    more = {"w_shape": w_shape}
+    return convolve("weight_grad", (dy, x), out, options, more)
 
 
-@shows_options
+@shows_options()
 def conv_backward(
     dy: Array,
     x: Array,
@@ -484,15 +427,12 @@ def conv_backward(
     (array([[[[4., 4.],
              [4., 4.]]]]), array([4.]), None)
     """
-    chosen = chosen_options(options)
-    arrays = inputs(dy=dy, x=x, w=w)
-    check_needs(needs, arrays, _BACKWARD_ALLOCATES)
-    geometry = chosen.geometry(x.shape, w.shape)
-    check_shape("dy", dy, geometry.y_shape)
-    return gradients(arrays, needs, geometry, chosen)
+    more = {"needs": needs, "allocates": _BACKWARD_ALLOCATES}
+    found: ConvGradients = run(plan_gradients, "", (dy, x, w), None, options, more)
+    return found
 
 
-@shows_options
+@shows_options()
 def plan_conv(
     x_shape: Sequence[int],
     w_shape: Sequence[int],
@@ -555,13 +495,11 @@ def plan_conv(
     if not isinstance(op, str) or op not in ROLES:
         words = ", ".join(map(repr, ROLES))
         raise ValueError(f"op must be one of {words}; got {op!r}")
+    more: dict[str, Any] = {"x_shape": x_shape, "w_shape": w_shape}
     if op.startswith("transpose"):
-        more = output_padding, output_size
-        geometry = chosen.transposed_geometry(x_shape, w_shape, *more)
+        more |= {"output_padding": output_padding, "output_size": output_size}
     elif output_size is not None or output_padding != 0:
         raise ValueError(
             f"output_padding and output_size are for op='transpose'; got op={op!r}"
         )
-    else:
-        geometry = chosen.geometry(x_shape, w_shape)
-    return plan_of_shapes(op, geometry, backend_on(device), chosen, bias=bias)
+    return Plan(request_of_shapes(op, chosen, more, backend_on(device), bias=bias))

@@ -1,6 +1,6 @@
 """Transposed convolution and its gradients: validate, plan, run.
 
-With g the geometry of the convolution that leads back, from y to x,
+With g the geometry of the adjoint convolution, from y to x,
 
     y = conv_transpose(x, w)       the input gradient of g, for a gradient x
     dx                             the forward pass of g over dy
@@ -14,21 +14,9 @@ from collections.abc import Sequence
 from typing import Any, Unpack
 
 from cuconv.arrays import Array
-from cuconv.engine.call import (
-    GRADIENTS,
-    ConvGradients,
-    ConvOptions,
-    bind,
-    carry_out,
-    check_needs,
-    chosen_options,
-    gradients,
-    inputs,
-    shows_only,
-)
-from cuconv.engine.plan import check_shape
+from cuconv.engine.call import GRADIENTS, ConvGradients, convolve, plan_gradients, run
 from cuconv.geometry import Sizes
-from cuconv.options import FORWARD_ALONE, Options
+from cuconv.options import FORWARD_ALONE, ConvOptions, Options, shows_options
 
 # Those of `conv` that a transposed convolution has too.
 _OPTIONS = tuple(name for name in Options._fields if name not in FORWARD_ALONE)
@@ -38,7 +26,7 @@ _BACKWARD_ALLOCATES = (
 )
 
 
-@shows_only(_OPTIONS)
+@shows_options(_OPTIONS)
 def conv_transpose(
     x: Array,
     w: Array,
@@ -115,32 +103,11 @@ def conv_transpose(
     >>> cuconv.conv_transpose(x, w, stride=2, padding=1, output_size=6)
     array([[[ 10., 102.,  20., 203.,  30., 300.]]])
     """
-
-    def bound() -> Any:
-        chosen = chosen_options(options)
-        arrays = inputs(x=x, w=w, bias=bias)
-        geometry = chosen.transposed_geometry(
-            x.shape, w.shape, output_padding, output_size
-        )
-        if bias is not None:
-            check_shape("bias", bias, (geometry.channels,))
-        return bind("transpose", geometry, arrays, out, chosen)
-
-    sizes = output_padding, output_size
-    return carry_out("transpose", (x, w, bias), out, options, bound, sizes)
+    more = {"output_padding": output_padding, "output_size": output_size}
+    return convolve("transpose", (x, w, bias), out, options, more)
 
 
-def _of_rank(rank: int, x: Array, w: Array, *rest: Any, **options: Any) -> Array:
-    axes = getattr(w, "ndim", rank + 2)
-    if axes != rank + 2:
-        raise ValueError(
-            f"conv_transpose{rank}d needs weights of {rank + 2} axes, for channels, "
-            f"filters and space; w has {axes}"
-        )
-    return conv_transpose(x, w, *rest, **options)
-
-
-@shows_only(_OPTIONS)
+@shows_options(_OPTIONS)
 def conv_transpose1d(
     x: Array,
     w: Array,
@@ -162,10 +129,11 @@ def conv_transpose1d(
     array([[[1., 1., 0., 2., 2., 0.]]])
     """
     more: Any = {"output_padding": output_padding, "output_size": output_size}
-    return _of_rank(1, x, w, bias, out=out, **more, **options)
+    more["function"] = "conv_transpose1d", 1
+    return convolve("transpose", (x, w, bias), out, options, more)
 
 
-@shows_only(_OPTIONS)
+@shows_options(_OPTIONS)
 def conv_transpose2d(
     x: Array,
     w: Array,
@@ -188,10 +156,11 @@ def conv_transpose2d(
     (8, 64, 56, 56)
     """
     more: Any = {"output_padding": output_padding, "output_size": output_size}
-    return _of_rank(2, x, w, bias, out=out, **more, **options)
+    more["function"] = "conv_transpose2d", 2
+    return convolve("transpose", (x, w, bias), out, options, more)
 
 
-@shows_only(_OPTIONS)
+@shows_options(_OPTIONS)
 def conv_transpose3d(
     x: Array,
     w: Array,
@@ -215,10 +184,11 @@ def conv_transpose3d(
               [2., 4., 2.]]]]])
     """
     more: Any = {"output_padding": output_padding, "output_size": output_size}
-    return _of_rank(3, x, w, bias, out=out, **more, **options)
+    more["function"] = "conv_transpose3d", 3
+    return convolve("transpose", (x, w, bias), out, options, more)
 
 
-@shows_only(_OPTIONS)
+@shows_options(_OPTIONS)
 def conv_transpose_input_grad(
     dy: Array,
     w: Array,
@@ -261,21 +231,12 @@ def conv_transpose_input_grad(
     >>> cuconv.conv_transpose_input_grad(dy, w, (1, 1, 3), stride=2)
     array([[[210., 432., 654.]]])
     """
-
-    def bound() -> Any:
-        chosen = chosen_options(options)
-        arrays = inputs(dy=dy, w=w)
-        geometry = chosen.transposed_geometry(
-            x_shape, w.shape, output_padding, output_size
-        )
-        check_shape("dy", dy, geometry.x_shape)
-        return bind("transpose_input_grad", geometry, arrays, out, chosen)
-
-    shapes = x_shape, output_padding, output_size
-    return carry_out("transpose_input_grad", (dy, w), out, options, bound, shapes)
+    more: Any = {"output_padding": output_padding, "output_size": output_size}
+    more["x_shape"] = x_shape
+    return convolve("transpose_input_grad", (dy, w), out, options, more)
 
 
-@shows_only(_OPTIONS)
+@shows_options(_OPTIONS)
 def conv_transpose_weight_grad(
     dy: Array,
     x: Array,
@@ -321,21 +282,12 @@ def conv_transpose_weight_grad(
     >>> cuconv.conv_transpose_weight_grad(dy, x, (1, 1, 3), stride=2)
     array([[[420., 531., 642.]]])
     """
-
-    def bound() -> Any:
-        chosen = chosen_options(options)
-        arrays = inputs(dy=dy, x=x)
-        geometry = chosen.transposed_geometry(
-            x.shape, w_shape, output_padding, output_size
-        )
-        check_shape("dy", dy, geometry.x_shape)
-        return bind("transpose_weight_grad", geometry, arrays, out, chosen)
-
-    shapes = w_shape, output_padding, output_size
-    return carry_out("transpose_weight_grad", (dy, x), out, options, bound, shapes)
+    more: Any = {"output_padding": output_padding, "output_size": output_size}
+    more["w_shape"] = w_shape
+    return convolve("transpose_weight_grad", (dy, x), out, options, more)
 
 
-@shows_only(_OPTIONS)
+@shows_options(_OPTIONS)
 def conv_transpose_backward(
     dy: Array,
     x: Array,
@@ -378,9 +330,10 @@ def conv_transpose_backward(
     >>> cuconv.conv_transpose_backward(dy, x, w, stride=2)
     ConvGradients(x=array([[[3., 3.]]]), w=array([[[2., 2., 2.]]]), bias=array([5.]))
     """
-    chosen = chosen_options(options)
-    arrays = inputs(dy=dy, x=x, w=w)
-    check_needs(needs, arrays, _BACKWARD_ALLOCATES)
-    geometry = chosen.transposed_geometry(x.shape, w.shape, output_padding, output_size)
-    check_shape("dy", dy, geometry.x_shape)
-    return gradients(arrays, needs, geometry, chosen, transposed=True)
+    more: Any = {"output_padding": output_padding, "output_size": output_size}
+    more |= {"needs": needs, "allocates": _BACKWARD_ALLOCATES}
+    arrays = dy, x, w
+    found: ConvGradients = run(
+        plan_gradients, "transpose_", arrays, None, options, more
+    )
+    return found

@@ -23,11 +23,11 @@ from rich.progress import Progress
 from rich.table import Table
 from sklearn.datasets import load_sample_image
 
-from cuconv.arrays import Array
-from cuconv.backends import default_array_module
+from cuconv.arrays import Array, module_of
+from cuconv.backends import backend_of, default_array_module
 from cuconv.conv import conv, conv_input_grad, conv_weight_grad
 from cuconv.engine.plan import Plan
-from cuconv.engine.rewrites import bind
+from cuconv.engine.request import Request
 from cuconv.geometry import Block, ConvGeometry
 from cuconv.layers import Conv2d
 from cuconv.memory import parse_memory_limit
@@ -139,7 +139,9 @@ class Recorder:
 def _plan(
     op: str, geometry: ConvGeometry, arrays: dict[str, Array], options: dict[str, Any]
 ) -> Plan:
-    return bind(op, geometry, arrays, None, Options(**options)).plan
+    backend = backend_of(module_of(arrays), next(iter(arrays.values())))
+    settled = Options(**options).settled()
+    return Plan(Request(op, geometry, arrays, None, settled, backend))
 
 
 def _milliseconds(xp: Any, call: Callable[[], Array]) -> float:

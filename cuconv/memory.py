@@ -18,7 +18,7 @@ Key = TypeVar("Key", bound=Hashable)
 R = TypeVar("R")
 
 # CuPy's pool hands out memory in these units too.
-_ALIGNMENT = 512
+ALIGNED = 512
 _UNITS = {
     "": 1,
     "b": 1,
@@ -111,20 +111,20 @@ class Buffer(NamedTuple):
     @property
     def nbytes(self) -> int:
         """Bytes, rounded up so that the next buffer is aligned too."""
-        return -(-self.cells * self.dtype.itemsize // _ALIGNMENT) * _ALIGNMENT
+        return -(-self.cells * self.dtype.itemsize // ALIGNED) * ALIGNED
 
 
 def buffer_bytes(buffers: Iterable[Buffer]) -> int:
     """Bytes of these buffers, each rounded up."""
     total = 0
     for _, cells, dtype in buffers:
-        total += -(-cells * dtype.itemsize // _ALIGNMENT)
-    return total * _ALIGNMENT
+        total += -(-cells * dtype.itemsize // ALIGNED)
+    return total * ALIGNED
 
 
 def with_start(nbytes: int) -> int:
     """Bytes of an allocation in which buffers can start aligned."""
-    return nbytes + _ALIGNMENT if nbytes else 0
+    return nbytes + ALIGNED if nbytes else 0
 
 
 def workspace_bytes(buffers: Iterable[Buffer]) -> int:
@@ -145,7 +145,7 @@ def carve(raw: Array, start: int, buffers: Iterable[Buffer]) -> dict[str, Array]
 def aligned_start(raw: Array) -> int:
     """Where the first buffer may begin."""
     address = raw.ctypes.data if hasattr(raw, "ctypes") else raw.data.ptr
-    return int(-address % _ALIGNMENT)
+    return int(-address % ALIGNED)
 
 
 def allocated(xp: Any, buffers: tuple[Buffer, ...]) -> dict[str, Array]:

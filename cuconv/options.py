@@ -1,8 +1,8 @@
 """The options of every convolution, and what stands for those that are not given."""
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, ParamSpec, TypeVar
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Literal, NamedTuple, ParamSpec, TypeAlias, TypedDict, TypeVar
 
 import numpy as np
 
@@ -15,6 +15,27 @@ R = TypeVar("R")
 
 # Options that a transposed convolution does not have.
 FORWARD_ALONE = "padding_mode", "input_dilation", "batch_groups"
+
+PaddingMode: TypeAlias = Literal["zeros", "reflect", "replicate", "circular"]
+Precision: TypeAlias = Literal["strict", "standard", "fast"]
+
+
+class ConvOptions(TypedDict, total=False):
+    """The keyword options that every convolution takes; see `cuconv.conv`."""
+
+    stride: Sizes
+    padding: Padding
+    dilation: Sizes
+    groups: int
+    padding_mode: PaddingMode
+    input_dilation: Sizes
+    batch_groups: int
+    layout: str
+    dtype: Any
+    strategy: str
+    precision: Precision | None
+    deterministic: bool | None
+    memory_limit: MemoryLimit
 
 
 def spells_out(
@@ -38,8 +59,17 @@ def spells_out(
     return decorate
 
 
+def shows_options(
+    names: Iterable[str] | None = None,
+) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Put ``**options`` of a convolution, or these of them, in its signature."""
+    defaults = Options._field_defaults
+    wanted = defaults if names is None else set(names)
+    return spells_out({n: default for n, default in defaults.items() if n in wanted})
+
+
 class Options(NamedTuple):
-    """The options of every convolution with their defaults, written here alone."""
+    """The options of every convolution with their defaults, as one value."""
 
     stride: Sizes = 1
     padding: Padding = 0

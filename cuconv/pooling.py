@@ -29,8 +29,9 @@ from cuconv.arrays import (
 )
 from cuconv.backends import Backend, backend_of, refuse_capture
 from cuconv.config import settings
-from cuconv.engine.plan import NEEDS_OUT, check_shape
+from cuconv.engine.plan import NEEDS_OUT
 from cuconv.engine.pool import MAXIMUM, MEAN, NORM, PoolInputs, PoolProblem, PoolTiling
+from cuconv.engine.problem import check_shape
 from cuconv.geometry import (
     Padding,
     Sizes,

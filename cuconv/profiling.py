@@ -1,11 +1,11 @@
 """NVTX ranges: what a profiler shows of a call.
 
 One domain, ``cuconv``, and a range for each stage (plan, pad, gather, gemm, scatter),
-whose message names the strategy and whose payload counts the chunk.  Where no profiler
-listens, `nvtx` hands out a domain that does nothing; where `nvtx` has no build, the
-ranges do nothing themselves.
+whose message names the strategy and whose payload counts the chunk.  Without a profiler
+`nvtx` gives a domain that does nothing; where `nvtx` has no build, there are no ranges.
 """
 
+from collections.abc import Callable
 from types import TracebackType
 from typing import Any
 
@@ -19,18 +19,45 @@ DOMAIN = "cuconv"
 _domain: Any = nvtx.get_domain(DOMAIN) if nvtx else None
 
 
+def is_listening() -> bool:
+    """Whether a profiler receives ranges."""
+    return _domain is not None and type(_domain).__name__ != "DummyDomain"
+
+
+def push(message: str, chunk: int) -> None:
+    """Begin a range."""
+    if _domain is not None:
+        _domain.push_range(message=message, payload=chunk)
+
+
+def pop() -> None:
+    """End the range that began last."""
+    if _domain is not None:
+        _domain.pop_range()
+
+
+def _at_once(function: Callable[..., object], *operands: Any) -> None:
+    function(*operands)
+
+
 class stage:  # noqa: N801 - read as a statement: with stage("gather"): ...
-    """A range around one stage of a call."""
+    """A range around one stage of a call; ``do`` begins and ends it, or records it."""
 
-    __slots__ = ("_chunk", "_message")
+    __slots__ = ("_chunk", "_do", "_message")
 
-    def __init__(self, name: str, strategy: str = "", chunk: int = 0) -> None:
+    def __init__(
+        self,
+        name: str,
+        strategy: str = "",
+        chunk: int = 0,
+        do: Callable[..., None] = _at_once,
+    ) -> None:
         self._message = f"{name} {strategy}" if strategy else name
         self._chunk = chunk
+        self._do = do
 
     def __enter__(self) -> None:
-        if _domain is not None:
-            _domain.push_range(message=self._message, payload=self._chunk)
+        self._do(push, self._message, self._chunk)
 
     def __exit__(
         self,
@@ -38,5 +65,4 @@ class stage:  # noqa: N801 - read as a statement: with stage("gather"): ...
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if _domain is not None:
-            _domain.pop_range()
+        self._do(pop)

@@ -28,22 +28,20 @@ from cuconv.arrays import (
     merged_stride,
     module_of,
     resolve_types,
+    stub_array,
 )
 from cuconv.backends import Backend, backend_of, refuse_capture
 from cuconv.conv import conv
+from cuconv.engine.bias_grad import BiasGrad
 from cuconv.engine.call import (
     GRADIENTS,
     ConvGradients,
-    ConvOptions,
-    bias_grad,
     check_needs,
-    chosen_options,
-    gradients,
-    inputs,
-    shows_only,
+    plan_gradients,
 )
-from cuconv.engine.plan import Call, Plan, check_shape, stub_array
-from cuconv.engine.rewrites import planned
+from cuconv.engine.plan import Plan
+from cuconv.engine.problem import check_shape
+from cuconv.engine.request import Request, chosen_options, named_inputs
 from cuconv.engine.tile_search import largest_fitting
 from cuconv.engine.traversal import Piece, Tiling, Traversal
 from cuconv.geometry import (
@@ -63,7 +61,7 @@ from cuconv.memory import (
     carve,
     workspace_bytes,
 )
-from cuconv.options import Options
+from cuconv.options import ConvOptions, Options, shows_options
 from cuconv.profiling import stage
 
 P = ParamSpec("P")
@@ -160,7 +158,7 @@ class _Filters(NamedTuple):
         return cls(shape, max(channels, 1), copied)
 
 
-@shows_only(_DEPTHWISE_OPTIONS)
+@shows_options(_DEPTHWISE_OPTIONS)
 def depthwise_conv(
     x: Array,
     w: Array,
@@ -215,7 +213,7 @@ def depthwise_conv(
             [-10., -10.]]])
     """
     chosen = chosen_options(options, _DEPTHWISE_OPTIONS)
-    arrays = inputs(x=x, w=w, bias=bias)
+    arrays = named_inputs({"x": x, "w": w, "bias": bias})
     filters = _Filters.of("w", arrays, chosen.layout)
     more: Any = {**options, "groups": filters.groups}
     if filters.copied:
@@ -228,7 +226,7 @@ def depthwise_conv(
     return conv(x, w.reshape(filters.shape), bias, out=out, **more)
 
 
-@shows_only(_DEPTHWISE_OPTIONS)
+@shows_options(_DEPTHWISE_OPTIONS)
 def depthwise_conv_backward(
     dy: Array,
     x: Array,
@@ -272,7 +270,7 @@ def depthwise_conv_backward(
            [[2., 2.]]])
     """
     chosen = chosen_options(options, _DEPTHWISE_OPTIONS)
-    arrays = inputs(dy=dy, x=x, w=w)
+    arrays = named_inputs({"dy": dy, "x": x, "w": w})
     check_needs(needs, arrays, _BACKWARD_ALLOCATES)
     filters = _Filters.of("w", arrays, chosen.layout)
     chosen = chosen._replace(groups=filters.groups)
@@ -284,7 +282,10 @@ def depthwise_conv_backward(
             room = _beside_copy(filters.copied, plans, chosen)
             chosen = chosen._replace(memory_limit=room)
         arrays["w"] = arrays["w"].reshape(filters.shape)
-    found = gradients(arrays, needs, geometry, chosen)
+    given = arrays["dy"], arrays["x"], arrays["w"].reshape(filters.shape)
+    more = {"needs": needs, "allocates": _BACKWARD_ALLOCATES}
+    plan = plan_gradients("", given, None, chosen._asdict(), more)
+    found = plan.run(given, None)
     return found._replace(w=None if found.w is None else found.w.reshape(w.shape))
 
 
@@ -319,7 +320,7 @@ def _plans_of_gradients(
 def _bias_planning(geometry: ConvGeometry, dy: Array, options: Options) -> Planning:
     def planning(limit: int) -> object:
         own = options._replace(memory_limit=limit)
-        return bias_grad(geometry, geometry.filters, dy, own)
+        return BiasGrad(dy, geometry, geometry.filters, own.settled())
 
     return planning
 
@@ -366,19 +367,20 @@ class _Step(NamedTuple):
         dtype = self.options.dtype if self.out is None else self.out.dtype
         own = self.options._replace(dtype=dtype, memory_limit=limit).settled()
         with stage("plan"):
-            return planned(
+            request = Request(
                 self.call, self.geometry, self.arrays, self.out, own, backend
             )
+            return Plan(request)
 
     def run(self, backend: Backend, limit: int) -> None:
         plan = self.plan(backend, limit)
-        Call(plan, tuple(self.arrays.values()), self.out).run()
+        plan.run(tuple(self.arrays.values()), self.out)
         total = self.total
         if total is not None:
             total += self.out
 
 
-@shows_only(_SEPARABLE_OPTIONS)
+@shows_options(_SEPARABLE_OPTIONS)
 def separable_conv(
     x: Array,
     depthwise: Array,
@@ -450,7 +452,9 @@ def separable_conv(
             [30., 50.]]])
     """
     chosen = chosen_options(options, _SEPARABLE_OPTIONS)
-    arrays = inputs(x=x, depthwise=depthwise, pointwise=pointwise, bias=bias)
+    arrays = named_inputs(
+        {"x": x, "depthwise": depthwise, "pointwise": pointwise, "bias": bias}
+    )
     call = _Separable.of(arrays, frozenset({"y"}), chosen)
     filters, shape = call.filters, call.whole.y_shape
     if bias is not None:
@@ -469,7 +473,7 @@ def separable_conv(
     return into["y"]
 
 
-@shows_only(_SEPARABLE_OPTIONS)
+@shows_options(_SEPARABLE_OPTIONS)
 def separable_conv_backward(
     dy: Array,
     x: Array,
@@ -521,7 +525,9 @@ def separable_conv_backward(
     ((2, 3, 2), (5, 6), array([3., 3., 3., 3., 3.]))
     """
     chosen = chosen_options(options, _SEPARABLE_OPTIONS)
-    arrays = inputs(dy=dy, x=x, depthwise=depthwise, pointwise=pointwise)
+    arrays = named_inputs(
+        {"dy": dy, "x": x, "depthwise": depthwise, "pointwise": pointwise}
+    )
     check_needs(needs, arrays, _TAKES_MEMORY, _GRADIENTS)
     call = _Separable.of(arrays, frozenset(needs) - {"bias"}, chosen)
     check_shape("dy", dy, call.whole.y_shape)
@@ -540,8 +546,8 @@ def separable_conv_backward(
         if name in into:
             into[name] = into[name].reshape(weights.shape)
     if "bias" in needs:
-        found = bias_grad(call.whole, call.filters, arrays["dy"], call.options)
-        into["bias"] = found.run()
+        found = BiasGrad(dy, call.whole, call.filters, call.options.settled())
+        into["bias"] = found.run((arrays["dy"],), None)
     return SeparableGradients(**into)
 
 

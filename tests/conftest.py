@@ -92,26 +92,18 @@ def real_cupy() -> ModuleType:
 
 @pytest.fixture
 def choices(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """What ran in this test, one `cuconv.engine.planner.Choice` for each call."""
-    plan = importlib.import_module("cuconv.engine.plan").Plan
-    seen: list[Any] = []
-    original = plan.run
-
-    def spy(plan: Any, *arguments: Any) -> Any:
-        seen.append(plan._candidate)
-        return original(plan, *arguments)
-
-    monkeypatch.setattr(plan, "run", spy)
-    return seen
+    """What ran in this test, one candidate for each call."""
+    return support().ran(monkeypatch)
 
 
 @pytest.fixture
 def busy(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Problems are worth several workers however small they are."""
-    support = importlib.import_module("support")
-    host = importlib.import_module("cuconv.backends.cpu.backend")
-    eager = host.CPU_RATES._replace(worth_workers=0)
-    monkeypatch.setattr(host.CpuBackend, "rates", eager)
-    support.forget_plans()
+    support().make_busy(monkeypatch)
     yield
-    support.forget_plans()
+    support().forget_plans()
+
+
+def support() -> ModuleType:
+    """Helpers of the tests: they import cuconv, and so after the stand-in is there."""
+    return importlib.import_module("support")

@@ -5,18 +5,27 @@ import gc
 import sys
 import tracemalloc
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import ml_dtypes  # noqa: F401 - gives NumPy the name bfloat16
 import numpy as np
+import pytest
+from threadpoolctl import threadpool_info
 
 import cuconv
 from cuconv import testing
 from cuconv.arrays import SUPPORTED_TYPES
 from cuconv.backends.cpu import backend as host
+from cuconv.engine import autotune, planner
 from cuconv.engine import call as calls
-from cuconv.engine import planner
+from cuconv.engine import plan as planning
 from cuconv.memory import MemoryLimitError
+
+TESTS = Path(__file__).parent
+ROOT = TESTS.parent
 
 OPERATIONS = ("forward", "input_grad", "weight_grad")
 LAYOUTS = ("channels_first", "channels_last")
@@ -169,17 +178,6 @@ def normal(case: Case, dtype: Any = "float32", seed: int = 0) -> Operands:
     return Operands(*(rng.standard_normal(s).astype(dtype) for s in shapes))
 
 
-def forget_plans() -> None:
-    """Plan every call anew: needed where something changes that no key knows of."""
-    planner.decide.cache_clear()
-    calls._SEEN.clear()
-
-
-def forget_arenas() -> None:
-    """Give the memory back that calls leave to the next ones."""
-    host._ARENAS.clear()
-
-
 def with_buffers_on(xp: Any) -> dict[str, str]:
     """Options with which calls need buffers: on a device, few strategies do."""
     return {} if xp is np else {"strategy": "im2col"}
@@ -195,8 +193,16 @@ def smallest_limit(call: Callable[..., Any]) -> int:
 
 
 def host_peak(call: Callable[[], Any]) -> int:
-    """Bytes that a call holds at its peak beyond what it returns."""
+    """Bytes that a call holds at its peak beyond what it returns.
+
+    The smaller of two measurements: what other threads of the process, such as xdist's,
+    take meanwhile is counted too.
+    """
     call()
+    return min(_traced_peak(call) for _ in range(2))
+
+
+def _traced_peak(call: Callable[[], Any]) -> int:
     gc.disable()
     _fill_shelves()
     forget_arenas()
@@ -291,3 +297,308 @@ def device_peak(xp: Any, call: Callable[[], Any]) -> int:
 def peak(xp: Any, call: Callable[[], Any]) -> int:
     """Bytes beyond inputs and results at the peak of a call, measured."""
     return host_peak(call) if xp is np else device_peak(xp, call)
+
+
+# Where arrays are stored
+
+
+def _spread(xp: Any, array: np.ndarray) -> Any:
+    """Every second cell of a larger array."""
+    big = xp.full([2 * n + 1 for n in array.shape], 55, dtype=array.dtype)
+    view = big[tuple(slice(1, None, 2) for _ in array.shape)]
+    view[...] = to_device(xp, array)
+    return view
+
+
+def _turned(xp: Any, array: np.ndarray) -> Any:
+    """Negative strides along every axis."""
+    back = tuple(slice(None, None, -1) for _ in array.shape)
+    return to_device(xp, np.ascontiguousarray(array[back]))[back]
+
+
+def _fortran(xp: Any, array: np.ndarray) -> Any:
+    return to_device(xp, np.ascontiguousarray(array.T)).transpose()
+
+
+def _swapped_axes(xp: Any, array: np.ndarray) -> Any:
+    """Contiguous with the first two axes exchanged."""
+    axes = 0, min(1, array.ndim - 1)
+    return to_device(xp, np.ascontiguousarray(array.swapaxes(*axes))).swapaxes(*axes)
+
+
+def _shifted(xp: Any, array: np.ndarray) -> Any:
+    """Contiguous, but no address is aligned to more than one element."""
+    flat = xp.empty(array.size + 1, dtype=array.dtype)[1:]
+    view = flat.reshape(array.shape)
+    view[...] = to_device(xp, array)
+    return view
+
+
+PLACES = {f.__name__: f for f in (_spread, _turned, _fortran, _swapped_axes, _shifted)}
+
+
+def unaligned(array: np.ndarray) -> np.ndarray:
+    raw = np.empty(array.nbytes + 1, dtype=np.uint8)[1:]
+    view = raw.view(array.dtype).reshape(array.shape)
+    view[...] = array
+    return view
+
+
+# Refusals
+
+
+def large(xp: Any, *shape: int, dtype: Any = np.float32) -> Any:
+    """An array of any size that takes the memory of one element."""
+    return spread_over(xp, xp.zeros((1,) * len(shape), dtype=dtype), shape)
+
+
+def assert_refused(
+    xp: Any, call: Callable[[], Any], error: type[Exception], *words: str
+) -> None:
+    """The call raises, says these words, and takes no memory to speak of."""
+    assert words, "a refusal must say something"
+    with pytest.raises(error):
+        call()  # what is imported or cached at the first call is no part of the second
+    tracemalloc.start()
+    try:
+        with device_or_nothing(xp) as seen, pytest.raises(error) as caught:
+            call()
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    # Frames, the message and the traceback; the arrays are gigabytes.
+    assert peak < 64 * 1024
+    assert seen.count == 0
+    for word in words:
+        assert word in str(caught.value), f"{word!r} is not in: {caught.value}"
+
+
+def device_or_nothing(xp: Any) -> Any:
+    if xp is np:
+        return contextlib.nullcontext(SimpleNamespace(count=0))
+    return device_allocations(xp)
+
+
+# CUDA graphs
+
+
+@contextlib.contextmanager
+def captured(xp: Any) -> Iterator[list[Any]]:
+    """A stream that records; its graph is in the list afterwards."""
+    stream, found = xp.cuda.Stream(non_blocking=True), []
+    with stream:
+        stream.begin_capture()
+        try:
+            yield found
+        finally:
+            found.append(stream.end_capture())
+    stream.synchronize()
+
+
+def call_into(op: str, arrays: Operands, case: Case, out: Any, **options: Any) -> Any:
+    x, w, dy = arrays
+    options = {**case.options, **options}
+    if op == "forward":
+        return cuconv.conv(x, w, out=out, **options)
+    if op == "input_grad":
+        return cuconv.conv_input_grad(dy, w, case.x_shape, out=out, **options)
+    return cuconv.conv_weight_grad(dy, x, case.w_shape, out=out, **options)
+
+
+def wanted_shape(op: str, case: Case) -> tuple[int, ...]:
+    shapes = case.y_shape(), case.x_shape, case.w_shape
+    return dict(zip(OPERATIONS, shapes, strict=True))[op]
+
+
+def outs(xp: Any, shape: Sequence[int], dtype: Any = "float32") -> list[Any]:
+    """Results full of rubbish: plain, Fortran, every second cell, and reversed."""
+    plain, other = xp.full(shape, 77, dtype), xp.full(shape, 77, dtype)
+    fortran = xp.full(tuple(shape)[::-1], 77, dtype).transpose()
+    spaced = xp.full([2 * n for n in shape], 77, dtype)
+    spaced = spaced[tuple(slice(1, None, 2) for _ in shape)]
+    return [plain, fortran, spaced, other[tuple(slice(None, None, -1) for _ in shape)]]
+
+
+# Inside the library: nothing else in the tests knows these names
+
+
+def forget_plans() -> None:
+    """Plan every call anew: needed where something changes that no key knows of."""
+    planner.decide.cache_clear()
+    calls._SEEN.clear()
+
+
+def forget_winners() -> None:
+    """Read the records of `strategy="benchmark"` from the disk again."""
+    autotune._known.cache_clear()
+
+
+def candidates_of(plan: cuconv.Plan) -> Sequence[Any]:
+    """Everything that a plan could run: strategy, tiling and what they cost."""
+    return plan._decision.candidates
+
+
+def chosen(plan: cuconv.Plan) -> Any:
+    """The candidate that a plan runs."""
+    return plan._candidate
+
+
+def with_candidate(plan: cuconv.Plan, candidate: Any) -> cuconv.Plan:
+    """The same plan, which runs another of its candidates."""
+    return plan._on(candidate)
+
+
+def run_candidate(plan: cuconv.Plan, candidate: Any, arrays: Sequence[Any]) -> Any:
+    return with_candidate(plan, candidate).run(arrays, None)
+
+
+def ran(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Every candidate that runs from now on, one for each call."""
+    seen: list[Any] = []
+    original = cuconv.Plan.run
+
+    def spy(plan: Any, *arguments: Any) -> Any:
+        seen.append(chosen(plan))
+        return original(plan, *arguments)
+
+    monkeypatch.setattr(cuconv.Plan, "run", spy)
+    return seen
+
+
+def make_busy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let every problem be worth several workers, however small it is."""
+    eager = host.CPU_RATES._replace(worth_workers=0)
+    monkeypatch.setattr(host.CpuBackend, "rates", eager)
+    forget_plans()
+
+
+def forget_arenas() -> None:
+    """Give the memory back that calls leave to the next ones."""
+    host._ARENAS.clear()
+
+
+def fill_arenas(value: float) -> None:
+    """Leave rubbish in the memory that the next call takes."""
+    forget_arenas()
+    with host._ARENAS.borrowed(2**23) as arena:
+        arena.view(np.float32)[...] = value
+
+
+def kept_arenas() -> list[int]:
+    """Bytes of each piece of memory that waits for the next call."""
+    return [arena.nbytes for arena in host._ARENAS._kept]
+
+
+def let_win(monkeypatch: pytest.MonkeyPatch, name: str) -> list[int]:
+    """Let a strategy win every race; how many candidates each of them had."""
+    races: list[int] = []
+    candidates: list[Any] = []
+
+    def decide(*arguments: Any) -> Any:
+        decision = planner.decide(*arguments)
+        candidates[:] = decision.candidates
+        return decision
+
+    def fastest(backend: Any, timed: Sequence[Any]) -> int:
+        races.append(len(timed))
+        return [c.strategy.name for c in candidates].index(name)
+
+    monkeypatch.setattr(planning, "decide", decide)
+    monkeypatch.setattr(planning, "fastest", fastest)
+    return races
+
+
+# Sweeps that take long
+
+
+def slowly(*values: Any) -> list[Any]:
+    """Parameters of a test that are left to ``-m slow``."""
+    each = (v if isinstance(v, tuple) else (v,) for v in values)
+    return [pytest.param(*value, marks=pytest.mark.slow) for value in each]
+
+
+# NumPy always, and CuPy or its stand-in where slow tests run.
+cupy_slowly = pytest.mark.parametrize("xp", ["numpy", *slowly("cupy")], indirect=True)
+
+
+_KNOWN: dict[Any, np.ndarray] = {}
+
+
+def wanted_of(op: str, case: Case, dtype: Any = "float64", seed: int = 0) -> np.ndarray:
+    """`reference` for `operands`, looped over once for all types that hold the same."""
+    kind = widest(dtype)
+    key = op, repr(case), kind, seed
+    if key not in _KNOWN:
+        _KNOWN[key] = reference(op, operands(case, kind, seed), case)
+    return _KNOWN[key].astype(dtype)
+
+
+# Every type with channels first, one with channels last; the others slowly.
+EACH_TYPE = [
+    *((dtype, LAYOUTS[0]) for dtype in SUPPORTED_TYPES),
+    ("float32", LAYOUTS[1]),
+    *slowly(*((dtype, LAYOUTS[1]) for dtype in SUPPORTED_TYPES if dtype != "float32")),
+]
+
+
+def widest(dtype: Any) -> str:
+    """The type that holds the same small integers, and their sums."""
+    same = {"b": "bool", "u": "uint64", "c": "complex128"}
+    return same.get(np.dtype(dtype).kind, "int64")
+
+
+def add_bias(y: np.ndarray, bias: np.ndarray, case: Case) -> np.ndarray:
+    """A result of either layout with a number added for each filter."""
+    if case.layout == "channels_first":
+        bias = bias.reshape(-1, *(1,) * (len(case.w_shape) - 2))
+    return y + bias
+
+
+# Calls that are worth several workers
+
+
+# More than two million multiply-adds: worth several workers.
+BUSY = Case((4, 16, 30, 28), (32, 16, 3, 3), {"padding": 1})
+
+
+def blas_threads() -> list[int]:
+    return [
+        lib["num_threads"] for lib in threadpool_info() if lib["user_api"] == "blas"
+    ]
+
+
+def large_arrays() -> tuple[np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(0)
+    x = rng.integers(-3, 4, BUSY.x_shape).astype(np.float32)
+    return x, rng.integers(-3, 4, BUSY.w_shape).astype(np.float32)
+
+
+# Integers in float32 are exact in sums of products, and not under Winograd.
+strictly = partial(cuconv.conv, padding=1, precision="strict")
+
+
+def replay(xp: Any, graph: Any, arrays: Operands, fresh: Operands) -> None:
+    """Launch a graph on other numbers in the same buffers."""
+    for mine, others in zip(arrays, fresh.on(xp), strict=True):
+        mine[...] = others
+    xp.cuda.Device().synchronize()
+    graph.launch()
+    xp.cuda.Device().synchronize()
+
+
+def assert_near(actual: Any, wanted: np.ndarray, bound: float) -> None:
+    """No farther off than this part of the largest number; NaN is never near."""
+    largest = float(np.abs(wanted).max(initial=0))
+    assert_within(actual, wanted, bound * largest)
+
+
+def assert_within(actual: Any, wanted: np.ndarray, bound: float) -> None:
+    actual = to_host(actual)
+    assert actual.shape == wanted.shape
+    error = float(np.abs(actual.astype(np.float64) - wanted).max(initial=0))
+    assert error <= bound, f"off by {error:.3g}, and {bound:.3g} is allowed"
+
+
+def device_of(xp: Any) -> str:
+    """The word of a plan for a module."""
+    return "cpu" if xp is np else "cuda"

@@ -77,5 +77,5 @@ QUICK = replace(
     captured=8,
     rounds=1,
     seconds=0.005,
-    tests=("tests/test_kernels.py",),
+    tests=("tests/cuda/test_kernels.py",),
 )

@@ -5,7 +5,7 @@ input (N, G, C, *spatial), columns (N, G, C, *kernel, *out), matrices (N, G, row
 columns).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
@@ -18,8 +18,10 @@ from cuconv.backends.cpu.machine import jit_is_installed as jit_is_installed
 from cuconv.backends.padding import Reading
 from cuconv.engine.costs import Rates
 from cuconv.engine.pool import PoolInputs, PoolProblem, PoolTiling
+from cuconv.engine.program import Program
 from cuconv.geometry import Axis, Block, Ranges, Tile, WindowGeometry
 from cuconv.memory import Buffer
+from cuconv.profiling import stage
 
 
 class TileTransforms(Protocol):
@@ -174,6 +176,37 @@ class Backend(Protocol):
     @property
     def pools(self) -> PoolBackend:
         """Pooling and its gradients."""
+
+    def do(self, function: Callable[..., Any], *operands: Any) -> None:
+        """Call a function; a `Recording` puts a recorder in the place of this."""
+
+    def each(
+        self,
+        items: Iterable[Any],
+        body: Callable[..., None],
+        scratch: tuple[Any, ...],
+        *,
+        single_threaded: bool,
+    ) -> None:
+        """Share items out: ``body(number, item, scratch of the worker)``."""
+
+    def stage(self, name: str, strategy: str = "", chunk: int = 0) -> stage:
+        """A range that a profiler shows."""
+
+    def execute(self, program: Program, arrays: dict[str, Array]) -> None:
+        """Run a program on the arrays of a call, by their names."""
+
+    def empty(self, shape: tuple[int, ...], dtype: DType) -> Array:
+        """An uninitialised array on this device."""
+
+    def sum(self, array: Array, axes: tuple[int, ...], dtype: DType) -> Array:
+        """Sum over axes, in this type."""
+
+    def fill(self, target: Array, value: int) -> None:
+        """Fill with a number."""
+
+    def add_unsafely(self, target: Array, summand: Array) -> None:
+        """``target += summand``, cast to its type."""
 
     def device_of(self, array: Array) -> AbstractContextManager[object]:
         """Make the device that holds the array the current one."""

@@ -4,7 +4,7 @@ Arrays are grouped: cells (N, G, C, *spatial), the copy (N, G, C, *window).  Wha
 outside the array read is said by `cuconv.geometry.Axis.runs`.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from cuconv.arrays import Array
@@ -20,18 +20,18 @@ class Reading(NamedTuple):
 
 
 def pad_copy(
-    copy: Callable[[Array, Array], None],
+    backend: Any,
     cells: Array,
     copied: Array,
     reading: Reading,
 ) -> None:
     """Copy what the windows read, with a cast."""
     for runs in _runs(*reading):
-        copy(*_pair(runs, cells, copied))
+        backend.copy(*_pair(runs, cells, copied))
 
 
 def pad_adjoint(
-    xp: Any,
+    backend: Any,
     copied: Array,
     cells: Array,
     reading: Reading,
@@ -42,12 +42,12 @@ def pad_adjoint(
     picked = _runs(*reading, one_to_one=True)
     if not add and _reads_all(reading):
         inside, outside = _pair(next(picked), cells, copied)
-        inside[...] = outside
+        backend.copy(outside, inside)
     elif not add:
-        cells[...] = 0
+        backend.fill(cells, 0)
     for runs in picked:
         inside, outside = _pair(runs, cells, copied)
-        xp.add(inside, outside, out=inside)
+        backend.do(backend.xp.add, inside, outside, inside)
 
 
 def _reads_all(reading: Reading) -> bool:

@@ -11,10 +11,13 @@ from cuconv.arrays import (
     Array,
     DType,
     Types,
+    base_array,
     is_dask,
+    module_of,
     module_of_blocks,
     resolve_types,
     sample_of,
+    stub_array,
 )
 from cuconv.backends import backend_of
 from cuconv.config import config, settings
@@ -35,31 +38,32 @@ from cuconv.dask.blocks import (
     windows,
 )
 from cuconv.dask.borders import bordered, folded, without_border
-from cuconv.engine.plan import CONVOLUTION, ROLES
-from cuconv.engine.rewrites import bind as bind_now
-from cuconv.engine.rewrites import plan_of_types
+from cuconv.engine.plan import Plan
+from cuconv.engine.problem import CONVOLUTION, ROLES, shapes_of
+from cuconv.engine.request import Request
 from cuconv.geometry import ConvGeometry, Ranges, WindowGeometry
 from cuconv.options import Options
 
 
-class DaskCall(NamedTuple):
-    """One call that has been checked; `run` builds a graph and computes nothing."""
+class DaskPlan(NamedTuple):
+    """A call that has been checked; `run` builds a graph and computes nothing."""
 
-    run: Callable[[], Array]
+    build: Callable[[], Array]
+    threads: int = 0
+    names: tuple[str, ...] = ()
+
+    def run(self, arrays: object, out: object) -> Array:
+        """Build the graph of the arrays that were checked."""
+        del arrays, out
+        return self.build()
 
 
-def bind(
-    call: str,
-    geometry: ConvGeometry,
-    arrays: dict[str, Array],
-    out: Array | None,
-    options: Options,
-    like: Array | None = None,
-) -> DaskCall:
+def plan(request: Request, like: Array | None = None) -> DaskPlan:
     """Check a convolution, or a gradient of one, and cut it into blocks.
 
     A gradient for x has the blocks of ``like``, where that is a Dask array.
     """
+    call, geometry, arrays, out, options, _ = request
     refuse_out(out)
     if geometry.batch_groups > 1 or any(
         axis.input_dilation > 1 for axis in geometry.axes
@@ -72,18 +76,20 @@ def bind(
     filters = _filter_chunks(call, geometry, arrays)
     if len(filters) > 1:
         each = [
-            bind(call, *part, None, options)
-            for part in _by_filters(geometry, arrays, spans(filters))
+            plan(request._replace(geometry=part, arrays=own))
+            for part, own in _by_filters(geometry, arrays, spans(filters))
         ]
-        return DaskCall(partial(_concatenated, each, geometry))
+        return DaskPlan(partial(_concatenated, each, geometry))
     conv = _CUTS[CONVOLUTION.get(call, call)](call, geometry, arrays, like)
     if conv.finish is not None:
         # What is still to be added up.
         options = options._replace(dtype=types.accumulate)
     backend = backend_of(xp, sample_of(next(iter(arrays.values()))))
     for part in conv.blocks.examples():
-        plan_of_types(call, part, backend, options, dtypes)
-    return DaskCall(partial(conv.build, options, types, xp))
+        shapes = shapes_of(call, part)
+        stubs = {n: stub_array(shapes[n], dtype) for n, dtype in dtypes.items()}
+        Plan(Request(call, part, stubs, None, options, backend))
+    return DaskPlan(partial(conv.build, options, types, xp))
 
 
 def _filter_chunks(
@@ -109,8 +115,8 @@ def _by_filters(
         yield replace(geometry, filters=stop - start), own
 
 
-def _concatenated(calls: list[DaskCall], geometry: ConvGeometry) -> Array:
-    parts = [call.run() for call in calls]
+def _concatenated(plans: list[DaskPlan], geometry: ConvGeometry) -> Array:
+    parts = [plan.build() for plan in plans]
     return da.concatenate(parts, axis=_channel_axis(geometry))
 
 
@@ -172,7 +178,11 @@ def _conv_block(
     """One block of a result: the eager call on its parts."""
     arrays = dict(zip(names, given, strict=True))
     with config(num_threads=threads):
-        result = bind_now(call, geometry, arrays, None, options).run()
+        xp = module_of(arrays)
+        backend = backend_of(xp, next(iter(arrays.values())))
+        arrays = {name: base_array(array) for name, array in arrays.items()}
+        request = Request(call, geometry, arrays, None, options, backend)
+        result = Plan(request).run(tuple(arrays.values()), None)
     if CONVOLUTION.get(call, call) != "weight_grad":
         return result
     # In place of the channels, so that the axes are those of the blocks.
@@ -188,8 +198,23 @@ def _sum_over_blocks(
     return array.sum(axis=axes, dtype=array.dtype if dtype is None else dtype)
 
 
-def bias_grad(dy: Array, geometry: WindowGeometry, types: Types) -> Array:
+def plan_bias_grad(geometry: WindowGeometry, dy: Array, options: Options) -> DaskPlan:
     """The gradient for a bias."""
+    types = resolve_types({"dy": dy}, options.dtype)
+    return DaskPlan(partial(_bias_grad, dy, geometry, types))
+
+
+def alike_operands(
+    arrays: dict[str, Array], geometry: ConvGeometry, *, transposed: bool
+) -> dict[str, Array]:
+    """The operands of gradients, with dy and x as Dask arrays."""
+    # What is x to the convolution that runs, and what its dy.
+    x, dy = ("dy", "x") if transposed else ("x", "dy")
+    both = alike(arrays[x], arrays[dy], geometry)
+    return {**arrays, **dict(zip((x, dy), both, strict=True))}
+
+
+def _bias_grad(dy: Array, geometry: WindowGeometry, types: Types) -> Array:
     return _sum_over_blocks(dy, geometry, types.accumulate).astype(types.result)
 
 

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from cuconv.backends import Backend
+from cuconv.engine.tile_search import Candidate
 from cuconv.version import __version__
 
 _ROUNDS = 5
@@ -33,6 +34,12 @@ class Winner(NamedTuple):
     strategy: str
     variant: str
     flipped: bool
+
+    @classmethod
+    def of(cls, candidate: Candidate) -> "Winner":
+        """The name of a candidate."""
+        words = candidate.strategy.describe(candidate.tiling.variant)
+        return cls(candidate.strategy.name, words, candidate.problem.flipped)
 
 
 def fastest(backend: Backend, calls: Sequence[Callable[[], object]]) -> int:

@@ -1,53 +1,44 @@
-"""What all convolutions share: options, calls seen before, and gradients together."""
+"""The road of every call: a key, its plan from one cache, a run.
 
-from collections.abc import Callable, Sequence
-from functools import partial
-from typing import Any, NamedTuple, ParamSpec, TypedDict, TypeVar
+    public function → run → plan of the key → Plan.run → Backend.execute
+                          ↘ first time: Request → lower → Plan
+
+Dask arrays leave the road here.
+"""
+
+import marshal
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
 from cuconv.arrays import (
     Array,
-    Types,
     any_dask,
     base_array,
     check_overlap,
-    is_dask,
+    layouts_of,
     module_of,
-    module_of_blocks,
-    resolve_types,
 )
-from cuconv.backends import Backend, backend_of, refuse_capture
+from cuconv.backends import backend_of, refuse_capture
 from cuconv.config import settings
-from cuconv.engine.plan import ROLES, Plan, signature
-from cuconv.engine.rewrites import bind as bind_now
-from cuconv.geometry import ConvGeometry, Padding, Sizes
-from cuconv.memory import Buffer, MemoryLimit, MemoryLimitError, all_within
-from cuconv.options import Options, spells_out
-from cuconv.strategies.base import in_groups
+from cuconv.engine.bias_grad import BiasGrad
+from cuconv.engine.plan import Plan
+from cuconv.engine.problem import ROLES
+from cuconv.engine.request import (
+    ZERO_POINTS,
+    Request,
+    chosen_options,
+    geometry_of,
+    named_inputs,
+)
+from cuconv.engine.rewrites.zero_points import check_zero_points
+from cuconv.memory import all_within
+from cuconv.options import Options
+from cuconv.profiling import stage
 
 GRADIENTS = ("x", "w", "bias")
-
-P = ParamSpec("P")
-R = TypeVar("R")
-
-
-class ConvOptions(TypedDict, total=False):
-    """The keyword options that every convolution takes; see `conv`."""
-
-    stride: Sizes
-    padding: Padding
-    dilation: Sizes
-    groups: int
-    padding_mode: str
-    input_dilation: Sizes
-    batch_groups: int
-    layout: str
-    dtype: Any
-    strategy: str
-    precision: str | None
-    deterministic: bool | None
-    memory_limit: MemoryLimit
+_NONE: Mapping[str, Any] = {}
 
 
 class ConvGradients(NamedTuple):
@@ -68,203 +59,240 @@ class ConvGradients(NamedTuple):
     bias: Array | None = None
 
 
-def chosen_options(options: Any, known: Sequence[str] = Options._fields) -> Options:
-    """The options with their defaults; an unknown one is refused by its name."""
-    unknown = sorted(set(options) - set(known))
-    if unknown:
-        words = ", ".join(known)
-        raise TypeError(f"there is no option {unknown[0]!r}; the options are {words}")
-    return Options(**options)
+class Runnable(Protocol):
+    """A plan as the cache keeps it."""
+
+    @property
+    def threads(self) -> int:
+        """For how many threads it is; 0 where that does not matter."""
+
+    @property
+    def names(self) -> Sequence[str]:
+        """The names of the arrays that it takes, for messages."""
+
+    def run(self, arrays: Sequence[Array | None], out: Any) -> Any:
+        """Run it on arrays that lie as the plan assumes."""
 
 
-def shows_only(names: Sequence[str]) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """Spell these of the ``**options`` out in the signature that `help` shows."""
-    defaults = Options._field_defaults
-    return spells_out({name: defaults[name] for name in defaults if name in names})
+# Plans by everything that they depend on.
+_PLANS: dict[object, Runnable] = {}
+_MOST_PLANS = 512
 
 
-def shows_options(function: Callable[P, R]) -> Callable[P, R]:
-    """Spell all ``**options`` out in the signature that `help` and editors show."""
-    return shows_only(Options._fields)(function)
+def forget_plans() -> None:
+    """Drop every cached plan."""
+    _PLANS.clear()
 
 
-# Calls that have been checked and planned before, by everything that they depend on.
-_SEEN: dict[tuple[object, ...], Plan] = {}
-_MOST_SEEN = 1024
-
-
-def carry_out(
-    op: str,
+def run(
+    make: Callable[..., Runnable],
+    call: str,
     arrays: tuple[Array | None, ...],
-    out: Array | None,
-    options: ConvOptions,
-    bound: Callable[[], Any],
-    shape: object = None,
-) -> Array:
-    """Run a call: at once if one like it has been seen, else as ``bound`` finds it."""
-    key = _key(op, arrays, out, options, shape)
-    plan = None if key is None else _SEEN.get(key)
-    if plan is None or not (
-        plan.is_single_threaded or plan.threads == backend_of(np).workers()
-    ):
-        call = bound()
-        if key is not None and call.plan.options.strategy != "benchmark":
-            if len(_SEEN) >= _MOST_SEEN:
-                _SEEN.clear()
-            _SEEN[key] = call.plan
-        return call.run()
-    if out is not None:
-        named = zip(ROLES[op], arrays, strict=False)
-        check_overlap(np, out, {name: a for name, a in named if a is not None})
+    out: Any,
+    options: Mapping[str, Any],
+    more: Mapping[str, Any] = _NONE,
+) -> Any:
+    """Run a call, by the plan of one like it if there was any.
+
+    ``make(call, arrays, out, options, more)`` checks a call and plans it.
+    """
+    key = _key(call, arrays, out, options, more)
+    plan = _PLANS.get(key)
+    if plan is None or (plan.threads and plan.threads != backend_of(np).workers()):
+        arrays = tuple(map(base_array, arrays))
+        with stage("plan"):
+            plan = make(call, arrays, out, options, more)
+        if key is not None:
+            if len(_PLANS) >= _MOST_PLANS:
+                _PLANS.clear()
+            _PLANS[key] = plan
+    elif out is not None:
+        check_overlaps(plan.names, arrays, out)
     return plan.run(arrays, out)
 
 
 def _key(
-    op: str,
+    call: str,
+    arrays: tuple[Array | None, ...],
+    out: Any,
+    options: Mapping[str, Any],
+    more: Mapping[str, Any],
+) -> object:
+    """Everything that a plan depends on; None where that cannot be said."""
+    outs = out if type(out) is tuple else (out,)
+    layouts = layouts_of((*arrays, *outs))
+    if layouts is None:
+        return None
+    try:
+        # Bytes, in which 1, 1.0 and True differ.
+        text: object = marshal.dumps((options, more), 2)  # type: ignore[arg-type]
+    except ValueError:
+        # An object that shows its address says nothing: another may have it later.
+        text = repr((options, more))
+        if " at 0x" in text:
+            return None
+    return call, layouts, text, settings()
+
+
+def check_overlaps(names: Sequence[str], arrays: Sequence[Array], out: Any) -> None:
+    """Refuse an ``out`` that may share memory with an input."""
+    given = {n: a for n, a in zip(names, arrays, strict=False) if a is not None}
+    xp = module_of(given)
+    for each in out if type(out) is tuple else (out,):
+        check_overlap(xp, each, given)
+
+
+def convolve(
+    call: str,
     arrays: tuple[Array | None, ...],
     out: Array | None,
-    options: ConvOptions,
-    shape: object,
-) -> tuple[object, ...] | None:
-    """What a plan depends on; None where arrays are not plain NumPy's."""
-    lies = signature((*arrays, out))
-    if lies is None:
-        return None
-    # As text: 1, 1.0 and True are equal, and not the same option.  An object that
-    # shows its address says nothing: another may have it later.
-    text = repr((shape, options))
-    return None if " at 0x" in text else (op, settings(), lies, text)
+    options: Mapping[str, Any],
+    more: Mapping[str, Any] = _NONE,
+) -> Array:
+    """Run a convolution, or a gradient of one, on arrays in the order of `ROLES`."""
+    return run(plan_convolution, call, arrays, out, options, more)
 
 
-def inputs(bias: Array | None = None, **arrays: Array) -> dict[str, Array]:
-    """Arrays of one module by their names, the bias last if there is one."""
-    if bias is not None:
-        arrays["bias"] = bias
-    if any_dask(arrays.values()):
-        module_of_blocks(arrays)
-    else:
-        module_of(arrays)
-    return {name: base_array(array) for name, array in arrays.items()}
-
-
-def bind(
+def plan_convolution(
     call: str,
-    geometry: ConvGeometry,
-    arrays: dict[str, Array],
+    arrays: tuple[Array | None, ...],
     out: Array | None,
+    options: Mapping[str, Any],
+    more: Mapping[str, Any],
+) -> Runnable:
+    """Check a convolution, and plan it."""
+    request = _request(call, arrays, chosen_options(options), more, out)
+    if any_dask(request.arrays.values()):
+        from cuconv.dask import conv as dask_conv  # noqa: PLC0415 - it imports Dask
+
+        return dask_conv.plan(request)
+    plan = Plan(request)
+    plan.check_result(out, request.arrays, captured=plan.problem.captured)
+    return plan
+
+
+def _request(
+    call: str,
+    arrays: tuple[Array | None, ...],
     options: Options,
-    like: Array | None = None,
-) -> Any:
-    """Check arrays and options, and plan; of Dask arrays, what is known of the blocks.
+    more: Mapping[str, Any],
+    out: Array | None = None,
+) -> Request:
+    """The request of a call whose arrays come in the order of `ROLES`."""
+    names = (*ROLES[call], *ZERO_POINTS)
+    given = named_inputs(dict(zip(names, arrays, strict=False)))
+    zeros = {n[0]: given.pop(n, more.get(n)) for n in ZERO_POINTS}
+    zeros = {name: zero for name, zero in zeros.items() if zero is not None}
+    _check_rank(given.get("w"), more)
+    geometry = geometry_of(call, given, options, more)
+    if any_dask(given.values()):
+        if zeros:
+            raise TypeError("x_zero_point and w_zero_point are not for Dask arrays")
+        return Request(call, geometry, given, out, options, backend_of(np))
+    xp = module_of(given if out is None else {**given, "out": out})
+    if zeros:
+        if options.dtype is None:
+            options = options._replace(dtype=np.int32)
+        checked = check_zero_points(zeros, given, geometry)
+        given.update({f"{name}_zero_point": zero for name, zero in checked.items()})
+    backend = backend_of(xp, next(iter(given.values())))
+    return Request(call, geometry, given, out, options.settled(), backend)
 
-    Returns
-    -------
-    Call or LazyCall
-        Its ``run()`` gives the result.  A gradient for x has the blocks of ``like``,
-        where that is a Dask array.
+
+def _check_rank(w: Array | None, more: Mapping[str, Any]) -> None:
+    """Refuse weights of another rank than the function's name says."""
+    name, rank = more.get("function", ("", None))
+    if rank is not None and w is not None and w.ndim != rank + 2:
+        kind = "channels, filters" if "transpose" in name else "filters, channels"
+        raise ValueError(
+            f"{name} needs weights of {rank + 2} axes, for {kind} and space; w has "
+            f"{w.ndim}"
+        )
+
+
+class _Gradients:
+    """The plans of the gradients that are needed, of (dy, x, w)."""
+
+    names = "dy", "x", "w"
+
+    def __init__(self, plans: dict[str, Runnable]) -> None:
+        self._plans = plans
+        self.threads = max((plan.threads for plan in plans.values()), default=0)
+
+    def run(self, arrays: Sequence[Array | None], out: None) -> ConvGradients:
+        """Run every plan."""
+        dy, x, w = arrays
+        operands = {"x": (dy, w), "w": (dy, x), "bias": (dy,)}
+        return ConvGradients(
+            **{n: plan.run(operands[n], out) for n, plan in self._plans.items()}
+        )
+
+
+def plan_gradients(
+    call: str,
+    arrays: tuple[Array | None, ...],
+    out: None,
+    options: Mapping[str, Any],
+    more: Mapping[str, Any],
+) -> Runnable:
+    """Plan the gradients of a convolution that are needed; errors come first.
+
+    ``call`` is the empty string, or ``"transpose_"`` for a transposed convolution.
     """
-    if any_dask(arrays.values()):
-        from cuconv.dask import conv as lazy  # noqa: PLC0415 - it imports Dask
+    del out
+    chosen = chosen_options(options)
+    dy, x, w = arrays
+    named = named_inputs({"dy": dy, "x": x, "w": w})
+    needs = check_needs(more["needs"], named, more["allocates"])
+    geometry = geometry_of(f"{call}weight_grad", named, chosen, more)
+    lazy = any_dask(named.values())
+    if lazy:
+        from cuconv.dask import conv as dask_conv  # noqa: PLC0415 - it imports Dask
 
-        return lazy.bind(call, geometry, arrays, out, options, like)
-    return bind_now(call, geometry, arrays, out, options)
+        named = dask_conv.alike_operands(named, geometry, transposed=bool(call))
+    shapes = {"x_shape": named["x"].shape, "w_shape": named["w"].shape}
+    ends = {n: more[n] for n in ("output_padding", "output_size") if n in more}
+
+    def plan(name: str) -> Runnable:
+        op, other = {"x": ("input_grad", "w"), "w": ("weight_grad", "x")}[name]
+        both = named["dy"], named[other]
+        own = _request(
+            f"{call}{op}",
+            both,
+            chosen,
+            {**ends, f"{name}_shape": shapes[f"{name}_shape"]},
+        )
+        if lazy:
+            return dask_conv.plan(own, like=named["x"])
+        return Plan(own)
+
+    def bias() -> Runnable:
+        if lazy:
+            return dask_conv.plan_bias_grad(geometry, named["dy"], chosen)
+        channels = geometry.channels if call else geometry.filters
+        return BiasGrad(named["dy"], geometry, channels, chosen.settled())
+
+    calls: dict[str, Callable[[], Runnable]] = {
+        "x": lambda: plan("x"),
+        "w": lambda: plan("w"),
+        "bias": bias,
+    }
+    found = all_within({name: calls[name] for name in GRADIENTS if name in needs})
+    return _Gradients(found)
 
 
 def check_needs(
     needs: Sequence[str],
-    arrays: dict[str, Array],
-    why: str,
+    arrays: Mapping[str, Array],
+    allocates: str,
     known: Sequence[str] = GRADIENTS,
-) -> None:
-    """Refuse names that are no gradients, and a capture for the reason ``why``."""
+) -> Sequence[str]:
+    """Refuse names that are no gradients; in a capture, say what ``allocates``."""
     if not any_dask(arrays.values()):
-        refuse_capture(backend_of(module_of(arrays), arrays["dy"]), why)
+        refuse_capture(backend_of(module_of(dict(arrays)), arrays["dy"]), allocates)
     several = isinstance(needs, (tuple, list, set, frozenset))
     if not several or any(name not in known for name in needs):
         raise ValueError(
-            f"needs must be several of {known}, as ({known[0]!r},); got {needs!r}"
+            f"needs must be a tuple, list or set of names from {known}; got {needs!r}"
         )
-
-
-def gradients(
-    arrays: dict[str, Array],
-    needs: Sequence[str],
-    geometry: ConvGeometry,
-    options: Options,
-    *,
-    transposed: bool = False,
-) -> ConvGradients:
-    """The gradients that are needed, from (dy, x, w) by their names."""
-    arrays = _alike(arrays, geometry, transposed=transposed)
-    dy = arrays["dy"]
-    prefix = "transpose_" if transposed else ""
-
-    def bound(op: str, other: str) -> Any:
-        both = {"dy": dy, other: arrays[other]}
-        return bind(prefix + op, geometry, both, None, options, arrays["x"])
-
-    channels = geometry.channels if transposed else geometry.filters
-    # Every call is planned before the first one runs: errors come first.
-    calls: dict[str, Callable[[], Any]] = {
-        "x": lambda: bound("input_grad", "w"),
-        "w": lambda: bound("weight_grad", "x"),
-        "bias": lambda: bias_grad(geometry, channels, dy, options),
-    }
-    planned = all_within({name: calls[name] for name in GRADIENTS if name in needs})
-    return ConvGradients(**{name: call.run() for name, call in planned.items()})
-
-
-def _alike(
-    arrays: dict[str, Array], geometry: ConvGeometry, *, transposed: bool
-) -> dict[str, Array]:
-    """With dy and x as Dask arrays where any array is one."""
-    if not any_dask(arrays.values()):
-        return arrays
-    from cuconv.dask import conv as lazy  # noqa: PLC0415 - it imports Dask
-
-    # What is x to the convolution that runs, and what its dy.
-    x, dy = ("dy", "x") if transposed else ("x", "dy")
-    both = lazy.alike(arrays[x], arrays[dy], geometry)
-    return {**arrays, **dict(zip((x, dy), both, strict=True))}
-
-
-class _BiasGrad(NamedTuple):
-    """The gradient for the bias: the sum of dy over images and positions."""
-
-    geometry: ConvGeometry
-    dy: Array
-    types: Types
-    backend: Backend
-
-    def run(self) -> Array:
-        cells = in_groups(self.dy, self.geometry)
-        axes = (0, *range(3, cells.ndim))
-        sums = []
-
-        def body(worker: int) -> None:
-            del worker
-            sums.append(cells.sum(axis=axes, dtype=self.types.accumulate))
-
-        with self.backend.device_of(self.dy):
-            self.backend.parallel(body, 1)
-            return sums[0].reshape(-1).astype(self.types.result, copy=False)
-
-
-def bias_grad(
-    geometry: ConvGeometry, channels: int, dy: Array, options: Options
-) -> Any:
-    """The gradient of a bias of so many channels, which fits the limit."""
-    options = options.settled()
-    types = resolve_types({"dy": dy}, options.dtype)
-    if is_dask(dy):
-        from cuconv.dask import conv as lazy  # noqa: PLC0415 - it imports Dask
-
-        return lazy.DaskCall(partial(lazy.bias_grad, dy, geometry, types))
-    backend = backend_of(module_of({"dy": dy}), dy)
-    itemsize = types.accumulate.itemsize
-    sums = Buffer("sums", channels, types.accumulate)
-    needed = backend.overhead(1, itemsize) + sums.nbytes
-    limit = options.memory_limit
-    if isinstance(limit, int) and limit < needed:
-        raise MemoryLimitError(limit, needed, "the gradient of the bias")
-    return _BiasGrad(geometry, dy, types, backend)
+    return needs

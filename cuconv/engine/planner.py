@@ -12,10 +12,11 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from cuconv.backends import Backend
-from cuconv.engine.tile_search import NAMES, Candidate, TileSearch, over
+from cuconv.engine.problem import NAMES, Problem
+from cuconv.engine.tile_search import Candidate, TileSearch, over
 from cuconv.lazy import lazy
 from cuconv.memory import MemoryLimit, MemoryLimitError
-from cuconv.strategies import Problem, Strategy, strategies
+from cuconv.strategies import Strategy, strategies
 
 # More than 1 by what rounding may do to a sum of prices.
 _ROUNDED = 1 + 1e-9

@@ -11,10 +11,11 @@ from functools import partial
 
 from cuconv.backends import Backend
 from cuconv.engine.costs import Price, Rates, Work, price
+from cuconv.engine.problem import NAMES, Problem
 from cuconv.geometry import Tile
 from cuconv.lazy import lazy
-from cuconv.memory import MemoryLimitError, buffer_bytes, with_start
-from cuconv.strategies import Blocks, Problem, Strategy, Tiling, Variant, Workspace
+from cuconv.memory import MemoryLimitError, buffer_bytes, with_start, workspace_bytes
+from cuconv.strategies import Blocks, Strategy, Tiling, Variant, Workspace
 
 # A job that is worth several workers is cut into one of these numbers of pieces, the
 # one that is cheapest for two workers: how many there really are must not matter, or
@@ -27,15 +28,6 @@ _WORTH_FEWER = 0.95
 _LEAST_POSITIONS = 64
 # Less than 1 by what rounding may do to a sum of prices.
 _ALMOST = 1 - 1e-9
-
-NAMES = {
-    "forward": "the forward pass",
-    "input_grad": "the gradient of the input",
-    "weight_grad": "the gradient of the weights",
-    "transpose": "the transposed convolution",
-    "transpose_input_grad": "the gradient of a transposed convolution's input",
-    "transpose_weight_grad": "the gradient of a transposed convolution's weights",
-}
 
 
 @dataclass(frozen=True)
@@ -61,6 +53,30 @@ class Candidate:
         geometry, tile = self.problem.geometry, self.tiling.tile
         make = geometry.blocks if self.strategy.by_runs else geometry.pieces
         return Blocks(partial(make, tile), geometry.count_blocks(tile))
+
+    @property
+    def chunks(self) -> int:
+        """How many blocks the work is cut into."""
+        return self.problem.geometry.count_blocks(self.tiling.tile)
+
+    @property
+    def flops(self) -> int:
+        """Operations of the basic sum of products; a multiply-add counts as two."""
+        g = self.problem.geometry
+        return 0 if g.is_empty else 2 * g.multiplications
+
+    @lazy
+    def memory_bytes(self) -> int:
+        """Bytes of the buffers; 0 where nothing is multiplied."""
+        workspace = self.workspace
+        own = workspace.per_worker * self.tiling.workers
+        buffers = (*workspace.weights, *workspace.shared, *own)
+        return workspace_bytes(buffers) if self.flops else 0
+
+    @property
+    def overhead_bytes(self) -> int:
+        """What a run allocates beside its buffers."""
+        return self.workspace_bytes - self.memory_bytes if self.flops else 0
 
     @property
     def label(self) -> str:
@@ -160,8 +176,19 @@ class TileSearch:
         floors = [self._floor_shared(*cut) for cut in cuts]
         likely = _last_worthwhile(floors)
         found = self._shared(*cuts[likely])
-        if found is not None and _is_taken(self._rank(found), floors, likely):
-            return found
+        if found is not None:
+            # What wins over all floors wins over what the others really cost.
+            cost, before, after = (
+                self._rank(found),
+                floors[:likely],
+                floors[likely + 1 :],
+            )
+            wins = cost < min(before, default=float("inf")) * _WORTH_FEWER * _ALMOST
+            if (
+                wins
+                and cost * _WORTH_FEWER < min(after, default=float("inf")) * _ALMOST
+            ):
+                return found
         best, least = None, float("inf")
         for cut, floor in zip(cuts, floors, strict=True):
             if floor * _ALMOST < least * _WORTH_FEWER:

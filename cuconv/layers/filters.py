@@ -9,11 +9,11 @@ import numpy as np
 from cuconv.arrays import Array
 from cuconv.conv import conv, conv_backward
 from cuconv.conv_transpose import conv_transpose, conv_transpose_backward
-from cuconv.engine.call import ConvGradients, ConvOptions
+from cuconv.engine.call import ConvGradients
 from cuconv.geometry import Sizes
 from cuconv.layers.base import positive
 from cuconv.layers.weighted import Filters
-from cuconv.options import Options
+from cuconv.options import ConvOptions, Options
 
 
 class Conv(Filters):

@@ -9,11 +9,11 @@ import numpy as np
 
 from cuconv.arrays import Array, DType, as_dtype, check_type
 from cuconv.backends import default_array_module
-from cuconv.engine.call import ConvOptions, chosen_options
 from cuconv.engine.planner import check_strategy_name
+from cuconv.engine.request import chosen_options
 from cuconv.geometry import Sizes, channels_are_first
 from cuconv.layers.base import ENDLESS, Layer, check_module, kernel_of
-from cuconv.options import Options, check_bias
+from cuconv.options import ConvOptions, Options, check_bias
 
 
 class Weighted(Layer):

@@ -1,10 +1,8 @@
 """The ways to compute a convolution, one a file, under one normalised name each."""
 
 from cuconv.strategies.base import (
-    OPERATIONS,
     Blocks,
     Job,
-    Problem,
     Strategy,
     Tiling,
     Tilings,
@@ -37,11 +35,9 @@ def strategies() -> dict[str, Strategy]:
 
 
 __all__ = [
-    "OPERATIONS",
     "STRATEGIES",
     "Blocks",
     "Job",
-    "Problem",
     "Strategy",
     "Tiling",
     "Tilings",

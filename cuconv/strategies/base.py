@@ -1,39 +1,24 @@
 """What a strategy is asked, and the views that all of them share."""
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, fields, replace
+from dataclasses import replace
 from typing import Any, NamedTuple, Protocol, TypeAlias, TypeVar
 
 from cuconv.arrays import (
     Array,
-    DType,
     Stored,
-    Types,
     flattened,
-    grouped,
     stored,
 )
 from cuconv.backends import Backend
-from cuconv.backends.blocking import uses_tensor_cores
-from cuconv.backends.sharing import Shared
 from cuconv.engine.costs import Work
+from cuconv.engine.problem import Problem
 from cuconv.geometry import Axis, Block, ConvGeometry, Tile
-from cuconv.lazy import lazy
 from cuconv.memory import Buffer
 
-OPERATIONS = ("forward", "input_grad", "weight_grad")
-# What a transposed convolution and its gradients are to the convolution that leads
-# back: y of one is x of the other, and the weights are the same.
-TRANSPOSED = {
-    "input_grad": "transpose",
-    "forward": "transpose_input_grad",
-    "weight_grad": "transpose_weight_grad",
-}
 # Why a strategy refuses an input gradient as such.
 OVER_DY = "it runs forward alone, as an input gradient does at stride 1"
 
-# OpenBLAS gives products up to this size to one thread, whatever it was told.
-LIGHT_PRODUCT = 2**18
 # Weights are turned this many filters at a time: 512×512×9 take 2.4 ms so, 4.7 at once.
 _STRIP = 16
 # Below this many cells a second worker costs more than it saves in sums and copies.
@@ -45,104 +30,6 @@ _FEW = 16
 Item = TypeVar("Item")
 # One of the ways of a strategy: an enum, sizes, or None where there is one way.
 Variant: TypeAlias = Any
-
-
-@dataclass(frozen=True)
-class Problem:
-    """Everything that a plan depends on; two equal problems have equal plans.
-
-    ``direct`` names the arrays (``x``, ``w``, ``dy``, ``out``) that BLAS can read or
-    write where they lie: the right type, and strides that make a matrix; ``run`` is
-    among them where the result is one run of memory.  ``source`` is
-    the type of the array that is gathered, and ``foreign`` names all arrays whose type
-    is not that of the operands.  ``flipped`` marks the forward pass over dy
-    that an input gradient is: its weights are those of the caller, filters and channels
-    exchanged, taps in reverse.  ``captured``: the call is recorded into a CUDA graph,
-    which holds launches of kernels and no memory of its own.  ``transposed``: it is one
-    of `TRANSPOSED`, where the arrays have the roles of the convolution that leads back;
-    a transposed convolution is an input gradient, but for what is conjugated.
-    """
-
-    op: str
-    geometry: ConvGeometry
-    types: Types
-    operand: DType
-    source: DType
-    zero_copy: frozenset[str]
-    needs_cast: frozenset[str] = frozenset()
-    has_bias: bool = False
-    deterministic: bool = True
-    precision: str = "standard"
-    module: str = "numpy"
-    flipped: bool = False
-    captured: bool = False
-    transposed: bool = False
-
-    @property
-    def call(self) -> str:
-        """The operation by its public name."""
-        op = "input_grad" if self.flipped else self.op
-        return TRANSPOSED[op] if self.transposed else op
-
-    @property
-    def conjugates_weights(self) -> bool:
-        """Whether weights are multiplied conjugated: complex ones, in a gradient."""
-        backward = self.flipped or self.op == "input_grad"
-        return self.operand.kind == "c" and backward != self.transposed
-
-    @property
-    def result_channels(self) -> int:
-        """Channels of x or y, whichever is the result: as many as a bias has cells."""
-        g = self.geometry
-        return g.channels if self.op == "input_grad" else g.filters
-
-    @property
-    def fast(self) -> bool:
-        return self.precision == "fast"
-
-    @property
-    def uniform(self) -> bool:
-        """Whether a kernel of one type can read every array and store the result."""
-        stored = self.types.result in (self.operand, self.types.accumulate)
-        return stored and not self.needs_cast
-
-    @lazy
-    def is_for_tensor_cores(self) -> bool:
-        """Whether its products run on tensor cores, where a device has some."""
-        return uses_tensor_cores(self.operand, fast=self.fast)
-
-    @property
-    def fingerprint(self) -> str:
-        """The same words for equal problems, in every process, captured or not."""
-        special = {"zero_copy", "needs_cast", "captured"}
-        names = (field.name for field in fields(self) if field.name not in special)
-        words = [f"{name}={getattr(self, name)!r}" for name in names]
-        needs_cast = (f"cast {name}" for name in sorted(self.needs_cast))
-        return "; ".join((*words, *sorted(self.zero_copy), *needs_cast))
-
-    @property
-    def single_threaded(self) -> bool:
-        """Whether every product is so small that BLAS uses no second thread."""
-        return self.geometry.multiplications <= LIGHT_PRODUCT
-
-    @lazy
-    def as_forward(self) -> "Problem | None":
-        """An input gradient as the forward pass over dy; None where there is none.
-
-        Strides forbid it, and a general convolution has no `ConvGeometry.adjoint`.
-        """
-        g = self.geometry
-        if self.op != "input_grad" or not (g.is_unit_stride and g.is_plain):
-            return None
-        direct = {"x"} if "dy" in self.zero_copy else set()
-        return replace(
-            self,
-            op="forward",
-            geometry=self.geometry.adjoint,
-            zero_copy=frozenset(direct | (self.zero_copy & {"out"})),
-            needs_cast=frozenset("x" if n == "dy" else n for n in self.needs_cast),
-            flipped=True,
-        )
 
 
 class Tiling(NamedTuple):
@@ -175,12 +62,7 @@ class Tilings(NamedTuple):
 
 
 class Job(NamedTuple):
-    """One call: the problem, how it is cut, who carries it out, and where.
-
-    An ``is_plain`` one has a single small block: no worker, no setting of BLAS or NumPy
-    is needed, and its buffers serve it alone, call after call, so that views of them
-    may be kept (`Buffers.views`).
-    """
+    """One call: the problem, how it is cut, who carries it out, and where."""
 
     problem: Problem
     tiling: Tiling
@@ -188,7 +70,6 @@ class Job(NamedTuple):
     shared: dict[str, Array]
     own: tuple[dict[str, Array], ...]
     blocks: "Blocks"
-    is_plain: bool = False
 
     def each(
         self,
@@ -196,33 +77,14 @@ class Job(NamedTuple):
         body: Callable[[int, Item, dict[str, Array]], None],
     ) -> None:
         """Share items out to the workers: ``body(number, item, worker's buffers)``."""
-        if self.is_plain:
-            for number, item in enumerate(items):
-                body(number, item, self.own[0])
-            return
-        queue = Shared(enumerate(items))
-
-        def work(worker: int) -> None:
-            for number, item in queue:
-                body(number, item, self.own[worker])
-
-        self.backend.parallel(
-            work, self.tiling.workers, single_threaded=self.problem.single_threaded
-        )
+        single = self.problem.single_threaded
+        self.backend.each(items, body, self.own, single_threaded=single)
 
 
 def verdict(refusals: Iterator[str]) -> tuple[bool, str]:
     """The answer of `Strategy.supports`: the first reason against, if there is one."""
     reason = next(refusals, "")
     return not reason, reason
-
-
-class Buffers(dict[str, Array]):
-    """A worker's buffers by name, and views of them that a plain job keeps."""
-
-    def __init__(self, buffers: dict[str, Array], *, keeps_views: bool = False) -> None:
-        super().__init__(buffers)
-        self.views: dict[str, Any] | None = {} if keeps_views else None
 
 
 class Blocks:
@@ -313,17 +175,6 @@ class OneWay:
         return ""
 
 
-def in_groups(array: Array, geometry: ConvGeometry) -> Array:
-    """View x, y, or their gradients as (N, G, C/G, *spatial)."""
-    return grouped(
-        array,
-        geometry.groups,
-        geometry.rank,
-        channels_first=geometry.channels_first,
-        batched=geometry.batched,
-    )
-
-
 def filters_of(w: Array, problem: Problem) -> Array:
     """View weights as the problem sees them: (G, K/G, C/G, *kernel)."""
     g = problem.geometry
@@ -354,7 +205,7 @@ def take_weights(job: Job, w: Array, kept: dict[str, Array]) -> Array:
     source = filters_of(w, problem)
     copy_transposed(job, source, into)
     if problem.conjugates_weights:
-        job.backend.xp.conjugate(copy, out=copy)
+        job.backend.do(job.backend.xp.conjugate, copy, copy)
     return weight_matrix(copy, geometry)
 
 
@@ -482,7 +333,7 @@ def add_splits(job: Job, sums: list[Array]) -> None:
     def body(number: int, rows: slice, own: dict[str, Array]) -> None:
         del number, own
         for other in others:
-            job.backend.xp.add(first[rows], other[rows], out=first[rows])
+            job.backend.do(job.backend.xp.add, first[rows], other[rows], first[rows])
 
     if first.size < _WORTH_SHARING:
         body(0, slice(None), {})

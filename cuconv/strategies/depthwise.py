@@ -15,18 +15,16 @@ import numpy as np
 from cuconv.arrays import Array
 from cuconv.backends import Backend, jit_is_installed
 from cuconv.engine.costs import Work
+from cuconv.engine.problem import Problem, in_groups
 from cuconv.geometry import Axis, ConvGeometry, Tile
 from cuconv.memory import Buffer
-from cuconv.profiling import stage
 from cuconv.strategies.base import (
     Job,
     OneWay,
-    Problem,
     Tiling,
     Tilings,
     Workspace,
     filters_of,
-    in_groups,
     outer_view,
     three_axes,
     verdict,
@@ -106,7 +104,7 @@ class Depthwise(OneWay):
         x, y = _planes_of(x, g), _planes_of(out, g)
         if direct is not None:
             conjugated = job.problem.conjugates_weights
-            with stage("direct", self.name):
+            with job.backend.stage("direct", self.name):
                 direct.convolve(
                     x, weights, bias, y, three_axes(g), conjugated=conjugated
                 )
@@ -122,7 +120,7 @@ class Depthwise(OneWay):
         turned = weights.swapaxes(1, 2)
         if direct is not None:
             how = {"adjoint": True, "conjugated": job.problem.conjugates_weights}
-            with stage("direct", self.name):
+            with job.backend.stage("direct", self.name):
                 direct.convolve(dy, turned, bias, dx, three_axes(g), **how)
             return
         flipped, offset = turned[..., ::-1, ::-1, ::-1], _offset(job, bias)
@@ -133,7 +131,7 @@ class Depthwise(OneWay):
         x, dy = _planes_of(x, g), _planes_of(dy, g)
         view = outer_view(filters_of(out, job.problem), g.rank)
         if direct is not None:
-            with stage("direct", self.name):
+            with job.backend.stage("direct", self.name):
                 direct.correlate(x, dy, view, three_axes(g))
             return
         sums = job.shared["w"].reshape(view.shape)
@@ -153,8 +151,8 @@ class Depthwise(OneWay):
 
         def body(number: int, task: tuple[int, int], own: dict[str, Array]) -> None:
             scratch, sums = own["scratch"].reshape(shape), own["sums"].reshape(shape)
-            with stage("direct", self.name, number):
-                loop(*arguments, scratch, sums, *task)
+            with job.backend.stage("direct", self.name, number):
+                job.backend.do(loop, *arguments, scratch, sums, *task)
 
         job.each(tasks, body)
 
@@ -213,7 +211,7 @@ def _offset(job: Job, bias: Array | None) -> Array:
     """What every sum begins with: (G, K/G), or (G, C/G) for the input gradient."""
     offset = job.shared["bias"]
     if bias is None:
-        offset[...] = 0
+        job.backend.fill(offset, 0)
     else:
         job.backend.copy(bias, offset)
     return offset.reshape(job.problem.geometry.groups, -1)

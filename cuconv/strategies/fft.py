@@ -28,21 +28,19 @@ import numpy as np
 from cuconv.arrays import Array, DType
 from cuconv.backends import Backend
 from cuconv.engine.costs import Work
+from cuconv.engine.problem import Problem, in_groups
 from cuconv.geometry import Block, ConvGeometry, Tile
 from cuconv.memory import Buffer
-from cuconv.profiling import stage
 from cuconv.strategies.base import (
     OVER_DY,
     Job,
     OneWay,
-    Problem,
     Tiling,
     Tilings,
     Workspace,
     add_splits,
     bias_buffer,
     filters_of,
-    in_groups,
     output_cells,
     take_bias,
     verdict,
@@ -163,12 +161,13 @@ class Fft(OneWay):
             del number
             part = view[:, start : start + step]
             cells = _cells(own["real"], part.shape[:3], lengths)
-            cells[...] = 0
+            job.backend.fill(cells, 0)
             job.backend.copy(part, cells[places])
             into = spectra[..., start : start + step]
-            _transform(cells, into.swapaxes(-1, -2), own["between"], conjugate=True)
+            into = into.swapaxes(-1, -2)
+            job.backend.do(_transform, cells, into, own["between"], True)
 
-        with stage("weights", self.name):
+        with job.backend.stage("weights", self.name):
             job.each(range(0, g.group_filters, step), body)
         return spectra
 
@@ -182,16 +181,16 @@ class Fft(OneWay):
         strides = tuple(axis.stride for axis in g.axes)
 
         def body(chunk: int, block: Block, own: dict[str, Array]) -> None:
-            with stage("transform", self.name, chunk):
+            with job.backend.stage("transform", self.name, chunk):
                 spectra = _window_spectra(job, x, block, lengths, own)
-            with stage("gemm", self.name, chunk):
+            with job.backend.stage("gemm", self.name, chunk):
                 count = block.images[1] - block.images[0]
                 shape = (*_frequencies(lengths), g.groups, count, g.group_filters)
                 product = own["y"][: math.prod(shape)].reshape(shape)
-                np.matmul(spectra, weights, out=product)
-            with stage("transform", self.name, chunk):
+                job.backend.do(np.matmul, spectra, weights, product)
+            with job.backend.stage("transform", self.name, chunk):
                 head = (count, g.groups, g.group_filters)
-                cells = _back(product, own["real"], own["between"], head, lengths)
+                cells = _back(job, product, own, head, lengths)
                 picked = tuple(
                     slice(0, (size - 1) * stride + 1, stride)
                     for size, stride in zip(block.shape, strides, strict=True)
@@ -200,9 +199,8 @@ class Fft(OneWay):
                 result = cells[(..., *picked)]
                 if offset is not None:
                     ones = (1,) * g.rank
-                    result = np.add(
-                        result, offset.reshape(*offset.shape[:3], *ones), out=result
-                    )
+                    own_bias = offset.reshape(*offset.shape[:3], *ones)
+                    job.backend.do(np.add, result, own_bias, result)
                 job.backend.copy(result, into)
 
         job.each(job.blocks, body)
@@ -223,15 +221,17 @@ class Fft(OneWay):
 
         def body(number: int, split: int, own: dict[str, Array]) -> None:
             del number
-            sums[split] = 0
+            job.backend.fill(sums[split], 0)
             for chunk, block in islice(enumerate(job.blocks), split, None, splits):
-                with stage("transform", self.name, chunk):
+                with job.backend.stage("transform", self.name, chunk):
                     spectra = _window_spectra(job, x, block, lengths, own)
                     gradients = _spread_spectra(job, dy, block, lengths, strides, own)
-                with stage("gemm", self.name, chunk):
+                with job.backend.stage("gemm", self.name, chunk):
                     product = own["product"].reshape(shape)
-                    np.matmul(spectra.swapaxes(-1, -2), gradients, out=product)
-                    np.add(sums[split], product, out=sums[split])
+                    job.backend.do(
+                        np.matmul, spectra.swapaxes(-1, -2), gradients, product
+                    )
+                    job.backend.do(np.add, sums[split], product, sums[split])
 
         job.each(range(splits), body)
         add_splits(job, list(sums))
@@ -243,10 +243,10 @@ class Fft(OneWay):
             del number
             part = sums[0][..., start : start + step].swapaxes(-1, -2)
             head = (part.shape[g.rank], *part.shape[g.rank + 1 :])
-            cells = _back(part, own["real"], own["between"], head, lengths, swap=False)
+            cells = _back(job, part, own, head, lengths, swap=False)
             job.backend.copy(cells[places], view[:, start : start + step])
 
-        with stage("weights", self.name):
+        with job.backend.stage("weights", self.name):
             job.each(range(0, g.group_filters, step), finish)
 
 
@@ -298,7 +298,7 @@ def _window_spectra(
     cells = _cells(
         own["real"], (block.images[1] - block.images[0], *x.shape[1:3]), lengths
     )
-    cells[...] = 0
+    job.backend.fill(cells, 0)
     inside = tuple(
         slice(before, before + stop - start)
         for (before, _), (start, stop) in zip(block.padding, block.window, strict=True)
@@ -308,7 +308,7 @@ def _window_spectra(
     count = cells.shape[0]
     shape = (*_frequencies(lengths), g.groups, count, g.group_channels)
     spectra = own["x"][: math.prod(shape)].reshape(shape)
-    _transform(cells.swapaxes(0, 1), spectra, own["between"])
+    job.backend.do(_transform, cells.swapaxes(0, 1), spectra, own["between"], False)
     return spectra
 
 
@@ -324,7 +324,7 @@ def _spread_spectra(
     g = job.problem.geometry
     part = output_cells(dy, block)
     cells = _cells(own["real"], part.shape[:3], lengths)
-    cells[...] = 0
+    job.backend.fill(cells, 0)
     places = tuple(
         slice(0, (size - 1) * stride + 1, stride)
         for size, stride in zip(block.shape, strides, strict=True)
@@ -332,12 +332,15 @@ def _spread_spectra(
     job.backend.copy(part, cells[(..., *places)])
     shape = (*_frequencies(lengths), g.groups, cells.shape[0], g.group_filters)
     spectra = own["y"][: math.prod(shape)].reshape(shape)
-    _transform(cells.swapaxes(0, 1), spectra, own["between"], conjugate=True)
+    job.backend.do(_transform, cells.swapaxes(0, 1), spectra, own["between"], True)
     return spectra
 
 
 def _transform(
-    cells: Array, spectra: Array, between: Array, *, conjugate: bool = False
+    cells: Array,
+    spectra: Array,
+    between: Array,
+    conjugate: bool,  # noqa: FBT001 - steps of a program are called by position
 ) -> None:
     """Spectra (frequencies, a, b, c) of real cells (a, b, c, *lengths)."""
     rank = cells.ndim - 3
@@ -356,9 +359,9 @@ def _transform(
 
 
 def _back(
+    job: Job,
     spectra: Array,
-    real: Array,
-    between: Array,
+    own: dict[str, Array],
     head: tuple[int, ...],
     lengths: tuple[int, ...],
     *,
@@ -367,14 +370,20 @@ def _back(
     """Real cells (a, b, c, *lengths) of spectra (frequencies, b, a, c)."""
     rank = len(lengths)
     order = (rank + 1, rank, rank + 2) if swap else (rank, rank + 1, rank + 2)
-    part, other = _pair(between, (*head, *_frequencies(lengths)))
-    np.copyto(part, spectra.transpose(*order, *range(rank)))
-    for axis in range(3, 2 + rank):
+    cells = _cells(own["real"], head, lengths)
+    spectra = spectra.transpose(*order, *range(rank))
+    job.backend.do(_transform_back, spectra, own["between"], cells)
+    return cells
+
+
+def _transform_back(spectra: Array, between: Array, cells: Array) -> None:
+    """Real cells (a, b, c, *lengths) of spectra (a, b, c, *frequencies)."""
+    part, other = _pair(between, spectra.shape)
+    np.copyto(part, spectra)
+    for axis in range(3, cells.ndim - 1):
         np.fft.ifft(part, axis=axis, norm=_NORM, out=other)
         part, other = other, part
-    cells = _cells(real, head, lengths)
-    np.fft.irfft(part, n=lengths[-1], axis=-1, norm=_NORM, out=cells)
-    return cells
+    np.fft.irfft(part, n=cells.shape[-1], axis=-1, norm=_NORM, out=cells)
 
 
 def _pair(flat: Array, shape: tuple[int, ...]) -> tuple[Array, Array]:

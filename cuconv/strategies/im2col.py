@@ -20,12 +20,11 @@ from itertools import islice
 from cuconv.arrays import Array, DType, Stored, flattened, stored
 from cuconv.backends import Backend
 from cuconv.engine.costs import Work
+from cuconv.engine.problem import Problem, in_groups
 from cuconv.geometry import Block, ConvGeometry, Region, Tile
 from cuconv.memory import Buffer
-from cuconv.profiling import stage
 from cuconv.strategies.base import (
     Job,
-    Problem,
     Tiling,
     Tilings,
     Workspace,
@@ -33,7 +32,6 @@ from cuconv.strategies.base import (
     bias_buffer,
     copy_transposed,
     filters_of,
-    in_groups,
     output_buffer,
     output_cells,
     partial_cells,
@@ -179,19 +177,14 @@ class Im2col:
         self, job: Job, x: Array, block: Block, buffers: dict[str, Array], chunk: int
     ) -> Array:
         """The column matrix of one block of a grouped ``x``."""
-        views = getattr(buffers, "views", None)
-        columns = views.get("columns") if views else None
-        if columns is None:
-            wide = job.problem.op == "weight_grad" or job.tiling.variant == WIDE
-            columns = _stored_columns(job, buffers["columns"], block, wide=wide)
-            if views is not None:
-                views["columns"] = columns
-        with stage("gather", self.name, chunk):
+        wide = job.problem.op == "weight_grad" or job.tiling.variant == WIDE
+        columns = _stored_columns(job, buffers["columns"], block, wide=wide)
+        with job.backend.stage("gather", self.name, chunk):
             images = x[slice(*block.images)]
             geometry = job.problem.geometry
             job.backend.gather(images, columns.cells, geometry, block, buffers)
         if job.problem.op == "weight_grad" and columns.matrix.dtype.kind == "c":
-            job.backend.xp.conjugate(columns.matrix, out=columns.matrix)
+            job.backend.do(job.backend.xp.conjugate, columns.matrix, columns.matrix)
         return columns.matrix
 
     def weights(self, job: Job, w: Array, kept: dict[str, Array]) -> Array:
@@ -209,7 +202,7 @@ class Im2col:
         ) -> None:
             block, part = item
             columns = self.columns(job, x, block, buffers, chunk)
-            with stage("gemm", self.name, chunk):
+            with job.backend.stage("gemm", self.name, chunk):
                 some = weights[:, :, part]
                 bias = offset if offset is None else offset[:, :, part]
                 _write_block(job, some, columns, bias, y[:, :, part], block, buffers)
@@ -250,11 +243,11 @@ class Im2col:
             for chunk, block in islice(enumerate(job.blocks), first, None, step):
                 columns = self.columns(job, x, block, buffers, chunk)
                 cells = output_cells(dy, block)[:, :, part]
-                with stage("gemm", self.name, chunk):
+                with job.backend.stage("gemm", self.name, chunk):
                     _add_block(job, columns, cells, total, block, buffers, add=add)
                 add = True
             if not add:
-                total[...] = 0
+                job.backend.fill(total, 0)
 
         job.each(range(len(parts) if own_filters else splits), body)
         add_splits(job, sums)
@@ -421,15 +414,15 @@ def _write_region(
         first = geometry.channels_first
         target = stored(buffers["dx"], head, (), spatial, channels_first=first).cells
     if not region.is_reached:
-        target[...] = 0
+        job.backend.fill(target, 0)
     blocks = geometry.blocks(job.tiling.tile, region.images, region.output)
     images = None
     for chunk, block in enumerate(blocks):
         columns = _stored_columns(job, buffers["columns"], block)
         matrix = take_dy(job, output_cells(dy, block), buffers, block)
-        with stage("gemm", Im2col.name, chunk):
+        with job.backend.stage("gemm", Im2col.name, chunk):
             job.backend.gemm(weights, matrix, columns.matrix, fast=job.problem.fast)
-        with stage("scatter", Im2col.name, chunk):
+        with job.backend.stage("scatter", Im2col.name, chunk):
             job.backend.scatter(
                 columns.cells,
                 target[slice(*(i - region.images[0] for i in block.images))],
@@ -441,7 +434,7 @@ def _write_region(
             )
         images = block.images
     if bias is not None:
-        job.backend.xp.add(target, bias, out=target)
+        job.backend.do(job.backend.xp.add, target, bias, target)
     if target is not cells:
         job.backend.copy(target, cells)
 

@@ -25,17 +25,15 @@ from cuconv.arrays import Array, flattened
 from cuconv.backends import Backend, Contraction
 from cuconv.backends.blocking import Blocking, block_sizes
 from cuconv.engine.costs import Work
+from cuconv.engine.problem import Problem, in_groups
 from cuconv.geometry import Axis, Tile
 from cuconv.memory import Buffer
-from cuconv.profiling import stage
 from cuconv.strategies.base import (
     Job,
-    Problem,
     Tiling,
     Tilings,
     Workspace,
     filters_of,
-    in_groups,
     verdict,
 )
 
@@ -174,7 +172,7 @@ class ImplicitGemm:
         if job.problem.op == "input_grad":
             # (G, K/G, C/G · taps) becomes (G, C/G · taps, K/G).
             flat = flat.reshape(1, g.groups, g.group_filters, g.patch)
-        with stage("weights", self.name):
+        with job.backend.stage("weights", self.name):
             turned = kept["w"].reshape(*flat.shape[:2], flat.shape[3], flat.shape[2])
             _kernels(job).transpose(flat, turned)
         return kernel_last.transpose(0, 1, g.rank + 2, *range(2, g.rank + 2))
@@ -185,7 +183,7 @@ class ImplicitGemm:
         g = job.problem.geometry
         x, y = _operand(job, "x", in_groups(x, g)), in_groups(out, g)
         how = _how(job, conjugated=int(job.problem.conjugates_weights))
-        with stage("product", self.name):
+        with job.backend.stage("product", self.name):
             _kernels(job).convolve(
                 *(weights, x, bias, y, g.axes, how), job.shared["parts"]
             )
@@ -201,10 +199,13 @@ class ImplicitGemm:
         if sum(phase.geometry.positions for phase in phases) < g.cells:
             # Where no tap reaches, a sum is its beginning: channels beside their cells.
             ones = (1,) * g.rank
-            dx[...] = 0 if bias is None else bias.reshape(g.groups, -1, *ones)
+            if bias is None:
+                job.backend.fill(dx, 0)
+            else:
+                job.backend.copy(bias.reshape(g.groups, -1, *ones), dx)
         for number, phase in enumerate(phases):
             cells = dx[(..., *phase.results)]
-            with stage("product", self.name, number):
+            with job.backend.stage("product", self.name, number):
                 taps = weights[(..., *phase.taps)][(..., *reverse)]
                 _kernels(job).convolve(
                     *(taps, dy, bias, cells, phase.geometry.axes, how),
@@ -217,7 +218,7 @@ class ImplicitGemm:
         dy = _operand(job, "dy", in_groups(dy, g))
         is_complex = job.problem.operand.kind == "c"
         dw, how = filters_of(out, job.problem), _how(job, conjugated=2 * is_complex)
-        with stage("product", self.name):
+        with job.backend.stage("product", self.name):
             _kernels(job).correlate(dy, x, dw, g.axes, how, job.shared["parts"])
 
 
@@ -260,7 +261,7 @@ def _operand(job: Job, name: str, array: Array) -> Array:
     if source.shape[-1] > 1 and source.strides[-1] != source.itemsize:
         return array  # a view whose channels lie last already
     copy = job.shared[name].reshape(images, groups, *cells, channels)
-    with stage("gather", ImplicitGemm.name):
+    with job.backend.stage("gather", ImplicitGemm.name):
         _kernels(job).transpose(source, _rows_of(copy))
     return copy.transpose(0, 1, len(cells) + 2, *range(2, len(cells) + 2))
 

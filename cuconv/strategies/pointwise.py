@@ -8,17 +8,15 @@ transposed.
 from cuconv.arrays import Array, flattened
 from cuconv.backends import Backend
 from cuconv.engine.costs import Work
+from cuconv.engine.problem import Problem, in_groups
 from cuconv.geometry import Block
 from cuconv.memory import Buffer
-from cuconv.profiling import stage
 from cuconv.strategies.base import (
     Job,
-    Problem,
     Tiling,
     Tilings,
     Workspace,
     bias_buffer,
-    in_groups,
     output_cells,
     parts_of,
     take_bias,
@@ -131,7 +129,7 @@ class Pointwise(Im2col):
             block, part = item
             cells = flattened(output_cells(dx, block)[:, :, part], geometry.rank)
             columns = flattened(output_cells(dy, block), geometry.rank)
-            with stage("gemm", self.name, chunk):
+            with job.backend.stage("gemm", self.name, chunk):
                 some = weights.swapaxes(-1, -2)[:, :, part]
                 own = offset if offset is None else offset[:, :, part]
                 job.backend.gemm(some, columns, cells, bias=own, fast=fast)

@@ -22,14 +22,13 @@ from typing import NamedTuple
 from cuconv.arrays import Array, Stored, stored
 from cuconv.backends import Backend
 from cuconv.engine.costs import Work
+from cuconv.engine.problem import Problem, in_groups
 from cuconv.geometry import Axis, Block, ConvGeometry, Range
 from cuconv.memory import Buffer
-from cuconv.profiling import stage
 from cuconv.strategies.base import (
     OVER_DY,
     Job,
     OneWay,
-    Problem,
     Tiling,
     Tilings,
     Workspace,
@@ -37,7 +36,6 @@ from cuconv.strategies.base import (
     bias_buffer,
     copy_transposed,
     filters_of,
-    in_groups,
     output_cells,
     take_bias,
 )
@@ -121,7 +119,7 @@ class TapMatmul(OneWay):
         copy = kept["w"].reshape(*g.kernel, g.groups, g.group_filters, g.group_channels)
         copy_transposed(job, filters_of(w, job.problem), _taps_last(copy, g.rank))
         if job.problem.conjugates_weights:
-            job.backend.xp.conjugate(copy, out=copy)
+            job.backend.do(job.backend.xp.conjugate, copy, copy)
         return copy
 
     def forward(
@@ -133,13 +131,13 @@ class TapMatmul(OneWay):
 
         def body(chunk: int, block: Block, buffers: dict[str, Array]) -> None:
             total = _staged(buffers["y"], g, block, g.group_filters, block.shape).cells
-            total[...] = offset
+            _begin(job, total, offset)
             cells = x[slice(*block.images)]
             for met in _meetings(g, block):
-                with stage("gather", self.name, chunk):
+                with job.backend.stage("gather", self.name, chunk):
                     source = cells[(..., *met.inputs)]
                     columns = _copied(job, buffers["x"], g, block, source)
-                with stage("gemm", self.name, chunk):
+                with job.backend.stage("gemm", self.name, chunk):
                     summand = _staged(
                         buffers["product"], g, block, g.group_filters, met.shape
                     )
@@ -151,7 +149,7 @@ class TapMatmul(OneWay):
                         fast=fast,
                     )
                     into = total[(..., *met.outputs)]
-                    job.backend.xp.add(into, summand.cells, out=into)
+                    job.backend.do(job.backend.xp.add, into, summand.cells, into)
             job.backend.copy(total, output_cells(y, block))
 
         job.each(job.blocks, body)
@@ -166,7 +164,7 @@ class TapMatmul(OneWay):
         def body(chunk: int, block: Block, buffers: dict[str, Array]) -> None:
             cells = dx[slice(*block.images)]
             total = _staged(buffers["dx"], g, block, g.group_channels, g.size).cells
-            total[...] = offset
+            _begin(job, total, offset)
             gradients = output_cells(dy, block)
             for met in _meetings(g, block):
                 source = gradients[(..., *met.outputs)]
@@ -174,13 +172,13 @@ class TapMatmul(OneWay):
                 summand = _staged(
                     buffers["product"], g, block, g.group_channels, met.shape
                 )
-                with stage("gemm", self.name, chunk):
+                with job.backend.stage("gemm", self.name, chunk):
                     turned = weights[met.tap][None].swapaxes(-1, -2)
                     fast = job.problem.fast
                     job.backend.gemm(turned, columns.matrix, summand.matrix, fast=fast)
-                with stage("scatter", self.name, chunk):
+                with job.backend.stage("scatter", self.name, chunk):
                     into = total[(..., *met.inputs)]
-                    job.backend.xp.add(into, summand.cells, out=into)
+                    job.backend.do(job.backend.xp.add, into, summand.cells, into)
             job.backend.copy(total, cells)
 
         job.each(job.blocks, body)
@@ -193,18 +191,22 @@ class TapMatmul(OneWay):
 
         def body(number: int, split: int, buffers: dict[str, Array]) -> None:
             del number
-            sums[split] = 0
+            job.backend.fill(sums[split], 0)
             for chunk, block in islice(enumerate(job.blocks), split, None, splits):
                 cells, gradients = x[slice(*block.images)], output_cells(dy, block)
                 for met in _meetings(g, block):
-                    with stage("gather", self.name, chunk):
+                    with job.backend.stage("gather", self.name, chunk):
                         source = cells[(..., *met.inputs)]
                         columns = _copied(job, buffers["x"], g, block, source)
                         if columns.matrix.dtype.kind == "c":
-                            job.backend.xp.conjugate(columns.matrix, out=columns.matrix)
+                            job.backend.do(
+                                job.backend.xp.conjugate,
+                                columns.matrix,
+                                columns.matrix,
+                            )
                         source = gradients[(..., *met.outputs)]
                         rows = _copied(job, buffers["dy"], g, block, source)
-                    with stage("gemm", self.name, chunk):
+                    with job.backend.stage("gemm", self.name, chunk):
                         job.backend.gemm(
                             rows.matrix,
                             columns.matrix.swapaxes(-1, -2),
@@ -219,11 +221,19 @@ class TapMatmul(OneWay):
         copy_transposed(job, _taps_last(sums[0], g.rank), filters_of(out, job.problem))
 
 
-def _start(job: Job, bias: Array | None) -> Array | int:
-    """What a sum begins with: zero, or the bias beside (N, G, C, *spatial)."""
+def _begin(job: Job, total: Array, offset: Array | None) -> None:
+    """Fill a sum with what it begins with: zero, or the bias."""
+    if offset is None:
+        job.backend.fill(total, 0)
+    else:
+        job.backend.copy(offset, total)
+
+
+def _start(job: Job, bias: Array | None) -> Array | None:
+    """The bias beside (N, G, C, *spatial), if there is one."""
     offset = take_bias(job, bias)
     if offset is None:
-        return 0
+        return None
     return offset.reshape(*offset.shape[:3], *(1,) * job.problem.geometry.rank)
 
 

@@ -37,19 +37,17 @@ import numpy as np
 from cuconv.arrays import Array, DType
 from cuconv.backends import Backend
 from cuconv.engine.costs import Work
+from cuconv.engine.problem import Problem, in_groups
 from cuconv.geometry import Block, ConvGeometry, Tile, tile_of
 from cuconv.memory import Buffer
-from cuconv.profiling import stage
 from cuconv.strategies.base import (
     OVER_DY,
     Job,
-    Problem,
     Tiling,
     Tilings,
     Workspace,
     add_splits,
     bias_buffer,
-    in_groups,
     output_cells,
     take_bias,
     three_axes,
@@ -202,7 +200,7 @@ class Winograd:
     def weights(self, job: Job, w: Array, kept: dict[str, Array]) -> Array:
         """U as (frequencies, G, outer taps · C/G, K/G)."""
         shape = _shape(job.problem.geometry, job.tiling.variant, job.problem.operand)
-        with stage("weights", self.name):
+        with job.backend.stage("weights", self.name):
             return _transforms(job.backend).weights(job, w, kept["w"], shape)
 
     def forward(
@@ -216,12 +214,12 @@ class Winograd:
         def body(chunk: int, block: Block, buffers: dict[str, Array]) -> None:
             piece = piece_of(shape, block, tiled)
             into = output_cells(y, block)
-            with stage("gather", self.name, chunk):
+            with job.backend.stage("gather", self.name, chunk):
                 v = way.inputs(job, x[slice(*block.images)], piece, buffers)
-            with stage("gemm", self.name, chunk):
+            with job.backend.stage("gemm", self.name, chunk):
                 m = way.room(job, into, piece, buffers)
                 job.backend.gemm(v, weights[:, :, None], m)
-            with stage("scatter", self.name, chunk):
+            with job.backend.stage("scatter", self.name, chunk):
                 way.outputs(job, offset, into, piece, buffers)
 
         job.each(job.blocks, body)
@@ -240,20 +238,20 @@ class Winograd:
 
         def body(number: int, split: int, buffers: dict[str, Array]) -> None:
             del number
-            sums[split] = 0
+            job.backend.fill(sums[split], 0)
             total = way.sums(job, sums[split], out, shape)
             splits = job.tiling.splits
             for chunk, block in islice(enumerate(job.blocks), split, None, splits):
                 piece = piece_of(shape, block, tiled)
-                with stage("gather", self.name, chunk):
+                with job.backend.stage("gather", self.name, chunk):
                     v = way.inputs(job, x[slice(*block.images)], piece, buffers)
                     d = way.gradients(job, output_cells(dy, block), piece, buffers)
-                with stage("gemm", self.name, chunk):
+                with job.backend.stage("gemm", self.name, chunk):
                     _add_products(job, v, d, total, buffers)
 
         job.each(range(job.tiling.splits), body)
         add_splits(job, list(sums))
-        with stage("weights", self.name):
+        with job.backend.stage("weights", self.name):
             way.taps(job, sums[0], out, shape)
 
 

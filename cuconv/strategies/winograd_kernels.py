@@ -17,12 +17,12 @@ from dataclasses import dataclass
 from dataclasses import replace as changed
 from typing import NamedTuple
 
-from cuconv.arrays import Array, stored
+from cuconv.arrays import Array, stored, strided
 from cuconv.backends import TileTransforms
+from cuconv.engine.problem import Problem
 from cuconv.memory import Buffer
 from cuconv.strategies.base import (
     Job,
-    Problem,
     Tiling,
     filters_of,
     outer_view,
@@ -214,7 +214,7 @@ def _strided(
     job: Job, flat: Array, shape: tuple[int, ...], steps: tuple[int, ...]
 ) -> Array:
     strides = tuple(step * flat.dtype.itemsize for step in steps)
-    view: Array = job.backend.xp.lib.stride_tricks.as_strided(flat, shape, strides)
+    view: Array = strided(flat, shape, strides)
     return view
 
 

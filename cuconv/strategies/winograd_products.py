@@ -13,13 +13,14 @@ cells of the outer axis:
 
 import math
 from collections.abc import Iterator
-from typing import Any
 
-from cuconv.arrays import Array
+import numpy as np
+
+from cuconv.arrays import Array, strided
+from cuconv.engine.problem import Problem
 from cuconv.memory import Buffer
 from cuconv.strategies.base import (
     Job,
-    Problem,
     Tiling,
     copy_transposed,
     filters_of,
@@ -198,7 +199,7 @@ def _copy_rows(job: Job, x: Array, q: Array, firsts: list[int], step: int) -> No
     for axis, start, stop in ((4, d0, d1), (6, w0, w1)):
         for gap in (slice(0, start), slice(stop, q.shape[axis])):
             if gap.start < gap.stop:
-                q[(slice(None),) * axis + (gap,)] = 0
+                job.backend.fill(q[(slice(None),) * axis + (gap,)], 0)
     x = x[:, :, :, firsts[0] + d0 : firsts[0] + d1]
     x = x[..., firsts[2] + w0 : firsts[2] + w1].transpose(0, 4, 1, 3, 2, 5)
     into = q[:, :, :, :, d0:d1, :, w0:w1]
@@ -211,8 +212,8 @@ def _copy_rows(job: Job, x: Array, q: Array, firsts: list[int], step: int) -> No
     for t in (*range(t0), *range(t1, tall)):
         first = firsts[1] + step * t
         a0, a1 = _within(first, 1, rows, height)
-        q[:a0, :, t] = 0
-        q[a1:, :, t] = 0
+        job.backend.fill(q[:a0, :, t], 0)
+        job.backend.fill(q[a1:, :, t], 0)
         if a1 > a0 and into.size:
             part = x[:, first + a0 : first + a1].swapaxes(0, 1)
             job.backend.copy(part, into[a0:a1, :, t])
@@ -223,7 +224,6 @@ def _tiles_of(job: Job, x: Array, tall: int, rows: int, step: int) -> Array:
     image, row, *rest = x.strides
     shape = (rows, x.shape[0], tall, *x.shape[2:])
     strides = (row, image, step * row, *rest)
-    strided: Any = job.backend.xp.lib.stride_tricks.as_strided
     tiles: Array = strided(x, shape, strides)
     return tiles
 
@@ -246,7 +246,7 @@ def _transformed(
     windows = _windows_of(job, q, wide, last.shape[1], step)
     v = into[: last.shape[0] * count * wide * lines]
     v = v.reshape(last.shape[0], count, wide, lines)
-    job.backend.xp.matmul(last, windows, out=v.transpose(1, 2, 0, 3))
+    job.backend.do(np.matmul, last, windows, v.transpose(1, 2, 0, 3))
     return v
 
 
@@ -254,7 +254,6 @@ def _windows_of(job: Job, rows: Array, wide: int, size: int, step: int) -> Array
     """View (i, lines, w) as (i, tw, size, lines): the tiles of every line."""
     i, line, cell = rows.strides
     shape = (rows.shape[0], wide, size, rows.shape[1])
-    strided: Any = job.backend.xp.lib.stride_tricks.as_strided
     windows: Array = strided(rows, shape, (i, step * cell, cell, line))
     return windows
 
@@ -265,18 +264,18 @@ def _product_of(job: Job, matrix: Array, cells: Array, into: Array) -> Array:
     In one call if the columns can be parted evenly: each call takes the interpreter's
     lock, for which workers wait.
     """
-    columns, matmul = cells.shape[1], job.backend.xp.matmul
+    columns = cells.shape[1]
     out = into[: matrix.shape[0] * columns].reshape(-1, columns)
     least = -(-columns // _COLUMNS)
     even = [n for n in range(least, 2 * least + 8) if n and columns % n == 0]
     if even:
         apart = cells.reshape(cells.shape[0], even[0], -1).swapaxes(0, 1)
         target = out.reshape(out.shape[0], even[0], -1).swapaxes(0, 1)
-        matmul(matrix, apart, out=target)
+        job.backend.do(np.matmul, matrix, apart, target)
         return out
     for start in range(0, columns, _COLUMNS):
         part = slice(start, start + _COLUMNS)
-        matmul(matrix, cells[:, part], out=out[:, part])
+        job.backend.do(np.matmul, matrix, cells[:, part], out[:, part])
     return out
 
 
@@ -295,7 +294,6 @@ def _stacked(job: Job, v: Array, piece: Piece) -> Array:
         axis.kernel * cells.shape[-1],
     )
     strides = (frequency, group, outer * axis.stride, tile, channel)
-    strided: Any = job.backend.xp.lib.stride_tricks.as_strided
     stacked: Array = strided(cells, sizes, strides)
     return stacked
 
@@ -319,13 +317,13 @@ def _outputs(
     job: Job, bias: Array | None, y: Array, piece: Piece, buffers: dict[str, Array]
 ) -> None:
     """Transform M back, and write the block of y (N, G, K, outer, rows, last)."""
-    xp, shape = job.backend.xp, piece.shape
+    do, shape = job.backend.do, piece.shape
     rows, last = shape.tiles
     (count, size), (height, width) = shape.inputs, shape.outputs
     m = _room(job, piece, buffers).reshape(size, count, piece.wide, -1)
     z = buffers["z"][: count * m.shape[3] * piece.wide * width]
     z = z.reshape(count, m.shape[3], piece.wide, width)
-    xp.matmul(m.transpose(1, 2, 3, 0), last.output.T, out=z.swapaxes(1, 2))
+    do(np.matmul, m.transpose(1, 2, 3, 0), last.output.T, z.swapaxes(1, 2))
     cells = z.reshape(count, -1)
     if rows is not None:
         cells = _product_of(job, rows.output, cells, buffers["y"])
@@ -333,7 +331,7 @@ def _outputs(
     cells = cells.reshape(sizes)
     if bias is not None:
         # (1, G, K, 1) beside (a, n, th, g, d, k, w).
-        xp.add(cells, bias[0][:, None], out=cells)
+        do(np.add, cells, bias[0][:, None], cells)
     cells = cells[..., : y.shape[5]]
     whole = y.shape[4] // height
     if whole:
@@ -353,7 +351,7 @@ def _strips(cells: int, shape: Shape) -> Iterator[slice]:
 
 def _bands(job: Job, taps: Array, u: Array, shape: Shape) -> None:
     """U from weights (last taps, row taps, cells): two small products a strip."""
-    xp = job.backend.xp
+    do = job.backend.do
     rows, last = shape.tiles
     (count, size) = shape.inputs
     out = u.reshape(size, count, -1)
@@ -364,16 +362,17 @@ def _bands(job: Job, taps: Array, u: Array, shape: Shape) -> None:
         if rows is not None:
             band = own["bands"][: part.shape[0] * count * part.shape[2]]
             band = band.reshape(part.shape[0], count, part.shape[2])
-            xp.matmul(rows.filter, part, out=band)
+            do(np.matmul, rows.filter, part, band)
             part = band
-        xp.matmul(last.filter, part.swapaxes(0, 1), out=out[..., strip].swapaxes(0, 1))
+        into = out[..., strip].swapaxes(0, 1)
+        do(np.matmul, last.filter, part.swapaxes(0, 1), into)
 
     job.each(_strips(taps.shape[2], shape), body)
 
 
 def _finish(job: Job, total: Array, out: Array, shape: Shape) -> None:
     """Write Gᵀ dU G, every filter, to the gradient for the weights."""
-    xp, problem = job.backend.xp, job.problem
+    do, problem = job.backend.do, job.problem
     rows, last = shape.tiles
     count, size = shape.inputs
     view = outer_view(filters_of(out, problem), len(job.tiling.variant))
@@ -386,12 +385,12 @@ def _finish(job: Job, total: Array, out: Array, shape: Shape) -> None:
         part = source[..., strip]
         band = own["bands"][: count * flat.shape[0] * part.shape[2]]
         band = band.reshape(count, flat.shape[0], part.shape[2])
-        xp.matmul(last.filter.T, part.swapaxes(0, 1), out=band)
+        do(np.matmul, last.filter.T, part.swapaxes(0, 1), band)
         across = band.swapaxes(0, 1)
         if rows is None:
-            flat[..., strip] = across
+            job.backend.copy(across, flat[..., strip])
         else:
-            xp.matmul(rows.filter.T, across, out=flat[..., strip])
+            do(np.matmul, rows.filter.T, across, flat[..., strip])
 
     job.each(_strips(flat.shape[2], shape), body)
     copy_transposed(job, taps.transpose(2, 5, 4, 3, 1, 0), view)

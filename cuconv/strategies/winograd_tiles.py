@@ -16,10 +16,11 @@ from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 from cuconv.arrays import Array
+from cuconv.engine.problem import Problem
 from cuconv.geometry import Axis, Block, Range, Ranges
 from cuconv.lazy import lazy
 from cuconv.memory import Buffer
-from cuconv.strategies.base import Job, Problem, Tiling
+from cuconv.strategies.base import Job, Tiling
 
 
 class Matrices(NamedTuple):

@@ -3,27 +3,28 @@
 import math
 import os
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import copy_context
 from functools import partial
 from time import perf_counter
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
-from numpy.lib.stride_tricks import as_strided
 from threadpoolctl import ThreadpoolController
 
-from cuconv.arrays import Array, DType, Types, stored
+from cuconv.arrays import Array, DType, Types, stored, strided
 from cuconv.backends import padding as wrapping
 from cuconv.backends.cpu.machine import cpu_machine
 from cuconv.backends.cpu.pooling import CpuPools
 from cuconv.backends.padding import Reading
+from cuconv.backends.sharing import Shared
 from cuconv.config import settings
 from cuconv.engine.costs import CPU_RATES
+from cuconv.engine.program import Item, Program, Slots
 from cuconv.geometry import Axis, Block, Ranges, Tile, WindowGeometry
-from cuconv.memory import Buffer
+from cuconv.memory import ALIGNED, Buffer, aligned_start
 from cuconv.profiling import stage
 
 # NumPy adds strided arrays by way of three buffers of this many items; a thousand are
@@ -39,8 +40,16 @@ _LEAST_INNER, _MOST_INNER, _PART_ROWS = 48, 640, 32
 # the cache.  512×128×3136 in place, 784 columns apart: 92 whole, 80 in parts.
 _MOST_SPAN = 2**19
 _AVX512 = ("SkylakeX", "Cooperlake", "SapphireRapids")
+# The largest workspace of programs that run as they are: NumPy's own buffers for arrays
+# that fit into it are less than what `CpuBackend.overhead` counts, whatever their size.
+_SMALL_BYTES = 2**16
+# The most programs that an arena keeps views for.
+_MOST_PROGRAMS = 256
 _CALL_BYTES = 15 * 1024
 _WORKER_BYTES = 8 * 1024
+
+
+Do: TypeAlias = Callable[..., None]
 
 
 class CpuBackend:
@@ -122,28 +131,76 @@ class CpuBackend:
         block: Block,
         buffers: dict[str, Array],
     ) -> None:
-        views = getattr(buffers, "views", None)
-        if views and "window" in views:
-            # The zeros around the window are there from the first call.
-            inside, windows, cells = views["window"]
-            np.copyto(inside, x[cells])
-            np.copyto(columns, windows)
-            return
-        _STOPPING.check()
-        cells = (..., *(slice(*span) for span in block.window))
-        source = x[cells]
+        source = x[(..., *(slice(*span) for span in block.window))]
         step = _phases(geometry)
         if step > 1:
-            _gather_phases(source, columns, geometry, block, buffers["window"], step)
+            self._gather_phases(
+                source, columns, geometry, block, buffers["window"], step
+            )
             return
         if any(map(any, block.padding)):
-            padded, inside = _padded(source, block.padding, geometry, buffers["window"])
-            windows = _windows(padded, geometry.axes, columns.shape)
-            if views is not None:
-                views["window"] = inside, windows, cells
-        else:
-            windows = _windows(source, geometry.axes, columns.shape)
-        np.copyto(columns, windows)
+            source = self._padded(source, block.padding, geometry, buffers["window"])
+        self.copy(_windows(source, geometry.axes, columns.shape), columns)
+
+    def _padded(
+        self, window: Array, padding: Ranges, geometry: WindowGeometry, buffer: Array
+    ) -> Array:
+        """Copy the window with its zeros, axes in the order of the input."""
+        with self.stage("pad"):
+            inner = window.shape[3:]
+            each = list(zip(inner, padding, strict=True))
+            padded = stored(
+                buffer,
+                window.shape[:3],
+                (),
+                tuple(before + size + after for size, (before, after) in each),
+                channels_first=geometry.channels_first,
+            ).cells
+            self.fill(padded, 0)
+            cells = tuple(slice(before, before + size) for size, (before, _) in each)
+            self.copy(window, padded[(..., *cells)])
+            return padded
+
+    def _gather_phases(
+        self,
+        window: Array,
+        columns: Array,
+        geometry: WindowGeometry,
+        block: Block,
+        buffer: Array,
+        step: int,
+    ) -> None:
+        """Gather by way of (N, G, C, *outer, phase, cells / step)."""
+        *outer, last = geometry.axes
+        sizes = [
+            before + size + after
+            for size, (before, after) in zip(
+                window.shape[3:], block.padding, strict=True
+            )
+        ]
+        run = -(-sizes[-1] // step)
+        shape = (*window.shape[:3], *sizes[:-1], step, run)
+        split = buffer[: math.prod(shape)].reshape(shape)
+        with self.stage("pad"):
+            if any(map(any, block.padding)):
+                self.fill(split, 0)
+            inside = tuple(
+                slice(before, before + size)
+                for size, (before, _) in zip(
+                    window.shape[3:-1], block.padding[:-1], strict=True
+                )
+            )
+            before = block.padding[-1][0]
+            for phase in range(step):
+                first = -(-(before - phase) // step) if before > phase else 0
+                cells = window[..., first * step + phase - before :: step]
+                run = slice(first, first + cells.shape[-1])
+                self.copy(cells, split[(..., *inside, phase, run)])
+        plain = (*outer, last._replace(stride=1))
+        rank = geometry.rank
+        for phase in range(step):
+            part = columns[(slice(None),) * (2 + rank) + (slice(phase, None, step),)]
+            self.copy(_windows(split[..., phase, :], plain, part.shape), part)
 
     def scatter(
         self,
@@ -158,13 +215,12 @@ class CpuBackend:
     ) -> None:
         del deterministic  # NumPy adds in the order of the taps, always.
         if not add:
-            target[...] = 0
-        _STOPPING.check()
+            self.fill(target, 0)
         for tap in _taps(geometry.kernel):
             met = list(map(Axis.hits, geometry.axes, tap, block.output, cells))
             into = target[(..., *(each.cells for each in met))]
             part = columns[(slice(None),) * 3 + (*tap, *(m.outputs for m in met))]
-            np.add(into, part, out=into)
+            self.do(np.add, into, part, into)
 
     def gemm(
         self,
@@ -178,20 +234,41 @@ class CpuBackend:
         fast: bool = False,
     ) -> None:
         del fast  # a CPU has no TF32
-        _STOPPING.check()
         if out.strides[-1] != out.itemsize:
             # matmul writes rows; a result stored by columns is the product transposed.
             a, b, out = b.mT, a.mT, out.mT
             bias = bias if bias is None else bias.mT
         if not add:
-            _multiply(a, b, out)
+            _multiply(self.do, a, b, out)
         else:
-            _add_product(a, b, out, partial)
+            _add_product(self.do, a, b, out, partial)
         if bias is not None:
-            np.add(out, bias, out=out)
+            self.do(np.add, out, bias, out)
 
     def copy(self, source: Array, target: Array) -> None:
-        np.copyto(target, source, casting="unsafe")
+        self.do(np.ndarray.__setitem__, target, ..., source)
+
+    def empty(self, shape: tuple[int, ...], dtype: DType) -> Array:
+        return np.empty(shape, dtype)
+
+    def sum(self, array: Array, axes: tuple[int, ...], dtype: DType) -> Array:
+        if array.dtype == dtype:
+            return np.add.reduce(array, axes)
+        sums = []
+
+        def body(worker: int) -> None:
+            del worker
+            sums.append(np.add.reduce(array, axes, dtype))
+
+        # With what NumPy buffers for the cast within bounds.
+        self.parallel(body, 1, single_threaded=True)
+        return sums[0]
+
+    def add_unsafely(self, target: Array, summand: Array) -> None:
+        self.xp.add(target, summand, out=target, casting="unsafe")
+
+    def fill(self, target: Array, value: int) -> None:
+        self.do(np.ndarray.fill, target, value)
 
     def pad_copy(
         self,
@@ -199,7 +276,7 @@ class CpuBackend:
         copied: Array,
         reading: Reading,
     ) -> None:
-        wrapping.pad_copy(self.copy, cells, copied, reading)
+        wrapping.pad_copy(self, cells, copied, reading)
 
     def pad_adjoint(
         self,
@@ -209,7 +286,56 @@ class CpuBackend:
         *,
         add: bool,
     ) -> None:
-        wrapping.pad_adjoint(np, copied, cells, reading, add=add)
+        wrapping.pad_adjoint(self, copied, cells, reading, add=add)
+
+    def stage(self, name: str, strategy: str = "", chunk: int = 0) -> stage:
+        return stage(name, strategy, chunk, self.do)
+
+    @staticmethod
+    def do(function: Callable[..., Any], *operands: Any) -> None:
+        function(*operands)
+
+    def each(
+        self,
+        items: Iterable[Any],
+        body: Callable[..., None],
+        scratch: tuple[Any, ...],
+        *,
+        single_threaded: bool,
+    ) -> None:
+        queue = Shared(enumerate(items))
+
+        def work(worker: int) -> None:
+            for number, item in queue:
+                _STOPPING.check()
+                body(number, item, scratch[worker])
+
+        self.parallel(work, len(scratch), single_threaded=single_threaded)
+
+    def execute(self, program: Program, arrays: dict[str, Array]) -> None:
+        arena = _ARENAS.take(program.nbytes)
+        try:
+            each = [slots.copy() for slots in arena.slots_of(program)]
+            for slot, source, make in program.given:
+                array = arrays[source]
+                view = array if make is None else make(array)
+                for slots in each:
+                    slots[slot] = view
+            phases = program.current_phases()
+            single_threaded = program.single_threaded
+            if single_threaded and program.nbytes <= _SMALL_BYTES:
+                _run(phases, each[0])
+            elif len(each) == 1:
+                self.parallel(
+                    lambda _: _run(phases, each[0]), 1, single_threaded=single_threaded
+                )
+            else:
+                for items in phases:
+                    workers = each if len(items) > 1 else each[:1]
+                    queue = Shared(items)
+                    self.parallel(partial(_run_shared, queue, workers), len(workers))
+        finally:
+            _ARENAS.give_back(arena)
 
     def parallel(
         self,
@@ -239,10 +365,49 @@ class CpuBackend:
                 raise error
 
 
+def _run(phases: tuple[tuple[Item, ...], ...], slots: Slots) -> None:
+    """Run all phases in this thread."""
+    for items in phases:
+        for steps in items:
+            for function, operands in steps:
+                function(*operands(slots))
+
+
+def _run_shared(queue: Iterable[Item], each: list[Slots], worker: int) -> None:
+    """Run the items that this worker gets."""
+    slots = each[worker]
+    for steps in queue:
+        _STOPPING.check()
+        for function, operands in steps:
+            function(*operands(slots))
+
+
 def _milliseconds(call: Callable[[], object]) -> float:
     start = perf_counter()
     call()
     return (perf_counter() - start) * 1e3
+
+
+class _Arena:
+    """Memory for buffers, from an aligned place on, and the programs' views of it.
+
+    The views live as long as the arena, and no longer.
+    """
+
+    def __init__(self, nbytes: int) -> None:
+        self.nbytes = nbytes
+        raw = np.empty(nbytes, dtype=np.uint8)
+        start = aligned_start(raw) if nbytes else 0
+        self.raw = raw[start : start + nbytes - ALIGNED] if nbytes else raw
+        self._slots: dict[Program, list[Slots]] = {}
+
+    def slots_of(self, program: Program) -> list[Slots]:
+        found = self._slots.get(program)
+        if found is None:
+            if len(self._slots) >= _MOST_PROGRAMS:
+                self._slots.clear()
+            found = self._slots[program] = program.bound(self.raw)
+        return found
 
 
 class _Arenas:
@@ -250,36 +415,36 @@ class _Arenas:
 
     Fresh memory is mapped page by page as it is first written, which costs more than
     the copies made in it.  A call takes an arena from here, or a new one if those here
-    are too small, and brings it back; what is kept never passes ``most`` bytes.
+    are too small, and gives it back; what is kept never passes ``most`` bytes.
     """
 
     def __init__(self, most: int) -> None:
         self._most = most
         self._lock = threading.Lock()
-        self._kept: list[Array] = []
+        self._kept: list[_Arena] = []
 
     @contextmanager
     def borrowed(self, nbytes: int) -> Iterator[Array]:
-        arena = self._take(nbytes)
+        arena = self.take(nbytes)
         try:
-            yield arena
+            yield arena.raw
         finally:
-            self._bring_back(arena)
+            self.give_back(arena)
 
     def clear(self) -> None:
         with self._lock:
             self._kept.clear()
 
-    def _take(self, nbytes: int) -> Array:
+    def take(self, nbytes: int) -> _Arena:
         with self._lock:
             if self._kept:
                 arena = self._kept.pop()
                 if arena.nbytes >= nbytes:
                     return arena
                 del arena  # its memory goes back before more is asked for
-        return np.empty(nbytes, dtype=np.uint8)
+        return _Arena(nbytes)
 
-    def _bring_back(self, arena: Array) -> None:
+    def give_back(self, arena: _Arena) -> None:
         with self._lock:
             held = sum(kept.nbytes for kept in self._kept)
             if held + arena.nbytes <= self._most:
@@ -346,17 +511,17 @@ def _wait(futures: "list[Future[None]]") -> None:
         raise interruption
 
 
-def _add_product(a: Array, b: Array, out: Array, partial: Array) -> None:
+def _add_product(do: Do, a: Array, b: Array, out: Array, partial: Array) -> None:
     """``out += a @ b``, as much at a time as the buffer for the product holds."""
     if out.size <= partial.size:
         product = partial[: out.size].reshape(out.shape)
-        _multiply(a, b, product)
-        np.add(out, product, out=out)
+        _multiply(do, a, b, product)
+        do(np.add, out, product, out)
         return
     each, picks = out[0].size, list[int | slice](range(len(out)))
     if out.ndim == 2 and len(out) == 1:
         # A row that is longer than the buffer: its columns are as many short rows.
-        _add_product(b.swapaxes(-1, -2), a.swapaxes(-1, -2), out.T, partial)
+        _add_product(do, b.swapaxes(-1, -2), a.swapaxes(-1, -2), out.T, partial)
         return
     if each <= partial.size or out.ndim == 2:
         step = max(partial.size // each, 1)
@@ -364,7 +529,7 @@ def _add_product(a: Array, b: Array, out: Array, partial: Array) -> None:
     for pick in picks:
         left = a[pick] if out.ndim == 2 else _picked(a, pick)
         right = b if out.ndim == 2 else _picked(b, pick)
-        _add_product(left, right, out[pick], partial)
+        _add_product(do, left, right, out[pick], partial)
 
 
 def _picked(matrices: Array, pick: int | slice) -> Array:
@@ -374,34 +539,34 @@ def _picked(matrices: Array, pick: int | slice) -> Array:
     return matrices[0] if isinstance(pick, int) else matrices
 
 
-def _multiply(a: Array, b: Array, out: Array) -> None:
+def _multiply(do: Do, a: Array, b: Array, out: Array) -> None:
     """``out = a @ b``, cut into products that BLAS multiplies without packing."""
     rows, columns = _part(a, b, out)
     if not rows:
-        np.matmul(a, b, out=out)
+        do(np.matmul, a, b, out)
         return
     whole = out.shape[-2] // rows * rows, out.shape[-1] // columns * columns
     for tall in (slice(0, whole[0]), slice(whole[0], out.shape[-2])):
         for wide in (slice(0, whole[1]), slice(whole[1], out.shape[-1])):
             left, right, into = a[..., tall, :], b[..., wide], out[..., tall, wide]
             if into.size and tall.start == wide.start == 0:
-                _multiply_parts(left, right, into, rows, columns)
+                _multiply_parts(do, left, right, into, rows, columns)
             elif into.size:
-                np.matmul(left, right, out=into)
+                do(np.matmul, left, right, into)
 
 
-def _multiply_parts(a: Array, b: Array, out: Array, rows: int, columns: int) -> None:
+def _multiply_parts(
+    do: Do, a: Array, b: Array, out: Array, rows: int, columns: int
+) -> None:
     """Multiply rows by columns; what is larger is read once, the other again."""
     left, right = _rows_apart(a, rows), _columns_apart(b, columns)
     into = _columns_apart(_rows_apart(out, rows), columns)
     if a.shape[-2] > b.shape[-1]:
-        np.matmul(left[..., :, None, :, :], right[..., None, :, :, :], out=into)
+        left, right = left[..., :, None, :, :], right[..., None, :, :, :]
     else:
-        np.matmul(
-            left[..., None, :, :, :],
-            right[..., :, None, :, :],
-            out=into.swapaxes(-3, -4),
-        )
+        left, right = left[..., None, :, :, :], right[..., :, None, :, :]
+        into = into.swapaxes(-3, -4)
+    do(np.matmul, left, right, into)
 
 
 def _part(a: Array, b: Array, out: Array) -> tuple[int, int]:
@@ -435,30 +600,6 @@ def _columns_apart(matrix: Array, columns: int) -> Array:
     return apart.swapaxes(-2, -3)
 
 
-def _padded(
-    window: Array, padding: Ranges, geometry: WindowGeometry, buffer: Array
-) -> tuple[Array, Array]:
-    """The window with its zeros, in the buffer, axes in the order of the input.
-
-    And its inside, where the window itself lies.
-    """
-    with stage("pad"):
-        inner = window.shape[3:]
-        each = list(zip(inner, padding, strict=True))
-        padded = stored(
-            buffer,
-            window.shape[:3],
-            (),
-            tuple(before + size + after for size, (before, after) in each),
-            channels_first=geometry.channels_first,
-        ).cells
-        padded[...] = 0
-        cells = tuple(slice(before, before + size) for size, (before, _) in each)
-        inside = padded[(..., *cells)]
-        np.copyto(inside, window)
-        return padded, inside
-
-
 def _phases(geometry: WindowGeometry) -> int:
     """How many phases the last axis is split into before it is gathered.
 
@@ -473,53 +614,12 @@ def _phases(geometry: WindowGeometry) -> int:
     return last.stride if pays else 1
 
 
-def _gather_phases(
-    window: Array,
-    columns: Array,
-    geometry: WindowGeometry,
-    block: Block,
-    buffer: Array,
-    step: int,
-) -> None:
-    """Gather by way of (N, G, C, *outer, phase, cells / step)."""
-    *outer, last = geometry.axes
-    sizes = [
-        before + size + after
-        for size, (before, after) in zip(window.shape[3:], block.padding, strict=True)
-    ]
-    run = -(-sizes[-1] // step)
-    shape = (*window.shape[:3], *sizes[:-1], step, run)
-    split = buffer[: math.prod(shape)].reshape(shape)
-    with stage("pad"):
-        if any(map(any, block.padding)):
-            split[...] = 0
-        inside = tuple(
-            slice(before, before + size)
-            for size, (before, _) in zip(
-                window.shape[3:-1], block.padding[:-1], strict=True
-            )
-        )
-        before = block.padding[-1][0]
-        for phase in range(step):
-            first = -(-(before - phase) // step) if before > phase else 0
-            cells = window[..., first * step + phase - before :: step]
-            np.copyto(
-                split[(..., *inside, phase, slice(first, first + cells.shape[-1]))],
-                cells,
-            )
-    plain = (*outer, last._replace(stride=1))
-    rank = geometry.rank
-    for phase in range(step):
-        part = columns[(slice(None),) * (2 + rank) + (slice(phase, None, step),)]
-        np.copyto(part, _windows(split[..., phase, :], plain, part.shape))
-
-
 def _windows(source: Array, axes: tuple[Axis, ...], shape: tuple[int, ...]) -> Array:
     """Every window over the source, without a copy: (N, G, C, *kernel, *out)."""
     head, spatial = source.strides[:3], source.strides[3:]
     taps = (s * axis.dilation for s, axis in zip(spatial, axes, strict=True))
     steps = (s * axis.stride for s, axis in zip(spatial, axes, strict=True))
-    return as_strided(source, shape, (*head, *taps, *steps), writeable=False)
+    return strided(source, shape, (*head, *taps, *steps))
 
 
 def _taps(kernel: tuple[int, ...]) -> Iterator[tuple[int, ...]]:

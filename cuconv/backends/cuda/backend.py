@@ -1,6 +1,6 @@
 """The leaves over CuPy: kernels of ours for columns, cuBLAS for products."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from itertools import pairwise
 from typing import Any
@@ -8,9 +8,17 @@ from typing import Any
 import cupy
 import numpy as np
 
-from cuconv.arrays import Array, DType, Types, accumulator, is_half
+from cuconv.arrays import (
+    Array,
+    DType,
+    Types,
+    accumulator,
+    alignment_of,
+    is_half,
+    strided,
+)
 from cuconv.backends import padding as wrapping
-from cuconv.backends.cuda.compiler import kernel
+from cuconv.backends.cuda.compiler import Do, kernel, launch
 from cuconv.backends.cuda.depthwise import (
     MOST_BLOCKS,
     DirectLaunch,
@@ -42,6 +50,7 @@ from cuconv.backends.cuda.winograd import CudaTiles
 from cuconv.backends.padding import Reading
 from cuconv.engine.costs import cuda_block_bytes, cuda_rates
 from cuconv.engine.pool import PoolInputs, PoolProblem, PoolTiling
+from cuconv.engine.program import Program
 from cuconv.geometry import (
     PADDING_MODES,
     Axis,
@@ -52,6 +61,7 @@ from cuconv.geometry import (
     WindowGeometry,
 )
 from cuconv.memory import Buffer
+from cuconv.profiling import stage
 
 _THREADS = 256
 # As the kernels number them in wrap.cuh.
@@ -59,7 +69,10 @@ _MODES = {mode: np.int32(number) for number, mode in enumerate(PADDING_MODES)}
 
 
 class DirectKernels:
-    """See `cuconv.backends.Direct`."""
+    """See `cuconv.backends.DirectConv`."""
+
+    def __init__(self, do: Do) -> None:
+        self._do = do
 
     def convolve(
         self,
@@ -78,17 +91,20 @@ class DirectKernels:
         how = {"adjoint": adjoint, "conjugated": conjugated}
         launch = pack_cells(source, w, out, axes, sums, step, **how)
         offset = np.uintp(0) if bias is None else bias
-        _launch_direct("depthwise", launch, source, w, offset, out)
+        _launch_direct(self._do, "depthwise", launch, source, w, offset, out)
 
     def correlate(
         self, x: Array, dy: Array, out: Array, axes: tuple[Axis, ...]
     ) -> None:
         launch = pack_sums(x, out, dy, axes, accumulator(x.dtype))
-        _launch_direct("depthwise_weights", launch, x, dy, out)
+        _launch_direct(self._do, "depthwise_weights", launch, x, dy, out)
 
 
 class PoolKernels:
-    """See `cuconv.backends.Pools`."""
+    """See `cuconv.backends.PoolBackend`."""
+
+    def __init__(self, do: Do) -> None:
+        self._do = do
 
     def tiling(self, pooling: PoolProblem, limit: int) -> PoolTiling:
         del pooling, limit  # kernels take no memory
@@ -104,7 +120,7 @@ class PoolKernels:
     ) -> None:
         del tiling
         launch = pack_pool(pooling, x, y, other_y=indices)
-        _launch_pool("pool", pooling, launch, x, y, _or_null(indices))
+        _launch_pool(self._do, "pool", pooling, launch, x, y, _or_null(indices))
 
     def backward(
         self, pooling: PoolProblem, tiling: PoolTiling, given: PoolInputs, dx: Array
@@ -114,20 +130,16 @@ class PoolKernels:
         other = indices if y is None else y
         launch = pack_pool(pooling, dx, dy, x, other)
         arrays = dy, _or_null(y), _or_null(indices), _or_null(x), dx
-        _launch_pool("pool_gradient", pooling, launch, *arrays)
+        _launch_pool(self._do, "pool_gradient", pooling, launch, *arrays)
 
 
 class CudaBackend:
     """See `cuconv.backends.Leaves`; one for each device."""
 
     xp: Any = cupy
-    direct = DirectKernels()
     default_memory_limit = 256 * 2**20
     # cuBLAS takes its leading dimensions as 32-bit integers.
     largest_step = 2**31 - 1
-    tiles = CudaTiles()
-    contraction = CudaContraction()
-    pools = PoolKernels()
     needs_partial = False
 
     def __init__(self, device: int) -> None:
@@ -136,9 +148,84 @@ class CudaBackend:
             raise ValueError(f"there is no device {device}: there are {count}")
         self._index = device
         self._gpu = gpu_of(cupy, device)
+        self._architecture = int(self._gpu.compute_capability)
         self.device = f"cuda:{device}"
         self.rates = cuda_rates(self._gpu)
         self.block_bytes = cuda_block_bytes(self._gpu)
+
+    @property
+    def direct(self) -> DirectKernels:
+        return DirectKernels(self.do)
+
+    @property
+    def tiles(self) -> CudaTiles:
+        return CudaTiles(self.do)
+
+    @property
+    def contraction(self) -> CudaContraction:
+        return CudaContraction(self.do, self._architecture)
+
+    @property
+    def pools(self) -> PoolKernels:
+        return PoolKernels(self.do)
+
+    @staticmethod
+    def do(function: Callable[..., Any], *operands: Any) -> None:
+        function(*operands)
+
+    def stage(self, name: str, strategy: str = "", chunk: int = 0) -> stage:
+        return stage(name, strategy, chunk, self.do)
+
+    def each(
+        self,
+        items: Iterable[Any],
+        body: Callable[..., None],
+        scratch: tuple[Any, ...],
+        *,
+        single_threaded: bool,
+    ) -> None:
+        del single_threaded
+        for number, item in enumerate(items):
+            body(number, item, scratch[0])
+
+    def execute(self, program: Program, arrays: dict[str, Array]) -> None:
+        with cupy.cuda.Device(self._index):
+            self._execute(program, arrays)
+
+    def _execute(self, program: Program, arrays: dict[str, Array]) -> None:
+        slots = program.slots.copy()
+        places = {n: a.data for n, a in arrays.items() if hasattr(a, "data")}
+        if program.nbytes:
+            memory = cupy.empty(program.nbytes, cupy.uint8).data
+            for name, (start, _) in program.regions.items():
+                places[name] = memory + start
+        addresses = {name: place.ptr for name, place in places.items()}
+        for view, slot in program.views:
+            if view.is_address:
+                slots[slot] = np.uintp(addresses[view.source] + view.offset)
+            else:
+                place = places[view.source] + view.offset
+                slots[slot] = cupy.ndarray(
+                    view.shape, view.dtype, place, strides=view.strides
+                )
+        for items in program.current_phases():
+            for steps in items:
+                for function, operands in steps:
+                    function(*operands(slots))
+
+    def empty(self, shape: tuple[int, ...], dtype: DType) -> Array:
+        with cupy.cuda.Device(self._index):
+            return cupy.empty(shape, dtype)
+
+    def sum(self, array: Array, axes: tuple[int, ...], dtype: DType) -> Array:
+        with array.device:
+            return array.sum(axis=axes, dtype=dtype)
+
+    def add_unsafely(self, target: Array, summand: Array) -> None:
+        self.xp.add(target, summand, out=target, casting="unsafe")
+
+    def fill(self, target: Array, value: int) -> None:
+        self.do(cupy.ndarray.fill, target, value)
 
     def device_of(self, array: Array) -> AbstractContextManager[object]:
         device: AbstractContextManager[object] = array.device
@@ -213,9 +300,9 @@ class CudaBackend:
         variant = copy_variant(
             size, geometry.rank, wide=packed.wide, words=packed.words
         )
-        _launch(variant, packed, x, uncast)
+        _launch(self.do, variant, packed, x, uncast)
         if uncast is not columns:
-            cupy.copyto(columns, uncast)
+            self.do(cupy.copyto, columns, uncast)
 
     def scatter(
         self,
@@ -230,7 +317,7 @@ class CudaBackend:
     ) -> None:
         atomic = not deterministic and has_atomics(columns.dtype)
         if atomic and not add:
-            target[...] = 0
+            self.fill(target, 0)
         if add and not atomic:
             # Only cells under these windows change; the others keep their sums.
             under = tuple(map(_common, cells, block.window))
@@ -248,7 +335,7 @@ class CudaBackend:
         name = "col2im_scatter" if atomic else "col2im_gather"
         variant = sum_variant(name, columns.dtype, geometry.rank, wide=packed.wide)
         arguments = () if atomic else (np.int32(add),)
-        _launch(variant, packed, columns, target, *arguments)
+        _launch(self.do, variant, packed, columns, target, *arguments)
 
     def gemm(
         self,
@@ -264,11 +351,11 @@ class CudaBackend:
         del partial
         if bias is not None:
             # The bias goes first and the product is added: one rounding, not two.
-            out[...] = bias
-        gemm(a, b, out, add=add or bias is not None, fast=fast)
+            self.copy(bias, out)
+        gemm(self.do, a, b, out, add=add or bias is not None, fast=fast)
 
     def copy(self, source: Array, target: Array) -> None:
-        cupy.copyto(target, source, casting="unsafe")
+        self.do(cupy.copyto, target, source, "unsafe")
 
     def pad_copy(
         self,
@@ -277,13 +364,13 @@ class CudaBackend:
         reading: Reading,
     ) -> None:
         if cells.dtype != copied.dtype:
-            wrapping.pad_copy(self.copy, cells, copied, reading)
+            wrapping.pad_copy(self, cells, copied, reading)
             return
         packed = pack_windows(cells, copied, reading, over_output=True)
         variant = pad_copy_variant(
             cells.dtype.itemsize, len(reading.axes), wide=packed.wide
         )
-        _launch(variant, packed, cells, copied, _MODES[reading.mode])
+        _launch(self.do, variant, packed, cells, copied, _MODES[reading.mode])
 
     def pad_adjoint(
         self,
@@ -295,7 +382,8 @@ class CudaBackend:
     ) -> None:
         packed = pack_windows(cells, copied, reading, over_output=False)
         variant = pad_adjoint_variant(cells.dtype, len(reading.axes), wide=packed.wide)
-        _launch(variant, packed, copied, cells, _MODES[reading.mode], np.int32(add))
+        mode = _MODES[reading.mode]
+        _launch(self.do, variant, packed, copied, cells, mode, np.int32(add))
 
     def parallel(
         self,
@@ -309,37 +397,37 @@ class CudaBackend:
 
 
 def _launch(
-    variant: Variant, packed: Launch, source: Array, target: Array, *more: Any
+    do: Do, variant: Variant, packed: Launch, source: Array, target: Array, *more: Any
 ) -> None:
     if not packed.items:
         return
     blocks = -(-min(packed.items, MOST_THREADS) // _THREADS)
     arguments = (source, target, packed.geometry, *more)
-    kernel(variant)((blocks,), (_THREADS,), arguments)
+    do(launch, kernel(variant), blocks, _THREADS, 0, *arguments)
 
 
 def _layout(array: Array) -> ArrayLayout:
-    return ArrayLayout(array.shape, steps_of(array), array.data.ptr)
+    return ArrayLayout(array.shape, steps_of(array), alignment_of(array))
 
 
-def _launch_direct(name: str, launch: DirectLaunch, *arrays: Any) -> None:
-    source, out, share = arrays[0], arrays[-1], launch.share
+def _launch_direct(do: Do, name: str, packed: DirectLaunch, *arrays: Any) -> None:
+    source, out, share = arrays[0], arrays[-1], packed.share
     if not out.size:
         return
-    variant = direct_variant(name, source.dtype, out.dtype, wide=launch.wide)
-    grid = (min(share.blocks, MOST_BLOCKS),)
-    kernel(variant)(grid, (share.threads,), (*arrays, launch.packed))
+    variant = direct_variant(name, source.dtype, out.dtype, wide=packed.wide)
+    blocks = min(share.blocks, MOST_BLOCKS)
+    do(launch, kernel(variant), blocks, share.threads, 0, *arrays, packed.packed)
 
 
 def _launch_pool(
-    name: str, pooling: PoolProblem, launch: PoolLaunch, *arrays: Any
+    do: Do, name: str, pooling: PoolProblem, packed: PoolLaunch, *arrays: Any
 ) -> None:
-    if not launch.items:
+    if not packed.items:
         return
-    macros = pool_macros(pooling.kind, PoolTypes.of(pooling), wide=launch.wide)
-    blocks = -(-min(launch.items, MOST_THREADS) // _THREADS)
-    arguments = (*arrays, launch.packed)
-    kernel(Variant(name, macros))((blocks,), (_THREADS,), arguments)
+    macros = pool_macros(pooling.kind, PoolTypes.of(pooling), wide=packed.wide)
+    blocks = -(-min(packed.items, MOST_THREADS) // _THREADS)
+    run = kernel(Variant(name, macros))
+    do(launch, run, blocks, _THREADS, 0, *arrays, packed.packed)
 
 
 def _or_null(array: Array | None) -> Any:
@@ -350,7 +438,7 @@ def _like(flat: Array, columns: Array) -> Array:
     """The flat buffer, stored in the same order as the columns."""
     ratio = flat.dtype.itemsize, columns.dtype.itemsize
     strides = tuple(s // ratio[1] * ratio[0] for s in columns.strides)
-    return cupy.lib.stride_tricks.as_strided(flat, columns.shape, strides)
+    return strided(flat, columns.shape, strides)
 
 
 def _common(a: Range, b: Range) -> Range:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
-from typing import Any
+from typing import Any, TypeAlias
 
 import cupy
 import numpy as np
@@ -25,6 +25,16 @@ from cuconv.backends.cuda.variants import (
 from cuconv.engine.costs import MODERN
 
 _SHARED_WITHOUT_ASKING = 48 * 1024
+# Calls a function with operands, or records that.
+Do: TypeAlias = Callable[..., None]
+
+
+def launch(run: Any, blocks: int, threads: int, shared: int, *arguments: Any) -> None:
+    """Launch a kernel on the current stream; arrays count by their address alone."""
+    run((blocks,), (threads,), arguments, shared_mem=shared)
+
+
+launch.takes_addresses = True  # type: ignore[attr-defined]
 
 
 def kernel(variant: Variant) -> Any:

@@ -1,17 +1,15 @@
 """Matrix products into place: cuBLAS for floats, a kernel of ours for integers."""
 
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from itertools import product
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-import cupy
 import numpy as np
 from cupy.cuda import cublas, runtime
 from cupy.cuda.device import get_cublas_handle
 
-from cuconv.arrays import Array, is_half
-from cuconv.backends.cuda.compiler import kernel
+from cuconv.arrays import Array, is_half, strided
+from cuconv.backends.cuda.compiler import Do, kernel, launch
 from cuconv.backends.cuda.structs import PRODUCT, steps_of
 from cuconv.backends.cuda.variants import product_variant
 
@@ -35,15 +33,19 @@ _DISALLOW_REDUCED_PRECISION_REDUCTION = 16
 class _Matrix(NamedTuple):
     """A matrix as cuBLAS takes it: columns first, so a C-ordered one is transposed."""
 
-    pointer: int
     dtype: int
     operation: int
     step: int
     batch: int
 
+    @property
+    def how(self) -> tuple[int, int, int]:
+        """What follows the address in cuBLAS's arguments."""
+        return self.dtype, self.step, self.batch
+
 
 def gemm(
-    a: Array, b: Array, out: Array, *, add: bool = False, fast: bool = False
+    do: Do, a: Array, b: Array, out: Array, *, add: bool = False, fast: bool = False
 ) -> None:
     """``out = a @ b``, or ``out += a @ b``, over (…, rows, columns).
 
@@ -52,13 +54,13 @@ def gemm(
     each matrix needs one contiguous axis.
     """
     if out.dtype.kind in "biu":
-        _integer_product(a, b, out, add=add)
+        _integer_product(do, a, b, out, add=add)
         return
     if not _is_row_major(out):
         # Results stored by columns are the transposed product stored by rows.
         a, b, out = b.swapaxes(-1, -2), a.swapaxes(-1, -2), out.swapaxes(-1, -2)
     for left, right, into in _batches(*_merged(a, b, out)):
-        _multiply(left, right, into, add=add, fast=fast)
+        _multiply(do, left, right, into, add=add, fast=fast)
 
 
 def _merged(*matrices: Array) -> list[Array]:
@@ -83,7 +85,7 @@ def _merged(*matrices: Array) -> list[Array]:
             axes.append((size, outer))
     axes = axes[::-1] or [(1, [0] * len(matrices))]
     return [
-        cupy.lib.stride_tricks.as_strided(
+        strided(
             m,
             (*(size for size, _ in axes), *m.shape[-2:]),
             (*(step[i] for _, step in axes), *m.strides[-2:]),
@@ -127,27 +129,75 @@ def _as_cublas(matrix: Array) -> _Matrix:
     step = long if (rows if plain else columns) > 1 else max(short, 1)
     operation = cublas.CUBLAS_OP_N if plain else cublas.CUBLAS_OP_T
     dtype = _CUDA_TYPES[matrix.dtype.name]
-    return _Matrix(matrix.data.ptr, dtype, operation, step, batch)
+    return _Matrix(dtype, operation, step, batch)
 
 
-def _multiply(a: Array, b: Array, out: Array, *, add: bool, fast: bool) -> None:
+def _multiply(do: Do, a: Array, b: Array, out: Array, *, add: bool, fast: bool) -> None:
     """One call of cuBLAS: the product of every pair of (batch, rows, columns)."""
     # cuBLAS counts columns first: outᵀ = bᵀ · aᵀ.
     left, right, into = _as_cublas(b), _as_cublas(a), _as_cublas(out)
     scalar = _SCALARS.get(a.dtype.name, "float32")
     alpha, beta = np.array(1, dtype=scalar), np.array(add, dtype=scalar)
+    mode = (
+        _DISALLOW_REDUCED_PRECISION_REDUCTION
+        if is_half(a.dtype)
+        else cublas.CUBLAS_DEFAULT_MATH
+    )
+    sizes = left.operation, right.operation, *out.shape[:0:-1], a.shape[-1]
+    product = _Product(
+        mode,
+        sizes,
+        alpha,
+        beta,
+        left,
+        right,
+        into,
+        len(out),
+        _compute_type(a, fast=fast),
+    )
+    do(_run, product, b, a, out)
+
+
+class _Product(NamedTuple):
+    """All that a call of cuBLAS is told beside addresses."""
+
+    mode: int
+    sizes: tuple[int, ...]
+    alpha: Array
+    beta: Array
+    left: _Matrix
+    right: _Matrix
+    into: _Matrix
+    batches: int
+    compute_type: int
+
+
+def _run(product: _Product, left: Any, right: Any, into: Any) -> None:
+    """Call cuBLAS, with neither TF32 nor sums in half precision by accident."""
+    left, right, into = map(_address, (left, right, into))
     handle = get_cublas_handle()
-    with _full_precision(handle, half=is_half(a.dtype)):
+    before = cublas.getMathMode(handle)
+    cublas.setMathMode(handle, product.mode)
+    try:
         cublas.gemmStridedBatchedEx(
             handle,
-            *(left.operation, right.operation, *out.shape[:0:-1], a.shape[-1]),
-            alpha.ctypes.data,
-            *(left.pointer, left.dtype, left.step, left.batch),
-            *(right.pointer, right.dtype, right.step, right.batch),
-            beta.ctypes.data,
-            *(into.pointer, into.dtype, into.step, into.batch),
-            *(len(out), _compute_type(a, fast=fast), cublas.CUBLAS_GEMM_DEFAULT),
+            *product.sizes,
+            product.alpha.ctypes.data,
+            *(left, *product.left.how),
+            *(right, *product.right.how),
+            product.beta.ctypes.data,
+            *(into, *product.into.how),
+            *(product.batches, product.compute_type, cublas.CUBLAS_GEMM_DEFAULT),
         )
+    finally:
+        cublas.setMathMode(handle, before)
+
+
+_run.takes_addresses = True  # type: ignore[attr-defined]
+
+
+def _address(array: Any) -> int:
+    return int(array if isinstance(array, np.uintp) else array.data.ptr)
 
 
 def _compute_type(matrix: Array, *, fast: bool) -> int:
@@ -159,19 +209,7 @@ def _compute_type(matrix: Array, *, fast: bool) -> int:
     return int(cublas.CUBLAS_COMPUTE_32F)
 
 
-@contextmanager
-def _full_precision(handle: int, *, half: bool) -> Iterator[None]:
-    """Whatever mode the handle is in, neither TF32 nor sums in half precision."""
-    before = cublas.getMathMode(handle)
-    mode = _DISALLOW_REDUCED_PRECISION_REDUCTION if half else cublas.CUBLAS_DEFAULT_MATH
-    cublas.setMathMode(handle, mode)
-    try:
-        yield
-    finally:
-        cublas.setMathMode(handle, before)
-
-
-def _integer_product(a: Array, b: Array, out: Array, *, add: bool) -> None:
+def _integer_product(do: Do, a: Array, b: Array, out: Array, *, add: bool) -> None:
     images, groups, rows, columns = out.shape
     tiles = images * groups * -(-rows // _TILE) * -(-columns // _TILE)
     steps = []
@@ -180,5 +218,6 @@ def _integer_product(a: Array, b: Array, out: Array, *, add: bool) -> None:
         steps.append((0 if matrix.shape[0] == 1 else image, *rest))
     head = (groups, rows, columns, a.shape[-1], tiles, int(add))
     packed = np.array([(*head, *steps)], dtype=PRODUCT)
-    launch = kernel(product_variant(out.dtype))
-    launch((min(tiles, _MOST_BLOCKS),), (_TILE * _TILE,), (a, b, out, packed))
+    run = kernel(product_variant(out.dtype))
+    blocks = min(tiles, _MOST_BLOCKS)
+    do(launch, run, blocks, _TILE * _TILE, 0, a, b, out, packed)

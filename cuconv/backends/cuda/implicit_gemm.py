@@ -8,12 +8,11 @@ import math
 from functools import lru_cache
 from typing import Any, NamedTuple
 
-import cupy
 import numpy as np
 
-from cuconv.arrays import Array, DType
+from cuconv.arrays import Array, DType, alignment_of
 from cuconv.backends.blocking import Blocking, uses_tensor_cores
-from cuconv.backends.cuda.compiler import kernel
+from cuconv.backends.cuda.compiler import Do, kernel, launch
 from cuconv.backends.cuda.elements import Variant
 from cuconv.backends.cuda.structs import CONTRACTION, MATRICES, steps_of
 from cuconv.backends.cuda.tilings import (
@@ -121,6 +120,10 @@ class _Launch(NamedTuple):
 class CudaContraction:
     """See `cuconv.backends.Contraction`."""
 
+    def __init__(self, do: Do, architecture: int) -> None:
+        self._do = do
+        self._architecture = architecture
+
     def convolve(
         self,
         w: Array,
@@ -132,8 +135,8 @@ class CudaContraction:
         parts: Array,
     ) -> None:
         views = (_view(w), _view(x), _view(out), None if bias is None else _view(bias))
-        launch = _forward(*views, axes, how, _architecture())
-        _run(launch, w, x, bias, out, parts)
+        product = _forward(*views, axes, how, self._architecture)
+        _run(self._do, product, w, x, bias, out, parts)
 
     def correlate(
         self,
@@ -145,8 +148,8 @@ class CudaContraction:
         parts: Array,
     ) -> None:
         views = _view(dy), _view(x), _view(out)
-        launch = _backward(*views, axes, how, _architecture())
-        _run(launch, dy, x, None, out, parts)
+        product = _backward(*views, axes, how, self._architecture)
+        _run(self._do, product, dy, x, None, out, parts)
 
     def transpose(self, source: Array, target: Array) -> None:
         images, groups, rows, columns = source.shape
@@ -154,39 +157,37 @@ class CudaContraction:
         steps = (*steps_of(source)[:3], *steps_of(target)[:3])
         packed = np.array([(groups, rows, columns, tiles, *steps)], dtype=MATRICES)
         run = kernel(transpose_variant(source.dtype.itemsize))
-        run((min(tiles, _MOST_BLOCKS),), (_THREADS,), (source, target, packed))
+        blocks = min(tiles, _MOST_BLOCKS)
+        self._do(launch, run, blocks, _THREADS, 0, source, target, packed)
 
 
 def _run(
-    launch: _Launch,
+    do: Do,
+    product: _Launch,
     dense: Array,
     x: Array,
     bias: Array | None,
     out: Array,
     parts: Array,
 ) -> None:
-    variant = launch.variant
-    into = out if launch.parts == 1 else parts
-    arguments = (dense, x, x if bias is None else bias, into, launch.packed)
-    grid, block = (launch.blocks,), (launch.threads,)
-    kernel(variant)(grid, block, arguments, shared_mem=variant.shared)
-    if launch.parts > 1:
-        _sum_parts(parts, out, launch.parts)
+    variant = product.variant
+    into = out if product.parts == 1 else parts
+    arguments = (dense, x, x if bias is None else bias, into, product.packed)
+    sizes = product.blocks, product.threads, variant.shared
+    do(launch, kernel(variant), *sizes, *arguments)
+    if product.parts > 1:
+        _sum_parts(do, parts, out, product.parts)
 
 
-def _sum_parts(parts: Array, out: Array, number: int) -> None:
-    variant = parts_variant(parts.dtype, out.dtype)
+def _sum_parts(do: Do, parts: Array, out: Array, number: int) -> None:
+    run = kernel(parts_variant(parts.dtype, out.dtype))
     blocks = max(1, min(-(-out.size // _THREADS), 2**16))
-    arguments = (parts, out, np.int64(out.size), np.int64(number))
-    kernel(variant)((blocks,), (_THREADS,), arguments)
-
-
-def _architecture() -> int:
-    return int(cupy.cuda.Device().compute_capability)
+    numbers = np.int64(out.size), np.int64(number)
+    do(launch, run, blocks, _THREADS, 0, parts, out, *numbers)
 
 
 def _view(array: Array) -> _View:
-    aligned = array.data.ptr % _WORD == 0
+    aligned = alignment_of(array) % _WORD == 0
     return _View(array.shape, steps_of(array), array.dtype, aligned)
 
 

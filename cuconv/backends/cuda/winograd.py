@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from cuconv.arrays import Array, DType
-from cuconv.backends.cuda.compiler import kernel
+from cuconv.backends.cuda.compiler import Do, kernel, launch
 from cuconv.backends.cuda.elements import Variant
 from cuconv.backends.cuda.structs import MOST_THREADS, TRANSFORM, divisor, steps_of
 from cuconv.backends.cuda.variants import tile_variant
@@ -18,6 +18,9 @@ _THREADS = 256
 class CudaTiles:
     """See `cuconv.backends.TileTransforms`."""
 
+    def __init__(self, do: Do) -> None:
+        self._do = do
+
     def split(
         self,
         cells: Array,
@@ -27,8 +30,8 @@ class CudaTiles:
         steps: tuple[int, int],
     ) -> None:
         sides = _cells(cells, firsts, steps), _frequencies(tiles)
-        launch = _launch_of(cells, tiles, matrices, firsts, steps, sides)
-        _run(launch, cells, tiles, None)
+        packed = _launch_of(cells, tiles, matrices, firsts, steps, sides)
+        _run(self._do, packed, cells, tiles, None)
 
     def join(
         self,
@@ -40,8 +43,9 @@ class CudaTiles:
     ) -> None:
         firsts = 0, 0, 0
         sides = _frequencies(tiles), _cells(cells, firsts, steps)
-        launch = _launch_of(cells, tiles, matrices, firsts, steps, sides)
-        _run(launch._replace(adds_bias=bias is not None), tiles, cells, bias)
+        packed = _launch_of(cells, tiles, matrices, firsts, steps, sides)
+        packed = packed._replace(adds_bias=bias is not None)
+        _run(self._do, packed, tiles, cells, bias)
 
 
 class _Side(NamedTuple):
@@ -152,11 +156,13 @@ def _launch_of(
     return _Launch(*shapes, firsts, steps, sides, left, right)
 
 
-def _run(launch: _Launch, source: Array, target: Array, bias: Array | None) -> None:
-    variant, packed = _packed(launch)
-    blocks = -(-min(launch.items, MOST_THREADS) // _THREADS)
+def _run(
+    do: Do, transform: _Launch, source: Array, target: Array, bias: Array | None
+) -> None:
+    variant, packed = _packed(transform)
+    blocks = -(-min(transform.items, MOST_THREADS) // _THREADS)
     arguments = source, target, source if bias is None else bias, packed
-    kernel(variant)((blocks,), (_THREADS,), arguments)
+    do(launch, kernel(variant), blocks, _THREADS, 0, *arguments)
 
 
 @lru_cache(maxsize=1024)

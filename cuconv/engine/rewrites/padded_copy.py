@@ -1,43 +1,31 @@
-"""Blocks of a convolution, each a plain one over a copy of what it reads.
+"""Padding modes and batch groups: copy a block's padded input, then convolve the copy.
 
 The copy has what lies around the input where that is not zero, and groups of images
-beside each other as channels.  It is taken for some images and rows at a time, so that
-it and the plain convolution stay within the memory limit together.
+beside each other as channels.  It is made for some images and rows at a time, so that
+it and the basic convolution stay within the memory limit together.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
-from cuconv.arrays import Array, grouped, is_aligned
+from cuconv.arrays import Array, grouped, is_aligned, stub_array
 from cuconv.backends import refuse_capture
 from cuconv.backends.padding import Reading
-from cuconv.engine.plan import Plan, Planner, stub_array
-from cuconv.engine.rewrites.base import (
-    Arrays,
-    Composed,
-    Index,
-    Request,
-    held,
-    run_part,
-    within,
-)
-from cuconv.engine.tile_search import NAMES
+from cuconv.engine.execute import Run
+from cuconv.engine.lowering import Lowering, within
+from cuconv.engine.planner import PlanningResult
+from cuconv.engine.problem import NAMES
+from cuconv.engine.request import Request
+from cuconv.engine.rewrites import polyphase
 from cuconv.geometry import Block, ConvGeometry, Range
-from cuconv.memory import (
-    Buffer,
-    MemoryLimitError,
-    aligned_start,
-    carve,
-    workspace_bytes,
-)
-from cuconv.options import Options
-from cuconv.profiling import stage
+from cuconv.memory import Buffer, MemoryLimitError, workspace_bytes
+
+Index: TypeAlias = tuple[Any, ...]
 
 _NEEDS_COPY = (
-    "padding_mode, batch_groups and zero points take a copy of what is read, in memory "
-    "of its own"
+    "padding_mode, batch_groups and zero points copy the input to memory of the call"
 )
 
 
@@ -60,7 +48,7 @@ class Tiling(NamedTuple):
                 yield geometry.rows(images, rows)
 
     def samples(self, geometry: ConvGeometry) -> dict[ConvGeometry, Block]:
-        """A block for each plain convolution that there is among the blocks."""
+        """A block for each basic convolution that there is among the blocks."""
         rest = geometry.results % self.images or self.images
         rows = list(_in_steps(geometry.out[0], self.rows))
         if geometry.padding_mode != "zeros":
@@ -79,23 +67,31 @@ def _in_steps(whole: int, step: int) -> Iterator[Range]:
         yield first, min(first + step, whole)
 
 
-class Staged(Composed):
-    """See `staged`; ``inner`` are the plans of the blocks."""
+class PaddedCopy(Lowering):
+    """Blocks of a convolution over copies of what their windows read.
+
+    ``inner`` says how the convolution of each shape of copies is lowered.
+    """
+
+    is_capturable = False
 
     def __init__(
         self,
         request: Request,
-        planner: Planner,
         tiling: Tiling,
-        inner: dict[ConvGeometry, Plan],
+        inner: dict[ConvGeometry, Lowering],
         buffers: tuple[Buffer, ...],
     ) -> None:
-        super().__init__(request, planner, inner.values())
-        self._cut, self._inner, self._buffers = tiling, inner, buffers
-        self._zeros = request.zeros
+        self.request, self.geometry = request, request.geometry
+        self.tiling, self.inner, self.buffers = tiling, inner, buffers
+        self.parts: tuple[PlanningResult, ...] = ()
+        self._first: dict[ConvGeometry, int] = {}
+        for part, lowering in inner.items():
+            self._first[part] = len(self.parts)
+            self.parts += lowering.parts
 
     @classmethod
-    def buffers(
+    def buffers_of(
         cls, request: Request, tiling: Tiling, shapes: dict[ConvGeometry, Block]
     ) -> tuple[Buffer, ...]:
         """The memory that copies take, and sums over blocks."""
@@ -105,9 +101,9 @@ class Staged(Composed):
         largest = max(1, *(math.prod(part.x_shape) for part in shapes))
         if request.is_input_grad:
             cells = math.prod(geometry.x_shape) // geometry.results * tiling.images
-            sums = () if is_whole else (Buffer("dx", cells, types.accumulate),)
-            return (Buffer("x", largest, types.accumulate), *sums)
-        copied = Buffer("x", largest, arrays["x"].dtype)
+            sums = () if is_whole else (Buffer("sum", cells, types.accumulate),)
+            return (Buffer("copy", largest, types.accumulate), *sums)
+        copied = Buffer("copy", largest, arrays["x"].dtype)
         single = tiling == (geometry.results, geometry.out[0])
         if not request.is_weight_grad or single:
             return (copied,)
@@ -117,10 +113,8 @@ class Staged(Composed):
         return (copied, *(Buffer(name, cells, types.accumulate) for name in names))
 
     @classmethod
-    def planned(
-        cls, request: Request, part: ConvGeometry, block: Block
-    ) -> tuple[Arrays, Array, Options]:
-        """The arrays and the result of a block's plan, and what differs in options."""
+    def request_of(cls, request: Request, part: ConvGeometry, block: Block) -> Request:
+        """The request of a block."""
         arrays, result, types = request.arrays.copy(), request.result, request.types
         dtype = types.result
         if request.is_input_grad:
@@ -135,154 +129,132 @@ class Staged(Composed):
             arrays["dy"] = arrays["dy"][index_of_y(request.geometry, block)]
         if request.call == "forward":
             result = result[index_of_y(request.geometry, block)]
-        return arrays, result, request.options._replace(dtype=dtype)
+        options = request.options._replace(dtype=dtype)
+        return request._replace(
+            geometry=part, arrays=arrays, out=result, options=options
+        )
 
     @property
     def _count(self) -> int:
-        g, tiling = self.problem.geometry, self._cut
+        g, tiling = self.geometry, self.tiling
         return -(-g.results // tiling.images) * -(-g.out[0] // tiling.rows)
 
     @property
     def chunks(self) -> int:
-        g = self.problem.geometry
-        return sum(self._inner[g.part(b)].chunks for b in self._cut.blocks(g))
+        g = self.geometry
+        return sum(self.inner[g.part(b)].chunks for b in self.tiling.blocks(g))
 
     @property
-    def workspace_bytes(self) -> int:
-        return workspace_bytes(self._buffers) + held(self._parts)
-
-    @property
-    def memory_limit(self) -> int:
-        return workspace_bytes(self._buffers) + self._parts[0].memory_limit
+    def flops(self) -> int:
+        return 2 * self.geometry.multiplications
 
     @property
     def nanoseconds(self) -> float:
-        return self._parts[0].nanoseconds * self._count
+        return next(iter(self.inner.values())).nanoseconds * self._count
 
     @property
-    def is_capturable(self) -> bool:
-        return False
-
-    def _prepare(self, w: Array) -> None:
-        self._inner = {g: plan.with_weights(w) for g, plan in self._inner.items()}
-
-    def _composition(self) -> str:
-        images, rows = self._cut
+    def composition(self) -> str:
+        images, rows = self.tiling
         size = f"{images} images and {rows} rows"
-        one = self._count == 1
-        return (
-            f"one copy, for {size}" if one else f"{self._count} copies, each for {size}"
-        )
+        if self._count == 1:
+            return f"one copy, for {size}"
+        return f"{self._count} copies, each for {size}"
 
-    def _carry_out(
-        self, first: Array, second: Array, bias: Array | None, result: Array
-    ) -> None:
-        nbytes = workspace_bytes(self._buffers)
-        with self._backend.memory(nbytes) as raw:
-            space = carve(raw, aligned_start(raw), self._buffers)
+    def weights_of(self, w: Array) -> Iterable[Array]:
+        for lowering in self.inner.values():
+            yield from lowering.weights_of(w)
 
-            def body(worker: int) -> None:
-                del worker
-                if self.problem.op == "forward":
-                    self._forward(first, second, bias, result, space)
-                elif self.problem.op == "input_grad":
-                    self._input_grad(first, second, result, space)
-                else:
-                    self._weight_grad(first, second, result, space)
+    def steps(self, run: Run) -> None:
+        if self.request.is_weight_grad:
+            self._weight_grad(run)
+        elif self.request.is_input_grad:
+            self._input_grad(run)
+        else:
+            self._forward(run)
 
-            # One worker, but as workers do: with what NumPy buffers within bounds.
-            self._backend.parallel(body, 1, single_threaded=True)
+    def _forward(self, run: Run) -> None:
+        for number, block in enumerate(self.tiling.blocks(self.geometry)):
+            x = self._copied(run, number, block)
+            y = self._of_y(run.arrays["out"], block)
+            self._convolve(run, block, {"x": x, "out": y})
 
-    def _forward(
-        self,
-        x: Array,
-        w: Array,
-        bias: Array | None,
-        y: Array,
-        space: dict[str, Array],
-    ) -> None:
-        for number, block in enumerate(self._cut.blocks(self.problem.geometry)):
-            plan, copied = self._copied(number, x, block, space)
-            run_part(plan, copied, w, bias, y[self._of_y(block)])
-
-    def _input_grad(
-        self, dy: Array, w: Array, dx: Array, space: dict[str, Array]
-    ) -> None:
-        g = self.problem.geometry
-        for images in _in_steps(g.results, self._cut.images):
-            target = cells = _cells(dx, g, images)
-            if "dx" in space:
-                cells = in_buffer(space["dx"], target.shape)
-            for number, rows in enumerate(_in_steps(g.out[0], self._cut.rows)):
+    def _input_grad(self, run: Run) -> None:
+        g, backend, arrays = self.geometry, run.backend, run.arrays
+        for images in _in_steps(g.results, self.tiling.images):
+            target = cells = _cells(arrays["out"], g, images)
+            if "sum" in arrays:
+                cells = in_buffer(arrays["sum"], target.shape)
+            for number, rows in enumerate(_in_steps(g.out[0], self.tiling.rows)):
                 block = g.rows(images, rows)
-                part = g.part(block)
-                copied = in_buffer(space["x"], part.x_shape)
-                run_part(self._inner[part], dy[self._of_y(block)], w, None, copied)
-                with stage("fold", "input", number):
+                copied = in_buffer(arrays["copy"], g.part(block).x_shape)
+                dy = self._of_y(arrays["dy"], block)
+                self._convolve(run, block, {"dy": dy, "out": copied})
+                with backend.stage("pad_adjoint", "input", number):
                     reading = Reading(g.axes, block.window, g.padding_mode)
                     placed = _grouped(copied, g)
-                    self._backend.pad_adjoint(placed, cells, reading, add=number > 0)
+                    backend.pad_adjoint(placed, cells, reading, add=number > 0)
             if cells is not target:
-                self._backend.copy(cells, target)
+                backend.copy(cells, target)
 
-    def _weight_grad(
-        self, dy: Array, x: Array, dw: Array, space: dict[str, Array]
-    ) -> None:
-        shape = dw.shape
-        total = space["sum"].reshape(shape) if "sum" in space else dw
-        for number, block in enumerate(self._cut.blocks(self.problem.geometry)):
-            plan, copied = self._copied(number, x, block, space)
-            sums = space["part"].reshape(shape) if number else total
-            run_part(plan, dy[self._of_y(block)], copied, None, sums)
+    def _weight_grad(self, run: Run) -> None:
+        arrays, backend, dw = run.arrays, run.backend, run.arrays["out"]
+        total = arrays["sum"].reshape(dw.shape) if "sum" in arrays else dw
+        for number, block in enumerate(self.tiling.blocks(self.geometry)):
+            x = self._copied(run, number, block)
+            sums = arrays["part"].reshape(dw.shape) if number else total
+            dy = self._of_y(arrays["dy"], block)
+            self._convolve(run, block, {"dy": dy, "x": x, "out": sums})
             if number:
-                self._xp.add(total, sums, out=total)
+                backend.do(backend.xp.add, total, sums, total)
         if total is not dw:
-            self._backend.copy(total, dw)
+            backend.copy(total, dw)
 
-    def _copied(
-        self, number: int, x: Array, block: Block, space: dict[str, Array]
-    ) -> tuple[Plan, Array]:
-        """The plan of a block, and the copy of what it reads."""
-        g = self.problem.geometry
-        part = g.part(block)
-        copied = in_buffer(space["x"], part.x_shape)
-        cells = _cells(x, g, block.images)
-        with stage("copy", "input", number):
+    def _copied(self, run: Run, number: int, block: Block) -> Array:
+        """Copy what a block reads."""
+        g, backend = self.geometry, run.backend
+        copied = in_buffer(run.arrays["copy"], g.part(block).x_shape)
+        cells = _cells(run.arrays["x"], g, block.images)
+        with backend.stage("pad_copy", "input", number):
             reading = Reading(g.axes, block.window, g.padding_mode)
-            self._backend.pad_copy(cells, _grouped(copied, g), reading)
-        return self._inner[part], copied
+            backend.pad_copy(cells, _grouped(copied, g), reading)
+        return copied
 
-    def _of_y(self, block: Block) -> Index:
-        return index_of_y(self.problem.geometry, block)
+    def _convolve(self, run: Run, block: Block, arrays: dict[str, Array]) -> None:
+        """Convolve the copy of a block."""
+        part = self.geometry.part(block)
+        first = run.first + self._first[part]
+        own = {**run.arrays, **arrays}
+        self.inner[part].steps(run._replace(arrays=own, first=first))
+
+    def _of_y(self, array: Array, block: Block) -> Array:
+        return array[index_of_y(self.geometry, block)]
 
 
-def staged(request: Request, planner: Planner, kind: type[Staged] = Staged) -> Staged:
-    """The plan with the largest blocks that leave half of the limit to the others.
+def lower(request: Request, kind: type[PaddedCopy] = PaddedCopy) -> PaddedCopy:
+    """Lower to the largest blocks that leave half of the limit to the convolutions.
 
-    Where none do, with the smallest that fit.
+    Where none do, to the smallest that fit.
 
     Raises
     ------
     MemoryLimitError
-        If no cut fits.
+        If no tiling fits.
     ValueError
         If a CUDA graph is being captured.
     """
     backend, limit = request.backend, request.options.memory_limit
     refuse_capture(backend, _NEEDS_COPY)
     if isinstance(limit, int):
-        return _fitting(request, planner, kind, limit)
+        return _fitting(request, kind, limit)
     try:
-        return _fitting(request, planner, kind, backend.default_memory_limit)
+        return _fitting(request, kind, backend.default_memory_limit)
     except MemoryLimitError as error:
-        return _fitting(request, planner, kind, error.smallest)
+        return _fitting(request, kind, error.smallest)
 
 
-def _fitting(
-    request: Request, planner: Planner, kind: type[Staged], limit: int
-) -> Staged:
+def _fitting(request: Request, kind: type[PaddedCopy], limit: int) -> PaddedCopy:
     errors: list[MemoryLimitError] = []
-    for attempt in _attempts(request, planner, kind, limit):
+    for attempt in _attempts(request, kind, limit):
         try:
             return attempt()
         except MemoryLimitError as error:
@@ -291,29 +263,29 @@ def _fitting(
 
 
 def _attempts(
-    request: Request, planner: Planner, kind: type[Staged], limit: int
-) -> Iterator[Callable[[], Staged]]:
-    """What makes the plan with each cut, those that are wanted most first.
+    request: Request, kind: type[PaddedCopy], limit: int
+) -> Iterator[Callable[[], PaddedCopy]]:
+    """What lowers with each tiling, those that are wanted most first.
 
-    A small cut may need more than a large one: sums over blocks have their buffers too.
+    A small tiling may need more than a large one: sums over blocks have buffers too.
     """
     too_large = []
-    for tiling in _cuts(request.geometry):
+    for tiling in _tilings(request.geometry):
         shapes = tiling.samples(request.geometry)
-        buffers = kind.buffers(request, tiling, shapes)
+        buffers = kind.buffers_of(request, tiling, shapes)
 
         def attempt(
             tiling: Tiling = tiling,
             shapes: dict[ConvGeometry, Block] = shapes,
             buffers: tuple[Buffer, ...] = buffers,
-        ) -> Staged:
+        ) -> PaddedCopy:
             own = workspace_bytes(buffers)
             try:
-                inner = _inner(request, planner, kind, shapes, max(limit - own, 0))
+                inner = _inner(request, kind, shapes, max(limit - own, 0))
             except MemoryLimitError as error:
                 least = own + error.smallest
                 raise MemoryLimitError(limit, least, NAMES[request.call]) from None
-            return kind(request, planner, tiling, inner, buffers)
+            return kind(request, tiling, inner, buffers)
 
         if workspace_bytes(buffers) > limit // 2:
             too_large.append(attempt)
@@ -322,7 +294,7 @@ def _attempts(
     yield from reversed(too_large)
 
 
-def _cuts(geometry: ConvGeometry) -> Iterator[Tiling]:
+def _tilings(geometry: ConvGeometry) -> Iterator[Tiling]:
     """From the whole to a row of an image, or an image whose rows cannot be cut."""
     tiling: Tiling | None = Tiling(geometry.results, geometry.out[0])
     while tiling is not None:
@@ -333,19 +305,18 @@ def _cuts(geometry: ConvGeometry) -> Iterator[Tiling]:
 
 def _inner(
     request: Request,
-    planner: Planner,
-    kind: type[Staged],
+    kind: type[PaddedCopy],
     shapes: dict[ConvGeometry, Block],
     limit: int,
-) -> dict[ConvGeometry, Plan]:
-    """The plans of all blocks."""
+) -> dict[ConvGeometry, Lowering]:
+    """How the convolution of every shape is lowered."""
 
-    def plan(part: ConvGeometry, block: Block) -> Plan:
-        arrays, result, options = kind.planned(request, part, block)
-        options = options._replace(memory_limit=limit)
-        return planner(request.call, part, arrays, result, options, request.backend)
+    def lowered(part: ConvGeometry, block: Block) -> Lowering:
+        own = kind.request_of(request, part, block)
+        options = own.options._replace(memory_limit=limit)
+        return polyphase.lower(own._replace(options=options))
 
-    calls = {part: partial(plan, part, block) for part, block in shapes.items()}
+    calls = {part: partial(lowered, part, block) for part, block in shapes.items()}
     return within(calls, limit)
 
 

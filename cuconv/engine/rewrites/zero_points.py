@@ -13,24 +13,28 @@ from typing import Any
 
 import numpy as np
 
-from cuconv.arrays import Array, DType, is_array, module_of
-from cuconv.engine.plan import stub_array
-from cuconv.engine.rewrites.base import Arrays, Request, ZeroPoints, run_part
-from cuconv.engine.rewrites.padded_copy import Staged, Tiling, in_buffer, index_of_y
+from cuconv.arrays import Array, DType, is_array, module_of, stub_array
+from cuconv.engine.execute import Run
+from cuconv.engine.problem import SINGLE_THREADED_PRODUCT, in_groups
+from cuconv.engine.request import Request
+from cuconv.engine.rewrites.padded_copy import (
+    PaddedCopy,
+    Tiling,
+    in_buffer,
+    index_of_y,
+)
 from cuconv.geometry import Block, ConvGeometry
 from cuconv.memory import Buffer
-from cuconv.options import Options
-from cuconv.strategies.base import LIGHT_PRODUCT, in_groups
 
 _EXACT = (np.float32, 2**24), (np.float64, 2**53)
 _RANGES = {"int8": (-128, 127), "uint8": (0, 255)}
 
 
-class Shifted(Staged):
-    """Blocks over copies of cells and weights less their zero points."""
+class ZeroPoints(PaddedCopy):
+    """Blocks over copies of x and w less their zero points."""
 
     @classmethod
-    def buffers(
+    def buffers_of(
         cls, request: Request, tiling: Tiling, shapes: dict[ConvGeometry, Block]
     ) -> tuple[Buffer, ...]:
         del tiling
@@ -38,82 +42,80 @@ class Shifted(Staged):
         cells = max(math.prod(part.x_shape) for part in shapes)
         sums = max(math.prod(part.y_shape) for part in shapes)
         weights = math.prod(request.geometry.w_shape)
-        each = {"x": cells, "w": weights, "y": sums}
+        each = {"copy": cells, "weights": weights, "sum": sums}
         return tuple(Buffer(name, count, operand) for name, count in each.items())
 
     @classmethod
-    def planned(
-        cls, request: Request, part: ConvGeometry, block: Block
-    ) -> tuple[Arrays, Array, Options]:
+    def request_of(cls, request: Request, part: ConvGeometry, block: Block) -> Request:
         del block
         operand = _operand(request)
         shapes = {"x": part.x_shape, "w": part.w_shape}
         arrays = {name: stub_array(shape, operand) for name, shape in shapes.items()}
         options = request.options._replace(dtype=operand, precision="strict")
-        return arrays, stub_array(part.y_shape, operand), options
+        out = stub_array(part.y_shape, operand)
+        return request._replace(geometry=part, arrays=arrays, out=out, options=options)
 
-    def _forward(
-        self,
-        x: Array,
-        w: Array,
-        bias: Array | None,
-        y: Array,
-        space: dict[str, Array],
-    ) -> None:
-        g, backend, xp = self.problem.geometry, self._backend, self._xp
-        weights = in_buffer(space["w"], w.shape)
-        backend.copy(w, weights)
-        if self._zeros.w is not None:
-            xp.subtract(weights, _by_filter(self._zeros.w, g), out=weights)
-        for number, block in enumerate(self._cut.blocks(g)):
-            plan, copied = self._copied(number, x, block, space)
-            if self._zeros.x is not None:
-                xp.subtract(copied, self._zeros.x, out=copied)
+    def _forward(self, run: Run) -> None:
+        g, backend, arrays = self.geometry, run.backend, run.arrays
+        bias, zero = arrays.get("bias"), arrays.get("w_zero_point")
+        weights = in_buffer(arrays["weights"], arrays["w"].shape)
+        backend.copy(arrays["w"], weights)
+        if zero is not None:
+            backend.do(backend.xp.subtract, weights, _by_filter(zero, g), weights)
+        for number, block in enumerate(self.tiling.blocks(g)):
+            copied = self._copied(run, number, block)
+            zero = arrays.get("x_zero_point")
+            if zero is not None:
+                backend.do(backend.xp.subtract, copied, zero, copied)
             part = g.part(block)
-            sums = in_buffer(space["y"], part.y_shape)
-            run_part(plan, copied, weights, None, sums)
-            target = y[index_of_y(g, block)]
+            sums = in_buffer(arrays["sum"], part.y_shape)
+            own = {"x": copied, "w": weights, "bias": None, "out": sums}
+            self._convolve(run, block, own)
+            target = arrays["out"][index_of_y(g, block)]
             # Sums in the type that everything is added in take the bias before they
             # are rounded; exact ones may have no room for it.
-            is_wide = sums.dtype == self.problem.types.accumulate
+            is_wide = sums.dtype == self.request.types.accumulate
             if bias is not None and is_wide:
-                self._add(bias, part, sums)
+                _add(run, bias, part, sums)
             backend.copy(sums, target)
             if bias is not None and not is_wide:
-                self._add(bias, part, target)
-
-    def _add(self, bias: Array, part: ConvGeometry, cells: Array) -> None:
-        """Add the bias to cells of y."""
-        by_group = in_groups(cells, part)
-        offset = bias.reshape(1, part.groups, -1, *(1,) * part.rank)
-        self._xp.add(by_group, offset, out=by_group, casting="unsafe")
+                _add(run, bias, part, target)
 
 
-def is_faster_shifted(request: Request) -> bool:
+def _add(run: Run, bias: Array, part: ConvGeometry, cells: Array) -> None:
+    """Add the bias to cells of y."""
+    by_group = in_groups(cells, part)
+    offset = bias.reshape(1, part.groups, -1, *(1,) * part.rank)
+    run.backend.do(run.backend.add_unsafely, by_group, offset)
+
+
+def is_faster(request: Request) -> bool:
     """Whether integers without zero points are worth turning into floats."""
     geometry, types = request.geometry, request.types
     if request.call != "forward" or request.backend.xp is not np:
         return False
     small = all(request.arrays[name].dtype.name in _RANGES for name in ("x", "w"))
     wide = types.result == types.accumulate and types.result.kind in "iu"
-    heavy = geometry.multiplications > LIGHT_PRODUCT
+    heavy = geometry.multiplications > SINGLE_THREADED_PRODUCT
     return small and wide and heavy and _operand(request).kind == "f"
 
 
 def check_zero_points(
-    zeros: ZeroPoints, arrays: Arrays, geometry: ConvGeometry
-) -> ZeroPoints:
+    zeros: dict[str, Any], arrays: dict[str, Array], geometry: ConvGeometry
+) -> dict[str, Any]:
     """The zero points as numbers, or arrays of the type of what they belong to."""
-    each = zip(ZeroPoints._fields, zeros, (1, geometry.filters), strict=True)
-    return ZeroPoints(*(_checked(n, z, arrays[n], most) for n, z, most in each))
+    for name in ("x", "w"):
+        if arrays[name].dtype.name not in _RANGES:
+            raise TypeError(
+                f"zero points are for int8 and uint8; {name} has type "
+                f"{arrays[name].dtype}"
+            )
+    most = {"x": 1, "w": geometry.filters}
+    return {n: _checked(n, zero, arrays[n], most[n]) for n, zero in zeros.items()}
 
 
 def _checked(name: str, zero: Any, array: Array, most: int) -> Any:
     own = array.dtype
-    if own.name not in _RANGES:
-        raise TypeError(f"zero points are for int8 and uint8; {name} has type {own}")
-    if zero is None:
-        return None
     if not is_array(zero):
         try:
             number = operator.index(zero)
@@ -149,7 +151,7 @@ def _operand(request: Request) -> DType:
         return types.accumulate
     for name in ("x", "w"):
         low, high = _RANGES[request.arrays[name].dtype.name]
-        shifted = getattr(request.zeros, name) is not None
+        shifted = name in request.zero_points
         largest *= high - low if shifted else max(-low, high)
     for dtype, most in _EXACT:
         if largest <= min(most, np.iinfo(types.result).max):

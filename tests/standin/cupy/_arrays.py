@@ -1,6 +1,7 @@
 """Device arrays: host memory that refuses to become a host array."""
 
 import operator
+from types import SimpleNamespace
 
 import numpy as np
 
@@ -15,10 +16,18 @@ class ndarray:
     __array_ufunc__ = None
     __hash__ = None
 
-    def __init__(self, host, block, device):
-        self._host = host
-        self._block = block
-        self.device = device
+    def __init__(self, shape, dtype=float, memptr=None, strides=None):
+        if memptr is None:
+            raise NotImplementedError("an array of its own: use empty")
+        self._host = memptr.view(shape, np.dtype(dtype), strides)
+        self._block = memptr.mem[0]
+        self.device = memptr.device
+
+    @classmethod
+    def _of(cls, host, block, device):
+        made = cls.__new__(cls)
+        made._host, made._block, made.device = host, block, device
+        return made
 
     def __array__(self, *_, **__):
         raise TypeError(
@@ -39,7 +48,8 @@ class ndarray:
 
     @property
     def data(self):
-        return Pointer(self._host.__array_interface__["data"][0])
+        address = self._host.__array_interface__["data"][0]
+        return Pointer(address, (self._block, self._host), self.device)
 
     @property
     def flags(self):
@@ -54,7 +64,7 @@ class ndarray:
         return self._host.item(*args)
 
     def _view(self, host):
-        return ndarray(host, self._block, self.device)
+        return ndarray._of(host, self._block, self.device)
 
     def __getitem__(self, key):
         return (
@@ -96,8 +106,29 @@ class ndarray:
 
 
 class Pointer:
-    def __init__(self, ptr):
+    """CuPy's MemoryPointer: an address in a block."""
+
+    def __init__(self, ptr, mem, device):
         self.ptr = ptr
+        self.mem = mem
+        self.device = device
+
+    device_id = property(lambda self: self.device.id)
+
+    def __add__(self, offset):
+        return Pointer(self.ptr + offset, self.mem, self.device)
+
+    def view(self, shape, dtype, strides):
+        """The memory from here on, as NumPy sees it."""
+        interface = {
+            "version": 3,
+            "data": (self.ptr, False),
+            "typestr": f"|V{dtype.itemsize}",
+            "shape": tuple(shape),
+            "strides": strides,
+        }
+        holder = SimpleNamespace(__array_interface__=interface, mem=self.mem)
+        return np.asarray(holder).view(dtype)
 
 
 class Flags:
@@ -149,8 +180,8 @@ def result(host, *parents):
     host = np.asanyarray(host)
     for parent in parents:
         if host.size and np.may_share_memory(host, parent._host):
-            return ndarray(host, parent._block, parent.device)
-    return ndarray(host, memory.Block(host), current())
+            return ndarray._of(host, parent._block, parent.device)
+    return ndarray._of(host, memory.Block(host), current())
 
 
 def wrapped(function):
@@ -251,7 +282,7 @@ ndarray.__neg__ = wrapped(operator.neg)
 def empty(shape, dtype=float, order="C"):
     """Fresh device memory, poisoned: reading it before writing shows."""
     host = np.empty(shape, dtype=dtype, order=order)
-    made = ndarray(host, memory.Block(host), current())
+    made = ndarray._of(host, memory.Block(host), current())
     host.reshape(-1, order="A").view(np.uint8)[...] = 0xCD
     return made
 
@@ -259,7 +290,7 @@ def empty(shape, dtype=float, order="C"):
 def zeros(shape, dtype=float, order="C"):
     # Pages that nobody touches cost nothing: tests make arrays of gigabytes.
     host = np.zeros(shape, dtype=dtype, order=order)
-    return ndarray(host, memory.Block(host), current())
+    return ndarray._of(host, memory.Block(host), current())
 
 
 def ones(shape, dtype=float, order="C"):
@@ -290,7 +321,7 @@ def array(value, dtype=None, copy=True, order="K"):
         raise ValueError(f"Unsupported dtype {dtype}")
     made = np.empty_like(host, dtype=dtype, order=order, subok=False)
     made[...] = host
-    return ndarray(made, memory.Block(made), current())
+    return ndarray._of(made, memory.Block(made), current())
 
 
 def asarray(value, dtype=None):

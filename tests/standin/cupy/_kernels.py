@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from ._arrays import ndarray
+from .cuda import memory
 from .cuda.device import current
 from .cuda.stream import enqueue, get_current_stream
 
@@ -128,6 +129,7 @@ class RawKernel:
             raise ValueError(f"cannot launch {blocks} blocks of {threads} threads")
         with _lock:
             kept = [_argument(a) for a in args]
+            addresses = [int(a) for a in args if isinstance(a, np.uintp) and a]
             pointers = (ctypes.c_void_p * len(kept))(
                 *(ctypes.addressof(k) for k in kept)
             )
@@ -143,7 +145,7 @@ class RawKernel:
                 if hasattr(library, "shim_bank_conflicts"):
                     bank_conflicts[self.name] += library.shim_bank_conflicts()
 
-        enqueue(launch, [a._host for a in args if isinstance(a, ndarray)])
+        enqueue(launch, [a._host for a in args if isinstance(a, ndarray)], addresses)
 
 
 class RawModule:
@@ -171,6 +173,8 @@ def _argument(value):
         if value.size != 1:
             raise TypeError("only a NumPy array of one item is passed by value")
         return ctypes.create_string_buffer(value.tobytes(), value.nbytes)
+    if isinstance(value, np.uintp) and value:
+        memory.check_inside(int(value), int(value) + 1)
     if isinstance(value, np.generic):
         return ctypes.create_string_buffer(value.tobytes(), value.nbytes)
     raise TypeError(f"Unsupported type {type(value)}")

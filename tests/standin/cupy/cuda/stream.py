@@ -132,14 +132,14 @@ def waited(name, stream, ticket=None):
     _finished[0] = max(_finished[0], next(_tickets) if ticket is None else ticket)
 
 
-def enqueue(action, arrays):
+def enqueue(action, arrays, addresses=()):
     """Do it now; or record it, with the addresses that must still be good later."""
     recorded = get_current_stream()._recorded
     if recorded is None:
         action()
     else:
         places = [a.__array_interface__["data"][0] for a in arrays if a.size]
-        recorded.append((action, places))
+        recorded.append((action, [*places, *addresses]))
 
 
 def refuse(what, error=None):

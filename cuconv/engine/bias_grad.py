@@ -1,0 +1,36 @@
+"""The gradient for a bias: the sum of dy over images and positions."""
+
+from collections.abc import Sequence
+
+from cuconv.arrays import Array, module_of, resolve_types
+from cuconv.backends import backend_of
+from cuconv.geometry import ConvGeometry
+from cuconv.memory import Buffer, MemoryLimitError
+from cuconv.options import Options
+
+
+class BiasGrad:
+    """The plan of a gradient for a bias of so many channels."""
+
+    threads, names = 0, ("dy",)
+
+    def __init__(
+        self, dy: Array, geometry: ConvGeometry, channels: int, options: Options
+    ) -> None:
+        self.types = resolve_types({"dy": dy}, options.dtype)
+        self.backend = backend_of(module_of({"dy": dy}), dy)
+        sums = Buffer("sums", channels, self.types.accumulate)
+        needed = self.backend.overhead(1, sums.dtype.itemsize) + sums.nbytes
+        limit = options.memory_limit
+        if isinstance(limit, int) and limit < needed:
+            raise MemoryLimitError(limit, needed, "the gradient of the bias")
+        spatial = [True] * geometry.rank
+        summed = geometry.arranged(True, False, spatial)  # noqa: FBT003
+        self.axes = tuple(axis for axis, is_summed in enumerate(summed) if is_summed)
+
+    def run(self, arrays: Sequence[Array | None], out: None) -> Array:
+        """Sum dy, in the type that is exact enough, and round once."""
+        del out
+        (dy,) = arrays
+        sums = self.backend.sum(dy, self.axes, self.types.accumulate)
+        return sums.astype(self.types.result, copy=False)

@@ -1,0 +1,125 @@
+"""What a call is lowered to: steps over one workspace, some of them basic convolutions."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import TypeVar
+
+from cuconv.arrays import Array
+from cuconv.config import config
+from cuconv.engine.execute import Run
+from cuconv.engine.planner import PlanningResult, decide
+from cuconv.engine.request import Request
+from cuconv.geometry import ConvGeometry
+from cuconv.memory import Buffer, MemoryLimit, all_within, workspace_bytes
+
+Key = TypeVar("Key")
+
+
+class Lowering(ABC):
+    """Steps that compute a call.
+
+    ``parts`` are the basic convolutions among them: each was planned alone, and the
+    first says what strategy runs.  ``buffers`` are memory beside that of the parts.
+    """
+
+    parts: tuple[PlanningResult, ...]
+    buffers: tuple[Buffer, ...] = ()
+    is_capturable = True
+    # Reasons against other ways to lower the call.
+    instead_of: Mapping[str, str] = MappingProxyType({})
+
+    @abstractmethod
+    def steps(self, run: Run) -> None:
+        """Run the steps, or record them."""
+
+    @abstractmethod
+    def weights_of(self, w: Array) -> Iterable[Array]:
+        """The weights that each part takes of those of the call."""
+
+    @property
+    def composition(self) -> str:
+        """The parts, in a phrase; empty for one that is the whole."""
+        return ""
+
+    @property
+    def chunks(self) -> int:
+        """How many blocks the work is cut into."""
+        return sum(part.best.chunks for part in self.parts)
+
+    @property
+    def flops(self) -> int:
+        """Operations, a multiply-add counting as two."""
+        return sum(part.best.flops for part in self.parts)
+
+    @property
+    def nanoseconds(self) -> float:
+        """How long a run is estimated to take."""
+        return sum(part.best.nanoseconds for part in self.parts)
+
+    @property
+    def workspace_bytes(self) -> int:
+        """Everything that a run allocates beyond inputs and result."""
+        return workspace_bytes(self.buffers) + held(self.parts)
+
+    @property
+    def memory_limit(self) -> int:
+        """The limit that holds."""
+        return workspace_bytes(self.buffers) + self.parts[0].limit
+
+
+@dataclass
+class Basic(Lowering):
+    """One convolution, as a strategy runs it."""
+
+    result: PlanningResult
+    geometry: ConvGeometry
+    parts: tuple[PlanningResult, ...] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.parts = (self.result,)
+
+    @property
+    def flops(self) -> int:
+        return 2 * self.geometry.multiplications
+
+    def steps(self, run: Run) -> None:
+        run.convolve(0, *run.operands)
+
+    def weights_of(self, w: Array) -> Iterable[Array]:
+        yield w
+
+
+def basic_part(request: Request, *, flipped: bool = False) -> PlanningResult:
+    """Plan a basic convolution; ``flipped`` as in `Problem`."""
+    options = request.options
+    name = "auto" if options.strategy == "benchmark" else options.strategy
+    problem, backend = request.problem(flipped=flipped), request.backend
+    limit: MemoryLimit = options.memory_limit
+    return decide(problem, backend, name, limit, backend.workers())
+
+
+def held(parts: Iterable[PlanningResult]) -> int:
+    """Bytes that parts take beyond inputs and results, run after each other.
+
+    The largest workspace serves all; another part's threads may have more overhead.
+    """
+    each = [(p.best.memory_bytes, p.best.overhead_bytes) for p in parts]
+    memories, overheads = zip(*each, strict=True) if each else ((0,), (0,))
+    return max(memories) + max(overheads)
+
+
+def within(
+    calls: Mapping[Key, Callable[[], Lowering]], limit: MemoryLimit
+) -> dict[Key, Lowering]:
+    """Lowerings that each fit a limit, so that they do so after each other too.
+
+    Of one thread each they have the same overhead, and the largest alone counts.
+    """
+    found = all_within(calls)
+    parts = [part for each in found.values() for part in each.parts]
+    if not isinstance(limit, int) or held(parts) <= limit:
+        return found
+    with config(num_threads=1):
+        return all_within(calls)

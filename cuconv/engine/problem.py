@@ -1,0 +1,167 @@
+"""What a strategy is asked: the one hashable value that its plan depends on."""
+
+from dataclasses import dataclass, fields, replace
+
+from cuconv.arrays import Array, DType, Types, grouped
+from cuconv.backends.blocking import uses_tensor_cores
+from cuconv.geometry import ConvGeometry
+from cuconv.lazy import lazy
+
+OPERATIONS = ("forward", "input_grad", "weight_grad")
+# What a transposed convolution and its gradients are to the adjoint convolution: y of
+# one is x of the other, and the weights are the same.
+TRANSPOSED = {
+    "input_grad": "transpose",
+    "forward": "transpose_input_grad",
+    "weight_grad": "transpose_weight_grad",
+}
+# Of each transposed operation, the one of the adjoint convolution.
+CONVOLUTION = {call: op for op, call in TRANSPOSED.items()}
+# The arrays of each operation, in the order in which they are given, and what each is
+# to the convolution that the strategies run.
+ROLES = {
+    "forward": {"x": "x", "w": "w", "bias": "bias"},
+    "input_grad": {"dy": "dy", "w": "w"},
+    "weight_grad": {"dy": "dy", "x": "x"},
+    "transpose": {"x": "dy", "w": "w", "bias": "bias"},
+    "transpose_input_grad": {"dy": "x", "w": "w"},
+    "transpose_weight_grad": {"dy": "x", "x": "dy"},
+}
+NAMES = {
+    "forward": "the forward pass",
+    "input_grad": "the gradient of the input",
+    "weight_grad": "the gradient of the weights",
+    "transpose": "the transposed convolution",
+    "transpose_input_grad": "the gradient of a transposed convolution's input",
+    "transpose_weight_grad": "the gradient of a transposed convolution's weights",
+}
+
+# OpenBLAS gives products up to this size to one thread, whatever it was told.
+SINGLE_THREADED_PRODUCT = 2**18
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Everything that a strategy's plan depends on; equal problems have equal plans.
+
+    ``zero_copy`` names the arrays (``x``, ``w``, ``dy``, ``out``) that BLAS can read or
+    write where they lie: the right type, and strides that make a matrix; ``run`` is
+    among them where the result is one run of memory.  ``source`` is the type of the
+    array that is gathered, and ``needs_cast`` names all arrays whose type is not that
+    of the operands.  ``flipped`` marks the forward pass over dy that an input gradient
+    is: its weights are those of the caller, filters and channels exchanged, taps in
+    reverse.  ``captured``: the call is recorded into a CUDA graph, which holds launches
+    of kernels and no memory of its own.  ``transposed``: it is one of `TRANSPOSED`,
+    where the arrays have the roles of the adjoint convolution; a transposed convolution
+    is an input gradient, but for what is conjugated.
+    """
+
+    op: str
+    geometry: ConvGeometry
+    types: Types
+    operand: DType
+    source: DType
+    zero_copy: frozenset[str]
+    needs_cast: frozenset[str] = frozenset()
+    has_bias: bool = False
+    deterministic: bool = True
+    precision: str = "standard"
+    module: str = "numpy"
+    flipped: bool = False
+    captured: bool = False
+    transposed: bool = False
+
+    @property
+    def call(self) -> str:
+        """The operation by its public name."""
+        op = "input_grad" if self.flipped else self.op
+        return TRANSPOSED[op] if self.transposed else op
+
+    @property
+    def conjugates_weights(self) -> bool:
+        """Whether weights are multiplied conjugated: complex ones, in a gradient."""
+        backward = self.flipped or self.op == "input_grad"
+        return self.operand.kind == "c" and backward != self.transposed
+
+    @property
+    def result_channels(self) -> int:
+        """Channels of x or y, whichever is the result: the length of a bias."""
+        g = self.geometry
+        return g.channels if self.op == "input_grad" else g.filters
+
+    @property
+    def fast(self) -> bool:
+        return self.precision == "fast"
+
+    @property
+    def uniform(self) -> bool:
+        """Whether a kernel of one type can read every array and store the result."""
+        stored = self.types.result in (self.operand, self.types.accumulate)
+        return stored and not self.needs_cast
+
+    @lazy
+    def is_for_tensor_cores(self) -> bool:
+        """Whether its products run on tensor cores, where a device has some."""
+        return uses_tensor_cores(self.operand, fast=self.fast)
+
+    @property
+    def fingerprint(self) -> str:
+        """The same text for equal problems, in every process, captured or not."""
+        special = {"zero_copy", "needs_cast", "captured"}
+        names = (field.name for field in fields(self) if field.name not in special)
+        words = [f"{name}={getattr(self, name)!r}" for name in names]
+        casts = (f"needs_cast {name}" for name in sorted(self.needs_cast))
+        return "; ".join((*words, *sorted(self.zero_copy), *casts))
+
+    @property
+    def single_threaded(self) -> bool:
+        """Whether every product is so small that BLAS uses no second thread."""
+        return self.geometry.multiplications <= SINGLE_THREADED_PRODUCT
+
+    @lazy
+    def as_forward(self) -> "Problem | None":
+        """An input gradient as the forward pass over dy; None where there is none.
+
+        Strides forbid it, and a general convolution has no `ConvGeometry.adjoint`.
+        """
+        g = self.geometry
+        if self.op != "input_grad" or not (g.is_unit_stride and g.is_plain):
+            return None
+        x = {"x"} if "dy" in self.zero_copy else set()
+        return replace(
+            self,
+            op="forward",
+            geometry=self.geometry.adjoint,
+            zero_copy=frozenset(x | (self.zero_copy & {"out"})),
+            needs_cast=frozenset("x" if n == "dy" else n for n in self.needs_cast),
+            flipped=True,
+        )
+
+
+def shapes_of(call: str, geometry: ConvGeometry) -> dict[str, tuple[int, ...]]:
+    """The shapes of an operation's arrays by their names."""
+    channels = geometry.channels if call in CONVOLUTION else geometry.filters
+    own = {
+        "x": geometry.x_shape,
+        "w": geometry.w_shape,
+        "dy": geometry.y_shape,
+        "bias": (channels,),
+    }
+    return {name: own[role] for name, role in ROLES[call].items()}
+
+
+def check_shape(name: str, array: Array, shape: tuple[int, ...]) -> None:
+    """Refuse an array of another shape."""
+    if array.shape != shape:
+        raise ValueError(f"{name} has shape {array.shape} and must have {shape}")
+
+
+def in_groups(array: Array, geometry: ConvGeometry) -> Array:
+    """View x, y, or their gradients as (N, G, C/G, *spatial)."""
+    return grouped(
+        array,
+        geometry.groups,
+        geometry.rank,
+        channels_first=geometry.channels_first,
+        batched=geometry.batched,
+    )

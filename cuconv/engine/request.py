@@ -1,0 +1,215 @@
+"""Calls that are to be planned: checked, and with everything that a plan depends on."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+from cuconv.arrays import (
+    Array,
+    Types,
+    any_dask,
+    as_dtype,
+    base_array,
+    is_aligned,
+    is_matrix_ready,
+    module_of,
+    module_of_blocks,
+    resolve_types,
+    stub_array,
+)
+from cuconv.backends import Backend
+from cuconv.engine.problem import (
+    CONVOLUTION,
+    ROLES,
+    Problem,
+    check_shape,
+    in_groups,
+    shapes_of,
+)
+from cuconv.geometry import ConvGeometry
+from cuconv.options import Options
+
+ZERO_POINTS = "x_zero_point", "w_zero_point"
+_OPTIONAL = ("bias", "indices", *ZERO_POINTS)
+
+
+class Request(NamedTuple):
+    """A call that is to be planned.
+
+    Of its arrays, by their names, only shapes, strides and types are read.
+    """
+
+    call: str
+    geometry: ConvGeometry
+    arrays: dict[str, Array]
+    out: Array | None
+    options: Options
+    backend: Backend
+
+    @property
+    def types(self) -> Types:
+        operands = {n: a for n, a in self.arrays.items() if n not in ZERO_POINTS}
+        return resolve_types(operands, self.options.dtype)
+
+    @property
+    def zero_points(self) -> dict[str, Array]:
+        """Those that were given, by the names of the arrays whose they are."""
+        found = {n: self.arrays.get(f"{n}_zero_point") for n in ("x", "w")}
+        return {name: zero for name, zero in found.items() if zero is not None}
+
+    @property
+    def is_input_grad(self) -> bool:
+        """Whether the result is x, or lies where x would: transposed convolution."""
+        return self.call in ("input_grad", "transpose")
+
+    @property
+    def is_weight_grad(self) -> bool:
+        return self.call.endswith("weight_grad")
+
+    @property
+    def result_shape(self) -> tuple[int, ...]:
+        geometry = self.geometry
+        if self.is_weight_grad:
+            return geometry.w_shape
+        return geometry.x_shape if self.is_input_grad else geometry.y_shape
+
+    @property
+    def result(self) -> Array:
+        """The array for the result, or a stub that is C-contiguous."""
+        if self.out is not None:
+            return base_array(self.out)
+        return stub_array(self.result_shape, self.types.result)
+
+    def problem(self, *, flipped: bool = False) -> Problem:
+        """What strategies are asked; ``flipped`` as in `Problem`."""
+        backend, types = self.backend, self.types
+        operand = backend.operand_type(types)
+        op, roles = CONVOLUTION.get(self.call, self.call), ROLES[self.call]
+        if flipped:
+            source = next(name for name, role in roles.items() if role == "dy")
+            op, roles = "forward", {**roles, source: "x"}
+        in_roles = {
+            role: self.arrays[name]
+            for name, role in roles.items()
+            if name in self.arrays
+        }
+        casts = (role for role, array in in_roles.items() if array.dtype != operand)
+        problem = Problem(
+            op=op,
+            geometry=self.geometry,
+            types=types,
+            operand=operand,
+            source=in_roles["dy" if op == "input_grad" else "x"].dtype,
+            zero_copy=frozenset(),
+            needs_cast=frozenset(casts),
+            has_bias="bias" in self.arrays,
+            deterministic=self.options.deterministic is not False,
+            precision=self.options.precision or "standard",
+            module=backend.xp.__name__,
+            flipped=flipped,
+            captured=backend.is_capturing(),
+            transposed=self.call in CONVOLUTION,
+        )
+        ready = _zero_copy(problem, in_roles, self.out, backend)
+        return replace(problem, zero_copy=ready)
+
+
+def named_inputs(arrays: Mapping[str, Array | None]) -> dict[str, Array]:
+    """The arrays that were given, which must be of one module; some are optional."""
+    given = {n: a for n, a in arrays.items() if a is not None or n not in _OPTIONAL}
+    if any_dask(given.values()):
+        module_of_blocks(given)
+    else:
+        module_of(given)
+    return {name: base_array(array) for name, array in given.items()}
+
+
+def chosen_options(options: Mapping[str, Any], known: Any = Options._fields) -> Options:
+    """The options with their defaults; an unknown one is refused by its name."""
+    unknown = sorted(set(options) - set(known))
+    if unknown:
+        names = ", ".join(known)
+        raise TypeError(f"there is no option {unknown[0]!r}; the options are {names}")
+    return Options(**options)
+
+
+def geometry_of(
+    call: str, arrays: Mapping[str, Array], options: Options, more: Mapping[str, Any]
+) -> ConvGeometry:
+    """The geometry of a call, whose arrays must fit it.
+
+    ``more`` holds the shape of the result of a gradient, and what a transposed
+    convolution is told beside the options.
+    """
+    shapes = {
+        name: more[f"{name}_shape"] if f"{name}_shape" in more else arrays[name].shape
+        for name in ("x", "w")
+    }
+    if call in CONVOLUTION:
+        ends = more["output_padding"], more["output_size"]
+        geometry = options.transposed_geometry(shapes["x"], shapes["w"], *ends)
+    else:
+        geometry = options.geometry(shapes["x"], shapes["w"])
+    wanted = shapes_of(call, geometry)
+    for name in ("dy", "bias"):
+        if name in arrays:
+            check_shape(name, arrays[name], wanted[name])
+    return geometry
+
+
+def request_of_shapes(
+    call: str,
+    options: Options,
+    more: Mapping[str, Any],
+    backend: Backend,
+    *,
+    bias: bool,
+) -> Request:
+    """The request of a call on C-contiguous arrays of one type."""
+    geometry = geometry_of(call, {}, options, more)
+    shapes, dtype = shapes_of(call, geometry), as_dtype(options.dtype)
+    arrays = {
+        name: stub_array(shape, dtype, name=name)
+        for name, shape in shapes.items()
+        if bias or name != "bias"
+    }
+    return Request(call, geometry, arrays, None, options.settled(), backend)
+
+
+def _zero_copy(
+    problem: Problem, in_roles: dict[str, Array], out: Array | None, backend: Backend
+) -> frozenset[str]:
+    """The arrays that can be multiplied, or written, where they lie.
+
+    And ``run`` where the result is one run of memory.
+    """
+    geometry, ready = problem.geometry, set()
+    for role, array in in_roles.items():
+        if array.dtype != problem.operand or role == "bias":
+            continue
+        if role == "w":
+            fits = array.flags.c_contiguous and is_aligned(array)
+            fits = fits and not (problem.conjugates_weights or problem.flipped)
+        else:
+            cells = in_groups(array, geometry)
+            fits = is_matrix_ready(cells, geometry.rank, backend.largest_step)
+        if fits:
+            ready.add(role)
+    if _is_zero_copy_out(problem, out, backend):
+        ready.add("out")
+    if out is None or out.flags.c_contiguous:
+        ready.add("run")
+    return frozenset(ready)
+
+
+def _is_zero_copy_out(problem: Problem, out: Array | None, backend: Backend) -> bool:
+    """Whether products can be written to the result where it lies."""
+    geometry, types = problem.geometry, problem.types
+    if not backend.can_store(types, types.result):
+        return False
+    if out is None:
+        return geometry.positions <= backend.largest_step
+    if problem.op == "weight_grad":
+        return bool(out.flags.c_contiguous) and is_aligned(out)
+    cells = in_groups(base_array(out), geometry)
+    return is_matrix_ready(cells, geometry.rank, backend.largest_step)

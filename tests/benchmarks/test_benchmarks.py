@@ -1,0 +1,678 @@
+"""The benchmarks: layers as published, peers that are checked, figures that match."""
+
+import importlib.util
+import itertools
+import json
+import os
+import statistics
+import sys
+from math import prod
+from typing import Any
+
+import numpy as np
+import pytest
+from benchmark_cases import PLAIN, TINY, planted, reference
+
+from benchmarks import pages, records, report, small_call
+from benchmarks.cases import Case, relative_error
+from benchmarks.definitions import DEFINITIONS, max_indices, operations_on
+from benchmarks.layers import Layer, Pool, Transposed
+from benchmarks.peers import PEERS, kind_of, on_cuda, wishes_of
+from benchmarks.peers.base import RefusedError, Wishes
+from benchmarks.peers.library import Library
+from benchmarks.peers.whole_buffer import Columns
+from benchmarks.runner import Effort, Process, Worker, measure_case, summary, workers
+from benchmarks.suites import (
+    OPERATIONS,
+    POOLING,
+    SUITES,
+    TRANSPOSED,
+    doubling,
+    layer,
+    pool,
+)
+from benchmarks.taps import reference as by_taps
+from benchmarks.worker import Session
+from cuconv.testing import (
+    pool_grad_reference,
+    pool_reference,
+)
+
+TORCH_PYTHON = os.environ.get("CUCONV_TORCH_PYTHON", sys.executable)
+
+# Of other kinds of layer, with the operations of each.
+TINY_OTHERS = {
+    "doubling": doubling(3, 4, 2, 4, padding=1),
+    "side by side": doubling(2, 3, 4, 2),
+    "output padding": doubling(2, 4, 3, 3, padding=1, output_padding=1),
+    "uneven": Transposed(
+        *(4, (4, 3), 6, (3, 2), (2, 3), (1, 0), (1, 2), 2), output_padding=(1, 2)
+    ),
+    "pool": pool(3, 7, 3, 2, padding=1),
+    "loose pool": pool(2, 8, 2, 3),
+    "uneven pool": Pool(2, (7, 6), 2, (3, 2), (1, 2), (1, 0), (1, 1), groups=2),
+    "whole pool": pool(2, 5, 5, 5),
+    "line pool": pool(3, 11, 4, 2, padding=1, rank=1),
+    "volume pool": pool(2, 5, 2, 2, rank=3),
+}
+OTHERS = [
+    pytest.param(each, operation, id=f"{name}-{operation}")
+    for name, each in TINY_OTHERS.items()
+    for operation in operations_on(type(each))
+]
+NUMPY_PEERS = ("cuconv", "im2col_rows", "im2col_columns", "naive", "scipy")
+
+
+def other_reference(case: Case) -> np.ndarray:
+    """Of pooling too."""
+    kind = {"max": "max", "avg": "mean"}.get(case.operation[:3])
+    if kind is None:
+        return reference(case)
+    (x,) = Case(case.layer, "max_pool", case.batch).operands()
+    if case.operation.endswith("_backward"):
+        return pool_grad_reference(case.operands()[0], x, kind=kind, **case.options)
+    return pool_reference(x, kind=kind, **case.options).y
+
+
+def peer_named(name: str, **wishes: Any) -> Any:
+    if name == "scipy":
+        pytest.importorskip("scipy")
+    return kind_of(name).make(wishes_of(name, wishes))
+
+
+# The layers.
+
+
+def multiplications(layers: dict[Layer, int]) -> int:
+    return sum(count * each.multiplications(1) for each, count in layers.items())
+
+
+def test_resnet50_is_the_published_network() -> None:
+    """20 shapes; as often as the network has them they are its 3.8 · 10^9 products."""
+    layers = SUITES["resnet50"].layers
+    assert len(layers) == len(set(layers)) == 20
+    counts = [1, 1, 3, 4, 2]
+    for blocks in (4, 6, 3):
+        counts += [1, blocks, blocks, 1, blocks - 1]
+    assert sum(counts) == 53
+    assert multiplications(dict(zip(layers, counts, strict=True))) == 3_855_925_248
+    assert [each.out for each in layers[:2]] == [(112, 112), (56, 56)]
+
+
+def test_version_15_moves_the_stride_to_the_3x3() -> None:
+    layers = SUITES["resnet50_v15"].layers
+    assert len(set(layers) - set(SUITES["resnet50"].layers)) == len(layers) == 6
+    for reduce, strided in zip(layers[::2], layers[1::2], strict=True):
+        assert (reduce.stride, strided.stride) == ((1, 1), (2, 2))
+        assert reduce.out == strided.size
+        assert reduce.filters == strided.channels
+        assert strided.out == tuple(n // 2 for n in strided.size)
+
+
+def test_vgg16_is_the_published_network() -> None:
+    layers = SUITES["vgg16"].layers
+    assert len(set(layers)) == 9
+    assert all(each.out == each.size for each in layers)
+    counts = (1, 1, 1, 1, 1, 2, 1, 2, 3)
+    assert multiplications(dict(zip(layers, counts, strict=True))) == 15_346_630_656
+
+
+def test_mobilenetv2_is_the_published_network() -> None:
+    layers = SUITES["mobilenetv2"].layers
+    kinds = [each.kind for each in layers]
+    assert len(set(layers)) == len(layers)
+    assert (kinds.count("depthwise"), kinds.count("pointwise")) == (10, 19)
+    assert len(kinds) == 29
+    deep = [(x.channels, x.size[0], x.stride[0]) for x in layers if x.groups > 1]
+    assert deep[:4] == [(32, 112, 1), (96, 112, 2), (144, 56, 1), (144, 56, 2)]
+    assert deep[-1] == (960, 7, 1)
+    # What a layer leaves, another one takes.
+    taken = {(each.channels, each.size) for each in layers}
+    left = {(each.filters, each.out) for each in layers}
+    assert left - taken == {(1280, (7, 7))}
+    assert taken - left == {(32, (112, 112))} - left
+
+
+def test_encodec_is_a_chain() -> None:
+    chain = [x for x in SUITES["audio1d"].layers if x.label == "encodec"]
+    assert len(chain) == 6
+    for before, after in itertools.pairwise(chain):
+        assert (before.filters, before.out) == (after.channels, after.size)
+    wavenet = [x for x in SUITES["audio1d"].layers if x.label == "wavenet"]
+    assert [x.dilation for x in wavenet] == [(1,), (16,), (512,)]
+    assert all(x.out == x.size for x in wavenet)
+
+
+def test_dcgan_is_a_chain() -> None:
+    """The generator after its projection, up to an image of 64×64."""
+    chain = [x for x in SUITES["transposed"].layers if x.label == "dcgan"]
+    for before, after in itertools.pairwise(chain):
+        assert (before.filters, before.out) == (after.channels, after.size)
+    assert chain[0].x_shape(1) == (1, 1024, 4, 4)
+    assert chain[-1].y_shape(1) == (1, 3, 64, 64)
+    assert [x.kernel for x in chain] == [(4, 4)] * 4
+
+
+def test_decoders_double_every_size() -> None:
+    layers = SUITES["transposed"].layers
+    assert layers[0].y_shape(8) == (8, 64, 56, 56)
+    assert all(x.out == tuple(2 * n for n in x.size) for x in layers)
+    assert {x.kernel[0] for x in layers} == {2, 3, 4}
+
+
+def test_pools_are_of_all_ranks() -> None:
+    layers = SUITES["pooling"].layers
+    assert sorted({len(x.out) for x in layers}) == [1, 2, 3]
+    shapes = [x.y_shape(8) for x in layers]
+    assert shapes[:2] == [(8, 64, 56, 56), (8, 64, 55, 55)]
+    assert (8, 2048, 1, 1) in shapes
+
+
+@pytest.mark.parametrize("suite", SUITES.values(), ids=SUITES)
+def test_suites_are_in_order(suite) -> None:
+    names = [each.name for each in suite.layers]
+    assert len(set(names)) == len(names) > 1
+    assert all(min(each.out) > 0 for each in suite.layers)
+    assert all(kind_of(peer) for peer in suite.peers)
+    rank = {"audio1d": 1, "unet3d": 3}.get(suite.name)
+    assert rank is None or all(len(each.out) == rank for each in suite.layers)
+
+
+def test_sizes_are_those_of_cuconv() -> None:
+    for each in (*TINY.values(), *SUITES["large_kernel"].layers[:1]):
+        case = Case(each, "forward", 2)
+        y = peer_named("cuconv").call(case, *case.operands())()
+        assert y.shape == case.result_shape == each.y_shape(2)
+
+
+def test_names_tell_the_shape() -> None:
+    assert PLAIN.name == "3-4 3x3 @6"
+    assert TINY["line"].name == "3-4 4/3 d2 @13"
+    assert TINY["groups"].name == "4-6 3x3 g2 @5"
+    assert TINY_OTHERS["output padding"].name == "2-3 3x3/2 o1 @4"
+    assert TINY_OTHERS["pool"].name == "3 3x3/2 p1 @7"
+
+
+# What is right.
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+@pytest.mark.parametrize("name", TINY)
+def test_elements_are_the_definition(name, operation) -> None:
+    """Every element, against loops that share no line with it."""
+    case = Case(TINY[name], operation, 2)
+    true = reference(case)
+    element, operands = DEFINITIONS[operation].element, case.operands()
+    got = [element(case.layer, *operands, place) for place in np.ndindex(true.shape)]
+    assert len(got) == prod(case.result_shape) > 0
+    np.testing.assert_allclose(got, true.ravel(), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(("each", "operation"), OTHERS)
+def test_other_elements_are_the_definition(each, operation) -> None:
+    case = Case(each, operation, 2)
+    true, operands = other_reference(case), case.operands()
+    got = [
+        case.definition.element(each, *operands, place)
+        for place in np.ndindex(true.shape)
+    ]
+    assert true.shape == case.result_shape
+    np.testing.assert_allclose(got, true.ravel(), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(("each", "operation"), OTHERS)
+def test_the_library_answers_rightly(each, operation) -> None:
+    case, one = Case(each, operation, 2), peer_named("cuconv")
+    operands = case.operands()
+    result = one.call(case, *operands)()
+    assert result.dtype == np.float32
+    np.testing.assert_allclose(result, other_reference(case), rtol=1e-4, atol=1e-5)
+    assert relative_error(case, operands, result) < 1e-5
+    assert (one.plan(case)["strategy"] is None) is (operation in POOLING)
+
+
+def test_indices_are_those_of_the_definition() -> None:
+    """The first of several that are equal, and none under padding alone."""
+    each = Pool(1, (5, 6), 1, (2, 3), (1, 2), (1, 3), (1, 1))
+    x = np.random.default_rng(0).integers(0, 3, (2, 1, 5, 6)).astype(np.float32)
+    true = pool_reference(x, kind="max", **each.options).indices
+    assert (true == -1).any()
+    np.testing.assert_array_equal(max_indices(each, x), true)
+
+
+@pytest.mark.parametrize("operation", TRANSPOSED)
+def test_taps_of_transposed_convolutions(operation) -> None:
+    case = Case(TINY_OTHERS["uneven"], operation, 2)
+    first, second = (array.astype(np.float64) for array in case.operands())
+    got = by_taps(case, first, second, np.zeros)
+    np.testing.assert_allclose(got, reference(case), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("operation", TRANSPOSED)
+def test_transposed_convolutions_on_cuda(operation) -> None:
+    """On the stand-in for CuPy, checked as a whole, channels last."""
+    session = Session("cuconv@channels_last")
+    session.answer("open", wishes={"device": "cuda"})
+    case = Case(TINY_OTHERS["uneven"], operation, 2)
+    built = session.answer("build", case=case.to_json())
+    assert built["status"] == "ok", built
+    assert built["error"] < 1e-6
+    assert built["promised_bytes"] >= 0
+
+
+def test_what_a_peer_does_not_do_is_refused() -> None:
+    case = Case(TINY_OTHERS["pool"], "max_pool", 2)
+    with pytest.raises(RefusedError, match="no max_pool"):
+        peer_named("naive").call(case, *case.operands())
+    with pytest.raises(RefusedError, match="no strategies"):
+        peer_named("cuconv@im2col").call(case, *case.operands())
+
+
+def test_a_gradient_of_zeros_is_wrong() -> None:
+    """Of 64 cells of whole planes none may be a maximum, so more are looked at."""
+    case = Case(pool(64, 7, 7, 7), "max_pool_backward", 2)
+    zeros = np.zeros(case.result_shape, np.float32)
+    assert relative_error(case, case.operands(), zeros) == 1.0
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+@pytest.mark.parametrize("name", TINY)
+@pytest.mark.parametrize("peer", NUMPY_PEERS)
+def test_peers_answer_rightly(peer, name, operation) -> None:
+    case = Case(TINY[name], operation, 2)
+    one = peer_named(peer)
+    if peer == "naive" and name not in ("plain", "strides", "pointwise"):
+        with pytest.raises(RefusedError, match="two axes"):
+            one.call(case, *case.operands())()
+        return
+    operands = case.operands()
+    kept = [array.copy() for array in operands]
+    result = one.device.take(one.call(case, *operands)())
+    assert result.dtype == np.float32
+    np.testing.assert_allclose(result, reference(case), rtol=1e-4, atol=1e-5)
+    assert relative_error(case, operands, result) < 1e-5
+    assert all(map(np.array_equal, operands, kept))
+
+
+def test_operands_are_the_same_everywhere() -> None:
+    case = Case(PLAIN, "forward", 2)
+    x, w = case.operands()
+    assert np.array_equal(x, Case(PLAIN, "weight_grad", 2).operands()[1])
+    assert 0.5 < x.std() < 2
+    assert w.std() < 0.5
+
+
+def test_errors_are_found() -> None:
+    case = Case(PLAIN, "forward", 1)
+    operands, right = case.operands(), reference(case)
+    assert relative_error(case, operands, right) < 1e-12
+    assert relative_error(case, operands, right * 1.01) == pytest.approx(0.01)
+    corner = right.copy()
+    corner[-1, -1, -1, -1] = np.nan
+    assert relative_error(case, operands, corner) == float("inf")
+    with pytest.raises(ValueError, match=r"\(4, 6, 6\)"):
+        relative_error(case, operands, right[0])
+
+
+def test_columns_that_are_too_large_are_refused() -> None:
+    case = Case(SUITES["large_kernel"].layers[4], "forward", 8)
+    x = np.broadcast_to(np.float32(1), case.shapes["x"])
+    w = np.broadcast_to(np.float32(1), case.shapes["w"])
+    with pytest.raises(RefusedError, match="GiB"):
+        Columns(Wishes()).call(case, x, w)()
+
+
+def test_one_result_is_reused_when_that_is_asked_for() -> None:
+    case = Case(PLAIN, "input_grad", 1)
+    call = peer_named("cuconv", reuse_out=True).call(case, *case.operands())
+    assert call() is call()
+    fresh = peer_named("cuconv").call(case, *case.operands())
+    assert fresh() is not fresh()
+
+
+def test_names_carry_options() -> None:
+    common = {"device": "cpu", "precision": "strict"}
+    assert wishes_of("cuconv", common).precision == "strict"
+    assert wishes_of("cuconv@4MiB@fast", common) == Wishes(
+        "cpu", precision="fast", memory_limit="4MiB"
+    )
+    assert wishes_of("cuconv@im2col", {}).strategy == "im2col"
+    with pytest.raises(ValueError, match="there is no peer 'tensorflow'"):
+        kind_of("tensorflow")
+    with pytest.raises(ValueError, match="only cuconv"):
+        kind_of("torch@4MiB")
+
+
+def test_a_gpu_has_its_own_peers() -> None:
+    usual = on_cuda(SUITES["resnet50"].peers)
+    assert usual == ("cuconv", "cudnn", "cupy_im2col")
+    assert set(usual) <= set(PEERS)
+    assert on_cuda(SUITES["sweep_memory"].peers) == SUITES["sweep_memory"].peers
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_the_library_on_cuda(operation) -> None:
+    """On the stand-in for CuPy, which has no clock."""
+    case = Case(PLAIN, operation, 2)
+    peer = Library(Wishes(device="cuda"))
+    operands = case.operands()
+    call = peer.call(case, *map(peer.device.put, operands))
+    result = peer.device.take(call())
+    assert relative_error(case, operands, result) < 1e-5
+    extra = peer.device.extra_bytes(call)
+    assert extra is not None
+    assert 0 <= extra < 2**22
+
+
+# Processes.
+
+
+class LocalWorker:
+    """A session without a process, which counts its requests."""
+
+    def __init__(self, name: str) -> None:
+        self.session, self.asked = Session(name), []
+        self.hello = self.session.answer("open", wishes={})
+
+    def open(self) -> dict[str, Any]:
+        return self.hello
+
+    def ask(self, do: str, **words: Any) -> dict[str, Any]:
+        self.asked.append(do)
+        return self.session.answer(do, **words)
+
+
+TINY_EFFORT = Effort(rounds=3, seconds=3e-3)
+
+
+def test_a_wrong_peer_is_caught_and_not_timed(monkeypatch) -> None:
+    """Filters that are flipped, as those of signal processing are."""
+
+    class Flipped(Columns):
+        def forward(self, case: Case, x: Any, w: Any) -> Any:
+            return super().forward(case, x, np.ascontiguousarray(w[:, :, ::-1, ::-1]))
+
+    right, wrong = LocalWorker("im2col_columns"), LocalWorker("im2col_columns")
+    wrong.session.peer = Flipped(Wishes())
+    case = Case(PLAIN, "forward", 2)
+    found = measure_case(case, {"right": right, "wrong": wrong}, TINY_EFFORT)
+    findings = found["findings"]
+    assert findings["right"]["status"] == "ok"
+    assert findings["wrong"]["status"] == "wrong"
+    assert findings["wrong"]["error"] > 0.1
+    assert "milliseconds" not in findings["wrong"]
+    assert (wrong.asked, right.asked) == (
+        ["build"],
+        ["build", "time", "time", "time", "weigh"],
+    )
+    json.dumps(found, allow_nan=False)
+
+
+def test_what_a_finding_says() -> None:
+    worker = LocalWorker("im2col_columns")
+    steps: list[int] = []
+    case = Case(layer(8, 20, 8, 3), "forward", 2)
+    found = measure_case(case, {"a": worker}, TINY_EFFORT, lambda: steps.append(1))
+    finding = found["findings"]["a"]
+    assert finding["calls"] >= 3
+    low, high = finding["quartiles"]
+    assert 0 < low <= finding["milliseconds"] <= high
+    # At its peak the columns and the padded input are there.
+    columns = 4 * 2 * 8 * 9 * 20 * 20
+    assert columns < finding["extra_bytes"] < 2 * columns
+    assert finding["weighed_by"] == "tracemalloc"
+    assert len(steps) == 1 + TINY_EFFORT.rounds
+    assert found["multiplications"] == 2 * 8 * 400 * 72
+
+
+def test_a_peer_that_fails_says_why(monkeypatch) -> None:
+    worker = LocalWorker("cuconv@no_such_strategy")
+    case = Case(PLAIN, "forward", 1)
+    finding = measure_case(case, {"a": worker}, TINY_EFFORT)["findings"]["a"]
+    assert finding["status"] == "failed"
+    assert "no_such_strategy" in finding["reason"]
+    tight = LocalWorker("cuconv@1KiB")
+    finding = measure_case(case, {"a": tight}, TINY_EFFORT)["findings"]["a"]
+    assert finding["status"] == "refused"
+    assert "smallest" in finding["reason"]
+
+
+@pytest.mark.parametrize("peer", ["cuconv@1MiB", "torch"])
+def test_a_process_answers(peer) -> None:
+    with workers([peer], {"device": "cpu"}, TORCH_PYTHON) as found:
+        worker = found[peer]
+        if peer == "torch" and worker.hello["status"] == "missing":
+            pytest.skip(f"no PyTorch here: {worker.hello['reason']}")
+        assert worker.hello["versions"]["numpy"]
+        for operation in OPERATIONS:
+            case = Case(TINY["strides"], operation, 2)
+            record = measure_case(case, found, Effort(rounds=1, seconds=1e-3))
+            finding = record["findings"][peer]
+            assert finding["status"] == "ok", finding
+            assert finding["error"] < 1e-5
+            assert finding["calls"] >= 1
+
+
+def test_pytorch_answers_rightly() -> None:
+    """In every operation, built and checked but not timed."""
+    cases = [Case(*parameter.values, 2) for parameter in OTHERS]
+    assert {case.operation for case in cases} == {*TRANSPOSED, *POOLING}
+    with workers(["torch"], {"device": "cpu"}, TORCH_PYTHON) as found:
+        worker = found["torch"]
+        if worker.hello["status"] == "missing":
+            pytest.skip(f"no PyTorch here: {worker.hello['reason']}")
+        for case in cases:
+            reply = worker.ask("build", case=case.to_json())
+            assert reply["status"] == "ok", (case, reply)
+            assert reply["error"] < 1e-5
+
+
+def test_a_process_that_never_answers_is_missing() -> None:
+    case = Case(PLAIN, "forward", 1)
+    for python, reason in (("true", "ended with status 0"), ("no-such", "No such")):
+        process = Process(python)
+        worker = Worker("cuconv", process, {})
+        found = measure_case(case, {"a": worker}, TINY_EFFORT)["findings"]["a"]
+        process.close()
+        assert found["status"] == "missing"
+        assert reason in found["reason"]
+
+
+def test_a_process_that_dies_is_replaced() -> None:
+    case = Case(PLAIN, "forward", 1)
+    with workers(["naive"], {}) as found:
+        worker = found["naive"]
+        worker._process._process.kill()
+        dead, alive = (
+            measure_case(case, found, TINY_EFFORT)["findings"]["naive"]
+            for _ in range(2)
+        )
+    assert dead["status"] == "failed"
+    assert "status -9" in dead["reason"]
+    assert alive["status"] == "ok"
+
+
+def test_small_calls() -> None:
+    found = small_call.measure(rounds=2, calls=3)
+    assert found["call_microseconds"] > 0
+    assert set(found) <= {
+        "call_microseconds",
+        "prepared_microseconds",
+        "ranges_microseconds",
+    }
+    text = report.small_call_text({**found, "import_milliseconds": 40.0})
+    assert "40 ms" in text
+
+
+# Numbers and pages.
+
+
+RECORD = planted(
+    {"cuconv": [1.0, 2.0, 4.0], "torch": [2.0, 1.0, 4.0], "naive": [4.0, None, None]}
+)
+
+
+def test_what_multiplies_nothing_is_counted_in_bytes() -> None:
+    case = Case(pool(4, 10, 2, 2), "max_pool_backward", 2)
+    # dy, its indices of eight bytes, and dx.
+    assert case.nbytes == 4 * 200 + 8 * 200 + 4 * 800
+    record = planted({"cuconv": [1.0, 2.0, 4.0]})
+    for each in record["cases"]:
+        each |= {"multiplications": 0, "moved_bytes": 5 * 10**6}
+    table = report.layer_table(record, "forward")
+    assert table.header == ["layer", "cuconv", "GB/s"]
+    assert [row[2] for row in table.rows] == ["5", "2.5", "1.25"]
+
+
+def test_ratios_and_geometric_means() -> None:
+    cases = report.cases_of(RECORD, "forward")
+    assert list(report.ratios(cases, "cuconv", "torch").values()) == [0.5, 2.0, 1.0]
+    assert list(report.ratios(cases, "cuconv", "naive").values()) == [0.25]
+    assert report.geometric_mean([0.5, 2.0, 1.0]) == pytest.approx(1.0)
+    assert report.geometric_mean([1.0, 4.0, 16.0]) == pytest.approx(4.0)
+    assert report.geometric_mean([]) is None
+    assert report.rate(cases[0], "cuconv") == pytest.approx(2.0)
+    assert report.subject_of(RECORD) == "cuconv"
+    assert report.subject_of(
+        planted({"torch": [1, 1, 1], "cuconv@fast": [1, 1, 1]})
+    ) == ("cuconv@fast")
+
+
+def test_summary_is_median_and_quartiles() -> None:
+    times = [0.004, 0.001, 0.003, 0.002, 0.1]
+    found = summary(times)
+    assert found["milliseconds"] == pytest.approx(1e3 * statistics.median(times))
+    assert found["calls"] == 5
+    assert found["quartiles"][0] < 3 < found["quartiles"][1]
+
+
+def test_a_table_says_it_all() -> None:
+    table = report.layer_table(RECORD, "forward")
+    assert table.header == ["layer", "cuconv", "GFLOP/s", "torch", "naive"]
+    assert table.rows[0] == ["3-4 3x3 @6", "1", "2", "2 (0.50)", "4 (0.25)"]
+    assert table.rows[1][-1] == "refused"
+    means = {row[0]: row[3:] for row in table.summary}
+    assert means["geometric mean"] == ["(1.00)", "(0.25 of 1)"]
+    assert means["geometric mean, depthwise"] == ["(1.00)", ""]
+    assert means["most memory, MiB"] == ["1", "1"]
+    assert "cuconv ÷ torch: at most 2.00, on 4-6 3x3 g2 @5" in table.notes
+    assert any(note.startswith("naive refused on 4-6 3x3 g2") for note in table.notes)
+
+
+def test_json_comes_back(tmp_path) -> None:
+    cases = [Case(each, "input_grad", 3) for each in TINY.values()]
+    cases += [Case(*parameter.values, 3) for parameter in OTHERS]
+    for case in cases:
+        assert Case.from_json(json.loads(json.dumps(case.to_json()))) == case
+    records.write(RECORD, records.stem_of(RECORD), tmp_path)
+    cuda = planted({"cuconv": [1.0, 2.0, 3.0]}, device="cuda")
+    records.write(cuda, records.stem_of(cuda), tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "resnet50-cuda.json",
+        "resnet50.json",
+    ]
+    first, second = records.read_suites(tmp_path)
+    assert report.layer_table(first, "forward") == report.layer_table(RECORD, "forward")
+    assert second["device"] == "cuda"
+    assert records.read("vgg16", tmp_path) is None
+    with pytest.raises(ValueError, match="JSON compliant"):
+        records.write({"time": float("nan")}, "bad", tmp_path)
+
+
+def test_pages_are_what_the_results_say() -> None:
+    """Run ``python -m benchmarks.figures`` where this fails."""
+    written = pages.pages()
+    assert len(written) == 2
+    for path, text in written.items():
+        assert path.read_text(encoding="utf-8") == text
+
+
+def test_results_have_their_pictures() -> None:
+    for record in records.read_suites():
+        for name in pages.images_of(record):
+            assert (records.RESULTS / name).exists()
+
+
+def test_pages_without_results(tmp_path) -> None:
+    for text in pages.pages(tmp_path).values():
+        assert pages.NOTHING in text
+
+
+def test_pages_with_results(tmp_path) -> None:
+    small = {
+        "call_microseconds": 100.0,
+        "prepared_microseconds": 20.0,
+        "ranges_microseconds": 1.25,
+        "import_milliseconds": 40.0,
+    }
+    records.write(RECORD, "resnet50", tmp_path)
+    records.write(small, "small_call", tmp_path)
+    readme, docs = pages.pages(tmp_path).values()
+    assert "| resnet50 | 2 | forward | 1.00 | 0.25 of 1 |" in readme
+    assert "| resnet50, depthwise | 2 | forward | 1.00 |  |" in readme
+    assert "with a prepared plan 20 µs" in " ".join(readme.split())
+    assert "Nothing here has been measured on a GPU yet." in readme
+    assert "| 3-4 3x3 @6 | 1 | 2 | 2 (0.50) | 4 (0.25) |" in docs
+    assert "../benchmarks/results/resnet50-times.png" in docs
+    with pytest.raises(ValueError, match="lacks the marks"):
+        pages.with_block("no marks", "block")
+
+
+def test_the_command_line(tmp_path) -> None:
+    pytest.importorskip("rich")
+    from benchmarks.__main__ import main
+
+    words = "--quick --suite sweep_kernel --peer cuconv --peer im2col_columns"
+    main([*words.split(), "--layer", "3x3", "--out", str(tmp_path)])
+    (record,) = records.read_suites(tmp_path)
+    assert [case["name"] for case in record["cases"]] == ["64-64 3x3 @56"]
+    assert record["batch"] == 1
+    assert record["machine"]["gemm_gflops"] > 0
+    assert record["peers"]["cuconv"]["versions"]["blas"]
+    findings = record["cases"][0]["findings"]
+    assert {each["status"] for each in findings.values()} == {"ok"}
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--save", "--quick"],
+        ["--peer", "cuconf"],
+        ["--batch", "0"],
+        ["--layer", "no such", "--suite", "vgg16"],
+        ["--operation", "max_pool", "--suite", "vgg16"],
+        ["--device", "cuda", "--suite", "pooling"],
+    ],
+)
+def test_the_command_line_refuses(words, capsys) -> None:
+    pytest.importorskip("rich")
+    from benchmarks.__main__ import main
+
+    with pytest.raises(SystemExit) as stopped:
+        main(words)
+    assert stopped.value.code == 2
+    assert words[0] in capsys.readouterr().err
+
+
+def test_ceilings_are_of_what_limits() -> None:
+    if importlib.util.find_spec("matplotlib") is None:
+        pytest.skip("matplotlib is not installed")
+    from benchmarks.figures import ceilings_of
+
+    assert ceilings_of(RECORD) == ({"float32": 123.4}, "large matrix product")
+    moved = [{**case, "multiplications": 0} for case in RECORD["cases"]]
+    assert ceilings_of({**RECORD, "cases": moved}) == ({"float32": 9.87}, "copy")
+
+
+@pytest.mark.parametrize("suite", ["resnet50", *(s for s in SUITES if "sweep" in s)])
+def test_pictures_are_drawn(tmp_path, suite) -> None:
+    if importlib.util.find_spec("matplotlib") is None:
+        pytest.skip("matplotlib is not installed")
+    from benchmarks.figures import draw
+
+    peers: dict[str, list[float | None]] = {
+        name: [1.0, 2.0, None] for name in SUITES[suite].peers
+    }
+    drawn = draw(planted(peers, suite=suite), tmp_path)
+    assert len(drawn) == (1 if "sweep" in suite else 2)
+    assert all(path.stat().st_size > 5000 for path in drawn)
