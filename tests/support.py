@@ -425,7 +425,7 @@ def outs(xp: Any, shape: Sequence[int], dtype: Any = "float32") -> list[Any]:
 def forget_plans() -> None:
     """Plan every call anew: needed where something changes that no key knows of."""
     planner.decide.cache_clear()
-    calls._SEEN.clear()
+    calls.forget_plans()
 
 
 def forget_winners() -> None:
@@ -435,17 +435,18 @@ def forget_winners() -> None:
 
 def candidates_of(plan: cuconv.Plan) -> Sequence[Any]:
     """Everything that a plan could run: strategy, tiling and what they cost."""
-    return plan._decision.candidates
+    (part,) = plan.lowering.parts
+    return part.candidates
 
 
 def chosen(plan: cuconv.Plan) -> Any:
     """The candidate that a plan runs."""
-    return plan._candidate
+    return plan.candidates[0]
 
 
 def with_candidate(plan: cuconv.Plan, candidate: Any) -> cuconv.Plan:
     """The same plan, which runs another of its candidates."""
-    return plan._on(candidate)
+    return plan.with_candidates([candidate])
 
 
 def run_candidate(plan: cuconv.Plan, candidate: Any, arrays: Sequence[Any]) -> Any:
@@ -453,7 +454,7 @@ def run_candidate(plan: cuconv.Plan, candidate: Any, arrays: Sequence[Any]) -> A
 
 
 def ran(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """Every candidate that runs from now on, one for each call."""
+    """The first candidate of every convolution that runs from now on."""
     seen: list[Any] = []
     original = cuconv.Plan.run
 
@@ -480,8 +481,8 @@ def forget_arenas() -> None:
 def fill_arenas(value: float) -> None:
     """Leave rubbish in the memory that the next call takes."""
     forget_arenas()
-    with host._ARENAS.borrowed(2**23) as arena:
-        arena.view(np.float32)[...] = value
+    with host._ARENAS.borrowed(2**23) as memory:
+        memory.view(np.float32)[...] = value
 
 
 def kept_arenas() -> list[int]:
@@ -492,18 +493,17 @@ def kept_arenas() -> list[int]:
 def let_win(monkeypatch: pytest.MonkeyPatch, name: str) -> list[int]:
     """Let a strategy win every race; how many candidates each of them had."""
     races: list[int] = []
-    candidates: list[Any] = []
+    names: list[str] = []
 
-    def decide(*arguments: Any) -> Any:
-        decision = planner.decide(*arguments)
-        candidates[:] = decision.candidates
-        return decision
+    def recall(machine: Any, key: Any, candidates: Sequence[Any]) -> Any:
+        names[:] = [candidate.strategy for candidate in candidates]
+        return autotune.recall(machine, key, candidates)
 
     def fastest(backend: Any, timed: Sequence[Any]) -> int:
         races.append(len(timed))
-        return [c.strategy.name for c in candidates].index(name)
+        return names.index(name)
 
-    monkeypatch.setattr(planning, "decide", decide)
+    monkeypatch.setattr(planning, "recall", recall)
     monkeypatch.setattr(planning, "fastest", fastest)
     return races
 

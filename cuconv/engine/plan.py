@@ -1,5 +1,6 @@
 """Plans: what will run, why, and running it."""
 
+import copy
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -289,18 +290,18 @@ class Plan:
 
     def _with_weights(self, w: Array) -> "Plan":
         """The same plan with weights that nobody else writes, of the operands' type."""
-        plan = self._copy()
-        plan.names = tuple(n for n in self.names if n != "w")
-        for number, weights in enumerate(self.lowering.weights_of(w)):
-            plan._weights[f"weights{number}"] = self._prepared(number, weights)
+        plan = self.with_candidates(self.candidates)
+        plan.names = tuple(name for name in self.names if name != "w")
+        each = enumerate(self.lowering.weights_of(w))
+        plan._weights = {f"weights{n}": self._prepared(n, own) for n, own in each}
         return plan
 
-    def _copy(self) -> "Plan":
-        """The same plan, which may be changed."""
-        plan = Plan.__new__(Plan)
-        plan.__dict__.update(self.__dict__)
-        plan.candidates = self.candidates.copy()
-        plan._program, plan._others, plan._weights = None, {}, {}
+    def with_candidates(self, candidates: list[Candidate]) -> "Plan":
+        """The same plan, whose parts are run by these."""
+        plan = copy.copy(self)
+        plan.candidates = candidates.copy()
+        plan._program, plan._others = None, {}
+        plan._summarize()
         return plan
 
     def _prepared(self, number: int, w: Array) -> Array:
@@ -393,9 +394,10 @@ class Plan:
         self, number: int, candidate: Candidate, arrays: dict[str, Array]
     ) -> Callable[[], None]:
         """A run with another candidate for one part."""
-        plan = self._copy()
-        plan.candidates[number] = candidate
-        return lambda: plan._run_steps(arrays)
+        candidates = self.candidates.copy()
+        candidates[number] = candidate
+        plan = self.with_candidates(candidates)
+        return lambda: plan._run_steps(arrays)  # noqa: SLF001 - a copy of itself
 
     def _check(
         self,

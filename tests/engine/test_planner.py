@@ -29,6 +29,7 @@ from cuconv import testing
 from cuconv.backends.cpu.backend import CpuBackend
 from cuconv.engine import call as calls
 from cuconv.engine import costs, planner
+from cuconv.engine.problem import NAMES
 from cuconv.engine.rewrites import polyphase
 from cuconv.memory import MemoryLimitError
 from cuconv.strategies import STRATEGIES, strategies
@@ -114,7 +115,7 @@ def test_a_strategy_that_cannot_run_raises_with_its_reason(xp, op, name) -> None
     arrays = operands(case, "float32").on(xp)
     with pytest.raises(ValueError, match=f"{name!r} cannot run .* here: .+") as caught:
         run(op, arrays, case, strategy=name, precision="standard")
-    assert tile_search.NAMES[op] in str(caught.value)
+    assert NAMES[op] in str(caught.value)
     reason = str(caught.value).split("here: ")[1]
     assert _is_sentence(reason)
 
@@ -329,12 +330,12 @@ def test_out_that_overlaps_is_refused_the_second_time_too() -> None:
 
 
 def test_no_more_plans_are_kept_than_there_is_room_for(monkeypatch, planned) -> None:
-    monkeypatch.setattr(calls, "_MOST_SEEN", 8)
+    monkeypatch.setattr(calls, "_MOST_PLANS", 8)
     w = np.ones((1, 1, 2))
     for length in range(2, 40):
         x = np.ones((1, 1, length))
         testing.assert_equal(cuconv.conv(x, w), np.full((1, 1, length - 1), 2))
-        assert len(calls._SEEN) <= 8
+        assert len(calls._PLANS) <= 8
     assert len(planned) == 38
 
 
