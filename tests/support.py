@@ -460,8 +460,9 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     original = cuconv.Plan.run
 
     def spy(plan: Any, *arguments: Any) -> Any:
+        result = original(plan, *arguments)
         seen.append(chosen(plan))
-        return original(plan, *arguments)
+        return result
 
     monkeypatch.setattr(cuconv.Plan, "run", spy)
     return seen

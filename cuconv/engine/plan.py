@@ -346,11 +346,15 @@ class Plan:
     def _run_steps(self, arrays: dict[str, Array]) -> None:
         """Run the steps without recording them."""
         backend = self.backend
-        with (
-            backend.device_of(arrays["out"]),
-            backend.memory(self._memory_bytes) as raw,
-        ):
-            self._steps(backend, arrays, Memory(raw))
+
+        def body(worker: int) -> None:
+            del worker
+            with backend.memory(self._memory_bytes) as raw:
+                self._steps(backend, arrays, Memory(raw))
+
+        # As a worker, with what NumPy buffers within bounds.
+        with backend.device_of(arrays["out"]):
+            backend.parallel(body, 1, single_threaded=True)
 
     def _record(self, arrays: dict[str, Array]) -> None:
         """Record the steps for arrays of this layout, if the program is not too long."""
