@@ -403,20 +403,6 @@ def test_nothing_to_convolve(xp, shape) -> None:
     assert (back.x.shape, back.w.shape) == (x.shape, w.shape)
 
 
-def test_strategies_are_those_of_the_first_step(xp, choices) -> None:
-    arrays = on(xp, made(NETS["one axis"], "float32"), "channels_first")
-    x, w, points, bias, _, options = arrays
-    wanted = to_host(cuconv.separable_conv(x, w, points, bias, **options))
-    names = ("im2col", "tap_matmul", "benchmark")
-    for name in names:
-        y = cuconv.separable_conv(x, w, points, bias, strategy=name, **options)
-        testing.assert_equal(y, wanted)
-        if name != "benchmark":
-            assert choices[-2].strategy.name == name
-    with pytest.raises(ValueError, match="'magic'"):
-        cuconv.separable_conv(x, w, points, strategy="magic")
-
-
 X, W, P = np.ones((2, 3, 6, 5)), np.ones((3, 2, 3, 2)), np.ones((4, 6))
 # What is said, and the call.
 MISTAKES: dict[type[Exception], dict[str, Any]] = {

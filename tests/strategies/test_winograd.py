@@ -302,14 +302,6 @@ def test_what_is_allowed_depends_on_the_word_alone(op) -> None:
         assert seen[word] & {"winograd", "fft"} == names
 
 
-def test_tiles_of_8_are_for_fast_alone() -> None:
-    case = CASES["square"]
-    for precision, largest in (("standard", 6), ("fast", 8)):
-        plan = plan_of("forward", case, precision=precision, **WINOGRAD)
-        tiles = {n for c in candidates_of(plan) for n in c.tiling.variant}
-        assert max(tiles) == largest
-
-
 def test_the_precision_of_config_holds_too() -> None:
     """And strict results are those of plain sums, bit by bit."""
     case = Case((4, 32, 28, 28), (32, 32, 3, 3), {"padding": 1})
@@ -356,13 +348,6 @@ def test_what_it_cannot_do_is_said(name) -> None:
     assert strategies()["winograd"].name in call.func.__doc__
     wanted = testing.conv_reference(x, w, **case.options)
     assert_near(call(), wanted, 1e-5)
-
-
-@pytest.mark.parametrize("dtype", ["float16", "int32", "complex64"])
-def test_types_that_its_transforms_would_round(xp, dtype) -> None:
-    """Halves are operands of their own on a device, and float32 on a CPU."""
-    plan = planned(xp, "forward", CASES["square"], dtype)
-    assert (plan is None) == (dtype != "float16" or xp is not np)
 
 
 def test_prepared_weights_are_transformed_once(xp, monkeypatch) -> None:
