@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from support import Case, operands, reference, to_host
+from support import Case, operands, reference, run, to_host
 
 import cuconv
 from cuconv import testing
@@ -209,18 +209,8 @@ def test_a_call_returns_before_the_work_is_done(xp, op) -> None:
     side = 8192 if real else 8
     a, b = xp.ones((side, side), "float32"), xp.empty((side, side), "float32")
     host = operands(CASE, "float32")
-    x, w, dy = host.on(xp)
-    shapes = {"forward": dy.shape, "input_grad": x.shape, "weight_grad": w.shape}
-    out = xp.empty(shapes[op], "float32")
-    call = {
-        "forward": lambda: cuconv.conv(x, w, out=out, **CASE.options),
-        "input_grad": lambda: cuconv.conv_input_grad(
-            dy, w, x.shape, out=out, **CASE.options
-        ),
-        "weight_grad": lambda: cuconv.conv_weight_grad(
-            dy, x, w.shape, out=out, **CASE.options
-        ),
-    }[op]
+    out = xp.empty(reference(op, host, CASE).shape, "float32")
+    call = partial(run, op, host.on(xp), CASE, out=out)
     stream, event = xp.cuda.Stream(non_blocking=True), xp.cuda.Event()
     with stream:
         call()  # kernels are compiled, and the pool is filled
