@@ -4,7 +4,7 @@ import contextlib
 import gc
 import sys
 import tracemalloc
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Sized
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,7 +16,7 @@ import pytest
 from threadpoolctl import threadpool_info
 
 import cuconv
-from cuconv import testing
+from cuconv import separable, testing
 from cuconv.arrays import SUPPORTED_TYPES
 from cuconv.backends.cpu import backend as host
 from cuconv.engine import autotune, planner
@@ -617,3 +617,90 @@ def fill_arenas(value: float) -> None:
 def kept_arenas() -> list[int]:
     """Bytes of each piece of memory that waits for the next call."""
     return [arena.nbytes for arena in host._ARENAS._kept]
+
+
+def calls_that_plan(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The operation of each call from now on that was not known before."""
+    seen: list[str] = []
+    convolutions = sys.modules["cuconv.conv"]  # the function of its name hides it
+    original = convolutions.bind  # type: ignore[attr-defined]
+
+    def spy(*arguments: Any, **options: Any) -> Any:
+        seen.append(arguments[0])
+        return original(*arguments, **options)
+
+    monkeypatch.setattr(convolutions, "bind", spy)
+    forget_plans()
+    return seen
+
+
+def keep_few_plans(monkeypatch: pytest.MonkeyPatch, most: int) -> Sized:
+    """Let the library keep no more plans than that; those that it keeps."""
+    monkeypatch.setattr(calls, "_MOST_SEEN", most)
+    return calls._SEEN
+
+
+def devices_that_plan(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The device of each plan that is made from now on."""
+    asked: list[str] = []
+
+    def spy(problem: Any, backend: Any, *rest: Any) -> Any:
+        asked.append(backend.device)
+        return planner.decide(problem, backend, *rest)
+
+    monkeypatch.setattr(planning, "decide", spy)
+    return asked
+
+
+def races_of(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many candidates are timed, each time that any are."""
+    seen: list[int] = []
+
+    def spy(backend: Any, candidates: Any) -> int:
+        seen.append(len(candidates))
+        return autotune.fastest(backend, candidates)
+
+    monkeypatch.setattr(planning, "fastest", spy)
+    return seen
+
+
+def let_number_win(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    """Let every race be won by the candidate of a number, whatever is on record."""
+    monkeypatch.setattr(planning, "recall", lambda *_: None)
+    monkeypatch.setattr(planning, "fastest", lambda _, each: number % len(each))
+
+
+def forget_separable_calls() -> None:
+    separable._SEEN.clear()
+
+
+def cut_separable_calls(monkeypatch: pytest.MonkeyPatch, positions: int) -> None:
+    """Let the pieces of separable calls have as many positions."""
+    forget_separable_calls()
+    monkeypatch.setattr(separable._Separable, "_counts", lambda _: [positions])
+
+
+def steps_of_separable_calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The operation of every step that runs from now on."""
+    seen: list[str] = []
+    original = separable._Step.run
+
+    def spy(step: Any, *arguments: Any) -> Any:
+        seen.append(step.call)
+        return original(step, *arguments)
+
+    monkeypatch.setattr(separable._Step, "run", spy)
+    return seen
+
+
+def on_blocks(monkeypatch: pytest.MonkeyPatch, note: Callable[[Any, Any], Any]) -> None:
+    """Hand the arrays and the options of every block of Dask arrays to ``note``."""
+    from cuconv.dask import conv as blocks
+
+    original = blocks.bind_now
+
+    def spy(call: str, part: Any, arrays: Any, out: Any, options: Any) -> Any:
+        note(arrays, options)
+        return original(call, part, arrays, out, options)
+
+    monkeypatch.setattr(blocks, "bind_now", spy)

@@ -9,10 +9,13 @@ import numpy as np
 import pytest
 from support import (
     cupy_slowly,
+    cut_separable_calls,
+    forget_separable_calls,
     integers,
     peak,
     slowly,
     smallest_limit,
+    steps_of_separable_calls,
     to_device,
     to_host,
 )
@@ -265,25 +268,14 @@ def test_separable_is_the_composition_in_any_pieces(xp, name, layout) -> None:
 @pytest.fixture
 def pieces_of(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int], None]]:
     """Let pieces have as many positions as a test says."""
-
-    def choose(positions: int) -> None:
-        separable._SEEN.clear()
-        counts = [positions]
-        monkeypatch.setattr(separable._Separable, "_counts", lambda self: counts)
-
-    yield choose
-    separable._SEEN.clear()
+    yield partial(cut_separable_calls, monkeypatch)
+    forget_separable_calls()
 
 
 @pytest.fixture
 def steps(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Every step that ran."""
-    ran: list[str] = []
-    run = separable._Step.run
-    monkeypatch.setattr(
-        separable._Step, "run", lambda step, *a: (ran.append(step.call), run(step, *a))
-    )
-    return ran
+    return steps_of_separable_calls(monkeypatch)
 
 
 @pytest.mark.parametrize("name", ["two axes", "three axes"])

@@ -7,13 +7,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from support import Case, operands, reference, run, to_host
+from support import Case, devices_that_plan, operands, reference, run, to_host
 
 import cuconv
 from cuconv import testing
 from cuconv.backends import backend_of, backend_on
 from cuconv.engine import costs as rates
-from cuconv.engine import planner
 from cuconv.engine.costs import CUDA_RATES, Gpu, cuda_block_bytes, cuda_rates
 
 CASE = Case((2, 4, 7, 9), (6, 2, 3, 2), {"stride": (2, 1), "padding": 1, "groups": 2})
@@ -287,13 +286,7 @@ def test_a_device_that_is_not_there(xp) -> None:
 def test_calls_are_planned_for_the_device_of_their_arrays(standin, monkeypatch) -> None:
     """Whichever device is current."""
     large = Case((4, 16, 30, 30), (8, 16, 3, 3), {})
-    decide, asked = planner.decide, []
-
-    def spy(problem: Any, backend: Any, *rest: Any) -> Any:
-        asked.append(backend.device)
-        return decide(problem, backend, *rest)
-
-    monkeypatch.setattr("cuconv.engine.plan.decide", spy)
+    asked = devices_that_plan(monkeypatch)
     with standin.cuda.Device(1):
         x, w, _ = (standin.ones(s, "float32") for s in (*large[:2], (1,)))
         cuconv.plan_conv(*large[:2], device="cuda")

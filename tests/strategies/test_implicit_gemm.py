@@ -33,9 +33,7 @@ from cuconv import testing
 from cuconv.arrays import accumulator
 from cuconv.backends.blocking import Blocking, block_sizes
 from cuconv.backends.cuda import cuda_backend
-from cuconv.engine.rewrites import bind
 from cuconv.geometry import ConvGeometry
-from cuconv.options import Options
 from cuconv.strategies.base import filters_of, in_groups
 
 pytestmark = pytest.mark.parametrize("xp", ["cupy"], indirect=True)
@@ -278,22 +276,6 @@ def test_parts_take_what_they_say_and_never_more_than_allowed(xp):
             assert taken <= candidate.workspace_bytes <= limit
             assert (taken > 0) == (candidate.tiling.variant[2] > 1)
     assert parts == {0: {1}, 2**14: {1}, 2**20: {1, 4}}
-
-
-def test_sums_are_cut_only_where_the_result_is_one_run(xp):
-    x, w = xp.ones((2, 64, 7, 7), "float32"), xp.ones((32, 64, 5, 5), "float32")
-    big = xp.empty((2, 64, 7, 7), "float32")
-    options = {"padding": 2, **MINE}
-    seen = {}
-    for name, out in (
-        ("run", xp.empty((2, 32, 7, 7), "float32")),
-        ("gaps", big[:, :32]),
-    ):
-        arrays = {"x": x, "w": w}
-        geometry = ConvGeometry.of_weights(x.shape, w.shape, padding=2)
-        plan = bind("forward", geometry, arrays, out, Options(**options)).plan
-        seen[name] = {c.tiling.variant[2] for c in candidates_of(plan)}
-    assert seen["gaps"] == {1} < seen["run"]
 
 
 def test_halves_are_summed_in_float32(xp):
