@@ -285,7 +285,7 @@ def test_a_half_result_is_rounded_once(xp) -> None:
     places=st.tuples(*[st.sampled_from(sorted(PLACES))] * 3),
     dtype=st.sampled_from(["float16", "float32", "int16", "complex64"]),
 )
-def test_any_mix_ofouts(xp, op, case, places, dtype) -> None:
+def test_any_mix_of_places(xp, op, case, places, dtype) -> None:
     arrays = operands(case, dtype)
     mine = Operands(*(PLACES[p](xp, a) for p, a in zip(places, arrays, strict=True)))
     expect(op, arrays, case, np.dtype(dtype), run(op, mine, case))

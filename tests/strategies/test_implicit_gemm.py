@@ -353,3 +353,11 @@ def test_counts_past_32_bits_are_refused(xp, op, axis):
 
 
 # What the host works out
+
+
+def test_sums_past_32_bits_of_tiles_are_refused(xp):
+    shapes = (2**17, 1, 2**17), (1, 1, 1)
+    options = {"op": "weight_grad", "dtype": "int8", "device": "cuda"}
+    with pytest.raises(ValueError, match=f"sums of {2**34} terms, {2**33} at most"):
+        cuconv.plan_conv(*shapes, **options, **MINE)
+    assert cuconv.plan_conv(*shapes, **options).strategy != "implicit_gemm"

@@ -372,3 +372,18 @@ def test_prepared_weights_are_transformed_once(xp, monkeypatch) -> None:
         for _ in range(3):
             assert to_host(prepared(first)).tobytes() == wanted.tobytes()
         assert calls == [1]
+
+
+@pytest.mark.parametrize("dtype", ["float16", "int32", "complex64"])
+def test_types_that_its_transforms_would_round(xp, dtype) -> None:
+    """Halves are operands of their own on a device, and float32 on a CPU."""
+    plan = planned(xp, "forward", CASES["square"], dtype)
+    assert (plan is None) == (dtype != "float16" or xp is not np)
+
+
+def test_tiles_of_8_are_for_fast_alone() -> None:
+    case = CASES["square"]
+    for precision, largest in (("standard", 6), ("fast", 8)):
+        plan = plan_of("forward", case, precision=precision, **WINOGRAD)
+        tiles = {n for c in candidates_of(plan) for n in c.tiling.variant}
+        assert max(tiles) == largest
