@@ -528,7 +528,7 @@ def test_memory_is_bounded_and_changes_nothing(name, dtype) -> None:
         got = call(x, memory_limit=limit)
         for one, two in zip(arrays_of(got), arrays_of(wanted), strict=True):
             equal(one, two)
-        used = peak(np, lambda limit=limit: call(x, memory_limit=limit))
+        used = peak(np, lambda limit=limit: call(x, memory_limit=limit), limit)
         assert used <= limit, f"{name}: {used} of {limit}"
     with pytest.raises(MemoryLimitError, match=f"smallest that would do is {least} "):
         call(x, memory_limit=least - 1)

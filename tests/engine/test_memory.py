@@ -73,7 +73,7 @@ TYPES = ("float32", "float16", "bfloat16", "int8", "float64", "complex64")
 
 def assert_within(xp: Any, call: Callable[..., Any], limit: int) -> None:
     """A call under a limit takes no more, by measurement."""
-    took = peak(xp, partial(call, memory_limit=limit))
+    took = peak(xp, partial(call, memory_limit=limit), limit)
     assert took <= limit, f"{took} bytes at the peak, {took - limit} above the limit"
 
 
@@ -151,7 +151,7 @@ def test_the_peak_is_within_the_limit_with_out(xp, op) -> None:
         def nothing(call: Any = call, limit: int = limit) -> None:
             call(memory_limit=limit)
 
-        assert peak(xp, nothing) <= limit
+        assert peak(xp, nothing, limit) <= limit
 
 
 @pytest.mark.parametrize("dtype", [TYPES[0], *slowly(*TYPES[1:])])

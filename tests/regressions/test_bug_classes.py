@@ -534,7 +534,7 @@ def test_23_one_large_volume_is_cut_along_space(xp, op) -> None:
     ).on(xp)
     limit = arrays.x.nbytes // 10 + 2**16
     whole = run(op, arrays, case)
-    assert peak(xp, partial(run, op, arrays, case, memory_limit=limit)) <= limit
+    assert peak(xp, partial(run, op, arrays, case, memory_limit=limit), limit) <= limit
     testing.assert_equal(run(op, arrays, case, memory_limit=limit), whole)
 
 

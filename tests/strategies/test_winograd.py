@@ -217,7 +217,7 @@ def test_types_may_differ(xp, op, types) -> None:
         options = {"precision": "standard", "dtype": result, **WINOGRAD}
         call = partial(run, op, arrays, case, **options)
         limit = smallest_limit(call) + 2**14
-        assert peak(xp, partial(call, memory_limit=limit)) <= limit
+        assert peak(xp, partial(call, memory_limit=limit), limit) <= limit
         got, wanted = call(memory_limit=limit), run(op, Operands(*host), case)
         np.testing.assert_array_equal(np.rint(to_host(got)), wanted)
         assert got.dtype == (wanted.dtype if result is None else result)
