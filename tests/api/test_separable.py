@@ -9,10 +9,13 @@ import numpy as np
 import pytest
 from support import (
     cupy_slowly,
+    cut_separable_calls,
+    forget_separable_calls,
     integers,
     peak,
     slowly,
     smallest_limit,
+    steps_of_separable_calls,
     to_device,
     to_host,
 )
@@ -232,7 +235,7 @@ def test_the_limit_of_a_depthwise_call_has_room_for_the_copy(xp) -> None:
     for each in (call, partial(copy_transposed, padding="same", needs=("x",))):
         least = smallest_limit(each)
         for limit in (least, least + 4 * far.nbytes):
-            assert peak(xp, partial(each, memory_limit=limit)) <= limit
+            assert peak(xp, partial(each, memory_limit=limit), limit) <= limit
 
 
 # Separable convolution
@@ -265,25 +268,14 @@ def test_separable_is_the_composition_in_any_pieces(xp, name, layout) -> None:
 @pytest.fixture
 def pieces_of(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int], None]]:
     """Let pieces have as many positions as a test says."""
-
-    def choose(positions: int) -> None:
-        separable._SEEN.clear()
-        counts = [positions]
-        monkeypatch.setattr(separable._Separable, "_counts", lambda self: counts)
-
-    yield choose
-    separable._SEEN.clear()
+    yield partial(cut_separable_calls, monkeypatch)
+    forget_separable_calls()
 
 
 @pytest.fixture
 def steps(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Every step that ran."""
-    ran: list[str] = []
-    run = separable._Step.run
-    monkeypatch.setattr(
-        separable._Step, "run", lambda step, *a: (ran.append(step.call), run(step, *a))
-    )
-    return ran
+    return steps_of_separable_calls(monkeypatch)
 
 
 @pytest.mark.parametrize("name", ["two axes", "three axes"])
@@ -327,7 +319,7 @@ def test_the_limit_holds_by_measurement(xp) -> None:
         wanted, least = each(), smallest_limit(each)
         assert 0 < least < (between if each is call else 2 * between)
         for limit in (least, least + between // 3):
-            took = peak(xp, partial(each, memory_limit=limit))
+            took = peak(xp, partial(each, memory_limit=limit), limit)
             assert took <= limit, f"{took} bytes at the peak, of {limit}"
         found = each(memory_limit=least)
         for mine, other in zip(tuple(found), tuple(wanted), strict=True):
@@ -401,20 +393,6 @@ def test_nothing_to_convolve(xp, shape) -> None:
     assert middle.shape == (shape[0], 2 * channels, y.shape[2])
     back = cuconv.depthwise_conv_backward(middle, x, w, **pads)
     assert (back.x.shape, back.w.shape) == (x.shape, w.shape)
-
-
-def test_strategies_are_those_of_the_first_step(xp, choices) -> None:
-    arrays = on(xp, made(NETS["one axis"], "float32"), "channels_first")
-    x, w, points, bias, _, options = arrays
-    wanted = to_host(cuconv.separable_conv(x, w, points, bias, **options))
-    names = ("im2col", "tap_matmul", "benchmark")
-    for name in names:
-        y = cuconv.separable_conv(x, w, points, bias, strategy=name, **options)
-        testing.assert_equal(y, wanted)
-        if name != "benchmark":
-            assert choices[-2].strategy.name == name
-    with pytest.raises(ValueError, match="'magic'"):
-        cuconv.separable_conv(x, w, points, strategy="magic")
 
 
 X, W, P = np.ones((2, 3, 6, 5)), np.ones((3, 2, 3, 2)), np.ones((4, 6))

@@ -13,10 +13,10 @@ import pytest
 from support import Case, integers, operands, reference, to_host
 
 import cuconv
+from cuconv.backends.cuda import cuda_backend
 from cuconv.backends.cuda import winograd as module
 from cuconv.backends.cuda.gemm import gemm
 from cuconv.backends.cuda.variants import TILE_SIZES, all_variants
-from cuconv.backends.cuda import cuda_backend
 from cuconv.strategies import winograd
 
 pytestmark = pytest.mark.parametrize("xp", ["cupy"], indirect=True)
