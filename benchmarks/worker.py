@@ -1,66 +1,85 @@
-"""Peers in a process of their own: ``python -m benchmarks.worker``.
+"""A peer in a process of its own: ``python -m benchmarks.worker DESCRIPTOR``.
 
-It reads a request from each line of its standard input and answers with a line of JSON.
-Each request names its peer, such as ``"peer": "cuconv@4MiB"``; on a GPU several of them
-share a process, and with it the operands of the case that is measured:
-
-- ``{"do": "open", "wishes": {...}}``: load the peer; its versions, or why it is missing
-- ``{"do": "build", "case": {...}}``: make operands, run once, check
-- ``{"do": "time", "seconds": 0.2}``: call again and again; the time of each call
-- ``{"do": "weigh"}``: the peak memory of one call
-
-A process that has no request waits, and takes no processor time.  One whose GPU failed,
-after which no call of it can succeed, says ``"lost": true`` and ends.
+It receives requests over a connection and answers each.  A request names a peer, since
+on a GPU several share a process and the operands of the case, its wishes, what to do,
+and the case, which a process that was started anew builds first.
 """
 
-import json
-import os
+import platform
 import sys
-from collections.abc import Callable
+from contextlib import suppress
+from functools import cached_property
 from math import inf
+from multiprocessing.connection import Connection
 from time import perf_counter, process_time, sleep
-from typing import Any, TextIO
+from typing import Any
+
+import numpy as np
 
 from benchmarks.cases import Case
-from benchmarks.peers import kind_of, wishes_of
-from benchmarks.peers.base import Call, Peer, RefusedError, python_versions
+from benchmarks.peers import make_peer
+from benchmarks.peers.base import Call, Peer, RefusedError
 
 Reply = dict[str, Any]
 
 
 class Session:
-    """The requests, each a method."""
+    """A peer, with the calls of the case that it measures: one for each operand set."""
 
-    peer: Peer | None = None
-    # One for each set of operands.
-    calls: tuple[Call, ...] = ()
-
-    def __init__(self, name: str) -> None:
-        self.name = name
+    def __init__(self, name: str, wishes: dict[str, Any]) -> None:
+        self._name, self._wishes = name, wishes
+        self._case: Case | None = None
+        self._calls: list[Call] = []
         self._turn = 0
 
-    def open(self, wishes: dict[str, Any]) -> Reply:
-        kind, chosen = kind_of(self.name), wishes_of(self.name, wishes)
+    @cached_property
+    def peer(self) -> Peer:
+        return make_peer(self._name, self._wishes)
+
+    def answer(self, do: str, case: Case | None = None, **words: Any) -> Reply:
+        """Do one of open, build, time and weigh; the status says how it went."""
         try:
-            self.peer = kind.make(chosen)
+            if case and (case != self._case or do == "build"):
+                reply = self.build(case)
+                if do == "build" or reply["status"] != "ok":
+                    return reply
+            return {"status": "ok", **getattr(self, do)(**words)}
         except ImportError as error:
             return {"status": "missing", "reason": str(error)}
-        return {"status": "ok", "versions": python_versions() | self.peer.versions()}
+        except (RefusedError, MemoryError) as error:
+            return {"status": "refused", "reason": str(error)}
+        except Exception as error:  # noqa: BLE001 - a peer's failure is a finding
+            # Where a GPU has failed, nothing will succeed in this process.
+            lost = "peer" in vars(self) and self.peer.device.is_lost()
+            reason = f"{type(error).__name__}: {error}"
+            return {
+                "status": "failed",
+                "reason": reason,
+                **({"lost": True} if lost else {}),
+            }
 
-    def build(self, case: dict[str, Any]) -> Reply:
-        """Only a peer that answers rightly is worth timing."""
-        assert self.peer is not None  # noqa: S101
-        self.calls = ()  # gives the last case's memory back
-        this = Case.from_json(case)
-        operands, judge = self.peer.prepare(this)
-        calls = tuple(self.peer.call(this, *each) for each in operands)
-        error = judge(self.peer.base_array(this, calls[0]()))
+    def open(self) -> Reply:
+        """Load the peer; its versions."""
+        blas = np.show_config(mode="dicts")["Build Dependencies"]["blas"]
+        versions = {
+            "python": platform.python_version(),
+            "numpy": np.__version__,
+            "blas": f"{blas['name']} {blas['version']}",
+        }
+        return {"versions": versions | self.peer.versions()}
+
+    def build(self, case: Case) -> Reply:
+        """Run once and check: only a peer that answers rightly is worth timing."""
+        self._case, self._calls = None, []  # gives the last case's memory back
+        sets, error_of = self.peer.device.prepare(case)
+        calls = [self.peer.call(case, *operands) for operands in sets]
+        error = error_of(self.peer.first_channels(case, calls[0]()))
         found = {"error": error if error < inf else None}
-        if not error <= (most := self.peer.tolerance(this)):
+        if not error <= (most := self.peer.tolerance(case)):
             reason = f"relative error {error:.1e} above {most:.0e}"
             return {"status": "wrong", "reason": reason, **found}
-        self.calls = calls
-        return {"status": "ok", **found, **self.peer.plan(this)}
+        self._case, self._calls = case, calls
+        return {"status": "ok", **found, **self.peer.plan(case)}
 
     def time(self, seconds: float) -> Reply:
         """Times of calls that fill these seconds, and of one at least."""
@@ -71,49 +90,18 @@ class Session:
             times.clear()
         while not times or perf_counter() - begun < seconds:
             times.append(self._seconds())
-        return {"status": "ok", "times": times}
+        return {"times": times}
 
     def _seconds(self) -> float:
         """Of one call, with the next set of operands."""
-        assert self.peer is not None  # noqa: S101
-        self._turn = (self._turn + 1) % len(self.calls)
-        return self.peer.device.seconds(self.calls[self._turn])
+        self._turn = (self._turn + 1) % len(self._calls)
+        return self.peer.device.seconds(self._calls[self._turn])
 
     def weigh(self) -> Reply:
-        assert self.peer is not None  # noqa: S101
+        """The peak memory of one call."""
         device = self.peer.device
-        found = {"extra_bytes": device.extra_bytes(self.calls[0])}
-        return {"status": "ok", **found, "weighed_by": device.weighed_by}
-
-    def answer(self, do: str, **words: Any) -> Reply:
-        requests: dict[str, Callable[..., Reply]] = {
-            "open": self.open,
-            "build": self.build,
-            "time": self.time,
-            "weigh": self.weigh,
-        }
-        try:
-            return requests[do](**words)
-        except (RefusedError, MemoryError) as error:
-            return {"status": "refused", "reason": str(error)}
-        except Exception as error:  # noqa: BLE001 - a peer's failure is a finding
-            reason = f"{type(error).__name__}: {error}"
-            lost = {"lost": True} if self._is_lost() else {}
-            return {"status": "failed", "reason": reason, **lost}
-
-    def _is_lost(self) -> bool:
-        return self.peer is not None and self.peer.device.is_lost()
-
-    def disturbs(self) -> bool:
-        """Whether threads of this process may still be running after an answer."""
-        return self.peer is None or not self.peer.device.is_remote
-
-
-def private_output() -> TextIO:
-    """Standard output for us alone; what libraries print goes to standard error."""
-    ours = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)
-    return ours
+        extra_bytes = device.extra_bytes(self._calls[0])
+        return {"extra_bytes": extra_bytes, "weighed_by": device.weighed_by}
 
 
 def settle() -> None:
@@ -132,17 +120,17 @@ def settle() -> None:
 
 def main() -> None:
     sessions: dict[str, Session] = {}
-    output = private_output()
-    for line in sys.stdin:
-        request = json.loads(line)
-        name = request.pop("peer")
-        session = sessions.setdefault(name, Session(name))
-        reply = session.answer(**request)
-        if session.disturbs():
-            settle()
-        print(json.dumps(reply), file=output, flush=True)
-        if reply.get("lost"):
-            return
+    connection = Connection(int(sys.argv[1]))
+    with suppress(EOFError):
+        while True:
+            name, wishes, words = connection.recv()
+            session = sessions.setdefault(name, Session(name, wishes))
+            reply = session.answer(**words)
+            if wishes.get("device") != "cuda":
+                settle()
+            connection.send(reply)
+            if "lost" in reply:
+                return
 
 
 if __name__ == "__main__":

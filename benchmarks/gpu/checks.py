@@ -1,8 +1,8 @@
-"""Is it right on this GPU: the tests, and a memory and a race checker."""
+"""What a process of its own checks or measures on a GPU; each is a step of the run."""
 
 import importlib.util
-import json
 import os
+import pickle
 import re
 import shutil
 import tempfile
@@ -10,9 +10,8 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree as ET
 
-from benchmarks.gpu.findings import merged
 from benchmarks.gpu.scale import Scale
-from benchmarks.gpu.steps import Ended, Findings, StepError, child, last, python
+from benchmarks.gpu.steps import Findings, StepError, child, last, merged, python
 
 MOST_FAILURES = 30
 MOST_WORKERS = 8
@@ -21,40 +20,26 @@ SUMMARY = re.compile(r"(?:ERROR|RACECHECK) SUMMARY: (\d+)")
 
 def probe(name: str, scale: Scale, limit: float) -> Findings:
     """What a probe found; `StepError` carries what a failed one had found before."""
-    words = json.dumps(scale.to_json())
+    words = pickle.dumps(scale).hex()
     ended = child(python("-m", "benchmarks.gpu.probes", name, words), limit)
-    found = merged(ended.output)
-    if ended.status != 0:
-        raise failure(ended, found, last(ended.errors))
-    return found
-
-
-def failure(ended: Ended, found: Findings, tail: list[str]) -> StepError:
-    if ended.status is None:
-        return StepError("late", "it was stopped at its limit", tail, found)
-    return StepError("failed", f"it ended with status {ended.status}", tail, found)
+    return ended.checked(merged(ended.output))
 
 
 def tests(scale: Scale, limit: float) -> Findings:
     """``pytest -m gpu`` with a GPU required; counts, and the ends of failures."""
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "junit.xml"
-        ended = child(pytest_command(scale, report), limit, {"CUCONV_REQUIRE_GPU": "1"})
+        words = ["-m", "pytest", "-m", "gpu", "-q", "-p", "no:cacheprovider"]
+        words += ["--continue-on-collection-errors", f"--junitxml={report}"]
+        if importlib.util.find_spec("xdist"):
+            workers = max(1, min(MOST_WORKERS, (os.cpu_count() or 1) // 2))
+            words += ["-n", str(workers)]
+        command = python(*words, *scale.tests)
+        ended = child(command, limit, {"CUCONV_REQUIRE_GPU": "1"})
         found = counts(report.read_text("utf-8")) if report.exists() else {}
-    if ended.status != 0:
-        raise failure(ended, found, ended.tail)
-    if not found.get("tests"):
-        raise StepError("failed", "no test ran", ended.tail, found)
+    if not ended.checked(found).get("tests"):
+        raise StepError("failed", "no test ran", last(ended.output), found)
     return found
-
-
-def pytest_command(scale: Scale, report: Path) -> list[str]:
-    words = ["-m", "pytest", "-m", "gpu", "-q", "-p", "no:cacheprovider"]
-    words += ["--continue-on-collection-errors", f"--junitxml={report}"]
-    if importlib.util.find_spec("xdist"):
-        workers = max(1, min(MOST_WORKERS, (os.cpu_count() or 1) // 2))
-        words += ["-n", str(workers)]
-    return python(*words, *scale.tests)
 
 
 def counts(junit: str) -> Findings:
@@ -76,34 +61,25 @@ def counts(junit: str) -> Findings:
     return {**found, "failed": failed[:MOST_FAILURES]}
 
 
-def sanitizer(tool: str, limit: float) -> Findings:
-    """compute-sanitizer over every strategy on small integers."""
-    program = shutil.which("compute-sanitizer")
-    if program is None:
-        raise StepError("missing", "compute-sanitizer is not on the path")
-    pool = ["--without-pool"] if tool == "memcheck" else []
-    command = [program, "--tool", tool, "--error-exitcode", "86", "--print-limit", "20"]
-    ended = child([*command, *python("-m", "benchmarks.gpu.exact", *pool)], limit)
-    found = verdict(ended)
-    if ended.status != 0:
-        raise failure(ended, found, ended.tail)
-    if found["errors"] is None:
-        raise StepError("failed", f"{tool} gave no summary", ended.tail, found)
+def exact(limit: float, tool: str = "") -> Findings:
+    """Every strategy on small integers; under a tool of compute-sanitizer's, if any."""
+    command = python("-m", "benchmarks.gpu.exact")
+    if tool:
+        program = shutil.which("compute-sanitizer")
+        if program is None:
+            raise StepError("missing", "compute-sanitizer is not on the path")
+        words = ["--tool", tool, "--error-exitcode", "86", "--print-limit", "20"]
+        pool = ["--without-pool"] if tool == "memcheck" else []
+        command = [program, *words, *command, *pool]
+    ended = child(command, limit)
+    found = ended.checked(verdict(ended.output + ended.errors))
+    if tool and found["errors"] is None:
+        raise StepError("failed", f"{tool} gave no summary", last(ended.output), found)
     return found
 
 
-def exact(limit: float) -> Findings:
-    """The same program without a checker."""
-    ended = child(python("-m", "benchmarks.gpu.exact"), limit)
-    found = verdict(ended)
-    if ended.status != 0:
-        raise failure(ended, found, ended.tail)
-    return found
-
-
-def verdict(ended: Ended) -> Findings:
+def verdict(text: str) -> Findings:
     """Errors by the checker's summary, and how many results were compared."""
-    text = ended.output + ended.errors
     summary = SUMMARY.search(text)
     checked = re.search(r"(\d+) checked, (\d+) wrong", text)
     wrong = [line for line in text.splitlines() if line.startswith("wrong: ")]

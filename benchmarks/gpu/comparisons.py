@@ -4,15 +4,13 @@ from collections.abc import Callable
 from time import monotonic
 from typing import Any, NamedTuple
 
-from benchmarks import machine
 from benchmarks.cases import Case
 from benchmarks.gpu.scale import HALF_AND_WHOLE, Scale
 from benchmarks.gpu.steps import Findings, StepError
+from benchmarks.internals import strategies
 from benchmarks.layers import Layer
 from benchmarks.records import Record
-from benchmarks.runner import Effort, Worker, measure_case, workers
-from benchmarks.suites import OPERATIONS
-from cuconv.strategies import strategies
+from benchmarks.runner import Effort, measure_case, new_record, workers
 
 # An answer that takes longer means that a kernel hangs.
 PATIENCE = 60.0
@@ -45,59 +43,41 @@ def jobs(scale: Scale) -> list[Job]:
     )
     return [
         Job(suite, operation, arithmetic, layers)
-        for operations in (OPERATIONS[:1], OPERATIONS[1:])
+        for operations in (("forward",), ("input_grad", "weight_grad"))
         for suite, layers, arithmetics in suites
         for arithmetic in arithmetics
         for operation in operations
     ]
 
 
-class Comparison(NamedTuple):
-    """How the jobs are run: who is asked, and who is told of the records."""
-
-    scale: Scale
-    where: dict[str, Any]
-    keep: Callable[[Record], None]
-    say: Callable[[str], None]
-
-    def run(self, torch_python: str, limit: float) -> Findings:
-        """Every job until the limit; the records are kept after each."""
-        end, left = monotonic() + limit, 0
-        found: dict[str, Record] = {}
-        with workers(peers(), WISHES, torch_python, PATIENCE) as open_peers:
-            for job in jobs(self.scale):
-                record = found.setdefault(job.suite, self.record(job, open_peers))
-                left += self.do(job, record, open_peers, end)
-                self.keep(record)
-        cases = sum(len(record["cases"]) for record in found.values())
-        summary = {"cases": cases, "unmeasured": left}
-        if left:
-            raise StepError("late", f"{left} cases are left", (), summary)
-        return summary
-
-    def do(
-        self, job: Job, record: Record, open_peers: dict[str, Worker], end: float
-    ) -> int:
-        """Measure the layers of a job; how many were left when the time was up."""
-        self.say(f"  {job.suite} {job.operation} {job.arithmetic}")
-        effort = Effort(self.scale.rounds, self.scale.seconds)
-        for place, layer in enumerate(job.layers):
-            if monotonic() > end:
-                return len(job.layers) - place
-            case = Case(layer, job.operation, self.scale.batch, job.arithmetic)
-            record["cases"].append(measure_case(case, open_peers, effort))
-        return 0
-
-    def record(self, job: Job, open_peers: dict[str, Worker]) -> Record:
-        return {
-            "suite": job.suite,
-            "device": "cuda",
-            "batch": self.scale.batch,
-            "wishes": WISHES,
-            "rounds": self.scale.rounds,
-            "seconds": self.scale.seconds,
-            "peers": {name: worker.hello for name, worker in open_peers.items()},
-            "machine": self.where,
-            **machine.provenance(),  # type: ignore[typeddict-item]
-            "cases": [],
-        }
+def compare(
+    scale: Scale,
+    where: dict[str, Any],
+    keep: Callable[[Record], None],
+    say: Callable[[str], None],
+    torch_python: str,
+    limit: float,
+) -> Findings:
+    """Measure every job until the limit; ``keep`` is told of a record after each."""
+    end, left = monotonic() + limit, 0
+    effort = Effort(scale.rounds, scale.seconds)
+    found: dict[str, Record] = {}
+    with workers(peers(), WISHES, torch_python, PATIENCE) as asked:
+        for job in jobs(scale):
+            say(f"  {job.suite} {job.operation} {job.arithmetic}")
+            record = found.setdefault(
+                job.suite,
+                new_record(job.suite, scale.batch, WISHES, effort, asked, where),
+            )
+            for layer in job.layers:
+                if monotonic() > end:
+                    left += 1
+                    continue
+                case = Case(layer, job.operation, scale.batch, job.arithmetic)
+                record["cases"].append(measure_case(case, asked, effort))
+            keep(record)
+    cases = sum(len(record["cases"]) for record in found.values())
+    summary = {"cases": cases, "unmeasured": left}
+    if left:
+        raise StepError("late", f"{left} cases are left", found=summary)
+    return summary

@@ -2,51 +2,41 @@
 
 import importlib
 from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import Any, cast
 
 from benchmarks.peers.base import Peer, Wishes
 
-
-@dataclass(frozen=True)
-class Kind:
-    """Where a peer is found, and which interpreter has what it needs."""
-
-    where: str
-    needs_torch: bool = False
-
-    def make(self, wishes: Wishes) -> Peer:
-        module, name = self.where.split(":")
-        found = getattr(importlib.import_module(f"benchmarks.peers.{module}"), name)
-        return cast("Peer", found(wishes))
-
-
+# Where each peer is found: a module of this folder, and a class.
 PEERS = {
-    "cuconv": Kind("library:Library"),
-    "torch": Kind("pytorch:Torch", needs_torch=True),
-    "im2col_rows": Kind("whole_buffer:Rows"),
-    "im2col_columns": Kind("whole_buffer:Columns"),
-    "naive": Kind("loops:Loops"),
-    "scipy": Kind("scipy_pairs:Pairs"),
-    "cudnn": Kind("pytorch:Cudnn", needs_torch=True),
-    "cupy_im2col": Kind("whole_buffer:CupyColumns"),
+    "cuconv": "library:Library",
+    "torch": "pytorch:Torch",
+    "im2col_rows": "whole_buffer:Rows",
+    "im2col_columns": "whole_buffer:Columns",
+    "naive": "loops:Loops",
+    "scipy": "scipy_pairs:Pairs",
+    "cudnn": "pytorch:Cudnn",
+    "cupy_im2col": "whole_buffer:CupyColumns",
 }
 ON_CUDA = {"torch": "cudnn", "im2col_columns": "cupy_im2col"}
 LAYOUTS = ("channels_first", "channels_last")
 PRECISIONS = ("strict", "standard", "fast")
 
 
-def kind_of(peer: str) -> Kind:
-    """The kind of ``cuconv@4MiB`` is that of ``cuconv``."""
-    base, *words = peer.split("@")
+def known_peer(name: str) -> str:
+    """Return the name, such as ``cuconv@4MiB``, or raise if there is no such peer."""
+    base, *words = name.split("@")
     if base not in PEERS:
         raise ValueError(f"there is no peer {base!r}; the peers are {', '.join(PEERS)}")
     known = set(LAYOUTS) if base == "cudnn" else set()
     if base != "cuconv" and not known.issuperset(words):
         raise ValueError(
-            f"only cuconv takes options after an @, and cudnn a layout; got {peer!r}"
+            f"only cuconv takes options after an @, and cudnn a layout; got {name!r}"
         )
-    return PEERS[base]
+    return name
+
+
+def needs_torch(peer: str) -> bool:
+    return PEERS[peer.partition("@")[0]].startswith("pytorch:")
 
 
 def on_cuda(peers: Iterable[str]) -> tuple[str, ...]:
@@ -72,3 +62,9 @@ def wishes_of(peer: str, common: dict[str, Any]) -> Wishes:
         else:
             wishes = wishes._replace(strategy=word)
     return wishes
+
+
+def make_peer(name: str, common: dict[str, Any]) -> Peer:
+    module, kind = PEERS[name.partition("@")[0]].split(":")
+    found = getattr(importlib.import_module(f"benchmarks.peers.{module}"), kind)
+    return cast("Peer", found(wishes_of(name, common)))

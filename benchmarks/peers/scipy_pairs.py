@@ -7,8 +7,7 @@ import numpy as np
 import scipy
 from scipy.signal import convolve, correlate
 
-from benchmarks.cases import Case
-from benchmarks.definitions import Host
+from benchmarks.cases import Case, Host
 from benchmarks.layers import Sizes
 from benchmarks.peers.base import Peer, RefusedError, ResidentDevice
 
@@ -16,7 +15,7 @@ MOST_PAIRS = 4096
 
 
 class Pairs(Peer):
-    """Strides skip cells of a result for stride 1; dilation is zeros in filters."""
+    """Strides skip elements of a result for stride 1; dilation is zeros in filters."""
 
     device = ResidentDevice()
 
@@ -24,7 +23,7 @@ class Pairs(Peer):
         return {"scipy": scipy.__version__}
 
     def forward(self, case: Case, x: Host, w: Host) -> Host:
-        x, w = padded(case, x), input_dilation(w, case.layer.dilation)
+        x, w = padded(case, x), dilated(w, case.layer.dilation)
         y = np.zeros(case.result_shape, np.float32)
         every = tuple(slice(None, None, step) for step in case.layer.stride)
         for n, k, c, channel in pairs(case):
@@ -33,18 +32,17 @@ class Pairs(Peer):
 
     def input_grad(self, case: Case, dy: Host, w: Host) -> Host:
         layer = case.layer
-        dy, w = input_dilation(dy, layer.stride), input_dilation(w, layer.dilation)
+        dy, w = dilated(dy, layer.stride), dilated(w, layer.dilation)
         dx = padded(case, np.zeros(case.result_shape, np.float32))
         reach = [a + b - 1 for a, b in zip(dy.shape[2:], w.shape[2:], strict=True)]
         covered: tuple[slice, ...] = tuple(map(slice, reach))
         for n, k, c, channel in pairs(case):
             dx[n, channel][covered] += convolve(dy[n, k], w[k, c], "full")
-        inner = zip(layer.padding, layer.size, strict=True)
-        return dx[:, :, *(slice(p, p + n) for p, n in inner)]
+        return dx[:, :, *layer.inside]
 
     def weight_grad(self, case: Case, dy: Host, x: Host) -> Host:
         layer = case.layer
-        x, dy = padded(case, x), input_dilation(dy, layer.stride)
+        x, dy = padded(case, x), dilated(dy, layer.stride)
         dw = np.zeros(case.result_shape, np.float32)
         axes = zip(layer.kernel, layer.dilation, strict=True)
         taps = tuple(slice(0, (taps - 1) * step + 1, step) for taps, step in axes)
@@ -69,10 +67,10 @@ def padded(case: Case, x: Host) -> Host:
     return np.pad(x, ((0, 0), (0, 0), *((p, p) for p in case.layer.padding)))
 
 
-def input_dilation(array: Host, steps: Sizes) -> Host:
-    """Zeros between the cells along the spatial axes."""
-    axes = zip(array.shape[2:], steps, strict=True)
-    sizes = [(n - 1) * step + 1 for n, step in axes]
+def dilated(array: Host, steps: Sizes) -> Host:
+    """Zeros between the elements along the spatial axes."""
+    pairs = zip(array.shape[2:], steps, strict=True)
+    sizes = [(n - 1) * step + 1 for n, step in pairs]
     wide = np.zeros((*array.shape[:2], *sizes), array.dtype)
     wide[:, :, *(slice(None, None, step) for step in steps)] = array
     return wide
