@@ -71,6 +71,10 @@ class Process:
         self._connection.close()
         return process.wait()
 
+    def close(self) -> None:
+        self.end()
+        self._errors.close()
+
 
 class Worker:
     """A peer in a process, which it may share with others."""
@@ -120,7 +124,7 @@ def workers(
             if key not in processes:
                 python = torch_python if torch else sys.executable
                 processes[key] = Process(python, patience)
-                stack.callback(processes[key].end)
+                stack.callback(processes[key].close)
             found[peer] = Worker(peer, wishes, processes[key])
         yield found
 

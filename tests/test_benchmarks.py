@@ -6,7 +6,7 @@ import json
 import os
 import statistics
 import sys
-from math import prod
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -14,22 +14,14 @@ import pytest
 
 from benchmarks import pages, records, report, small_call
 from benchmarks.cases import Case, relative_error
-from benchmarks.definitions import DEFINITIONS, max_indices, operations_on
-from benchmarks.layers import Layer, Pool, Transposed
-from benchmarks.peers import PEERS, kind_of, on_cuda, wishes_of
+from benchmarks.layers import Layer, Pool, Transposed, doubling, layer, pool
+from benchmarks.peers import PEERS, known_peer, make_peer, on_cuda, wishes_of
 from benchmarks.peers.base import RefusedError, Wishes
 from benchmarks.peers.library import Library
 from benchmarks.peers.whole_buffer import Columns
 from benchmarks.runner import Effort, Process, Worker, measure_case, summary, workers
-from benchmarks.suites import (
-    OPERATIONS,
-    POOLING,
-    SUITES,
-    TRANSPOSED,
-    doubling,
-    layer,
-    pool,
-)
+from benchmarks.suites import SUITES
+from benchmarks.taps import maxima, plane
 from benchmarks.taps import reference as by_taps
 from benchmarks.worker import Session
 from cuconv.testing import (
@@ -74,39 +66,42 @@ TINY_OTHERS = {
 OTHERS = [
     pytest.param(each, operation, id=f"{name}-{operation}")
     for name, each in TINY_OTHERS.items()
-    for operation in operations_on(type(each))
+    for operation in each.operations
 ]
+OPERATIONS = tuple(Layer.operations)
+PLAIN_CASES = [
+    pytest.param(each, operation, id=f"{name}-{operation}")
+    for name, each in TINY.items()
+    for operation in OPERATIONS
+]
+ALL = PLAIN_CASES + OTHERS
 NUMPY_PEERS = ("cuconv", "im2col_rows", "im2col_columns", "naive", "scipy")
 
 
 def reference(case: Case) -> np.ndarray:
-    function, wanted = {
-        "forward": (conv_reference, None),
-        "input_grad": (conv_input_grad_reference, "x"),
-        "weight_grad": (conv_weight_grad_reference, "w"),
-        "transpose": (conv_transpose_reference, None),
-        "transpose_input_grad": (conv_transpose_input_grad_reference, "x"),
-        "transpose_weight_grad": (conv_transpose_weight_grad_reference, "w"),
+    """What the loops of `cuconv.testing` say, which share no line with benchmarks."""
+    if kind := {"max": "max", "avg": "mean"}.get(case.operation[:3]):
+        (x,) = Case(case.layer, "max_pool", case.batch).operands()
+        if case.operation.endswith("_backward"):
+            dy = case.operands()[0]
+            return pool_grad_reference(dy, x, kind=kind, **case.layer.options)
+        return pool_reference(x, kind=kind, **case.layer.options).y
+    function = {
+        "forward": conv_reference,
+        "input_grad": conv_input_grad_reference,
+        "weight_grad": conv_weight_grad_reference,
+        "transpose": conv_transpose_reference,
+        "transpose_input_grad": conv_transpose_input_grad_reference,
+        "transpose_weight_grad": conv_transpose_weight_grad_reference,
     }[case.operation]
-    shapes = [case.shapes[wanted]] if wanted else []
-    return function(*case.operands(), *shapes, **case.options)
-
-
-def other_reference(case: Case) -> np.ndarray:
-    """Of pooling too."""
-    kind = {"max": "max", "avg": "mean"}.get(case.operation[:3])
-    if kind is None:
-        return reference(case)
-    (x,) = Case(case.layer, "max_pool", case.batch).operands()
-    if case.operation.endswith("_backward"):
-        return pool_grad_reference(case.operands()[0], x, kind=kind, **case.options)
-    return pool_reference(x, kind=kind, **case.options).y
+    shapes = [case.result_shape] if case.result_name != "dy" else []
+    return function(*case.operands(), *shapes, **case.layer.options)
 
 
 def peer_named(name: str, **wishes: Any) -> Any:
     if name == "scipy":
         pytest.importorskip("scipy")
-    return kind_of(name).make(wishes_of(name, wishes))
+    return make_peer(name, wishes)
 
 
 # The layers.
@@ -177,14 +172,14 @@ def test_dcgan_is_a_chain() -> None:
     chain = [x for x in SUITES["transposed"].layers if x.label == "dcgan"]
     for before, after in itertools.pairwise(chain):
         assert (before.filters, before.out) == (after.channels, after.size)
-    assert chain[0].x_shape(1) == (1, 1024, 4, 4)
-    assert chain[-1].y_shape(1) == (1, 3, 64, 64)
+    assert chain[0].shapes(1)["x"] == (1, 1024, 4, 4)
+    assert chain[-1].shapes(1)["dy"] == (1, 3, 64, 64)
     assert [x.kernel for x in chain] == [(4, 4)] * 4
 
 
 def test_decoders_double_every_size() -> None:
     layers = SUITES["transposed"].layers
-    assert layers[0].y_shape(8) == (8, 64, 56, 56)
+    assert layers[0].shapes(8)["dy"] == (8, 64, 56, 56)
     assert all(x.out == tuple(2 * n for n in x.size) for x in layers)
     assert {x.kernel[0] for x in layers} == {2, 3, 4}
 
@@ -192,7 +187,7 @@ def test_decoders_double_every_size() -> None:
 def test_pools_are_of_all_ranks() -> None:
     layers = SUITES["pooling"].layers
     assert sorted({len(x.out) for x in layers}) == [1, 2, 3]
-    shapes = [x.y_shape(8) for x in layers]
+    shapes = [x.shapes(8)["dy"] for x in layers]
     assert shapes[:2] == [(8, 64, 56, 56), (8, 64, 55, 55)]
     assert (8, 2048, 1, 1) in shapes
 
@@ -202,7 +197,7 @@ def test_suites_are_in_order(suite) -> None:
     names = [each.name for each in suite.layers]
     assert len(set(names)) == len(names) > 1
     assert all(min(each.out) > 0 for each in suite.layers)
-    assert all(kind_of(peer) for peer in suite.peers)
+    assert all(known_peer(peer) for peer in suite.peers)
     rank = {"audio1d": 1, "unet3d": 3}.get(suite.name)
     assert rank is None or all(len(each.out) == rank for each in suite.layers)
 
@@ -211,7 +206,7 @@ def test_sizes_are_those_of_cuconv() -> None:
     for each in (*TINY.values(), *SUITES["large_kernel"].layers[:1]):
         case = Case(each, "forward", 2)
         y = peer_named("cuconv").call(case, *case.operands())()
-        assert y.shape == case.result_shape == each.y_shape(2)
+        assert y.shape == case.result_shape == each.shapes(2)["dy"]
 
 
 def test_names_tell_the_shape() -> None:
@@ -225,28 +220,19 @@ def test_names_tell_the_shape() -> None:
 # What is right.
 
 
-@pytest.mark.parametrize("operation", OPERATIONS)
-@pytest.mark.parametrize("name", TINY)
-def test_elements_are_the_definition(name, operation) -> None:
-    """Every element, against loops that share no line with it."""
-    case = Case(TINY[name], operation, 2)
-    true = reference(case)
-    element, operands = DEFINITIONS[operation].element, case.operands()
-    got = [element(case.layer, *operands, place) for place in np.ndindex(true.shape)]
-    assert len(got) == prod(case.result_shape) > 0
-    np.testing.assert_allclose(got, true.ravel(), rtol=1e-12, atol=1e-12)
-
-
-@pytest.mark.parametrize(("each", "operation"), OTHERS)
-def test_other_elements_are_the_definition(each, operation) -> None:
+@pytest.mark.parametrize(("each", "operation"), ALL)
+def test_taps_are_the_definition(each, operation) -> None:
+    """Whole, and every plane by itself."""
     case = Case(each, operation, 2)
-    true, operands = other_reference(case), case.operands()
-    got = [
-        case.definition.element(each, *operands, place)
-        for place in np.ndindex(true.shape)
+    true, operands = reference(case), case.operands()
+    wide = [a if a.dtype == int else a.astype(np.float64) for a in operands]
+    got = by_taps(each, operation, wide)
+    assert got.shape == true.shape == case.result_shape
+    np.testing.assert_allclose(got, true, rtol=1e-12, atol=1e-12)
+    planes = [
+        plane(each, operation, operands, *at) for at in np.ndindex(true.shape[:2])
     ]
-    assert true.shape == case.result_shape
-    np.testing.assert_allclose(got, true.ravel(), rtol=1e-12, atol=1e-12)
+    np.testing.assert_allclose(planes, true.reshape(-1, *true.shape[2:]), rtol=1e-9)
 
 
 @pytest.mark.parametrize(("each", "operation"), OTHERS)
@@ -255,9 +241,9 @@ def test_the_library_answers_rightly(each, operation) -> None:
     operands = case.operands()
     result = one.call(case, *operands)()
     assert result.dtype == np.float32
-    np.testing.assert_allclose(result, other_reference(case), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(result, reference(case), rtol=1e-4, atol=1e-5)
     assert relative_error(case, operands, result) < 1e-5
-    assert (one.plan(case)["strategy"] is None) is (operation in POOLING)
+    assert (one.plan(case)["strategy"] is None) is isinstance(each, Pool)
 
 
 def test_indices_are_those_of_the_definition() -> None:
@@ -266,24 +252,15 @@ def test_indices_are_those_of_the_definition() -> None:
     x = np.random.default_rng(0).integers(0, 3, (2, 1, 5, 6)).astype(np.float32)
     true = pool_reference(x, kind="max", **each.options).indices
     assert (true == -1).any()
-    np.testing.assert_array_equal(max_indices(each, x), true)
+    np.testing.assert_array_equal(maxima(each, x)[1], true)
 
 
-@pytest.mark.parametrize("operation", TRANSPOSED)
-def test_taps_of_transposed_convolutions(operation) -> None:
-    case = Case(TINY_OTHERS["uneven"], operation, 2)
-    first, second = (array.astype(np.float64) for array in case.operands())
-    got = by_taps(case, first, second, np.zeros)
-    np.testing.assert_allclose(got, reference(case), rtol=1e-12, atol=1e-12)
-
-
-@pytest.mark.parametrize("operation", TRANSPOSED)
+@pytest.mark.parametrize("operation", Transposed.operations)
 def test_transposed_convolutions_on_cuda(operation) -> None:
     """On the stand-in for CuPy, checked as a whole, channels last."""
-    session = Session("cuconv@channels_last")
-    session.answer("open", wishes={"device": "cuda"})
+    session = Session("cuconv@channels_last", {"device": "cuda"})
     case = Case(TINY_OTHERS["uneven"], operation, 2)
-    built = session.answer("build", case=case.to_json())
+    built = session.answer("build", case)
     assert built["status"] == "ok", built
     assert built["error"] < 1e-6
     assert built["promised_bytes"] >= 0
@@ -298,7 +275,7 @@ def test_what_a_peer_does_not_do_is_refused() -> None:
 
 
 def test_a_gradient_of_zeros_is_wrong() -> None:
-    """Of 64 cells of whole planes none may be a maximum, so more are looked at."""
+    """Though it is mostly zeros."""
     case = Case(pool(64, 7, 7, 7), "max_pool_backward", 2)
     zeros = np.zeros(case.result_shape, np.float32)
     assert relative_error(case, case.operands(), zeros) == 1.0
@@ -367,9 +344,9 @@ def test_names_carry_options() -> None:
     )
     assert wishes_of("cuconv@im2col", {}).strategy == "im2col"
     with pytest.raises(ValueError, match="there is no peer 'tensorflow'"):
-        kind_of("tensorflow")
+        known_peer("tensorflow")
     with pytest.raises(ValueError, match="only cuconv"):
-        kind_of("torch@4MiB")
+        known_peer("torch@4MiB")
 
 
 def test_a_gpu_has_its_own_peers() -> None:
@@ -400,11 +377,7 @@ class LocalWorker:
     """A session without a process, which counts its requests."""
 
     def __init__(self, name: str) -> None:
-        self.session, self.asked = Session(name), []
-        self.hello = self.session.answer("open", wishes={})
-
-    def open(self) -> dict[str, Any]:
-        return self.hello
+        self.session, self.asked = Session(name, {}), []
 
     def ask(self, do: str, **words: Any) -> dict[str, Any]:
         self.asked.append(do)
@@ -439,9 +412,8 @@ def test_a_wrong_peer_is_caught_and_not_timed(monkeypatch) -> None:
 
 def test_what_a_finding_says() -> None:
     worker = LocalWorker("im2col_columns")
-    steps: list[int] = []
     case = Case(layer(8, 20, 8, 3), "forward", 2)
-    found = measure_case(case, {"a": worker}, TINY_EFFORT, lambda: steps.append(1))
+    found = measure_case(case, {"a": worker}, TINY_EFFORT)
     finding = found["findings"]["a"]
     assert finding["calls"] >= 3
     low, high = finding["quartiles"]
@@ -450,7 +422,6 @@ def test_what_a_finding_says() -> None:
     columns = 4 * 2 * 8 * 9 * 20 * 20
     assert columns < finding["extra_bytes"] < 2 * columns
     assert finding["weighed_by"] == "tracemalloc"
-    assert len(steps) == 1 + TINY_EFFORT.rounds
     assert found["multiplications"] == 2 * 8 * 400 * 72
 
 
@@ -485,13 +456,13 @@ def test_a_process_answers(peer) -> None:
 def test_pytorch_answers_rightly() -> None:
     """In every operation, built and checked but not timed."""
     cases = [Case(*parameter.values, 2) for parameter in OTHERS]
-    assert {case.operation for case in cases} == {*TRANSPOSED, *POOLING}
+    assert {c.operation for c in cases} == {*Transposed.operations, *Pool.operations}
     with workers(["torch"], {"device": "cpu"}, TORCH_PYTHON) as found:
         worker = found["torch"]
         if worker.hello["status"] == "missing":
             pytest.skip(f"no PyTorch here: {worker.hello['reason']}")
         for case in cases:
-            reply = worker.ask("build", case=case.to_json())
+            reply = worker.ask("build", case=case)
             assert reply["status"] == "ok", (case, reply)
             assert reply["error"] < 1e-5
 
@@ -500,7 +471,7 @@ def test_a_process_that_never_answers_is_missing() -> None:
     case = Case(PLAIN, "forward", 1)
     for python, reason in (("true", "ended with status 0"), ("no-such", "No such")):
         process = Process(python)
-        worker = Worker("cuconv", process, {})
+        worker = Worker("cuconv", {}, process)
         found = measure_case(case, {"a": worker}, TINY_EFFORT)["findings"]["a"]
         process.close()
         assert found["status"] == "missing"
@@ -545,10 +516,14 @@ def planted(times: dict[str, list[float | None]], **changes: Any) -> records.Rec
         case = Case(each, "forward", 2)
         cases.append(
             {
-                **case.to_json(),
+                "layer": asdict(each),
+                "operation": "forward",
+                "batch": 2,
+                "arithmetic": "float32",
                 "name": each.name,
                 "kind": each.kind,
                 "multiplications": 10**6,
+                "moved_bytes": case.nbytes(),
                 "findings": findings,
             }
         )
@@ -584,22 +559,22 @@ RECORD = planted(
 def test_what_multiplies_nothing_is_counted_in_bytes() -> None:
     case = Case(pool(4, 10, 2, 2), "max_pool_backward", 2)
     # dy, its indices of eight bytes, and dx.
-    assert case.nbytes == 4 * 200 + 8 * 200 + 4 * 800
+    assert case.nbytes() == 4 * 200 + 8 * 200 + 4 * 800
     record = planted({"cuconv": [1.0, 2.0, 4.0]})
     for each in record["cases"]:
         each |= {"multiplications": 0, "moved_bytes": 5 * 10**6}
     table = report.layer_table(record, "forward")
     assert table.header == ["layer", "cuconv", "GB/s"]
-    assert [row[2] for row in table.rows] == ["5", "2.5", "1.25"]
+    assert [row[2] for row in table.rows] == [5, 2.5, 1.25]
 
 
 def test_ratios_and_geometric_means() -> None:
     cases = report.cases_of(RECORD, "forward")
     assert list(report.ratios(cases, "cuconv", "torch").values()) == [0.5, 2.0, 1.0]
     assert list(report.ratios(cases, "cuconv", "naive").values()) == [0.25]
-    assert report.geometric_mean([0.5, 2.0, 1.0]) == pytest.approx(1.0)
-    assert report.geometric_mean([1.0, 4.0, 16.0]) == pytest.approx(4.0)
-    assert report.geometric_mean([]) is None
+    assert report.mean_cell(cases, "cuconv", "torch") == "1.00"
+    assert report.mean_cell(cases, "cuconv", "naive") == "0.25 of 1"
+    assert report.mean_cell([], "cuconv", "torch") == ""
     assert report.rate(cases[0], "cuconv") == pytest.approx(2.0)
     assert report.subject_of(RECORD) == "cuconv"
     assert report.subject_of(
@@ -618,21 +593,17 @@ def test_summary_is_median_and_quartiles() -> None:
 def test_a_table_says_it_all() -> None:
     table = report.layer_table(RECORD, "forward")
     assert table.header == ["layer", "cuconv", "GFLOP/s", "torch", "naive"]
-    assert table.rows[0] == ["3-4 3x3 @6", "1", "2", "2 (0.50)", "4 (0.25)"]
+    assert table.rows[0] == ["3-4 3x3 @6", "1", 2, "2 (0.50)", "4 (0.25)"]
     assert table.rows[1][-1] == "refused"
     means = {row[0]: row[3:] for row in table.summary}
     assert means["geometric mean"] == ["(1.00)", "(0.25 of 1)"]
     assert means["geometric mean, depthwise"] == ["(1.00)", ""]
-    assert means["most memory, MiB"] == ["1", "1"]
+    assert means["most memory, MiB"] == [1, 1]
     assert "cuconv ÷ torch: at most 2.00, on 4-6 3x3 g2 @5" in table.notes
     assert any(note.startswith("naive refused on 4-6 3x3 g2") for note in table.notes)
 
 
 def test_json_comes_back(tmp_path) -> None:
-    cases = [Case(each, "input_grad", 3) for each in TINY.values()]
-    cases += [Case(*parameter.values, 3) for parameter in OTHERS]
-    for case in cases:
-        assert Case.from_json(json.loads(json.dumps(case.to_json()))) == case
     records.write(RECORD, records.stem_of(RECORD), tmp_path)
     cuda = planted({"cuconv": [1.0, 2.0, 3.0]}, device="cuda")
     records.write(cuda, records.stem_of(cuda), tmp_path)

@@ -63,7 +63,10 @@ class Torch(Peer):
     device: Any = TorchDevice()
 
     def versions(self) -> dict[str, str]:
-        return {"torch": str(torch.__version__), "threads": str(torch.get_num_threads())}
+        return {
+            "torch": str(torch.__version__),
+            "threads": str(torch.get_num_threads()),
+        }
 
     def call(self, case: Case, *operands: Array) -> Call:
         """Call a function such as `torch.nn.functional.conv2d`, or one gradient alone.
