@@ -16,6 +16,8 @@ from benchmarks.report import Table
 KERNELS = "kernels"
 # Which macros make a variant what it is; the others only check its structs' sizes.
 BOOKKEEPING = "_BYTES="
+MOST = ("registers", "shared_bytes", "stack_bytes")
+SPILLS = ("spill_store_bytes", "spill_load_bytes")
 
 # One variant on one architecture: the ``kernel``, its ``variant`` and ``architecture``,
 # and what `nvrtc.Compiled.resources` says, or the ``error`` if it did not compile.
@@ -40,52 +42,34 @@ def table(rows: Iterable[Taken]) -> Table:
     groups: dict[tuple[str, int], list[Taken]] = {}
     for row in rows:
         groups.setdefault((row["kernel"], row["architecture"]), []).append(row)
-    columns = [["registers"], ["shared_bytes"], ["stack_bytes"]]
-    columns.append(["spill_store_bytes", "spill_load_bytes"])
     lines = []
-    for (kernel, architecture), each in sorted(groups.items()):
-        most = [
-            max(sum(row.get(name, 0) for name in names) for row in each)
-            for names in columns
-        ]
-        lines.append([kernel, architecture, len(each), *most])
-    return Table(
-        "Most that a variant takes: registers a thread, bytes",
-        ["kernel", "sm", "variants", "registers", "shared", "stack", "spilled"],
-        lines,
-        notes=[
-            row["error"] for each in groups.values() for row in each if "error" in row
-        ],
-    )
-
-
-def parser() -> argparse.ArgumentParser:
-    words = argparse.ArgumentParser(
-        prog="python -m benchmarks.kernels", description=__doc__.partition("\n")[0]
-    )
-    words.add_argument("--kernel", action="append", help="may be repeated")
-    words.add_argument(
-        "--architecture",
-        action="append",
-        type=int,
-        choices=nvrtc.ARCHITECTURES,
-        help="may be repeated (default: all)",
-    )
-    words.add_argument("--out", type=Path, metavar="FOLDER", help="write JSON there")
-    words.add_argument(
-        "--save", action="store_true", help=f"write it to {records.RESULTS.name}/"
-    )
-    return words
+    for key, each in sorted(groups.items()):
+        most = [max(row.get(name, 0) for row in each) for name in MOST]
+        spilled = [row.get(SPILLS[0], 0) + row.get(SPILLS[1], 0) for row in each]
+        lines.append([*key, len(each), *most, max(spilled)])
+    title = "Most that a variant takes: registers a thread, bytes"
+    header = ["kernel", "sm", "variants", "registers", "shared", "stack", "spilled"]
+    notes = [row["error"] for each in groups.values() for row in each if "error" in row]
+    return Table(title, header, lines, notes=notes)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    words = parser()
+    words = argparse.ArgumentParser(
+        prog="python -m benchmarks.kernels", description=__doc__.partition("\n")[0]
+    )
+    add, known = words.add_argument, nvrtc.ARCHITECTURES
+    add("--kernel", action="append", help="may be repeated")
+    several = "may be repeated (default: all)"
+    add("--architecture", action="append", type=int, choices=known, help=several)
+    add("--out", type=Path, metavar="FOLDER", help="write JSON there")
+    save_help = f"write it to {records.RESULTS.name}/"
+    add("--save", action="store_true", help=save_help)
     chosen = words.parse_args(arguments)
     if chosen.save and (chosen.kernel or chosen.architecture):
         words.error("--save keeps every variant: no --kernel or --architecture")
     rows = [
         taken(variant, architecture)
-        for architecture in chosen.architecture or nvrtc.ARCHITECTURES
+        for architecture in chosen.architecture or known
         for variant in all_variants(architecture)
         if not chosen.kernel or variant.kernel in chosen.kernel
     ]

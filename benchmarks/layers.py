@@ -18,6 +18,8 @@ class Layer:
         "input_grad": ("dy", "w", "x"),
         "weight_grad": ("dy", "x", "w"),
     }
+    # The array with an element for each window.
+    windows: ClassVar[str] = "dy"
 
     channels: int
     size: Sizes
@@ -72,8 +74,8 @@ class Layer:
 
     @property
     def patch(self) -> int:
-        """Products in one output element."""
-        return self.channels // self.groups * prod(self.kernel)
+        """Products in each element of the array `windows`."""
+        return prod(self.shapes(1)["w"][1:])
 
     def shapes(self, batch: int) -> dict[str, Sizes]:
         """Of every array that an operation takes or gives, by its name."""
@@ -84,8 +86,9 @@ class Layer:
         }
 
     def multiplications(self, batch: int) -> int:
-        """The same for all its operations; padding counts as elements."""
-        return batch * self.filters * prod(self.out) * self.patch
+        """The same for all its operations; padding counts; none where there is no w."""
+        shapes = self.shapes(batch)
+        return prod(shapes[self.windows]) * self.patch if "w" in shapes else 0
 
     def under(self, tap: Sizes) -> tuple[slice, ...]:
         """The elements of the padded input that one tap meets, window after window."""
@@ -103,6 +106,7 @@ class Transposed(Layer):
         "transpose_weight_grad": ("dy", "x", "w"),
     }
 
+    windows = "x"
     output_padding: Sizes = field(kw_only=True)
 
     @property
@@ -125,17 +129,9 @@ class Transposed(Layer):
         sizes = ((n - 1) * s - 2 * p + d * (k - 1) + o + 1 for n, k, s, p, d, o in axes)
         return tuple(sizes)
 
-    @property
-    def patch(self) -> int:
-        """Products that each input element takes part in."""
-        return self.adjoint.patch
-
     def shapes(self, batch: int) -> dict[str, Sizes]:
         found = self.adjoint.shapes(batch)
         return {"x": found["dy"], "w": found["w"], "dy": found["x"]}
-
-    def multiplications(self, batch: int) -> int:
-        return self.adjoint.multiplications(batch)
 
 
 @dataclass(frozen=True)
@@ -162,10 +158,6 @@ class Pool(Layer):
     def shapes(self, batch: int) -> dict[str, Sizes]:
         found = super().shapes(batch)
         return {"x": found["x"], "dy": found["dy"], "indices": found["dy"]}
-
-    def multiplications(self, batch: int) -> int:
-        """None: its time is that of the elements it moves."""
-        return 0 * batch
 
 
 OPERATIONS = {**Layer.operations, **Transposed.operations, **Pool.operations}

@@ -2,6 +2,7 @@
 
 import importlib
 from collections.abc import Iterable, Sequence
+from operator import itemgetter
 from statistics import geometric_mean
 from typing import Any, NamedTuple
 
@@ -29,25 +30,23 @@ class Table(NamedTuple):
         lines = [self.header, marks, *self.rows, *self.summary]
         return "\n".join(f"| {' | '.join(map(text, line))} |" for line in lines)
 
+    def section(self) -> str:
+        """A title, the table and its notes."""
+        notes = "\n".join(f"- {note}" for note in self.notes)
+        parts = (f"### {self.title}", self.markdown(), notes)
+        return "\n\n".join(filter(None, parts))
+
     def show(self) -> None:
         """Print it: by rich on a terminal where it is installed, else as Markdown."""
-        notes = [f"- {note}" for note in self.notes]
         try:
             console: Any = importlib.import_module("rich.console").Console()
-            shown = importlib.import_module("rich.table").Table(title=self.title)
+            rendered = importlib.import_module("rich.markdown").Markdown(self.section())
         except ImportError:
             console = None
         if console is None or not console.is_terminal:
-            print("\n".join([self.title, self.markdown(), *notes]))
-            return
-        for i, name in enumerate(self.header):
-            side = "right" if i else "left"
-            shown.add_column(name, justify=side, overflow="fold", no_wrap=not i)
-        for line in (*self.rows, *self.summary):
-            shown.add_row(*map(text, line))
-        console.print(shown)
-        for note in notes:
-            console.print(note, highlight=False, markup=False)
+            print(self.section())
+        else:
+            console.print(rendered)
 
 
 def text(cell: Cell) -> str:
@@ -77,28 +76,25 @@ def subject_of(record: Record) -> str:
     return next(own, peers[0])
 
 
-def strategies_of(record: Record) -> list[str]:
-    """On a GPU, cuconv with a strategy by name: they have a table apart."""
-    own = [name for name in record["peers"] if name.startswith("cuconv@")]
-    own = own if record["device"] == "cuda" else []
-    return [name for name in own if name != "cuconv@channels_last"]
+def others_of(record: Record, *, strategies: bool = False) -> list[str]:
+    """The peers that the subject is compared with.
+
+    On a GPU, cuconv with a strategy by name has a table apart.
+    """
+    peers = [name for name in record["peers"] if name != subject_of(record)]
+    apart = [
+        name
+        for name in peers
+        if record["device"] == "cuda"
+        and name.startswith("cuconv@")
+        and name != "cuconv@channels_last"
+    ]
+    return apart if strategies else [name for name in peers if name not in apart]
 
 
-def others_of(record: Record) -> list[str]:
-    """The peers that the subject is compared with."""
-    apart = (subject_of(record), *strategies_of(record))
-    return [name for name in record["peers"] if name not in apart]
-
-
-def parts_of(record: Record) -> list[tuple[str, str]]:
-    """Each operation and arithmetic that was measured, in that order."""
-    cases = record["cases"]
-    return list(dict.fromkeys((c["operation"], c["arithmetic"]) for c in cases))
-
-
-def values_of(record: Record, name: str) -> list[Any]:
-    """What the cases have under a name, each value once."""
-    return list(dict.fromkeys(case[name] for case in record["cases"]))
+def values_of(record: Record, *names: str) -> list[Any]:
+    """What the cases have under a name, or under several, each once."""
+    return list(dict.fromkeys(map(itemgetter(*names), record["cases"])))
 
 
 def kinds_of(record: Record) -> list[str | None]:
@@ -152,36 +148,30 @@ def mean_cell(cases: Sequence[CaseRecord], subject: str, peer: str) -> str:
     return quotient(geometric_mean(found.values())) + some
 
 
-def rate(case: CaseRecord, peer: str) -> float | None:
-    """GFLOP/s, two operations for each multiplication of the definition.
+def rate_unit(cases: Iterable[CaseRecord]) -> str:
+    """Of `rate`: products, or bytes where nothing is multiplied."""
+    return "GFLOP/s" if any(case["multiplications"] for case in cases) else "GB/s"
 
-    GB/s of operands and result, each moved once, where it has none.
-    """
+
+def rate(case: CaseRecord, peer: str) -> float | None:
+    """Two operations for each multiplication, or operands and result moved once."""
     time = milliseconds(case, peer)
     done = 2 * case["multiplications"] or case["moved_bytes"]
     return None if time is None else 1e-6 * done / time
 
 
-def rate_unit(cases: Iterable[CaseRecord]) -> str:
-    """Of `rate`."""
-    return "GFLOP/s" if any(case["multiplications"] for case in cases) else "GB/s"
-
-
 def floor(case: CaseRecord, machine: dict[str, Any]) -> tuple[float, str] | None:
     """Milliseconds that no implementation of the definition gets below, and why.
 
-    Products at the rate of large matrix products, or bytes at that of a copy.  Both
-    rates were measured in the same run; None where one of them was not.  Winograd needs
-    fewer products, and may get below the first.
+    Products at the rate of large matrix products, or bytes at that of a copy, where
+    both were measured.  Winograd needs fewer products, and may get below the first.
     """
-    product_rate = machine.get("rates", {}).get(case["arithmetic"])
-    copy_rate = machine.get("copy_gbytes")
-    if not product_rate or not copy_rate:
+    products = machine.get("rates", {}).get(case["arithmetic"])
+    if not products or "copy_gbytes" not in machine:
         return None
-    return max(
-        (2e-6 * case["multiplications"] / product_rate, "arithmetic"),
-        (1e-6 * case["moved_bytes"] / copy_rate, "memory"),
-    )
+    arithmetic = 2e-6 * case["multiplications"] / products
+    memory = 1e-6 * case["moved_bytes"] / machine["copy_gbytes"]
+    return max((arithmetic, "arithmetic"), (memory, "memory"))
 
 
 # Tables.
@@ -207,7 +197,11 @@ def layer_table(record: Record, operation: str, arithmetic: str | None = None) -
         name = f"geometric mean{f', {kind}' if kind else ''}"
         brackets = [f"({mean})" if mean else "" for mean in means]
         summary.append([name, *[""] * len(floors), "", "", *brackets])
-    peaks = [peak_mib(cases, peer) for peer in (subject, *others)]
+    peaks = []
+    for peer in (subject, *others):
+        found = (case["findings"][peer].get("extra_bytes") for case in cases)
+        known = [nbytes / 2**20 for nbytes in found if nbytes is not None]
+        peaks.append(max(known, default=None))
     summary.append(["most memory, MiB", peaks[0], *[""] * len(floors), "", *peaks[1:]])
     notes = []
     for peer in others:
@@ -222,7 +216,7 @@ def layer_table(record: Record, operation: str, arithmetic: str | None = None) -
 
 def strategy_table(record: Record, operation: str, arithmetic: str) -> Table:
     """Each strategy of cuconv's by name; in brackets its time ÷ that of the choice."""
-    subject, peers = subject_of(record), strategies_of(record)
+    subject, peers = subject_of(record), others_of(record, strategies=True)
     cases = cases_of(record, operation, arithmetic)
     tried = [p for p in peers if any(milliseconds(c, p) is not None for c in cases)]
     rows = []
@@ -245,13 +239,6 @@ def time_cell(case: CaseRecord, peer: str, compared: float | None = None) -> str
     time = milliseconds(case, peer)
     cell = case["findings"][peer]["status"] if time is None else digits(time)
     return cell if compared is None else f"{cell} ({quotient(compared)})"
-
-
-def peak_mib(cases: Sequence[CaseRecord], peer: str) -> float | None:
-    """The largest peak beyond inputs and result, over the layers."""
-    found = (case["findings"][peer].get("extra_bytes") for case in cases)
-    known = [nbytes / 2**20 for nbytes in found if nbytes is not None]
-    return max(known, default=None)
 
 
 def trouble(cases: Sequence[CaseRecord], peers: Sequence[str]) -> list[str]:

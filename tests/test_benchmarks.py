@@ -12,18 +12,25 @@ from typing import Any
 import numpy as np
 import pytest
 
-from benchmarks import pages, records, report, small_call
+from benchmarks import figures, records, report, small_call
 from benchmarks.cases import Case, relative_error
 from benchmarks.layers import Layer, Pool, Transposed, doubling, layer, pool
 from benchmarks.peers import PEERS, known_peer, make_peer, on_cuda, wishes_of
 from benchmarks.peers.base import RefusedError, Wishes
 from benchmarks.peers.library import Library
 from benchmarks.peers.whole_buffer import Columns
-from benchmarks.runner import Effort, Process, Worker, measure_case, summary, workers
+from benchmarks.runner import (
+    Effort,
+    Process,
+    Session,
+    Worker,
+    measure_case,
+    summary,
+    workers,
+)
 from benchmarks.suites import SUITES
 from benchmarks.taps import maxima, plane
 from benchmarks.taps import reference as by_taps
-from benchmarks.worker import Session
 from cuconv.testing import (
     conv_input_grad_reference,
     conv_reference,
@@ -482,7 +489,7 @@ def test_a_process_that_dies_is_replaced() -> None:
     case = Case(PLAIN, "forward", 1)
     with workers(["naive"], {}) as found:
         worker = found["naive"]
-        worker._process._process.kill()
+        worker._process.running.kill()
         dead, alive = (
             measure_case(case, found, TINY_EFFORT)["findings"]["naive"]
             for _ in range(2)
@@ -621,7 +628,7 @@ def test_json_comes_back(tmp_path) -> None:
 
 def test_pages_are_what_the_results_say() -> None:
     """Run ``python -m benchmarks.figures`` where this fails."""
-    written = pages.pages()
+    written = figures.pages()
     assert len(written) == 2
     for path, text in written.items():
         assert path.read_text(encoding="utf-8") == text
@@ -629,13 +636,13 @@ def test_pages_are_what_the_results_say() -> None:
 
 def test_results_have_their_pictures() -> None:
     for record in records.read_suites():
-        for name in pages.images_of(record):
+        for name in figures.images_of(record):
             assert (records.RESULTS / name).exists()
 
 
 def test_pages_without_results(tmp_path) -> None:
-    for text in pages.pages(tmp_path).values():
-        assert pages.NOTHING in text
+    for text in figures.pages(tmp_path).values():
+        assert figures.NOTHING in text
 
 
 def test_pages_with_results(tmp_path) -> None:
@@ -647,7 +654,7 @@ def test_pages_with_results(tmp_path) -> None:
     }
     records.write(RECORD, "resnet50", tmp_path)
     records.write(small, "small_call", tmp_path)
-    readme, docs = pages.pages(tmp_path).values()
+    readme, docs = figures.pages(tmp_path).values()
     assert "| resnet50 | 2 | forward | 1.00 | 0.25 of 1 |" in readme
     assert "| resnet50, depthwise | 2 | forward | 1.00 |  |" in readme
     assert "with a prepared plan 20 µs" in " ".join(readme.split())
@@ -655,7 +662,7 @@ def test_pages_with_results(tmp_path) -> None:
     assert "| 3-4 3x3 @6 | 1 | 2 | 2 (0.50) | 4 (0.25) |" in docs
     assert "../benchmarks/results/resnet50-times.png" in docs
     with pytest.raises(ValueError, match="lacks the marks"):
-        pages.with_block("no marks", "block")
+        figures.with_block("no marks", "block")
 
 
 def test_the_command_line(tmp_path) -> None:

@@ -15,17 +15,16 @@ import pytest
 from test_benchmarks import PLAIN, TINY, planted
 
 import cuconv
-from benchmarks import internals, kernels, nvrtc, pages, records, report
+from benchmarks import figures, internals, kernels, nvrtc, records, report
 from benchmarks.cases import Case
 from benchmarks.gpu import __main__ as command
-from benchmarks.gpu import checks, comparisons, exact, probes, steps, tables
+from benchmarks.gpu import checks, exact, probes, steps, tables
 from benchmarks.gpu.scale import FULL, QUICK
 from benchmarks.layers import Layer, layer
 from benchmarks.peers import base
 from benchmarks.peers.base import Device, GpuDevice, cupy_device
-from benchmarks.runner import Effort, Process, Worker, measure_case, workers
+from benchmarks.runner import Effort, Process, Session, Worker, measure_case, workers
 from benchmarks.taps import norm_error
-from benchmarks.worker import Session
 
 OPERATIONS = tuple(Layer.operations)
 STANDIN = Path(__file__).parent / "standin"
@@ -360,11 +359,11 @@ def test_peers_on_a_gpu_share_a_process_and_outlive_it(standin) -> None:
         assert second._process is process
         record = measure_case(case, found, Effort(rounds=1, seconds=1e-3))
         assert {f["status"] for f in record["findings"].values()} == {"ok"}
-        before = process._process
+        before = process.running
         process.end()
         # A case is built again in a new process.
         assert second.ask("time", case=case, seconds=1e-3)["status"] == "ok"
-        assert process._process is not before
+        assert process.running is not before
     with workers(["naive", "im2col_columns"], {}) as found:
         first, second = found.values()
         assert second._process is not first._process
@@ -388,14 +387,14 @@ def test_a_lost_process_is_started_anew(monkeypatch) -> None:
         [{"status": "ok"}, {"status": "failed", "reason": "x", "lost": True}]
     )
     process = Process(sys.executable)
-    process._process = SimpleNamespace(wait=lambda: 0)
+    process.running = SimpleNamespace(wait=lambda: 0)
     process._connection = SimpleNamespace(
         send=lambda _: None, recv=lambda: next(replies), close=lambda: None
     )
     worker = Worker("cuconv", {}, process)
     assert worker.hello["status"] == "ok"
     assert worker.ask("build")["status"] == "failed"
-    assert not process.is_alive()
+    assert process.running is None
     process.close()
 
 
@@ -572,18 +571,18 @@ def test_a_table_on_a_gpu_has_floors_and_strategies_apart() -> None:
 
 
 def test_pages_show_a_run_and_nothing_without_one(tmp_path) -> None:
-    _, before = pages.pages(tmp_path).values()
+    _, before = figures.pages(tmp_path).values()
     assert "on a GPU\n" not in before
     record = on_cuda(RATIOS)
     records.write(record, records.stem_of(record), tmp_path)
     records.write(ran(**FOUND), records.GPU, tmp_path)
-    readme, docs = pages.pages(tmp_path).values()
+    readme, docs = figures.pages(tmp_path).values()
     assert "| resnet50 | 2 | forward float32 | 1.00 | 2.00 | 0.33 |" in readme
     assert "## resnet50 on a GPU" in docs
     assert "## Checks and probes on a GPU" in docs
     assert "### Targets, geometric means" in docs
     assert "products reach 50000 GFLOP/s float32, 500000" in " ".join(docs.split())
-    assert pages.GPU_IMAGE in docs
+    assert figures.GPU_IMAGE in docs
 
 
 def test_pictures_of_a_run_are_drawn(tmp_path) -> None:
@@ -594,7 +593,7 @@ def test_pictures_of_a_run_are_drawn(tmp_path) -> None:
     half = [{**case, "arithmetic": "float16"} for case in record["cases"]]
     record["cases"] += half
     drawn = draw_gpu(ran(**FOUND), [record], tmp_path)
-    assert [path.name for path in drawn][-1] == pages.GPU_IMAGE
+    assert [path.name for path in drawn][-1] == figures.GPU_IMAGE
     assert len(drawn) == 3
     assert all(path.stat().st_size > 5000 for path in drawn)
 
@@ -602,7 +601,7 @@ def test_pictures_of_a_run_are_drawn(tmp_path) -> None:
 def test_tables_without_rich(monkeypatch, capsys) -> None:
     monkeypatch.setitem(sys.modules, "rich.console", None)
     report.Table("T", ["a", "b"], [["x", 1.5], ["y", None]], notes=["n"]).show()
-    said = "T\n| a | b |\n| --- | ---: |\n| x | 1.5 |\n| y |  |\n- n\n"
+    said = "### T\n\n| a | b |\n| --- | ---: |\n| x | 1.5 |\n| y |  |\n\n- n\n"
     assert capsys.readouterr().out == said
 
 
@@ -610,26 +609,26 @@ def test_tables_without_rich(monkeypatch, capsys) -> None:
 
 
 def test_the_comparison_is_in_order_of_importance() -> None:
-    jobs = comparisons.jobs(FULL)
+    jobs = checks.jobs(FULL)
     assert len(jobs) == 3 * (4 + 2)
     assert [job.arithmetic for job in jobs[:4]] == [*FULL.arithmetics]
     assert all(job.operation == "forward" for job in jobs[:6])
     assert {job.suite for job in jobs[4:6]} == {"mobilenetv2"}
     assert all(each.kind == "depthwise" for each in jobs[4].layers)
     assert len(set(jobs)) == len(jobs)
-    names = comparisons.peers()
+    names = checks.peers()
     assert names[:3] == ("cuconv", "cudnn", "cudnn@channels_last")
     assert {"cuconv@benchmark", "cuconv@im2col", "cupy_im2col"} <= set(names)
 
 
 def test_a_comparison_stops_at_its_limit(monkeypatch) -> None:
     kept: list[Any] = []
-    monkeypatch.setattr(comparisons, "peers", lambda: ("naive",))
+    monkeypatch.setattr(checks, "peers", lambda: ("naive",))
     scale = replace(SMALL, layers=(PLAIN, TINY["strides"]))
     with pytest.raises(steps.StepError, match="18 cases are left") as stopped:
-        comparisons.compare(scale, {}, kept.append, print, sys.executable, -1.0)
+        checks.compare(scale, {}, kept.append, sys.executable, -1.0)
     assert stopped.value.found == {"cases": 0, "unmeasured": 18}
-    assert len(kept) == len(comparisons.jobs(SMALL))
+    assert len(kept) == len(checks.jobs(SMALL))
 
 
 def test_the_plan_is_shown(tmp_path, capsys) -> None:

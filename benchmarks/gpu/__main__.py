@@ -17,9 +17,8 @@ from typing import Any
 
 from benchmarks import machine, records
 from benchmarks.gpu import checks
-from benchmarks.gpu.comparisons import compare
 from benchmarks.gpu.scale import FULL, QUICK, Scale
-from benchmarks.gpu.steps import Outcome, Stage, Step, StepError, limits, run_stages
+from benchmarks.gpu.steps import Outcome, Stage, Step, limits, run_stages
 from benchmarks.gpu.tables import tables
 from benchmarks.records import Record
 
@@ -40,7 +39,7 @@ class GpuRun:
         """What there is to do, the most important first."""
         probes = {"gather": 15, "col2im": 15, "blocks": 20, "launch": 20}
         return [
-            (Step("machine", 20, self.machine),),
+            (Step("machine", 20, partial(checks.probe, "machine", self.scale)),),
             (
                 Step("exact", 60, checks.exact),
                 Step("tests", 120, partial(checks.tests, self.scale)),
@@ -54,29 +53,22 @@ class GpuRun:
             ),
         ]
 
-    def machine(self, limit: float) -> dict[str, Any]:
-        try:
-            found = checks.probe("machine", self.scale, limit)
-        except StepError as error:
-            self.found["machine"] |= error.found
-            raise
-        self.found["machine"] |= found
-        return found
-
     def compare(self, limit: float) -> dict[str, Any]:
-        where, tell = self.found["machine"], (self.keep_suite, self.say)
-        return compare(self.scale, where, *tell, self.torch_python, limit)
+        what = (self.scale, self.found["machine"], self.keep_suite)
+        return checks.compare(*what, self.torch_python, limit)
 
     def say(self, words: str) -> None:
         print(f"[{monotonic() - self._begun:4.0f} s] {words}", file=sys.stderr)
 
     def keep(self, outcomes: dict[str, Outcome]) -> None:
         self.found["steps"] = outcomes
+        self.found["machine"] |= outcomes["machine"]["found"]
         records.write(self.found, records.GPU, self.folder)
 
     def keep_suite(self, record: Record) -> None:
         self.suites[record["suite"]] = record
         records.write(record, records.stem_of(record), self.folder)
+        self.say(f"  {record['suite']}: {len(record['cases'])} cases")
 
     def run(self, seconds: float) -> bool:
         """Run the steps, show what they found, and say whether none has failed."""
@@ -94,36 +86,25 @@ class GpuRun:
         try:
             figures = importlib.import_module("benchmarks.figures")
             drawn = figures.draw_gpu(self.found, self.suites.values(), self.folder)
+            self.say(f"drawn: {', '.join(path.name for path in drawn)}")
         except Exception as error:  # noqa: BLE001 - the numbers are kept already
             self.say(f"no pictures: {type(error).__name__}: {error}")
             self.say("`python -m benchmarks.figures` draws them from the JSON later")
-            return
-        self.say(f"drawn: {', '.join(path.name for path in drawn)}")
-
-
-def parser() -> argparse.ArgumentParser:
-    words = argparse.ArgumentParser(
-        prog="python -m benchmarks.gpu", description=__doc__.partition("\n")[0]
-    )
-    keep = words.add_mutually_exclusive_group()
-    keep.add_argument("--out", type=Path, metavar="FOLDER", default=Path("gpu-run"))
-    keep.add_argument(
-        "--save", action="store_true", help=f"write to {records.RESULTS.name}/"
-    )
-    words.add_argument("--minutes", type=float, default=8.0, help="for all of it")
-    words.add_argument("--quick", action="store_true", help="a smoke test")
-    words.add_argument("--plan", action="store_true", help="show the steps; run none")
-    words.add_argument(
-        "--torch-python",
-        metavar="PATH",
-        default=sys.executable,
-        help="the interpreter of an environment with PyTorch (default: this one)",
-    )
-    return words
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    words = parser()
+    words = argparse.ArgumentParser(
+        prog="python -m benchmarks.gpu", description=__doc__.partition("\n")[0]
+    )
+    add, keep = words.add_argument, words.add_mutually_exclusive_group()
+    keep.add_argument("--out", type=Path, metavar="FOLDER", default=Path("gpu-run"))
+    save_help = f"write to {records.RESULTS.name}/"
+    keep.add_argument("--save", action="store_true", help=save_help)
+    add("--minutes", type=float, default=8.0, help="for all of it")
+    add("--quick", action="store_true", help="a smoke test")
+    add("--plan", action="store_true", help="show the steps; run none")
+    torch_help = "the interpreter of an environment with PyTorch (default: this one)"
+    add("--torch-python", metavar="PATH", default=sys.executable, help=torch_help)
     chosen = words.parse_args(arguments)
     if chosen.save and chosen.quick:
         words.error("--save keeps whole runs: no --quick")

@@ -1,4 +1,4 @@
-"""What a process of its own checks or measures on a GPU; each is a step of the run."""
+"""What is checked and measured on a GPU; each is a step of the run."""
 
 import importlib.util
 import os
@@ -6,15 +6,25 @@ import pickle
 import re
 import shutil
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from time import monotonic
+from typing import Any, NamedTuple
 from xml.etree import ElementTree as ET
 
-from benchmarks.gpu.scale import Scale
+from benchmarks.cases import Case
+from benchmarks.gpu.scale import HALF_AND_WHOLE, Scale
 from benchmarks.gpu.steps import Findings, StepError, child, last, merged, python
+from benchmarks.internals import strategies
+from benchmarks.layers import Layer
+from benchmarks.records import Record
+from benchmarks.runner import Effort, measure_case, new_record, workers
 
 MOST_FAILURES = 30
 MOST_WORKERS = 8
+# An answer that takes longer means that a kernel hangs.
+PATIENCE = 60.0
+WISHES = {"device": "cuda", "precision": "standard"}
 SUMMARY = re.compile(r"(?:ERROR|RACECHECK) SUMMARY: (\d+)")
 
 
@@ -74,7 +84,9 @@ def exact(limit: float, tool: str = "") -> Findings:
     ended = child(command, limit)
     found = ended.checked(verdict(ended.output + ended.errors))
     if tool and found["errors"] is None:
-        raise StepError("failed", f"{tool} gave no summary", last(ended.output), found)
+        raise StepError(
+            "failed", f"{tool} gave no summary", last(ended.output), **found
+        )
     return found
 
 
@@ -89,3 +101,66 @@ def verdict(text: str) -> Findings:
         "wrong": int(checked[2]) if checked else None,
         "mistakes": wrong[:MOST_FAILURES],
     }
+
+
+# cuconv and PyTorch's cuDNN on the layers of networks, in every arithmetic.
+
+
+class Job(NamedTuple):
+    """Layers of a suite in one operation and one arithmetic."""
+
+    suite: str
+    operation: str
+    arithmetic: str
+    layers: tuple[Layer, ...]
+
+
+def peers() -> tuple[str, ...]:
+    """The library as it chooses, cuDNN, and each strategy of the library by name."""
+    layouts = ("cuconv", "cudnn", "cudnn@channels_last", "cuconv@channels_last")
+    named = (f"cuconv@{name}" for name in ("benchmark", *strategies()))
+    return (*layouts, *named, "cupy_im2col")
+
+
+def jobs(scale: Scale) -> list[Job]:
+    """What matters most comes first: forward before gradients, ResNet-50 first."""
+    suites = {
+        "resnet50": (scale.arithmetics, scale.layers),
+        "mobilenetv2": (HALF_AND_WHOLE, scale.depthwise),
+    }
+    return [
+        Job(suite, operation, arithmetic, layers)
+        for operations in (("forward",), ("input_grad", "weight_grad"))
+        for suite, (arithmetics, layers) in suites.items()
+        for arithmetic in arithmetics
+        for operation in operations
+    ]
+
+
+def compare(
+    scale: Scale,
+    where: dict[str, Any],
+    keep: Callable[[Record], None],
+    torch_python: str,
+    limit: float,
+) -> Findings:
+    """Measure every job until the limit; ``keep`` is told of a record after each."""
+    end, left, effort = monotonic() + limit, 0, Effort(scale.rounds, scale.seconds)
+    found: dict[str, Record] = {}
+    with workers(peers(), WISHES, torch_python, PATIENCE) as asked:
+        for suite, operation, arithmetic, layers in jobs(scale):
+            if suite not in found:
+                origin = {"wishes": WISHES, "machine": where}
+                found[suite] = new_record(suite, scale.batch, effort, asked, **origin)
+            for layer in layers:
+                if monotonic() > end:
+                    left += 1
+                    continue
+                case = Case(layer, operation, scale.batch, arithmetic)
+                found[suite]["cases"].append(measure_case(case, asked, effort))
+            keep(found[suite])
+    cases = sum(len(record["cases"]) for record in found.values())
+    summary = {"cases": cases, "unmeasured": left}
+    if left:
+        raise StepError("late", f"{left} cases are left", found=summary)
+    return summary

@@ -52,19 +52,9 @@ def milliseconds(
 def machine(scale: Scale) -> Findings:
     """Which GPU this is, how fast it copies and how fast cuBLAS multiplies."""
     device = cupy_device()
-    yield identity(device.xp)
-    yield {"copy_gbytes": copy_rate(device, scale)}
-    for arithmetic in ARITHMETICS:
-        rate = product_rate(device, scale, arithmetic)
-        yield {"rates": {arithmetic: rate}}
-        if arithmetic == "float32":
-            yield {"gemm_gflops": rate}
-
-
-def identity(xp: Any) -> dict[str, Any]:
-    runtime = xp.cuda.runtime
+    xp, runtime = device.xp, device.xp.cuda.runtime
     properties = runtime.getDeviceProperties(0)
-    return {
+    yield {
         "gpu": properties["name"].decode(),
         "versions": {
             "python": platform.python_version(),
@@ -74,12 +64,29 @@ def identity(xp: Any) -> dict[str, Any]:
         },
         "capability": str(xp.cuda.Device().compute_capability),
         "multiprocessors": int(properties["multiProcessorCount"]),
-        "l2_bytes": int(properties.get("l2CacheSize", 0)),
+        "l2_bytes": device.l2_bytes,
         "memory_bytes": int(properties["totalGlobalMem"]),
         "cuda_driver": int(runtime.driverGetVersion()),
         "cuda_runtime": int(runtime.runtimeGetVersion()),
         **clocks(),
     }
+    source = device.normal(scale.copied_bytes // 4)
+    copy = partial(xp.copyto, xp.empty_like(source), source)
+    time = milliseconds(device, [copy], scale.repeats)
+    yield {"copy_gbytes": 2e-6 * int(source.nbytes) / time}
+    n = scale.matrix
+    for arithmetic in ARITHMETICS:
+        fast = arithmetic == "tf32"
+        a, b = (
+            device.cast(device.normal(n * n, seed), "float32" if fast else arithmetic)
+            for seed in (0, 1)
+        )
+        square = [array.reshape(1, 1, n, n) for array in (a, b, xp.empty_like(a))]
+        multiply = partial(gemm(), *square, fast=fast)
+        rate = 2e-6 * n**3 / milliseconds(device, [multiply], scale.repeats)
+        yield {"rates": {arithmetic: rate}}
+        if arithmetic == "float32":
+            yield {"gemm_gflops": rate}
 
 
 def clocks() -> dict[str, Any]:
@@ -95,36 +102,18 @@ def clocks() -> dict[str, Any]:
     return {} if done.returncode or len(values) < 5 else {"smi": found}
 
 
-def copy_rate(device: CupyDevice, scale: Scale) -> float:
-    """GB/s read and written by copies within the device."""
-    source = device.normal(scale.copied_bytes // 4)
-    copy = partial(device.xp.copyto, device.xp.empty_like(source), source)
-    return 2e-6 * int(source.nbytes) / milliseconds(device, [copy], scale.repeats)
-
-
-def product_rate(device: CupyDevice, scale: Scale, arithmetic: str) -> float:
-    """GFLOP/s of square matrix products by cuBLAS, from random numbers."""
-    n, dtype = scale.matrix, "float32" if arithmetic == "tf32" else arithmetic
-    shape = (1, 1, n, n)
-    a, b = (
-        device.cast(device.normal(n * n, seed), dtype).reshape(shape) for seed in (0, 1)
-    )
-    out = device.xp.empty_like(a)
-    multiply = partial(gemm(), a, b, out, fast=arithmetic == "tf32")
-    return 2e-6 * n**3 / milliseconds(device, [multiply], scale.repeats)
-
-
 # Candidates, whose defaults await a measurement.
 
 
-def columns_of(each: Layer, batch: int, order: str) -> tuple[int, ...]:
-    """The shape of the columns of a layer without groups."""
-    positions = prod(each.out)
-    return {
+def columns_of(each: Layer, batch: int, order: str) -> tuple[tuple[int, ...], Any]:
+    """The shape of the columns of a layer without groups, and the options for them."""
+    positions, names = prod(each.out), ("stride", "padding", "dilation")
+    shape = {
         "rows": (batch * positions, each.patch),
         "columns": (each.patch, batch * positions),
         "batched": (batch, each.patch, positions),
     }[order]
+    return shape, {"order": order, **{name: getattr(each, name) for name in names}}
 
 
 def gather(scale: Scale) -> Findings:
@@ -132,9 +121,9 @@ def gather(scale: Scale) -> Findings:
     device, orders = cupy_device(), ("columns", "batched", "rows")
     for each, dtype, order in product(scale.columns, HALF_AND_WHOLE, orders):
         x = device.operand(Case(each, "forward", scale.batch, dtype), "x")
-        out = device.xp.empty(columns_of(each, scale.batch, order), dtype=dtype)
-        keywords = {**window(each), "order": order, "out": out}
-        call = partial(cuconv.im2col, x, each.kernel, **keywords)
+        shape, options = columns_of(each, scale.batch, order)
+        out = device.xp.empty(shape, dtype=dtype)
+        call = partial(cuconv.im2col, x, each.kernel, out=out, **options)
         row = {"layer": each.name, "type": dtype, "order": order}
         moved = {"nbytes": int(x.nbytes + out.nbytes)}
         time = milliseconds(device, [call], scale.repeats)
@@ -145,22 +134,17 @@ def col2im(scale: Scale) -> Findings:
     """The scatter by atomic additions against the gather that sums in order."""
     device = cupy_device()
     for each, dtype in product(scale.columns, HALF_AND_WHOLE):
-        shape = columns_of(each, scale.batch, "batched")
+        shape, options = columns_of(each, scale.batch, "batched")
         columns = device.cast(device.normal(prod(shape)), dtype).reshape(shape)
         out = device.xp.empty(each.shapes(scale.batch)["x"], dtype=dtype)
-        keywords = {**window(each), "order": "batched", "out": out}
-        call = partial(cuconv.col2im, columns, out.shape, each.kernel, **keywords)
+        arguments = (columns, out.shape, each.kernel)
         row = {"layer": each.name, "type": dtype}
-        moved = {"nbytes": int(columns.nbytes + out.nbytes)}
-        times = {}
+        moved, times = {"nbytes": int(columns.nbytes + out.nbytes)}, {}
         for way in ("gather", "scatter"):
-            one = partial(call, deterministic=way == "gather")
-            times[f"{way}_milliseconds"] = milliseconds(device, [one], scale.repeats)
+            options |= {"out": out, "deterministic": way == "gather"}
+            call = partial(cuconv.col2im, *arguments, **options)
+            times[f"{way}_milliseconds"] = milliseconds(device, [call], scale.repeats)
         yield {"col2im": [{**row, **moved, **times}]}
-
-
-def window(each: Layer) -> dict[str, Any]:
-    return {name: getattr(each, name) for name in ("stride", "padding", "dilation")}
 
 
 def blocks(scale: Scale) -> Findings:
@@ -170,17 +154,14 @@ def blocks(scale: Scale) -> Findings:
         case = Case(each, "forward", scale.batch, dtype)
         options = {**each.options, "strategy": "im2col", "memory_limit": AMPLE}
         shapes = case.shapes["x"], case.shapes["w"]
-        calls = [
-            partial(cuconv.conv, *operands, **options)
-            for operands in device.prepare(case)[0]
-        ]
+        sets, _ = device.prepare(case)
+        calls = [partial(cuconv.conv, *operands, **options) for operands in sets]
         for mib in scale.block_mib:
             with block_bytes(mib * 2**20):
                 plan = cuconv.plan_conv(*shapes, dtype=dtype, device="cuda", **options)
                 time = milliseconds(device, calls, scale.repeats)
-            row = {"layer": each.name, "type": dtype, "mib": mib}
-            found = {"chunks": plan.chunks, "milliseconds": time}
-            yield {"blocks": [{**row, **found}]}
+            row = {"layer": each.name, "type": dtype, "mib": mib, "chunks": plan.chunks}
+            yield {"blocks": [{**row, "milliseconds": time}]}
 
 
 # Launches.
@@ -188,35 +169,36 @@ def blocks(scale: Scale) -> Findings:
 
 def launch(scale: Scale) -> Findings:
     """Small calls: as users make them, in a captured graph, and their kernels alone."""
+    device = cupy_device()
     for each, strategy in product(SMALL, ("auto", *strategies())):
-        row = {"layer": each.name, "strategy": strategy}
-        yield {"launch": [{**row, **launch_row(each, strategy, scale)}]}
-
-
-def launch_row(each: Layer, strategy: str, scale: Scale) -> dict[str, Any]:
-    device, case = cupy_device(), Case(each, "forward", 1)
-    operands = [device.operand(case, name) for name in case.operand_names]
-    out = device.xp.empty(case.result_shape, dtype=case.dtype)
-    options = {**each.options, "strategy": strategy, "out": out}
-    call = partial(cuconv.conv, *operands, **options)
-    try:
-        call()
-    except ValueError as error:
-        return {"refused": str(error)}
-    found = {"eager_microseconds": eager(device, call, scale.calls)}
-    try:
-        return {**found, **captured(device, call, scale)}
-    except Exception as error:  # noqa: BLE001 - what cannot be captured says so
-        return {**found, "not_captured": f"{type(error).__name__}: {error}"}
+        case, found = (
+            Case(each, "forward", 1),
+            {"layer": each.name, "strategy": strategy},
+        )
+        operands = [device.operand(case, name) for name in case.operand_names]
+        out = device.xp.empty(case.result_shape, dtype=case.dtype)
+        options = {**each.options, "strategy": strategy, "out": out}
+        call = partial(cuconv.conv, *operands, **options)
+        try:
+            call()
+        except ValueError as error:
+            yield {"launch": [{**found, "refused": str(error)}]}
+            continue
+        more: dict[str, Any] = {"eager_microseconds": eager(device, call, scale.calls)}
+        try:
+            more |= captured(device, call, scale)
+        except Exception as error:  # noqa: BLE001 - what cannot be captured says so
+            more["not_captured"] = f"{type(error).__name__}: {error}"
+        yield {"launch": [{**found, **more}]}
 
 
 def eager(device: CupyDevice, call: Callable[[], Any], calls: int) -> float:
     """Microseconds from one call to the next, by the host's clock."""
-    device.xp.cuda.Device().synchronize()
+    device.synchronize()
     start = perf_counter()
     for _ in range(calls):
         call()
-    device.xp.cuda.Device().synchronize()
+    device.synchronize()
     return (perf_counter() - start) / calls * 1e6
 
 
@@ -234,14 +216,14 @@ def captured(
             for _ in range(scale.captured):
                 one.launch(stream)
 
-        ways: dict[str, Callable[[], Any]]
-        ways = {"captured": replays, "kernel": partial(many.launch, stream)}
-        return {
-            f"{name}_microseconds": 1e3
-            * milliseconds(device, [body], scale.repeats)
-            / scale.captured
-            for name, body in ways.items()
-        }
+        found = {}
+        for name, body in (
+            ("captured", replays),
+            ("kernel", lambda: many.launch(stream)),
+        ):
+            time = milliseconds(device, [body], scale.repeats) / scale.captured
+            found[f"{name}_microseconds"] = 1e3 * time
+    return found
 
 
 def graph(stream: Any, call: Callable[[], Any], times: int) -> Any:
@@ -258,17 +240,12 @@ def graph(stream: Any, call: Callable[[], Any], times: int) -> Any:
     return stream.end_capture()
 
 
-PROBES: dict[str, Callable[[Scale], Findings]] = {
-    probe.__name__: probe for probe in (machine, gather, col2im, blocks, launch)
-}
-
-
 def main() -> None:
     name, words = sys.argv[1:]
     findings = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # what libraries print is no finding
     scale = pickle.loads(bytes.fromhex(words))  # noqa: S301 - of our own process
-    for found in PROBES[name](scale):
+    for found in globals()[name](scale):
         print(json.dumps(found), file=findings, flush=True)
 
 

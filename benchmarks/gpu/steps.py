@@ -31,16 +31,10 @@ class StepError(Exception):
     """A step that did not end well, with what it found and the end of its output."""
 
     def __init__(
-        self,
-        status: str,
-        reason: str,
-        tail: Sequence[str] = (),
-        found: Findings | None = None,
+        self, status: str, reason: str, tail: Sequence[str] = (), found: Any = None
     ) -> None:
         super().__init__(reason)
-        self.status = status
-        self.tail = [*tail]
-        self.found = found or {}
+        self.status, self.tail, self.found = status, [*tail], found or {}
 
 
 class Step(NamedTuple):
@@ -150,10 +144,7 @@ def python(*words: str) -> list[str]:
 
 
 def merged(lines: str) -> Findings:
-    """One object from lines of JSON.
-
-    A last line that was cut short counts for nothing.
-    """
+    """One object from lines of JSON; one that was cut short counts for nothing."""
     found: Findings = {}
     for line in lines.splitlines(keepends=True):
         if line.endswith("\n"):

@@ -1,6 +1,7 @@
 """Tables of a run on a GPU, and the targets: computed from what the run has kept."""
 
 from collections.abc import Iterable, Sequence
+from itertools import product
 from statistics import geometric_mean
 from typing import Any, NamedTuple
 
@@ -11,6 +12,8 @@ from benchmarks.report import Cell, Table, cases_of, quotient, ratios
 
 # Lines about a step that failed; the JSON has more.
 MOST_NOTES = 10
+GATHERED = ("layer", "type", "order", "÷ copy")
+TARGETS = ("target", "first", "then", "reached", "of", "")
 
 Rows = Sequence[dict[str, Any]]
 
@@ -27,15 +30,17 @@ def tables(run: dict[str, Any], found: Iterable[Record]) -> list[Table]:
     """Every table that has a row, the targets last."""
     suites = {record["suite"]: record for record in found}
     parts = findings_of(run)
+    gathered = [[*key, quotient(n)] for key, n in gather_shares(parts).items()]
+    reached = targets(suites.get("resnet50"), parts)
     made = [
         steps_table(run["steps"]),
         rates_table(parts),
         memory_table([*suites.values()]),
-        gather_table(parts),
+        Table("im2col: bandwidth ÷ that of a copy", GATHERED, gathered),
         col2im_table(parts.get("col2im", [])),
         blocks_table(parts.get("blocks", [])),
         launch_table(parts.get("launch", [])),
-        targets_table(targets(suites.get("resnet50"), parts)),
+        Table("Targets, geometric means", TARGETS, [one.row() for one in reached]),
     ]
     return [table for table in made if table.rows]
 
@@ -92,12 +97,6 @@ def memory_table(found: Sequence[Record]) -> Table:
         rows.append([peer, len(pairs), *peaks, broken])
     header = ["memory", "cases", "taken, MiB", "promised, MiB", "broken promises"]
     return Table("Memory beyond inputs and result, at most", header, rows)
-
-
-def gather_table(found: dict[str, Any]) -> Table:
-    rows = [[*key, quotient(share)] for key, share in gather_shares(found).items()]
-    header = ["layer", "type", "order", "÷ copy"]
-    return Table("im2col: bandwidth ÷ that of a copy", header, rows)
 
 
 def gather_shares(found: dict[str, Any]) -> dict[tuple[str, str, str], float]:
@@ -163,10 +162,9 @@ class Target(NamedTuple):
         if self.reached is None:
             return ""
         sign = -1 if self.at_least else 1
-        for word, wanted in (("reached", self.then), ("the first is", self.first)):
-            if sign * self.reached <= sign * wanted:
-                return word
-        return "missed"
+        if sign * self.reached <= sign * self.then:
+            return "reached"
+        return "the first is" if sign * self.reached <= sign * self.first else "missed"
 
     def row(self) -> list[Cell]:
         sign = "≥" if self.at_least else "≤"
@@ -176,34 +174,28 @@ class Target(NamedTuple):
         return [self.name, *wanted, reached, self.of, self.verdict()]
 
 
-def targets_table(each: Sequence[Target]) -> Table:
-    header = ["target", "first", "then", "reached", "of", ""]
-    return Table("Targets, geometric means", header, [one.row() for one in each])
-
-
 def targets(record: Record | None, found: dict[str, Any]) -> list[Target]:
     """All of them, from ResNet-50's record and the findings of the probes."""
-
-    def compared(ours: str, theirs: str, *part: str) -> list[float]:
-        cases = cases_of(record, *part) if record else []
-        return list(ratios(cases, ours, theirs).values())
-
     made = []
-    for operation in ("forward", "input_grad", "weight_grad"):
-        for arithmetic in ARITHMETICS:
-            first, then = (1.25, 1.0) if operation == "forward" else (1.4, 1.1)
-            if (operation, arithmetic) == ("forward", "float32"):
-                first = 1.0
-            each = compared("cuconv", "cudnn", operation, arithmetic)
-            name = f"{operation} {arithmetic}, cuconv ÷ cudnn"
-            made.append(Target(name, first, then, mean(each), len(each)))
+
+    def mean(
+        name: str, first: float, then: float, each: Iterable[float], **more: Any
+    ) -> None:
+        values = list(each)
+        reached = geometric_mean(values) if values else None
+        made.append(Target(name, first, then, reached, len(values), **more))
+
+    def compared(ours: str, theirs: str, *part: str) -> Iterable[float]:
+        return ratios(cases_of(record, *part) if record else [], ours, theirs).values()
+
+    for part in product(("forward", "input_grad", "weight_grad"), ARITHMETICS):
+        first, then = (1.25, 1.0) if part[0] == "forward" else (1.4, 1.1)
+        first = 1.0 if part == ("forward", "float32") else first
+        name = f"{' '.join(part)}, cuconv ÷ cudnn"
+        mean(name, first, then, compared("cuconv", "cudnn", *part))
     whole = compared("cupy_im2col", "cuconv", "forward", "float32")
-    name = "forward float32, whole buffer ÷ cuconv"
-    made.append(Target(name, 3.0, 3.0, mean(whole), len(whole), at_least=True))
-    shares = [*gather_shares(found).values()]
-    made.append(
-        Target("gather ÷ copy", 0.85, 0.85, mean(shares), len(shares), at_least=True)
-    )
+    mean("forward float32, whole buffer ÷ cuconv", 3.0, 3.0, whole, at_least=True)
+    mean("gather ÷ copy", 0.85, 0.85, gather_shares(found).values(), at_least=True)
     beyond = [
         row["captured_microseconds"] - row["kernel_microseconds"]
         for row in found.get("launch", [])
@@ -211,7 +203,3 @@ def targets(record: Record | None, found: dict[str, Any]) -> list[Target]:
     ]
     worst, name = max(beyond, default=None), "captured small call - kernels, µs"
     return [*made, Target(name, 2.0, 2.0, worst, len(beyond))]
-
-
-def mean(found: Sequence[float]) -> float | None:
-    return geometric_mean(found) if found else None

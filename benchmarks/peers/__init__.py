@@ -51,17 +51,15 @@ def wishes_of(peer: str, common: dict[str, Any]) -> Wishes:
     A quantity is a memory limit, one of cuconv's three precisions or of the two layouts
     is that, and any other word is a strategy.
     """
-    wishes = Wishes(**common)
+    wishes = dict(common)
     for word in peer.split("@")[1:]:
         if word[:1].isdigit():
-            wishes = wishes._replace(memory_limit=word)
+            wishes["memory_limit"] = word
         elif word in PRECISIONS:
-            wishes = wishes._replace(precision=word)
-        elif word in LAYOUTS:
-            wishes = wishes._replace(layout=word)
+            wishes["precision"] = word
         else:
-            wishes = wishes._replace(strategy=word)
-    return wishes
+            wishes["layout" if word in LAYOUTS else "strategy"] = word
+    return Wishes(**wishes)
 
 
 def make_peer(name: str, common: dict[str, Any]) -> Peer:

@@ -91,7 +91,13 @@ class Device:
 
     def is_lost(self) -> bool:
         """Whether nothing will run there any more in this process."""
+        try:
+            self.synchronize()
+        except Exception:  # noqa: BLE001 - each library has an error of its own
+            return True
         return False
+
+    def synchronize(self) -> None: ...
 
 
 class ResidentDevice(Device):
@@ -127,15 +133,7 @@ class GpuDevice(Device):
     join: Callable[[list[Array]], Array]
     cast: Callable[[Array, str], Array]
     zeros: Callable[[Sizes], Array]  # in float64
-    synchronize: Callable[[], None]
     _lead = 0.0
-
-    def is_lost(self) -> bool:
-        try:
-            self.synchronize()
-        except Exception:  # noqa: BLE001 - each library has an error of its own
-            return True
-        return False
 
     def seconds(self, call: Call) -> float:
         """Time a call on the device alone: it is queued while the device is busy.
@@ -205,12 +203,14 @@ class CupyDevice(GpuDevice):
         properties = xp.cuda.runtime.getDeviceProperties(0)
         self.l2_bytes = int(properties.get("l2CacheSize", 0))
         self.event, self.elapsed = xp.cuda.Event, xp.cuda.get_elapsed_time
-        self.synchronize = xp.cuda.Device().synchronize
         self.join, self.zeros = xp.concatenate, partial(xp.zeros, dtype="float64")
 
     def spin(self, seconds: float) -> None:
         turns = np.int64(seconds * CYCLES_PER_SECOND / 4)
         self._spin((1,), (1,), (self._spun, turns))
+
+    def synchronize(self) -> None:
+        self.xp.cuda.Device().synchronize()
 
     def put(self, array: Host) -> Array:
         return self.xp.asarray(array)
@@ -263,9 +263,8 @@ class Peer:
     def versions(self) -> dict[str, str]:
         return {}
 
-    def plan(self, case: Case) -> dict[str, Any]:
+    def plan(self, _case: Case) -> dict[str, Any]:
         """The strategy and the memory it may take, where a peer tells."""
-        del case
         return {"strategy": None}
 
     def call(self, case: Case, *operands: Array) -> Call:
@@ -275,9 +274,8 @@ class Peer:
             raise RefusedError(f"this peer has no {case.operation}")
         return partial(operation, case, *operands)
 
-    def first_channels(self, case: Case, result: Array) -> Array:
+    def first_channels(self, _case: Case, result: Array) -> Array:
         """The result, channels first."""
-        del case
         return result
 
     def tolerance(self, case: Case) -> float:

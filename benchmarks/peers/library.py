@@ -8,14 +8,7 @@ import numpy as np
 import cuconv
 from benchmarks.cases import Case
 from benchmarks.layers import Pool, Sizes
-from benchmarks.peers.base import (
-    Call,
-    Device,
-    Peer,
-    RefusedError,
-    Wishes,
-    cupy_device,
-)
+from benchmarks.peers.base import Call, Device, Peer, RefusedError, Wishes, cupy_device
 from benchmarks.taps import Array
 
 

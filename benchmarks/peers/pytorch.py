@@ -36,12 +36,14 @@ class TorchCuda(GpuDevice):
         self.l2_bytes = int(torch.cuda.get_device_properties(0).L2_cache_size)
         self.event = partial(torch.cuda.Event, enable_timing=True)
         self.elapsed = torch.cuda.Event.elapsed_time
-        self.synchronize = torch.cuda.synchronize
         self.join = torch.cat
         self.zeros = partial(torch.zeros, dtype=torch.float64, device="cuda")
 
     def spin(self, seconds: float) -> None:
         torch.cuda._sleep(int(seconds * CYCLES_PER_SECOND))  # noqa: SLF001
+
+    def synchronize(self) -> None:
+        torch.cuda.synchronize()
 
     def put(self, array: Host) -> Array:
         return torch.from_numpy(array).cuda()

@@ -24,18 +24,14 @@ class WholeBuffer(Peer):
 
     def windows(self, case: Case, x: Array) -> Array:
         """(N, G, C / G, *kernel, *out), a view of the padded input."""
-        layer = case.layer
+        layer, shape = case.layer, patches_shape(case)
         if any(layer.padding):
             x = self.xp.pad(x, ((0, 0), (0, 0), *((p, p) for p in layer.padding)))
         image, channel, *steps = x.strides
         taps = [s * d for s, d in zip(steps, layer.dilation, strict=True)]
         moves = [s * d for s, d in zip(steps, layer.stride, strict=True)]
-        channels = layer.channels // layer.groups
-        return self.xp.lib.stride_tricks.as_strided(
-            x,
-            patches_shape(case),
-            (image, channel * channels, channel, *taps, *moves),
-        )
+        strides = (image, channel * shape[2], channel, *taps, *moves)
+        return self.xp.lib.stride_tricks.as_strided(x, shape, strides)
 
     def col2im(self, case: Case, patches: Array) -> Array:
         """Sum (N, G, C / G, *kernel, *out) into the images they came from."""
@@ -109,8 +105,7 @@ class Columns(WholeBuffer):
         return self.windows(case, x).reshape(shape)
 
     def forward(self, case: Case, x: Array, w: Array) -> Array:
-        product = filters_of(case, w) @ self.columns(case, x)
-        return product.reshape(case.result_shape)
+        return (filters_of(case, w) @ self.columns(case, x)).reshape(case.result_shape)
 
     def input_grad(self, case: Case, dy: Array, w: Array) -> Array:
         shape = patches_shape(case)
