@@ -1,7 +1,6 @@
 """One measurement: its operands, and how far a result is from the right one."""
 
 from dataclasses import dataclass
-from functools import cached_property
 from math import isfinite, prod
 from typing import Any
 
@@ -52,7 +51,7 @@ class Case:
             for name in names or (*self.operand_names, self.result_name)
         )
 
-    @cached_property
+    @property
     def shapes(self) -> dict[str, Sizes]:
         return self.layer.shapes(self.batch)
 
@@ -68,14 +67,14 @@ class Case:
         return tuple(map(self._operand, self.operand_names))
 
     def _operand(self, name: str) -> Host:
-        if name not in RANDOM:
-            found: Host = maxima(self.layer, self._operand("x"))[1]
+        found: Host
+        if name == "indices":
+            _, found = maxima(self.layer, self._operand("x"))
             return found
         rng = np.random.default_rng(RANDOM.index(name))
-        array: Host = rng.standard_normal(self.shapes[name], dtype=np.float32)
-        if name == "w":
-            array /= np.float32(self.layer.patch**0.5)
-        return array
+        found = rng.standard_normal(self.shapes[name], dtype=np.float32)
+        scale = self.layer.patch**0.5 if name == "w" else 1
+        return found / np.float32(scale)
 
 
 def relative_error(case: Case, operands: tuple[Host, ...], result: Host) -> float:

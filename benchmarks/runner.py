@@ -60,14 +60,12 @@ class Session:
         except (RefusedError, MemoryError) as error:
             return {"status": "refused", "reason": str(error)}
         except Exception as error:  # noqa: BLE001 - a peer's failure is a finding
-            # Where a GPU has failed, nothing will succeed in this process.
-            lost = "peer" in vars(self) and self.peer.device.is_lost()
             reason = f"{type(error).__name__}: {error}"
-            return {
-                "status": "failed",
-                "reason": reason,
-                **({"lost": True} if lost else {}),
-            }
+            try:
+                self.peer.device.synchronize()
+            except Exception:  # noqa: BLE001 - nothing will succeed in this process
+                return {"status": "failed", "reason": reason, "lost": True}
+            return {"status": "failed", "reason": reason}
 
     def open(self) -> Reply:
         """Load the peer; its versions."""
@@ -147,10 +145,6 @@ def serve(descriptor: int) -> None:
 # Where the peers are asked.
 
 
-class WorkerDiedError(Exception):
-    """The process of a peer ended before it answered."""
-
-
 class Process:
     """A process that peers answer in, started by a request where there is none.
 
@@ -180,11 +174,11 @@ class Process:
             if self._patience and not self._connection.poll(self._patience):
                 self.running.kill()
             reply: Reply = self._connection.recv()
-        except (EOFError, ConnectionError):
-            self._errors.seek(0)
+        except (EOFError, ConnectionError) as error:
             status = f"its process ended with status {self.end()}"
+            self._errors.seek(0)
             said = self._errors.read().strip().splitlines()[-1:]
-            raise WorkerDiedError(": ".join([status, *said])) from None
+            raise ConnectionError(": ".join([status, *said])) from error
         if reply.pop("lost", False):
             self.end()
         return reply
@@ -218,7 +212,7 @@ class Worker:
                 return dict(self.hello)
         try:
             return self._process.ask(*self._who, {"do": do, **words})
-        except (OSError, WorkerDiedError) as error:
+        except OSError as error:
             status = "missing" if do == "open" else "failed"
             return {"status": status, "reason": str(error)}
 

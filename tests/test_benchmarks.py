@@ -4,7 +4,6 @@ import importlib.util
 import itertools
 import json
 import os
-import statistics
 import sys
 from dataclasses import asdict
 from typing import Any
@@ -17,7 +16,6 @@ from benchmarks.cases import Case, relative_error
 from benchmarks.layers import Layer, Pool, Transposed, doubling, layer, pool
 from benchmarks.peers import PEERS, known_peer, make_peer, on_cuda, wishes_of
 from benchmarks.peers.base import RefusedError, Wishes
-from benchmarks.peers.library import Library
 from benchmarks.peers.whole_buffer import Columns
 from benchmarks.runner import (
     Effort,
@@ -164,24 +162,26 @@ def test_mobilenetv2_is_the_published_network() -> None:
     assert taken - left == {(32, (112, 112))} - left
 
 
-def test_encodec_is_a_chain() -> None:
-    chain = [x for x in SUITES["audio1d"].layers if x.label == "encodec"]
-    assert len(chain) == 6
+@pytest.mark.parametrize(
+    ("suite", "label", "first", "last"),
+    [
+        ("audio1d", "encodec", (1, 1, 24000), (1, 128, 75)),
+        ("transposed", "dcgan", (1, 1024, 4, 4), (1, 3, 64, 64)),
+    ],
+)
+def test_chains(suite, label, first, last) -> None:
+    """DCGAN's generator after its projection, up to an image of 64×64."""
+    chain = [x for x in SUITES[suite].layers if x.label == label]
+    assert len(chain) == {"encodec": 6, "dcgan": 4}[label]
     for before, after in itertools.pairwise(chain):
         assert (before.filters, before.out) == (after.channels, after.size)
+    assert (chain[0].shapes(1)["x"], chain[-1].shapes(1)["dy"]) == (first, last)
+
+
+def test_wavenet_is_dilated() -> None:
     wavenet = [x for x in SUITES["audio1d"].layers if x.label == "wavenet"]
     assert [x.dilation for x in wavenet] == [(1,), (16,), (512,)]
     assert all(x.out == x.size for x in wavenet)
-
-
-def test_dcgan_is_a_chain() -> None:
-    """The generator after its projection, up to an image of 64×64."""
-    chain = [x for x in SUITES["transposed"].layers if x.label == "dcgan"]
-    for before, after in itertools.pairwise(chain):
-        assert (before.filters, before.out) == (after.channels, after.size)
-    assert chain[0].shapes(1)["x"] == (1, 1024, 4, 4)
-    assert chain[-1].shapes(1)["dy"] == (1, 3, 64, 64)
-    assert [x.kernel for x in chain] == [(4, 4)] * 4
 
 
 def test_decoders_double_every_size() -> None:
@@ -242,17 +242,6 @@ def test_taps_are_the_definition(each, operation) -> None:
     np.testing.assert_allclose(planes, true.reshape(-1, *true.shape[2:]), rtol=1e-9)
 
 
-@pytest.mark.parametrize(("each", "operation"), OTHERS)
-def test_the_library_answers_rightly(each, operation) -> None:
-    case, one = Case(each, operation, 2), peer_named("cuconv")
-    operands = case.operands()
-    result = one.call(case, *operands)()
-    assert result.dtype == np.float32
-    np.testing.assert_allclose(result, reference(case), rtol=1e-4, atol=1e-5)
-    assert relative_error(case, operands, result) < 1e-5
-    assert (one.plan(case)["strategy"] is None) is isinstance(each, Pool)
-
-
 def test_indices_are_those_of_the_definition() -> None:
     """The first of several that are equal, and none under padding alone."""
     each = Pool(1, (5, 6), 1, (2, 3), (1, 2), (1, 3), (1, 1))
@@ -262,21 +251,8 @@ def test_indices_are_those_of_the_definition() -> None:
     np.testing.assert_array_equal(maxima(each, x)[1], true)
 
 
-@pytest.mark.parametrize("operation", Transposed.operations)
-def test_transposed_convolutions_on_cuda(operation) -> None:
-    """On the stand-in for CuPy, checked as a whole, channels last."""
-    session = Session("cuconv@channels_last", {"device": "cuda"})
-    case = Case(TINY_OTHERS["uneven"], operation, 2)
-    built = session.answer("build", case)
-    assert built["status"] == "ok", built
-    assert built["error"] < 1e-6
-    assert built["promised_bytes"] >= 0
-
-
-def test_what_a_peer_does_not_do_is_refused() -> None:
+def test_pooling_has_no_strategies() -> None:
     case = Case(TINY_OTHERS["pool"], "max_pool", 2)
-    with pytest.raises(RefusedError, match="no max_pool"):
-        peer_named("naive").call(case, *case.operands())
     with pytest.raises(RefusedError, match="no strategies"):
         peer_named("cuconv@im2col").call(case, *case.operands())
 
@@ -288,23 +264,27 @@ def test_a_gradient_of_zeros_is_wrong() -> None:
     assert relative_error(case, case.operands(), zeros) == 1.0
 
 
-@pytest.mark.parametrize("operation", OPERATIONS)
-@pytest.mark.parametrize("name", TINY)
 @pytest.mark.parametrize("peer", NUMPY_PEERS)
-def test_peers_answer_rightly(peer, name, operation) -> None:
-    case = Case(TINY[name], operation, 2)
-    one = peer_named(peer)
-    if peer == "naive" and name not in ("plain", "strides", "pointwise"):
-        with pytest.raises(RefusedError, match="two axes"):
-            one.call(case, *case.operands())()
-        return
+@pytest.mark.parametrize(("each", "operation"), ALL)
+def test_peers_answer_rightly(peer, each, operation) -> None:
+    case, one = Case(each, operation, 2), peer_named(peer)
     operands = case.operands()
     kept = [array.copy() for array in operands]
+    if peer != "cuconv" and operation not in OPERATIONS:
+        with pytest.raises(RefusedError, match=f"no {operation}"):
+            one.call(case, *operands)
+        return
+    if peer == "naive" and each not in map(TINY.get, ("plain", "strides", "pointwise")):
+        with pytest.raises(RefusedError, match="two axes"):
+            one.call(case, *operands)()
+        return
     result = one.device.take(one.call(case, *operands)())
     assert result.dtype == np.float32
     np.testing.assert_allclose(result, reference(case), rtol=1e-4, atol=1e-5)
     assert relative_error(case, operands, result) < 1e-5
     assert all(map(np.array_equal, operands, kept))
+    has_plan = peer == "cuconv" and not isinstance(each, Pool)
+    assert (one.plan(case)["strategy"] is not None) is has_plan
 
 
 def test_operands_are_the_same_everywhere() -> None:
@@ -363,20 +343,6 @@ def test_a_gpu_has_its_own_peers() -> None:
     assert on_cuda(SUITES["sweep_memory"].peers) == SUITES["sweep_memory"].peers
 
 
-@pytest.mark.parametrize("operation", OPERATIONS)
-def test_the_library_on_cuda(operation) -> None:
-    """On the stand-in for CuPy, which has no clock."""
-    case = Case(PLAIN, operation, 2)
-    peer = Library(Wishes(device="cuda"))
-    operands = case.operands()
-    call = peer.call(case, *map(peer.device.put, operands))
-    result = peer.device.take(call())
-    assert relative_error(case, operands, result) < 1e-5
-    extra = peer.device.extra_bytes(call)
-    assert extra is not None
-    assert 0 <= extra < 2**22
-
-
 # Processes.
 
 
@@ -423,6 +389,9 @@ def test_what_a_finding_says() -> None:
     found = measure_case(case, {"a": worker}, TINY_EFFORT)
     finding = found["findings"]["a"]
     assert finding["calls"] >= 3
+    several = summary([0.004, 0.001, 0.003, 0.002, 0.1])
+    assert (several["milliseconds"], several["calls"]) == (3, 5)
+    assert several["quartiles"] == pytest.approx([1.5, 52])
     low, high = finding["quartiles"]
     assert 0 < low <= finding["milliseconds"] <= high
     # At its peak the columns and the padded input are there.
@@ -587,14 +556,6 @@ def test_ratios_and_geometric_means() -> None:
     assert report.subject_of(
         planted({"torch": [1, 1, 1], "cuconv@fast": [1, 1, 1]})
     ) == ("cuconv@fast")
-
-
-def test_summary_is_median_and_quartiles() -> None:
-    times = [0.004, 0.001, 0.003, 0.002, 0.1]
-    found = summary(times)
-    assert found["milliseconds"] == pytest.approx(1e3 * statistics.median(times))
-    assert found["calls"] == 5
-    assert found["quartiles"][0] < 3 < found["quartiles"][1]
 
 
 def test_a_table_says_it_all() -> None:

@@ -84,9 +84,7 @@ def exact(limit: float, tool: str = "") -> Findings:
     ended = child(command, limit)
     found = ended.checked(verdict(ended.output + ended.errors))
     if tool and found["errors"] is None:
-        raise StepError(
-            "failed", f"{tool} gave no summary", last(ended.output), **found
-        )
+        raise StepError("failed", f"{tool} gave no summary", last(ended.output), found)
     return found
 
 

@@ -12,6 +12,8 @@ from benchmarks.report import Cell, Table, cases_of, quotient, ratios
 
 # Lines about a step that failed; the JSON has more.
 MOST_NOTES = 10
+TESTED = ("tests", "failures", "errors", "skipped")
+TOLD = (*TESTED, "checked", "wrong", "cases", "unmeasured")
 GATHERED = ("layer", "type", "order", "÷ copy")
 TARGETS = ("target", "first", "then", "reached", "of", "")
 
@@ -46,30 +48,24 @@ def tables(run: dict[str, Any], found: Iterable[Record]) -> list[Table]:
 
 
 def steps_table(steps: dict[str, Outcome]) -> Table:
-    rows = [
-        [name, one["status"], one["seconds"], one["limit"], told(one["found"])]
-        for name, one in steps.items()
-    ]
-    notes = [f"{name}: {each}" for name, one in steps.items() for each in trouble(one)]
+    """How each step ended, with the numbers of a check.
+
+    What did not end well has the tests that failed, or the end of its output, as notes.
+    """
+    rows, notes = [], []
+    for name, one in steps.items():
+        found = one["found"]
+        told = (f"{found[n]} {n}" for n in TOLD if isinstance(found.get(n), int))
+        ended = [one["status"], one["seconds"], one["limit"]]
+        rows.append([name, *ended, ", ".join(told)])
+        if "reason" in one:
+            failed = [each for each in found.get("failed", []) if each["tail"]]
+            words = [f"{each['name']}: {each['tail'][-1]}" for each in failed]
+            words += found.get("mistakes", [])
+            tail = [line for line in one.get("tail", []) if line.strip()]
+            words = [one["reason"], *(words or tail[-MOST_NOTES:])[:MOST_NOTES]]
+            notes += [f"{name}: {each}" for each in words]
     return Table("Steps", ["step", "ended", "s", "limit, s", "found"], rows, (), notes)
-
-
-def told(found: dict[str, Any]) -> str:
-    """The numbers of a check."""
-    tested = ("tests", "failures", "errors", "skipped")
-    names = (*tested, "checked", "wrong", "cases", "unmeasured")
-    return ", ".join(f"{found[n]} {n}" for n in names if isinstance(found.get(n), int))
-
-
-def trouble(one: Outcome) -> list[str]:
-    """Why a step did not end well: the tests that failed, or the end of its output."""
-    if "reason" not in one:
-        return []
-    failed = one["found"].get("failed", [])
-    words = [f"{each['name']}: {each['tail'][-1]}" for each in failed if each["tail"]]
-    words += one["found"].get("mistakes", [])
-    tail = [line for line in one.get("tail", []) if line.strip()]
-    return [one["reason"], *(words or tail[-MOST_NOTES:])[:MOST_NOTES]]
 
 
 def rates_table(found: dict[str, Any]) -> Table:

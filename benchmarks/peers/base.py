@@ -89,14 +89,6 @@ class Device:
         tracemalloc.stop()
         return int(peak - before - result.nbytes)
 
-    def is_lost(self) -> bool:
-        """Whether nothing will run there any more in this process."""
-        try:
-            self.synchronize()
-        except Exception:  # noqa: BLE001 - each library has an error of its own
-            return True
-        return False
-
     def synchronize(self) -> None: ...
 
 
@@ -106,20 +98,20 @@ class ResidentDevice(Device):
     weighed_by = "resident set"
 
     def extra_bytes(self, call: Call) -> int | None:
-        if not Path("/proc/self/clear_refs").exists():
+        forget_peak, status = Path("/proc/self/clear_refs"), Path("/proc/self/status")
+        if not forget_peak.exists():
             return None
+
+        def resident(label: str) -> int:
+            lines = status.read_text().splitlines()
+            return next(int(s.split()[1]) * 1024 for s in lines if s.startswith(label))
+
         # Freed memory that the process still holds would hide what a call takes.
         ctypes.CDLL(None).malloc_trim(0)
-        Path("/proc/self/clear_refs").write_text("5")  # forgets the peak
+        forget_peak.write_text("5")
         before = resident("VmRSS")
         result = call()
         return max(0, resident("VmHWM") - before - int(result.nbytes))
-
-
-def resident(label: str) -> int:
-    """Bytes on a line of the process's status."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(s.split()[1]) * 1024 for s in lines if s.startswith(label))
 
 
 class GpuDevice(Device):
@@ -145,9 +137,7 @@ class GpuDevice(Device):
         start, end = self.event(), self.event()
         self.spin(self._lead)
         start.record()
-        begun = perf_counter()
-        call()
-        took = perf_counter() - begun
+        took = super().seconds(call)
         end.record()
         end.synchronize()
         self._lead = min(1.5 * took + 2e-5, LONGEST_LEAD)
@@ -269,10 +259,9 @@ class Peer:
 
     def call(self, case: Case, *operands: Array) -> Call:
         """A measurable call; what it needs beforehand is done here."""
-        operation = getattr(self, case.operation, None)
-        if operation is None:
+        if not hasattr(self, case.operation):
             raise RefusedError(f"this peer has no {case.operation}")
-        return partial(operation, case, *operands)
+        return partial(getattr(self, case.operation), case, *operands)
 
     def first_channels(self, _case: Case, result: Array) -> Array:
         """The result, channels first."""
