@@ -1,7 +1,7 @@
 """SciPy: a correlation for every pair of a channel and a filter."""
 
-import itertools
 from collections.abc import Iterator
+from itertools import product
 
 import numpy as np
 import scipy
@@ -31,20 +31,17 @@ class Pairs(Peer):
         return y
 
     def input_grad(self, case: Case, dy: Host, w: Host) -> Host:
-        layer = case.layer
-        dy, w = dilated(dy, layer.stride), dilated(w, layer.dilation)
+        dy, w = dilated(dy, case.layer.stride), dilated(w, case.layer.dilation)
         dx = padded(case, np.zeros(case.result_shape, np.float32))
-        reach = [a + b - 1 for a, b in zip(dy.shape[2:], w.shape[2:], strict=True)]
-        covered: tuple[slice, ...] = tuple(map(slice, reach))
         for n, k, c, channel in pairs(case):
-            dx[n, channel][covered] += convolve(dy[n, k], w[k, c], "full")
-        return dx[:, :, *layer.inside]
+            found = convolve(dy[n, k], w[k, c], "full")
+            dx[n, channel][tuple(map(slice, found.shape))] += found
+        return dx[:, :, *case.layer.inside]
 
     def weight_grad(self, case: Case, dy: Host, x: Host) -> Host:
-        layer = case.layer
-        x, dy = padded(case, x), dilated(dy, layer.stride)
+        x, dy = padded(case, x), dilated(dy, case.layer.stride)
         dw = np.zeros(case.result_shape, np.float32)
-        axes = zip(layer.kernel, layer.dilation, strict=True)
+        axes = zip(case.layer.kernel, case.layer.dilation, strict=True)
         taps = tuple(slice(0, (taps - 1) * step + 1, step) for taps, step in axes)
         for n, k, c, channel in pairs(case):
             dw[k, c] += correlate(x[n, channel], dy[n, k], "valid")[taps]
@@ -58,8 +55,7 @@ def pairs(case: Case) -> Iterator[tuple[int, int, int, int]]:
     count = case.batch * layer.filters * each
     if count > MOST_PAIRS:
         raise RefusedError(f"{count} pairs of channels and filters take too long")
-    ranges = map(range, (case.batch, layer.filters, each))
-    for n, k, c in itertools.product(*ranges):
+    for n, k, c in product(range(case.batch), range(layer.filters), range(each)):
         yield n, k, c, k // per_group * each + c
 
 
