@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from benchmarks import figures, records, report, small_call
+from benchmarks import pages, records, report, small_call
 from benchmarks.cases import Case, relative_error
 from benchmarks.layers import Layer, Pool, Transposed, doubling, layer, pool
 from benchmarks.peers import PEERS, known_peer, make_peer, on_cuda, wishes_of
@@ -178,25 +178,18 @@ def test_chains(suite, label, first, last) -> None:
     assert (chain[0].shapes(1)["x"], chain[-1].shapes(1)["dy"]) == (first, last)
 
 
-def test_wavenet_is_dilated() -> None:
+def test_other_suites() -> None:
     wavenet = [x for x in SUITES["audio1d"].layers if x.label == "wavenet"]
     assert [x.dilation for x in wavenet] == [(1,), (16,), (512,)]
     assert all(x.out == x.size for x in wavenet)
-
-
-def test_decoders_double_every_size() -> None:
-    layers = SUITES["transposed"].layers
-    assert layers[0].shapes(8)["dy"] == (8, 64, 56, 56)
-    assert all(x.out == tuple(2 * n for n in x.size) for x in layers)
-    assert {x.kernel[0] for x in layers} == {2, 3, 4}
-
-
-def test_pools_are_of_all_ranks() -> None:
-    layers = SUITES["pooling"].layers
-    assert sorted({len(x.out) for x in layers}) == [1, 2, 3]
-    shapes = [x.shapes(8)["dy"] for x in layers]
-    assert shapes[:2] == [(8, 64, 56, 56), (8, 64, 55, 55)]
-    assert (8, 2048, 1, 1) in shapes
+    decoders = SUITES["transposed"].layers
+    assert decoders[0].shapes(8)["dy"] == (8, 64, 56, 56)
+    assert all(x.out == tuple(2 * n for n in x.size) for x in decoders)
+    assert {x.kernel[0] for x in decoders} == {2, 3, 4}
+    pools = [x.shapes(8)["dy"] for x in SUITES["pooling"].layers]
+    assert sorted({len(shape) for shape in pools}) == [3, 4, 5]
+    assert pools[:2] == [(8, 64, 56, 56), (8, 64, 55, 55)]
+    assert (8, 2048, 1, 1) in pools
 
 
 @pytest.mark.parametrize("suite", SUITES.values(), ids=SUITES)
@@ -589,7 +582,7 @@ def test_json_comes_back(tmp_path) -> None:
 
 def test_pages_are_what_the_results_say() -> None:
     """Run ``python -m benchmarks.figures`` where this fails."""
-    written = figures.pages()
+    written = pages.pages()
     assert len(written) == 2
     for path, text in written.items():
         assert path.read_text(encoding="utf-8") == text
@@ -597,13 +590,8 @@ def test_pages_are_what_the_results_say() -> None:
 
 def test_results_have_their_pictures() -> None:
     for record in records.read_suites():
-        for name in figures.images_of(record):
+        for name in pages.images_of(record):
             assert (records.RESULTS / name).exists()
-
-
-def test_pages_without_results(tmp_path) -> None:
-    for text in figures.pages(tmp_path).values():
-        assert figures.NOTHING in text
 
 
 def test_pages_with_results(tmp_path) -> None:
@@ -613,9 +601,10 @@ def test_pages_with_results(tmp_path) -> None:
         "ranges_microseconds": 1.25,
         "import_milliseconds": 40.0,
     }
+    assert all(pages.NOTHING in text for text in pages.pages(tmp_path).values())
     records.write(RECORD, "resnet50", tmp_path)
     records.write(small, "small_call", tmp_path)
-    readme, docs = figures.pages(tmp_path).values()
+    readme, docs = pages.pages(tmp_path).values()
     assert "| resnet50 | 2 | forward | 1.00 | 0.25 of 1 |" in readme
     assert "| resnet50, depthwise | 2 | forward | 1.00 |  |" in readme
     assert "with a prepared plan 20 µs" in " ".join(readme.split())
@@ -623,7 +612,7 @@ def test_pages_with_results(tmp_path) -> None:
     assert "| 3-4 3x3 @6 | 1 | 2 | 2 (0.50) | 4 (0.25) |" in docs
     assert "../benchmarks/results/resnet50-times.png" in docs
     with pytest.raises(ValueError, match="lacks the marks"):
-        figures.with_block("no marks", "block")
+        pages.with_block("no marks", "block")
 
 
 def test_the_command_line(tmp_path) -> None:

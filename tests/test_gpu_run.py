@@ -15,7 +15,7 @@ import pytest
 from test_benchmarks import OPERATIONS, PLAIN, TINY, TINY_OTHERS, planted
 
 import cuconv
-from benchmarks import figures, internals, kernels, nvrtc, records, report
+from benchmarks import internals, kernels, nvrtc, pages, records, report
 from benchmarks.cases import Case
 from benchmarks.gpu import __main__ as command
 from benchmarks.gpu import checks, exact, probes, steps, tables
@@ -62,6 +62,8 @@ def test_limits_are_shares_of_what_is_left() -> None:
     outcomes = steps.run_stages(stages, 80)
     assert [*outcomes] == ["a", "b", "c", "d"]
     got = [one["limit"] for one in outcomes.values()]
+    late = steps.run_stages([(steps.Step("never", 1, fail),)], 0)
+    assert late["never"]["status"] == "skipped"
     # Nothing took its time, so the last has all of it.
     assert got == pytest.approx([10, 80 * 5 / 7, 80 * 5 / 7, 80], rel=0.01)
 
@@ -97,15 +99,8 @@ def test_a_failing_step_does_not_stop_the_others() -> None:
     json.dumps(outcomes, allow_nan=False)
 
 
-def test_without_time_steps_are_skipped() -> None:
-    outcomes = steps.run_stages([(steps.Step("never", 1, fail),)], 0)
-    assert outcomes["never"]["status"] == "skipped"
-
-
 SLEEPER = "import time; {}print('begun', flush=True); time.sleep(60)"
 DEAF = "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN); "
-
-
 # A shell may have told its background jobs to ignore interruptions.
 HEARING = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
 
@@ -168,34 +163,24 @@ def test_tests_that_do_not_run_are_no_success(monkeypatch) -> None:
     [
         ("========= ERROR SUMMARY: 3 errors\n", 3),
         ("========= RACECHECK SUMMARY: 2 hazards displayed (1 error)\n", 2),
-        ("nothing", None),
+        ("no summary", None),
     ],
 )
-def test_what_a_checker_says(text, errors) -> None:
-    said = f"wrong: im2col\n7 checked, 1 wrong\n{text}"
-    found = checks.verdict(said)
-    assert found["errors"] == errors
-    assert (found["checked"], found["wrong"]) == (7, 1)
-    assert found["mistakes"] == ["wrong: im2col"]
-
-
-def test_a_checker_that_is_not_there_is_missing(monkeypatch) -> None:
+def test_what_a_checker_says(monkeypatch, text, errors) -> None:
+    ended = steps.Ended(f"wrong: im2col\n7 checked, 1 wrong\n{text}", "", 0)
+    found = {"checked": 7, "wrong": 1, "mistakes": ["wrong: im2col"], "errors": errors}
+    monkeypatch.setattr(checks, "child", lambda *_: ended)
+    monkeypatch.setattr(checks.shutil, "which", lambda _: "tool")
+    assert checks.exact(10) == found
+    if errors is None:
+        with pytest.raises(steps.StepError, match="no summary"):
+            checks.exact(10, "memcheck")
+    else:
+        assert checks.exact(10, "memcheck") == found
     monkeypatch.setattr(checks.shutil, "which", lambda _: None)
     with pytest.raises(steps.StepError, match="not on the path") as stopped:
         checks.exact(10, "memcheck")
     assert stopped.value.status == "missing"
-
-
-def test_a_checker_without_a_summary_has_failed(monkeypatch) -> None:
-    monkeypatch.setattr(checks.shutil, "which", lambda _: "tool")
-    for text, wanted in (("", "no summary"), ("ERROR SUMMARY: 0 errors", "")):
-        ended = steps.Ended(f"5 checked, 0 wrong\n{text}", "", 0)
-        monkeypatch.setattr(checks, "child", lambda *_, ended=ended: ended)
-        if wanted:
-            with pytest.raises(steps.StepError, match=wanted):
-                checks.exact(10, "memcheck")
-        else:
-            assert checks.exact(10, "memcheck")["errors"] == 0
 
 
 def some_layers(monkeypatch, *kinds: int) -> None:
@@ -301,13 +286,9 @@ def test_a_wrong_result_on_a_gpu_is_not_timed(monkeypatch) -> None:
     for arithmetic, status in (("float32", "wrong"), ("bfloat16", "ok")):
         case = Case(PLAIN, "forward", 2, arithmetic)
         assert session.answer("build", case)["status"] == status
-
-
-def test_a_strategy_that_cannot_run_is_refused() -> None:
-    session = Session("cuconv@pointwise", {"device": "cuda"})
-    reply = session.answer("build", Case(PLAIN, "forward", 2))
-    assert reply["status"] == "refused"
-    assert "9 taps" in reply["reason"]
+    refused = Session("cuconv@pointwise", {"device": "cuda"}).answer("build", case)
+    assert refused["status"] == "refused"
+    assert "9 taps" in refused["reason"]
 
 
 def test_a_lost_gpu_is_said(monkeypatch) -> None:
@@ -481,32 +462,17 @@ def test_targets_are_geometric_means() -> None:
     assert (captured.reached, captured.of) == (1.5, 1)
     assert rows["forward tf32, cuconv ÷ cudnn"].reached is None
     assert rows["forward tf32, cuconv ÷ cudnn"].row()[3] == "not measured"
+    gathered = [{**row, "layer": i} for i, row in enumerate(FOUND["gather"])]
+    for found, reached in ((FOUND, 0.5), ({}, None)):
+        *_, target, _ = tables.targets(None, {**found, "gather": gathered})
+        assert target.reached == (reached and pytest.approx(reached))
 
 
-def test_gather_is_compared_with_a_copy() -> None:
-    rows = [{**row, "layer": i} for i, row in enumerate(FOUND["gather"])]
-    found = {**FOUND, "gather": rows}
-    *_, target, _ = tables.targets(None, found)
-    assert (target.reached, target.of) == (pytest.approx(0.5), 2)
-    *_, target, _ = tables.targets(None, {"gather": rows})
-    assert target.reached is None
-
-
-@pytest.mark.parametrize(
-    ("reached", "at_least", "verdict"),
-    [
-        (1.3, False, "missed"),
-        (1.2, False, "the first is"),
-        (1.0, False, "reached"),
-        (1.3, True, "reached"),
-        (0.9, True, "missed"),
-        (None, True, ""),
-    ],
-)
-def test_verdicts(reached, at_least, verdict) -> None:
-    first, then = (1.0, 1.0) if at_least else (1.25, 1.0)
-    target = tables.Target("t", first, then, reached, 1, at_least)
-    assert target.verdict() == verdict
+def test_verdicts() -> None:
+    for reached, verdict in ((1.3, "missed"), (1.2, "the first is"), (1, "reached")):
+        assert tables.Target("t", 1.25, 1.0, reached, 1).verdict() == verdict
+    for reached, verdict in ((1.3, "reached"), (0.9, "missed"), (None, "")):
+        assert tables.Target("t", 1.0, 1.0, reached, 1, True).verdict() == verdict
 
 
 # Tables and pages.
@@ -573,18 +539,18 @@ def test_a_table_on_a_gpu_has_floors_and_strategies_apart() -> None:
 
 
 def test_pages_show_a_run_and_nothing_without_one(tmp_path) -> None:
-    _, before = figures.pages(tmp_path).values()
+    _, before = pages.pages(tmp_path).values()
     assert "on a GPU\n" not in before
     record = on_cuda(RATIOS)
     records.write(record, records.stem_of(record), tmp_path)
     records.write(ran(**FOUND), records.GPU, tmp_path)
-    readme, docs = figures.pages(tmp_path).values()
+    readme, docs = pages.pages(tmp_path).values()
     assert "| resnet50 | 2 | forward float32 | 1.00 | 2.00 | 0.33 |" in readme
     assert "## resnet50 on a GPU" in docs
     assert "## Checks and probes on a GPU" in docs
     assert "### Targets, geometric means" in docs
     assert "products reach 50000 GFLOP/s float32, 500000" in " ".join(docs.split())
-    assert figures.GPU_IMAGE in docs
+    assert pages.GPU_IMAGE in docs
 
 
 def test_pictures_of_a_run_are_drawn(tmp_path) -> None:
@@ -595,7 +561,7 @@ def test_pictures_of_a_run_are_drawn(tmp_path) -> None:
     half = [{**case, "arithmetic": "float16"} for case in record["cases"]]
     record["cases"] += half
     drawn = draw_gpu(ran(**FOUND), [record], tmp_path)
-    assert [path.name for path in drawn][-1] == figures.GPU_IMAGE
+    assert [path.name for path in drawn][-1] == pages.GPU_IMAGE
     assert len(drawn) == 3
     assert all(path.stat().st_size > 5000 for path in drawn)
 

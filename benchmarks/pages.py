@@ -1,0 +1,124 @@
+"""The figures in README.md and docs/benchmarks.md, written between two marks."""
+
+import textwrap
+from collections.abc import Iterator, Sequence
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from benchmarks import records, report
+from benchmarks.gpu import tables
+from benchmarks.machine import ROOT
+from benchmarks.records import RESULTS, Record
+
+README = ROOT / "README.md"
+DOCS = ROOT / "docs" / "benchmarks.md"
+MARKS = ("<!-- figures -->", "<!-- end of figures -->")
+NOTHING = "No results are kept yet: `python -m benchmarks --save` measures them."
+GPU_IMAGE = "gpu-blocks.png"
+
+
+def pages(folder: Path = RESULTS) -> dict[Path, str]:
+    """Return the two pages as they should be."""
+    found = records.read_suites(folder)
+    small, run = records.read("small_call", folder), records.read(records.GPU, folder)
+    closing = [paragraph(report.small_call_text(small))] if small else []
+    docs = [*docs_parts(found), *(gpu_parts(run, found) if run else ())]
+    blocks = {
+        README: [*readme_parts(found), *closing],
+        DOCS: [*docs, *["## Small calls"] * bool(small), *closing],
+    }
+    if blocks[README] and all(record["device"] == "cpu" for record in found):
+        blocks[README].append("Nothing here has been measured on a GPU yet.")
+    return {
+        path: with_block(path.read_text("utf-8"), "\n\n".join(parts) or NOTHING)
+        for path, parts in blocks.items()
+    }
+
+
+def with_block(text: str, block: str) -> str:
+    before, start, rest = text.partition(MARKS[0])
+    _, end, after = rest.partition(MARKS[1])
+    if not (start and end):
+        raise ValueError(f"the page lacks the marks {MARKS[0]} and {MARKS[1]}")
+    return f"{before}{start}\n\n{block}\n\n{end}{after}"
+
+
+def paragraph(text: str) -> str:
+    return textwrap.fill(text, 88, break_long_words=False, break_on_hyphens=False)
+
+
+def is_sweep(record: Record) -> bool:
+    return str(record["suite"]).startswith("sweep_")
+
+
+def images_of(record: Record) -> list[str]:
+    tails = [""] if is_sweep(record) else ["-times", "-rates"]
+    return [f"{records.stem_of(record)}{tail}.png" for tail in tails]
+
+
+def readme_parts(found: Sequence[Record]) -> Iterator[str]:
+    """Geometric means of all suites on each device, and where they come from."""
+    for device in ("cpu", "cuda"):
+        here = [r for r in found if r["device"] == device and not is_sweep(r)]
+        if here:
+            peers = list(dict.fromkeys(p for r in here for p in report.others_of(r)))
+            header = ["layers", "batch", "operation", *peers]
+            rows = [row for record in here for row in summary_rows(record, peers)]
+            yield paragraph(
+                "Time of cuconv ÷ time of a peer, geometric means over the layers of "
+                "networks: below 1, cuconv is faster."
+            )
+            yield report.Table("", header, rows).markdown()
+            yield from (paragraph(f"{line}.") for line in origins(here))
+
+
+def summary_rows(record: Record, peers: Sequence[str]) -> Iterator[list[report.Cell]]:
+    subject = report.subject_of(record)
+    for kind, part in product(
+        report.kinds_of(record), report.values_of(record, "operation", "arithmetic")
+    ):
+        name = f"{record['suite']}, {kind}" if kind else record["suite"]
+        cases = report.cases_of(record, part[0], part[1], kind)
+        means = [report.mean_cell(cases, subject, peer) for peer in peers]
+        words = part[0] if record["device"] == "cpu" else " ".join(part)
+        yield [name, record["batch"], words, *means]
+
+
+def origins(here: Sequence[Record]) -> Iterator[str]:
+    """Where records come from, in a line for all that differ in their commit alone."""
+    commits: dict[str, dict[str, None]] = {}
+    for record in here:
+        place, _, commit = report.machine_line(record).rpartition(", commit ")
+        commits.setdefault(place, {})[commit] = None
+    for place, own in commits.items():
+        yield f"{place}, {'commits' if len(own) > 1 else 'commit'} {', '.join(own)}"
+
+
+def docs_parts(found: Sequence[Record]) -> Iterator[str]:
+    for record in found:
+        on_gpu = record["device"] == "cuda"
+        yield f"## {record['suite']}{' on a GPU' if on_gpu else ''}"
+        lines = (report.machine_line(record), report.ceiling_line(record))
+        yield paragraph(" ".join(f"{line}." for line in lines))
+        if not is_sweep(record):
+            yield paragraph(report.LEGEND.format(subject=report.subject_of(record)))
+            for part in report.values_of(record, "operation", "arithmetic"):
+                yield report.layer_table(record, *part[: 1 + on_gpu]).section()
+                if on_gpu:
+                    yield report.strategy_table(record, *part).section()
+        yield from map(image, images_of(record))
+
+
+def gpu_parts(run: dict[str, Any], found: Sequence[Record]) -> Iterator[str]:
+    """The checks and probes of a run on a GPU, and the targets."""
+    yield "## Checks and probes on a GPU"
+    for table in tables.tables(run, [r for r in found if r["device"] == "cuda"]):
+        yield table.section()
+    if "blocks" in tables.findings_of(run):
+        yield image(GPU_IMAGE)
+
+
+def image(name: str) -> str:
+    """Return an image as `docs/benchmarks.md` shows it."""
+    return f"![{Path(name).stem}](../benchmarks/results/{name})"
