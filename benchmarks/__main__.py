@@ -18,7 +18,7 @@ from benchmarks.cases import Case
 from benchmarks.gpu.checks import probe
 from benchmarks.gpu.scale import FULL, QUICK
 from benchmarks.layers import OPERATIONS, Pool
-from benchmarks.peers import PEERS, PRECISIONS, known_peer, on_cuda
+from benchmarks.peers import PEERS, PRECISIONS, on_cuda, wishes_of
 from benchmarks.runner import Effort, measure_case, new_record, workers
 from benchmarks.suites import SUITES, Suite
 
@@ -136,7 +136,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             words.error(f"--{name} must be positive, not {value}")
     for name in chosen.peer or ():
         try:
-            known_peer(name)
+            wishes_of(name, {})
         except ValueError as error:
             words.error(f"--peer: {error}")
     if chosen.save and (chosen.quick or chosen.layer or chosen.operation):

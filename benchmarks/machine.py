@@ -17,15 +17,12 @@ ROOT = Path(__file__).parent.parent
 
 
 def host() -> dict[str, Any]:
-    pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return {"cpu": cpu(), "cores": cores(), "memory_gib": round(pages / 2**30, 1)}
-
-
-def cpu() -> str:
     listing = Path("/proc/cpuinfo")
     lines = listing.read_text().splitlines() if listing.exists() else []
     names = (s.partition(":")[2].strip() for s in lines if s.startswith("model name"))
-    return next(names, platform.processor() or platform.machine())
+    cpu = next(names, platform.processor() or platform.machine())
+    nbytes = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return {"cpu": cpu, "cores": cores(), "memory_gib": round(nbytes / 2**30, 1)}
 
 
 def cores() -> int:

@@ -14,7 +14,7 @@ import pytest
 from benchmarks import pages, records, report, small_call
 from benchmarks.cases import Case, relative_error
 from benchmarks.layers import Layer, Pool, Transposed, doubling, layer, pool
-from benchmarks.peers import PEERS, known_peer, make_peer, on_cuda, wishes_of
+from benchmarks.peers import PEERS, make_peer, on_cuda, wishes_of
 from benchmarks.peers.base import RefusedError, Wishes
 from benchmarks.peers.whole_buffer import Columns
 from benchmarks.runner import (
@@ -197,7 +197,7 @@ def test_suites_are_in_order(suite) -> None:
     names = [each.name for each in suite.layers]
     assert len(set(names)) == len(names) > 1
     assert all(min(each.out) > 0 for each in suite.layers)
-    assert all(known_peer(peer) for peer in suite.peers)
+    assert all(wishes_of(peer, {}) for peer in suite.peers)
     rank = {"audio1d": 1, "unet3d": 3}.get(suite.name)
     assert rank is None or all(len(each.out) == rank for each in suite.layers)
 
@@ -324,9 +324,9 @@ def test_names_carry_options() -> None:
     )
     assert wishes_of("cuconv@im2col", {}).strategy == "im2col"
     with pytest.raises(ValueError, match="there is no peer 'tensorflow'"):
-        known_peer("tensorflow")
+        wishes_of("tensorflow", {})
     with pytest.raises(ValueError, match="only cuconv"):
-        known_peer("torch@4MiB")
+        wishes_of("torch@4MiB", {})
 
 
 def test_a_gpu_has_its_own_peers() -> None:

@@ -82,23 +82,19 @@ def exact(limit: float, tool: str = "") -> Findings:
         pool = ["--without-pool"] if tool == "memcheck" else []
         command = [program, *words, *command, *pool]
     ended = child(command, limit)
-    found = ended.checked(verdict(ended.output + ended.errors))
-    if tool and found["errors"] is None:
-        raise StepError("failed", f"{tool} gave no summary", last(ended.output), found)
-    return found
-
-
-def verdict(text: str) -> Findings:
-    """Errors by the checker's summary, and how many results were compared."""
+    text = ended.output + ended.errors
     summary = SUMMARY.search(text)
-    checked = re.search(r"(\d+) checked, (\d+) wrong", text)
+    counted = re.search(r"(\d+) checked, (\d+) wrong", text)
     wrong = [line for line in text.splitlines() if line.startswith("wrong: ")]
-    return {
+    found: Findings = {
         "errors": int(summary[1]) if summary else None,
-        "checked": int(checked[1]) if checked else 0,
-        "wrong": int(checked[2]) if checked else None,
+        "checked": int(counted[1]) if counted else 0,
+        "wrong": int(counted[2]) if counted else None,
         "mistakes": wrong[:MOST_FAILURES],
     }
+    if ended.checked(found) and tool and summary is None:
+        raise StepError("failed", f"{tool} gave no summary", last(ended.output), found)
+    return found
 
 
 # cuconv and PyTorch's cuDNN on the layers of networks, in every arithmetic.

@@ -22,19 +22,6 @@ LAYOUTS = ("channels_first", "channels_last")
 PRECISIONS = ("strict", "standard", "fast")
 
 
-def known_peer(name: str) -> str:
-    """Return the name, such as ``cuconv@4MiB``, or raise if there is no such peer."""
-    base, *words = name.split("@")
-    if base not in PEERS:
-        raise ValueError(f"there is no peer {base!r}; the peers are {', '.join(PEERS)}")
-    known = set(LAYOUTS) if base == "cudnn" else set()
-    if base != "cuconv" and not known.issuperset(words):
-        raise ValueError(
-            f"only cuconv takes options after an @, and cudnn a layout; got {name!r}"
-        )
-    return name
-
-
 def needs_torch(peer: str) -> bool:
     return PEERS[peer.partition("@")[0]].startswith("pytorch:")
 
@@ -49,10 +36,18 @@ def wishes_of(peer: str, common: dict[str, Any]) -> Wishes:
     """The options that all share, and those after each @ of this peer's name.
 
     A quantity is a memory limit, one of cuconv's three precisions or of the two layouts
-    is that, and any other word is a strategy.
+    is that, and any other word is a strategy.  Raises if there is no such peer.
     """
+    base, *words = peer.split("@")
+    if base not in PEERS:
+        raise ValueError(f"there is no peer {base!r}; the peers are {', '.join(PEERS)}")
+    known = LAYOUTS if base == "cudnn" else ()
+    if base != "cuconv" and not set(known).issuperset(words):
+        raise ValueError(
+            f"only cuconv takes options after an @, and cudnn a layout; got {peer!r}"
+        )
     wishes = dict(common)
-    for word in peer.split("@")[1:]:
+    for word in words:
         if word[:1].isdigit():
             wishes["memory_limit"] = word
         elif word in PRECISIONS:
