@@ -44,7 +44,7 @@ class Table(NamedTuple):
         except ImportError:
             console = None
         if console is None or not console.is_terminal:
-            print(self.section())
+            print(f"{self.section()}\n")
         else:
             console.print(rendered)
 

@@ -569,7 +569,7 @@ def test_pictures_of_a_run_are_drawn(tmp_path) -> None:
 def test_tables_without_rich(monkeypatch, capsys) -> None:
     monkeypatch.setitem(sys.modules, "rich.console", None)
     report.Table("T", ["a", "b"], [["x", 1.5], ["y", None]], notes=["n"]).show()
-    said = "### T\n\n| a | b |\n| --- | ---: |\n| x | 1.5 |\n| y |  |\n\n- n\n"
+    said = "### T\n\n| a | b |\n| --- | ---: |\n| x | 1.5 |\n| y |  |\n\n- n\n\n"
     assert capsys.readouterr().out == said
 
 
