@@ -41,11 +41,10 @@ def block_bytes(nbytes: int) -> Iterator[None]:
 
 def forget_plans() -> None:
     """Plan every call anew: no key of a plan knows of the size of blocks."""
-    importlib.import_module("cuconv.engine.planner").decide.cache_clear()
-    importlib.import_module("cuconv.engine.call")._SEEN.clear()  # noqa: SLF001
+    importlib.import_module("cuconv.engine.call").forget_plans()
 
 
 def gemm() -> Callable[..., None]:
     """Matrix products as the library asks cuBLAS: ``gemm(a, b, out, fast=...)``."""
-    module = importlib.import_module("cuconv.backends.cuda.gemm")
-    return cast("Callable[..., None]", module.gemm)
+    backend = importlib.import_module("cuconv.backends.cuda").cuda_backend()
+    return cast("Callable[..., None]", backend.gemm)

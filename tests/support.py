@@ -538,7 +538,6 @@ strictly = partial(cuconv.conv, padding=1, precision="strict")
 
 def forget_plans() -> None:
     """Plan every call anew: needed where something changes that no key knows of."""
-    planner.decide.cache_clear()
     calls.forget_plans()
 
 
