@@ -33,6 +33,8 @@ NEEDS_OUT = "cannot allocate the result during CUDA graph capture: pass out="
 # The most blocks that are worth recording: the work of more takes longer by far than
 # finding out what to do.
 _MOST_BLOCKS = 32
+# What views may take in any case: less than what a run counts for Python's objects.
+_FREE_BYTES = 6 * 1024
 
 
 class Plan:
@@ -334,10 +336,7 @@ class Plan:
         if not self._is_tuned and not self.problem.captured and self.flops:
             self._tune(arrays)
         if self._is_recordable:
-            try:
-                self._program = self._recorded(arrays)
-            except TooManySteps:
-                self._is_recordable = False
+            self._record(arrays)
         if self._program is not None:
             self.backend.execute(self._program, arrays)
         else:
@@ -352,16 +351,26 @@ class Plan:
         ):
             self._steps(backend, arrays, Memory(raw))
 
-    def _recorded(self, arrays: dict[str, Array]) -> Program:
-        """Record the steps for arrays of this layout."""
+    def _record(self, arrays: dict[str, Array]) -> None:
+        """Record the steps for arrays of this layout, if the program is not too long.
+
+        Its views of the workspace count to the memory limit.
+        """
         stubs = {name: stub_of(name, array) for name, array in arrays.items()}
         recording = Recording(self.backend, stubs)
-        nbytes = max(self._memory_bytes - ALIGNED, 0)
-        self._steps(recording.backend, stubs, Memory.recorded(nbytes, recording))
+        nbytes = self._memory_bytes
+        memory = Memory.recorded(max(nbytes - ALIGNED, 0), recording)
+        self._is_recordable = False
+        try:
+            self._steps(recording.backend, stubs, memory)
+        except TooManySteps:
+            return
+        workers = self.workers
         single = self.is_single_threaded
-        return Program(
-            recording, self._memory_bytes, self.workers, single_threaded=single
-        )
+        program = Program(recording, nbytes, workers, single_threaded=single)
+        spare = self.memory_limit - self.workspace_bytes
+        if program.nbytes_of_views <= max(spare, _FREE_BYTES):
+            self._program = program
 
     def _steps(self, backend: Any, arrays: dict[str, Array], memory: Memory) -> None:
         if not self.flops:

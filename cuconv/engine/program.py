@@ -25,6 +25,9 @@ SHARED = "shared"
 # Longer programs take more memory than they save time.
 MOST_STEPS = 400
 
+# What a view takes, with the place for its shape and strides.
+_VIEW_BYTES = 256
+
 Slots: TypeAlias = list[Any]
 
 
@@ -89,6 +92,11 @@ class Program:
             for view, slot in self.views
             if view.source not in self.regions
         ]
+
+    @property
+    def nbytes_of_views(self) -> int:
+        """About how much memory the views of a workspace take."""
+        return self.workers * (len(self.kept) * _VIEW_BYTES + 8 * len(self.slots))
 
     def bound(self, raw: Array) -> list[Slots]:
         """The slots of every worker, with views of an aligned NumPy workspace."""
