@@ -210,7 +210,7 @@ def _check_rank(w: Array | None, more: Mapping[str, Any]) -> None:
         )
 
 
-class _Gradients:
+class GradientPlans:
     """The plans of the gradients that are needed, of (dy, x, w)."""
 
     names = "dy", "x", "w"
@@ -270,7 +270,8 @@ def plan_gradients(
         if lazy:
             return dask_conv.plan_bias_grad(geometry, named["dy"], chosen)
         channels = geometry.channels if call else geometry.filters
-        return BiasGrad(named["dy"], geometry, channels, chosen.settled())
+        backend = backend_of(module_of(named), dy)
+        return BiasGrad(named["dy"], geometry, channels, chosen.settled(), backend)
 
     calls: dict[str, Callable[[], Runnable]] = {
         "x": lambda: plan("x"),
@@ -278,7 +279,7 @@ def plan_gradients(
         "bias": bias,
     }
     found = all_within({name: calls[name] for name in GRADIENTS if name in needs})
-    return _Gradients(found)
+    return GradientPlans(found)
 
 
 def check_needs(

@@ -1,0 +1,852 @@
+"""Depthwise and separable convolution, lowered to basic convolutions.
+
+A depthwise convolution is one with as many groups as channels, over its weights seen as
+`FlatWeights`.  A separable one is two steps,
+
+    h = depthwise_conv(x, depthwise)        y = conv(h, pointwise) + bias
+
+where h is larger than x or y may be.  It is computed in pieces: some images, or a part
+of one, that is outputs of the first step and the cells of x that they meet.  Results
+over outputs, and sums over them, go block by block; a gradient for x goes region by
+region, so that each cell is written once.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from itertools import chain, product, starmap
+from typing import Any, NamedTuple
+
+from cuconv.arrays import (
+    Array,
+    Types,
+    any_dask,
+    base_array,
+    check_out,
+    check_overlap,
+    merged_stride,
+    module_of,
+    resolve_types,
+    stub_array,
+    stub_of,
+)
+from cuconv.backends import Backend, backend_of, refuse_capture
+from cuconv.engine.bias_grad import BiasGrad
+from cuconv.engine.call import (
+    ConvGradients,
+    GradientPlans,
+    Runnable,
+    check_needs,
+    plan_convolution,
+    plan_gradients,
+)
+from cuconv.engine.execute import Run, fill
+from cuconv.engine.lower import lower
+from cuconv.engine.lowering import Lowering, held_by, within
+from cuconv.engine.plan import LoweredCall, Plan
+from cuconv.engine.planner import PlanningResult
+from cuconv.engine.problem import check_shape
+from cuconv.engine.request import Request, chosen_options, geometry_of, named_inputs
+from cuconv.engine.tile_search import largest_fitting
+from cuconv.geometry import (
+    Axis,
+    ConvGeometry,
+    Range,
+    Ranges,
+    Tile,
+    channels_are_first,
+)
+from cuconv.memory import (
+    Buffer,
+    MemoryLimitError,
+    all_within,
+    buffer_bytes,
+    workspace_bytes,
+)
+from cuconv.options import DEPTHWISE_OPTIONS, SEPARABLE_OPTIONS, Options
+
+SEPARABLE_GRADIENTS = ("x", "depthwise", "pointwise", "bias")
+_FORWARD = "x", "depthwise", "pointwise", "bias"
+_BACKWARD = "dy", "x", "depthwise", "pointwise"
+# Gradients that are summed over pieces.
+_SUMMED = "ddepthwise", "dpointwise"
+_TAKES_MEMORY = (
+    "a separable convolution takes memory for what lies between its steps: call "
+    "depthwise_conv and conv, both with out="
+)
+
+
+class SeparableGradients(NamedTuple):
+    """The gradients of a separable convolution; None where one was not asked for.
+
+    Examples
+    --------
+    >>> import cuconv
+    >>> cuconv.SeparableGradients(bias=0.5)
+    SeparableGradients(x=None, depthwise=None, pointwise=None, bias=0.5)
+    """
+
+    x: Array | None = None
+    depthwise: Array | None = None
+    pointwise: Array | None = None
+    bias: Array | None = None
+
+
+# Depthwise convolution
+
+
+class FlatWeights(NamedTuple):
+    """The weights (C, M, *kernel) of a depthwise convolution, as `conv` takes them.
+
+    ``shape`` is theirs there; ``buffers`` are for the copy that is made of them where
+    strides allow no view of this shape.
+    """
+
+    shape: tuple[int, ...]
+    groups: int
+    buffers: tuple[Buffer, ...]
+
+    @classmethod
+    def of(cls, name: str, arrays: dict[str, Array], layout: str) -> "FlatWeights":
+        w, x_shape = arrays[name], arrays["x"].shape
+        first, rank = channels_are_first(layout), w.ndim - 2
+        if rank < 1:
+            raise ValueError(
+                f"{name} has {w.ndim} axes; it needs at least 3: channels, "
+                "multiplier, space"
+            )
+        split = slice(0, 2) if first else slice(rank, rank + 2)
+        channels, multiplier = w.shape[split]
+        place = len(x_shape) - rank - 1 if first else len(x_shape) - 1
+        # Where x has another number of axes, the geometry says so.
+        if len(x_shape) - rank in (1, 2) and x_shape[place] != channels:
+            form = "(C, M, *kernel)" if first else "(*kernel, C, M)"
+            raise ValueError(
+                f"channels do not match: x has {x_shape[place]} and {name} {channels}; "
+                f"{name} is {form}"
+            )
+        # Without channels there is one group of none.
+        filters, each = channels * multiplier, min(channels, 1)
+        kernel = w.shape[2:] if first else w.shape[:-2]
+        shape = (filters, each, *kernel) if first else (*kernel, each, filters)
+        # A graph holds weights as it does any input: no block makes a copy of them.
+        lazy = any_dask(arrays.values())
+        is_view = lazy or merged_stride(w.shape[split], w.strides[split]) is not None
+        buffers = () if is_view else (Buffer("flat", w.size, w.dtype),)
+        return cls(shape, max(channels, 1), buffers)
+
+    def stub(self, w: Array) -> Array:
+        """Stand in for the weights as they are convolved with."""
+        if self.buffers:
+            return stub_array(self.shape, w.dtype)
+        return stub_of("w", w).reshape(self.shape)
+
+    def copy(self, w: Array, run: Run) -> None:
+        """Copy the weights where that must be."""
+        if "flat" in run.arrays:
+            run.backend.copy(w, run.arrays["flat"].reshape(w.shape))
+
+    def view(self, w: Array, arrays: dict[str, Array]) -> Array:
+        """View the weights, or their copy."""
+        return arrays.get("flat", w).reshape(self.shape)
+
+
+class Depthwise(Lowering):
+    """A convolution whose weights are seen in another shape."""
+
+    def __init__(self, inner: Lowering, flat: FlatWeights) -> None:
+        self.inner, self.flat = inner, flat
+        self.parts = inner.parts
+        self.buffers = (*flat.buffers, *inner.buffers)
+        self.is_capturable = inner.is_capturable and not flat.buffers
+
+    @property
+    def chunks(self) -> int:
+        return self.inner.chunks
+
+    @property
+    def flops(self) -> int:
+        return self.inner.flops
+
+    def weights_of(self, w: Array) -> Iterable[Array]:
+        return self.inner.weights_of(w.reshape(self.flat.shape))
+
+    def steps(self, run: Run) -> None:
+        w = run.arrays["w"]
+        self.flat.copy(w, run)
+        arrays = {**run.arrays, "w": self.flat.view(w, run.arrays)}
+        self.inner.steps(run._replace(arrays=arrays))
+
+
+def plan_depthwise(
+    call: str,
+    arrays: tuple[Array | None, ...],
+    out: Array | None,
+    options: Mapping[str, Any],
+    more: Mapping[str, Any],
+) -> Runnable:
+    """Check a depthwise convolution, and plan it."""
+    del call
+    chosen = chosen_options(options, DEPTHWISE_OPTIONS)
+    x, w, bias = arrays
+    named = named_inputs({"x": x, "w": w, "bias": bias})
+    flat = FlatWeights.of("w", named, chosen.layout)
+    if any_dask(named.values()):
+        own = {**options, "groups": flat.groups}
+        given = x, named["w"].reshape(flat.shape), bias
+        return plan_convolution("forward", given, out, own, more)
+    chosen = chosen._replace(groups=flat.groups)
+    stubs = {name: stub_of(name, array) for name, array in named.items()}
+    stubs["w"] = flat.stub(named["w"])
+    geometry = geometry_of("forward", stubs, chosen, more)
+    backend = backend_of(module_of(named if out is None else {**named, "out": out}), x)
+    if flat.buffers:
+        what = "w must be copied: its axes C and M do not lie in one run"
+        refuse_capture(backend, what)
+    target = None if out is None else stub_of("out", out)
+    request = Request("forward", geometry, stubs, target, chosen.settled(), backend)
+    plan: Any = _planned_beside_copy({"y": request}, flat)["y"]
+    plan.check_result(out, named, captured=plan.problem.captured)
+    return plan  # type: ignore[no-any-return]
+
+
+class DepthwiseGradients(NamedTuple):
+    """The plans of gradients, of which that for w gets the shape of w."""
+
+    plans: Runnable
+    w_shape: tuple[int, ...]
+    threads: int
+    names: tuple[str, ...] = GradientPlans.names
+
+    def run(self, arrays: Sequence[Array | None], out: None) -> ConvGradients:
+        """Run every plan."""
+        found: ConvGradients = self.plans.run(arrays, out)
+        return found if found.w is None else found._replace(w=found.w.reshape(self.w_shape))
+
+
+def plan_depthwise_gradients(
+    call: str,
+    arrays: tuple[Array | None, ...],
+    out: None,
+    options: Mapping[str, Any],
+    more: Mapping[str, Any],
+) -> Runnable:
+    """Plan the gradients of a depthwise convolution that are needed."""
+    del call
+    chosen = chosen_options(options, DEPTHWISE_OPTIONS)
+    dy, x, w = arrays
+    named = named_inputs({"dy": dy, "x": x, "w": w})
+    needs = check_needs(more["needs"], named, more["allocates"])
+    flat = FlatWeights.of("w", named, chosen.layout)
+    chosen = chosen._replace(groups=flat.groups)
+    geometry = chosen.geometry(named["x"].shape, flat.shape)
+    check_shape("dy", named["dy"], geometry.y_shape)
+    plans: Runnable
+    if any_dask(named.values()):
+        own = {**options, "groups": flat.groups}
+        given = dy, x, named["w"].reshape(flat.shape)
+        plans = plan_gradients("", given, out, own, more)
+    else:
+        stubs = {name: stub_of(name, array) for name, array in named.items()}
+        stubs["w"] = flat.stub(named["w"])
+        backend = backend_of(module_of(named), dy)
+        operands = {"x": ("input_grad", "w"), "w": ("weight_grad", "x"), "bias": ("bias_grad",)}
+        requests = {
+            name: Request(
+                op,
+                geometry,
+                {n: stubs[n] for n in ("dy", *other)},
+                None,
+                chosen.settled(),
+                backend,
+            )
+            for name, (op, *other) in operands.items()
+            if name in needs
+        }
+        plans = GradientPlans(_planned_beside_copy(requests, flat))
+    return DepthwiseGradients(plans, named["w"].shape, plans.threads)
+
+
+def _planned_beside_copy(
+    requests: dict[str, Request], flat: FlatWeights
+) -> dict[str, Runnable]:
+    """Plan depthwise calls, beside a copy of the weights where one is made.
+
+    Raises
+    ------
+    MemoryLimitError
+        If there is no room for them all.
+    """
+    limit = next(iter(requests.values())).options.memory_limit if requests else None
+    copied = any("w" in request.arrays for request in requests.values())
+    if copied and flat.buffers and isinstance(limit, int):
+        taken = buffer_bytes(flat.buffers)
+        smallest = taken + _least(_each_planned(requests, flat, 0))
+        if limit < smallest:
+            raise MemoryLimitError(limit, smallest, "a copy of w and what it is for")
+        limit -= taken
+    return all_within(_each_planned(requests, flat, limit))
+
+
+def _each_planned(
+    requests: dict[str, Request], flat: FlatWeights, limit: Any
+) -> dict[str, Callable[[], Runnable]]:
+    return {
+        name: partial(_planned, request, flat, limit)
+        for name, request in requests.items()
+    }
+
+
+def _planned(request: Request, flat: FlatWeights, limit: Any) -> Runnable:
+    """Plan one depthwise call under a limit."""
+    options = request.options._replace(memory_limit=limit)
+    if request.call == "bias_grad":
+        g = request.geometry
+        return BiasGrad(request.arrays["dy"], g, g.filters, options, request.backend)
+    own = request._replace(options=options)
+    return Plan(own, Depthwise(lower(own), flat) if "w" in own.arrays else None)
+
+
+def _least(calls: Mapping[Any, Callable[[], object]]) -> int:
+    """The smallest limit under which all of these, made without memory, would do."""
+    try:
+        all_within(calls)
+    except MemoryLimitError as error:
+        return error.smallest
+    return 0
+
+
+# Separable convolution: pieces
+
+
+class Piece(NamedTuple):
+    """Images, outputs of the first step, and the cells of x that they meet.
+
+    ``pads`` are the cells before and after those, which count as zero; ``results`` are
+    computed from it, by their names.
+    """
+
+    images: Range
+    outputs: Ranges
+    cells: Ranges
+    pads: Ranges
+    results: frozenset[str]
+
+    @property
+    def kind(self) -> tuple[int, ...]:
+        """Two pieces of a kind take the same steps."""
+        ranges = (self.images, *self.outputs, *self.cells)
+        return (*(stop - start for start, stop in ranges), *chain(*self.pads))
+
+
+class Traversal(NamedTuple):
+    """A way through all pieces: blocks of the output, or regions of x."""
+
+    geometry: ConvGeometry
+    tile: Tile
+    results: frozenset[str]
+    over_x: bool = False
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether its pieces are images: then they are both, blocks and regions."""
+        pairs = zip(self.tile.cells, self.geometry.out, strict=True)
+        return not self.over_x and all(cells >= out for cells, out in pairs)
+
+    @property
+    def positions(self) -> int:
+        """The most outputs of a piece."""
+        g, tile = self.geometry, self.tile
+        if self.is_whole:
+            return min(tile.images, g.images) * g.positions
+        return g.reach(tile) if self.over_x else tile.positions
+
+    @property
+    def number(self) -> int:
+        """How many pieces there are: one at least, for results must be written."""
+        if self.over_x:
+            return self.geometry.count_regions(self.tile)
+        return max(self.geometry.count_blocks(self.tile), 1)
+
+    def pieces(self) -> Iterator[Piece]:
+        return self._images() if self.is_whole else self._parts()
+
+    def _parts(self) -> Iterator[Piece]:
+        """The pieces where images are cut."""
+        geometry, results = self.geometry, self.results
+        if self.over_x:
+            for region in geometry.regions(self.tile):
+                each = zip(geometry.axes, region.output, region.cells, strict=True)
+                pads = tuple(starmap(pads_of, each))
+                yield Piece(region.images, region.output, region.cells, pads, results)
+        else:
+            for block in geometry.pieces(self.tile):
+                ranges = block.images, block.output, block.window, block.padding
+                yield Piece(*ranges, results)
+
+    def _images(self) -> Iterator[Piece]:
+        g = self.geometry
+        outputs, cells = (tuple((0, n) for n in sizes) for sizes in (g.out, g.size))
+        pads = tuple((axis.before, axis.after) for axis in g.axes)
+        each = -(-g.images // self.number)
+        for index in range(self.number):
+            images = index * each, min((index + 1) * each, g.images)
+            yield Piece(images, outputs, cells, pads, self.results)
+
+    def kinds(self) -> Iterator[Piece]:
+        """A piece of every kind, without a list of all."""
+        if self.is_whole:
+            yield from {piece.kind: piece for piece in self.pieces()}.values()
+            return
+        images, step = self.geometry.images, self.tile.images
+        lines = []
+        for axis, cells in zip(self.geometry.axes, self.tile.cells, strict=True):
+            line = replace(self.geometry, images=1, axes=(axis,))
+            own = self._replace(geometry=line, tile=Tile(1, (cells,)))
+            lines.append({piece.kind: piece for piece in own._parts()}.values())
+        for count in {min(step, images), images % step or step}:
+            for each in product(*lines):
+                ranges = zip(*(piece[1:4] for piece in each), strict=True)
+                outputs, cells, pads = (tuple(chain(*own)) for own in ranges)
+                yield Piece((0, count), outputs, cells, pads, self.results)
+
+
+def pads_of(axis: Axis, outputs: Range, cells: Range) -> Range:
+    """The padding with which some cells have these outputs, and only these."""
+    count, size = outputs[1] - outputs[0], cells[1] - cells[0]
+    before = axis.before + cells[0] - outputs[0] * axis.stride
+    return before, (count - 1) * axis.stride + axis.extent - size - before
+
+
+class Tiling(NamedTuple):
+    """How a call is shared out, what it allocates, and what is left for its steps."""
+
+    traversals: tuple[Traversal, ...]
+    buffers: tuple[Buffer, ...]
+    limit: int
+
+    @property
+    def number(self) -> int:
+        return sum(traversal.number for traversal in self.traversals)
+
+    def pieces(self) -> Iterator[Piece]:
+        return chain.from_iterable(each.pieces() for each in self.traversals)
+
+    def kinds(self) -> Iterator[Piece]:
+        return chain.from_iterable(each.kinds() for each in self.traversals)
+
+
+# Separable convolution: steps
+
+
+class Step(NamedTuple):
+    """One convolution of a piece; ``total``, if any, is what its result is added to."""
+
+    call: str
+    geometry: ConvGeometry
+    operands: dict[str, Array]
+    out: Array
+    is_second: bool
+    total: Array | None = None
+
+    @property
+    def kind(self) -> tuple[object, ...]:
+        """Steps of a kind are lowered alike."""
+        return self.call, self.is_second, self.geometry, self.out.dtype
+
+
+class SeparableRequest(NamedTuple):
+    """A separable convolution, or gradients of one, that is to be planned.
+
+    ``geometry`` is that of the first step.  Of ``arrays`` and ``results``, by their
+    names, only shapes, strides and types are read.
+    """
+
+    geometry: ConvGeometry
+    filters: int
+    flat: FlatWeights
+    arrays: dict[str, Array]
+    results: dict[str, Array]
+    types: Types
+    options: Options
+    backend: Backend
+
+    @classmethod
+    def of(cls, arrays: dict[str, Array], options: Options) -> "SeparableRequest":
+        """Check shapes and types."""
+        x, w, points = (arrays[name] for name in ("x", "depthwise", "pointwise"))
+        backend = backend_of(module_of(arrays), x)
+        refuse_capture(backend, _TAKES_MEMORY)
+        flat = FlatWeights.of("depthwise", arrays, options.layout)
+        options = options._replace(groups=flat.groups).settled()
+        geometry = options.geometry(x.shape, flat.shape)
+        filters = _filters_of(points, w, geometry)
+        types = resolve_types(arrays, options.dtype)
+        options = options._replace(dtype=types.result)
+        stubs = {name: stub_of(name, array) for name, array in arrays.items()}
+        return cls(geometry, filters, flat, stubs, {}, types, options, backend)
+
+    @property
+    def second(self) -> ConvGeometry:
+        """The geometry of the second step."""
+        return _second(self.geometry, self.filters)
+
+    def counts(self) -> list[int]:
+        """How many positions a piece may have, from one to all."""
+        images, positions = self.geometry.images, self.geometry.positions
+        if not images * positions:
+            return [max(images, positions, 1)]
+        halves = (1 << i for i in range((images * positions - 1).bit_length()))
+        return [*halves, images * positions]
+
+    def tiling(self, positions: int, limit: int) -> Tiling:
+        """Cut into pieces of at most so many positions."""
+        if not self.results:
+            return Tiling((), (), limit)
+        traversals = self._traversals(positions)
+        buffers = tuple(self._buffers(traversals))
+        overhead = self.backend.overhead(1, self.types.accumulate.itemsize)
+        return Tiling(traversals, buffers, limit - overhead - workspace_bytes(buffers))
+
+    def _traversals(self, positions: int) -> tuple[Traversal, ...]:
+        g, results = self.geometry, frozenset(self.results)
+        blocks = Traversal(g, g.tile(positions), results)
+        if blocks.is_whole or "dx" not in results:
+            return (blocks,)
+        # What several outputs give to a cell of x is summed in one piece.
+        cells = largest_fitting(
+            lambda n: g.reach(g.region_tile(n)) <= positions, g.cells
+        )
+        regions = Traversal(g, g.region_tile(cells), results & {"dx"}, over_x=True)
+        if results == {"dx"}:
+            return (regions,)
+        return blocks._replace(results=results - {"dx"}), regions
+
+    def _buffers(self, traversals: tuple[Traversal, ...]) -> Iterator[Buffer]:
+        types = self.types
+        cells = self.geometry.filters * max(each.positions for each in traversals)
+        yield Buffer("between", cells, types.result)
+        yield from self.flat.buffers
+        sizes = {n: self.results[n].size for n in _SUMMED if n in self.results}
+        if not sizes or traversals[0].number < 2:
+            return
+        yield Buffer("part", max(sizes.values()), types.accumulate)
+        if types.accumulate != types.result:
+            for name, size in sizes.items():
+                yield Buffer(f"sum of {name}", size, types.accumulate)
+
+    def kinds(self, tiling: Tiling) -> Iterator[Step]:
+        """The steps of a piece of every kind, of arrays that are not there yet."""
+        stubs = {b.name: stub_array((b.cells,), b.dtype) for b in tiling.buffers}
+        arrays = {**self.arrays, **self.results, **stubs}
+        for piece in tiling.kinds():
+            for is_first in (True, False)[: 1 + ("part" in stubs)]:
+                yield from self.steps(piece, arrays, is_first=is_first)
+
+    def steps(
+        self, piece: Piece, arrays: dict[str, Array], *, is_first: bool
+    ) -> Iterator[Step]:
+        """What is done for a piece, in this order: its buffers are used again."""
+        one, results = self._first(piece), piece.results
+        two = _second(one, self.filters)
+        x = self._at(arrays["x"], piece.images, piece.cells)
+        w = self.flat.view(arrays["depthwise"], arrays)
+        axes = (None,) * one.rank
+        points = arrays["pointwise"][(..., *axes) if one.channels_first else axes]
+        h = arrays["between"][: math.prod(one.y_shape)].reshape(one.y_shape)
+        if results & {"y", "dpointwise"}:
+            yield Step("forward", one, {"x": x, "w": w}, h, is_second=False)
+        if "y" in results:
+            y = self._at(arrays["y"], piece.images, piece.outputs)
+            bias = {"bias": arrays["bias"]} if "bias" in self.arrays else {}
+            yield Step("forward", two, {"x": h, "w": points, **bias}, y, is_second=True)
+            return
+        dy = self._at(arrays["dy"], piece.images, piece.outputs)
+        if "dpointwise" in results:
+            sums = self._sums("dpointwise", two, arrays, is_first=is_first)
+            yield Step("weight_grad", two, {"dy": dy, "x": h}, sums[0], True, *sums[1:])
+        if results & {"dx", "ddepthwise"}:
+            yield Step("input_grad", two, {"dy": dy, "w": points}, h, is_second=True)
+        if "ddepthwise" in results:
+            sums = self._sums("ddepthwise", one, arrays, is_first=is_first)
+            yield Step("weight_grad", one, {"dy": h, "x": x}, sums[0], False, *sums[1:])
+        if "dx" in results:
+            dx = self._at(arrays["dx"], piece.images, piece.cells)
+            yield Step("input_grad", one, {"dy": h, "w": w}, dx, is_second=False)
+
+    def _sums(
+        self,
+        name: str,
+        geometry: ConvGeometry,
+        arrays: dict[str, Array],
+        *,
+        is_first: bool,
+    ) -> tuple[Array, ...]:
+        """Where a gradient of weights is written: the sums, or a part and the sums."""
+        total = arrays.get(f"sum of {name}", arrays[name]).reshape(geometry.w_shape)
+        if is_first:
+            return (total,)
+        return arrays["part"][: total.size].reshape(total.shape), total
+
+    def lowered(self, step: Step, limit: int) -> Lowering:
+        """Lower a step; a strategy that is named is the first step's."""
+        options = self.options._replace(dtype=step.out.dtype, memory_limit=limit)
+        if step.is_second and options.strategy != "benchmark":
+            options = options._replace(strategy="auto")
+        given = step.call, step.geometry, step.operands, step.out
+        return lower(Request(*given, options, self.backend))
+
+    def _first(self, piece: Piece) -> ConvGeometry:
+        """The geometry of the first step of a piece."""
+        each = zip(self.geometry.axes, piece.cells, piece.pads, strict=True)
+        axes = tuple(
+            axis._replace(size=stop - start, before=before, after=after)
+            for axis, (start, stop), (before, after) in each
+        )
+        start, stop = piece.images
+        return replace(self.geometry, images=stop - start, axes=axes)
+
+    def _at(self, array: Array, images: Range, ranges: Ranges) -> Array:
+        """A part of an array of all channels."""
+        cells = [slice(*span) for span in ranges]
+        return array[self.geometry.arranged(slice(*images), slice(None), cells)]
+
+
+def _second(geometry: ConvGeometry, filters: int) -> ConvGeometry:
+    """The geometry of the second step, over what the first one gives."""
+    axes = tuple(Axis(n, 1, 1, 1, 0, 0) for n in geometry.out)
+    return replace(
+        geometry, axes=axes, channels=geometry.filters, filters=filters, groups=1
+    )
+
+
+def _filters_of(points: Array, w: Array, geometry: ConvGeometry) -> int:
+    """K, if the weights of the second step fit what the first one gives."""
+    if points.ndim != 2:
+        raise ValueError(
+            f"pointwise has {points.ndim} axes and must have 2: filters and channels"
+        )
+    filters, taken = points.shape
+    channels, multiplier = w.shape[:2]
+    if not geometry.channels_first:
+        filters, taken = taken, filters
+        channels, multiplier = w.shape[-2:]
+    if taken != channels * multiplier:
+        raise ValueError(
+            f"channels do not match: pointwise takes {taken} and depthwise gives "
+            f"{channels} × {multiplier} = {channels * multiplier}"
+        )
+    return int(filters)
+
+
+class Separable(Lowering):
+    """The steps of every piece; ``inner`` says how those of each kind are lowered."""
+
+    def __init__(
+        self,
+        request: SeparableRequest,
+        tiling: Tiling,
+        inner: dict[object, Lowering],
+        limit: int,
+    ) -> None:
+        self.request, self.tiling, self._limit = request, tiling, limit
+        self.inner, self.buffers = inner, tiling.buffers
+        self.parts: tuple[PlanningResult, ...] = ()
+        self._first: dict[object, int] = {}
+        for kind, lowering in inner.items():
+            self._first[kind] = len(self.parts)
+            self.parts += lowering.parts
+
+    @property
+    def chunks(self) -> int:
+        return self.tiling.number * sum(each.chunks for each in self.inner.values())
+
+    @property
+    def workspace_bytes(self) -> int:
+        return workspace_bytes(self.buffers) + held_by(self.inner.values())
+
+    @property
+    def memory_limit(self) -> int:
+        return self._limit
+
+    def bytes_around(self, parts: Sequence[int]) -> int:
+        each = (
+            lowering.bytes_around(parts[first : first + len(lowering.parts)])
+            for first, lowering in zip(
+                self._first.values(), self.inner.values(), strict=True
+            )
+        )
+        return buffer_bytes(self.buffers) + max(each, default=0)
+
+    def weights_of(self, w: Array) -> Iterable[Array]:
+        raise NotImplementedError("a separable convolution is not prepared")
+
+    def steps(self, run: Run) -> None:
+        request, arrays, backend = self.request, run.arrays, run.backend
+        request.flat.copy(arrays["depthwise"], run)
+        is_first = True
+        for piece in self.tiling.pieces():
+            for step in request.steps(piece, arrays, is_first=is_first):
+                self._convolve(step, run)
+            is_first = False
+        for name in _SUMMED:
+            if f"sum of {name}" in arrays:
+                sums = arrays[f"sum of {name}"].reshape(arrays[name].shape)
+                backend.copy(sums, arrays[name])
+
+    def _convolve(self, step: Step, run: Run) -> None:
+        operands, out, backend = step.operands, step.out, run.backend
+        if not out.size:
+            return
+        if step.geometry.is_empty:
+            fill(backend, out, operands.get("bias"), step.geometry)
+        else:
+            inner, first = self.inner[step.kind], self._first[step.kind]
+            inner.steps(run.inside(first, {**operands, "out": out}, inner.buffers))
+        if step.total is not None:
+            backend.do(backend.xp.add, step.total, out, step.total)
+
+
+def _lowered(request: SeparableRequest, least: int) -> Separable:
+    """Lower to the largest pieces that fit, of calls that take ``least`` beside."""
+    limit = request.options.memory_limit
+    if isinstance(limit, int):
+        return _within(request, limit, least)
+    try:
+        return _within(request, request.backend.default_memory_limit, least)
+    except MemoryLimitError as error:
+        return _within(request, error.smallest, least)
+
+
+def _within(request: SeparableRequest, limit: int, least: int) -> Separable:
+    counts = request.counts() if least <= limit else []
+    tilings = [request.tiling(count, limit) for count in reversed(counts)]
+    # The largest pieces first, but half of the limit is for the steps if it can be:
+    # in what little the largest may leave, their blocks would be tiny.
+    tilings.sort(key=lambda tiling: tiling.limit < limit // 2)
+    for tiling in tilings:
+        if tiling.limit >= 0:
+            try:
+                inner = within(_calls(request, tiling, tiling.limit), tiling.limit)
+            except MemoryLimitError:
+                continue
+            return Separable(request, tiling, inner, limit)
+    smallest = max(least, _smallest(request))
+    raise MemoryLimitError(limit, smallest, "a separable convolution")
+
+
+def _calls(
+    request: SeparableRequest, tiling: Tiling, limit: int
+) -> dict[object, Callable[[], Lowering]]:
+    """What lowers the steps of every kind under a limit."""
+    steps = {step.kind: step for step in request.kinds(tiling)}
+    return {kind: partial(request.lowered, s, limit) for kind, s in steps.items()}
+
+
+def _smallest(request: SeparableRequest) -> int:
+    """The smallest limit that would do."""
+    best: int | None = None
+    for count in request.counts():
+        tiling = request.tiling(count, 0)
+        if best is None or -tiling.limit < best:
+            needed = _least(_calls(request, tiling, 0)) - tiling.limit
+            best = needed if best is None else min(best, needed)
+    return best or 0
+
+
+class SeparablePlan(LoweredCall):
+    """What a separable convolution, or gradients of one, will do."""
+
+    def __init__(
+        self, request: SeparableRequest, names: tuple[str, ...], least: int = 0
+    ) -> None:
+        lowering = _lowered(request, least)
+        super().__init__(lowering, request.backend, request.options)
+        self.names = names
+        self._results = [(n, a.shape, a.dtype) for n, a in request.results.items()]
+
+    def _computed(
+        self, arrays: Sequence[Array | None], out: Array | None
+    ) -> dict[str, Any]:
+        """The arrays of a call, and its results by their names."""
+        named = dict(zip(self.names, arrays, strict=False))
+        for name, shape, dtype in self._results:
+            own = self.backend.empty(shape, dtype) if out is None else base_array(out)
+            named[name] = own
+        if self._results:
+            self.execute(named)
+        return named
+
+    def run(self, arrays: Sequence[Array | None], out: Array | None) -> Any:
+        """Run it on arrays that have been checked."""
+        y = self._computed(arrays, out)["y"]
+        return y if out is None else out
+
+
+class SeparableGradientsPlan(SeparablePlan):
+    """The plan of gradients, of (dy, x, depthwise, pointwise)."""
+
+    bias: BiasGrad | None = None
+
+    def run(self, arrays: Sequence[Array | None], out: None) -> SeparableGradients:
+        """Compute those that are needed."""
+        named = self._computed(arrays, out)
+        found = {name: named.get(f"d{name}") for name in _BACKWARD[1:]}
+        if self.bias is not None:
+            found["bias"] = self.bias.run(arrays[:1], out)
+        return SeparableGradients(**found)
+
+
+def plan_separable(
+    call: str,
+    arrays: tuple[Array | None, ...],
+    out: Array | None,
+    options: Mapping[str, Any],
+    more: Mapping[str, Any],
+) -> Runnable:
+    """Check a separable convolution, and plan it."""
+    del call, more
+    chosen = chosen_options(options, SEPARABLE_OPTIONS)
+    named = named_inputs(dict(zip(_FORWARD, arrays, strict=True)))
+    request = SeparableRequest.of(named, chosen)
+    shape, dtype = request.second.y_shape, request.types.result
+    if "bias" in named:
+        check_shape("bias", named["bias"], (request.filters,))
+    y = stub_array(shape, dtype)
+    if out is not None:
+        xp = module_of({**named, "out": out})
+        check_out(out, shape, dtype)
+        check_overlap(xp, out, named)
+        y = stub_of("y", out)
+    return SeparablePlan(request._replace(results={"y": y}), _FORWARD)
+
+
+def plan_separable_gradients(
+    call: str,
+    arrays: tuple[Array | None, ...],
+    out: None,
+    options: Mapping[str, Any],
+    more: Mapping[str, Any],
+) -> Runnable:
+    """Plan the gradients of a separable convolution that are needed."""
+    del call, out
+    chosen = chosen_options(options, SEPARABLE_OPTIONS)
+    named = named_inputs(dict(zip(_BACKWARD, arrays, strict=True)))
+    needs = check_needs(more["needs"], named, _TAKES_MEMORY, SEPARABLE_GRADIENTS)
+    request = SeparableRequest.of(named, chosen)
+    check_shape("dy", named["dy"], request.second.y_shape)
+    results = {
+        f"d{name}": stub_array(named[name].shape, request.types.result)
+        for name in _BACKWARD[1:]
+        if name in needs
+    }
+    request, dy = request._replace(results=results), request.arrays["dy"]
+    bias, settled = (dy, request.second, request.filters), request.options
+    none, backend = settled._replace(memory_limit=0), request.backend
+    call_ = partial(BiasGrad, *bias, none, backend)
+    least = _least({"bias": call_} if "bias" in needs else {})
+    plan = SeparableGradientsPlan(request, _BACKWARD, least)
+    if "bias" in needs:
+        plan.bias = BiasGrad(*bias, settled, backend)
+    return plan
