@@ -454,15 +454,15 @@ def run_candidate(plan: cuconv.Plan, candidate: Any, arrays: Sequence[Any]) -> A
 
 
 def ran(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """The first candidate of every convolution that runs from now on."""
+    """The first candidate of every call that runs from now on."""
     seen: list[Any] = []
-    original = cuconv.Plan.run
+    original = planning.LoweredCall.execute
 
     def spy(plan: Any, *arguments: Any) -> Any:
         seen.append(chosen(plan))
         return original(plan, *arguments)
 
-    monkeypatch.setattr(cuconv.Plan, "run", spy)
+    monkeypatch.setattr(planning.LoweredCall, "execute", spy)
     return seen
 
 
