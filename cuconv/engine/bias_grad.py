@@ -25,10 +25,11 @@ class BiasGrad:
         self.types = resolve_types({"dy": dy}, options.dtype)
         self.backend = backend
         sums = Buffer("sums", channels, self.types.accumulate)
-        needed = self.backend.overhead(1, sums.dtype.itemsize) + sums.nbytes
+        self.workspace_bytes = backend.overhead(1, sums.dtype.itemsize) + sums.nbytes
         limit = options.memory_limit
-        if isinstance(limit, int) and limit < needed:
-            raise MemoryLimitError(limit, needed, "the gradient of the bias")
+        if isinstance(limit, int) and limit < self.workspace_bytes:
+            what = "the gradient of the bias"
+            raise MemoryLimitError(limit, self.workspace_bytes, what)
         spatial = [True] * geometry.rank
         summed = geometry.arranged(True, False, spatial)  # noqa: FBT003
         self.axes = tuple(axis for axis, is_summed in enumerate(summed) if is_summed)

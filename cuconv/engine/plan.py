@@ -42,9 +42,7 @@ _FREE_BYTES = 6 * 1024
 class LoweredCall:
     """The steps of a call: tuned if that was asked, recorded once, then replayed."""
 
-    def __init__(
-        self, lowering: Lowering, backend: Backend, options: Options
-    ) -> None:
+    def __init__(self, lowering: Lowering, backend: Backend, options: Options) -> None:
         self.lowering, self.backend, self.options = lowering, backend, options
         self.candidates: list[Candidate] = [part.best for part in lowering.parts]
         self._is_tuned = options.strategy != "benchmark"

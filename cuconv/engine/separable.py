@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import chain, product, starmap
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 from cuconv.arrays import (
     Array,
@@ -222,7 +222,11 @@ class DepthwiseGradients(NamedTuple):
     def run(self, arrays: Sequence[Array | None], out: None) -> ConvGradients:
         """Run every plan."""
         found: ConvGradients = self.plans.run(arrays, out)
-        return found if found.w is None else found._replace(w=found.w.reshape(self.w_shape))
+        return (
+            found
+            if found.w is None
+            else found._replace(w=found.w.reshape(self.w_shape))
+        )
 
 
 def plan_depthwise_gradients(
@@ -251,7 +255,11 @@ def plan_depthwise_gradients(
         stubs = {name: stub_of(name, array) for name, array in named.items()}
         stubs["w"] = flat.stub(named["w"])
         backend = backend_of(module_of(named), dy)
-        operands = {"x": ("input_grad", "w"), "w": ("weight_grad", "x"), "bias": ("bias_grad",)}
+        operands = {
+            "x": ("input_grad", "w"),
+            "w": ("weight_grad", "x"),
+            "bias": ("bias_grad",),
+        }
         requests = {
             name: Request(
                 op,
@@ -317,7 +325,7 @@ def _least(calls: Mapping[Any, Callable[[], object]]) -> int:
     return 0
 
 
-# Separable convolution: pieces
+# Separable convolution
 
 
 class Piece(NamedTuple):
@@ -333,11 +341,9 @@ class Piece(NamedTuple):
     pads: Ranges
     results: frozenset[str]
 
-    @property
-    def kind(self) -> tuple[int, ...]:
-        """Two pieces of a kind take the same steps."""
-        ranges = (self.images, *self.outputs, *self.cells)
-        return (*(stop - start for start, stop in ranges), *chain(*self.pads))
+
+# Of one axis: outputs, cells and pads of a piece.
+Spans: TypeAlias = tuple[Range, Range, Range]
 
 
 class Traversal(NamedTuple):
@@ -365,58 +371,50 @@ class Traversal(NamedTuple):
     @property
     def number(self) -> int:
         """How many pieces there are: one at least, for results must be written."""
-        if self.over_x:
-            return self.geometry.count_regions(self.tile)
-        return max(self.geometry.count_blocks(self.tile), 1)
+        return math.prod(map(len, self._lines()))
 
     def pieces(self) -> Iterator[Piece]:
-        return self._images() if self.is_whole else self._parts()
-
-    def _parts(self) -> Iterator[Piece]:
-        """The pieces where images are cut."""
-        geometry, results = self.geometry, self.results
-        if self.over_x:
-            for region in geometry.regions(self.tile):
-                each = zip(geometry.axes, region.output, region.cells, strict=True)
-                pads = tuple(starmap(pads_of, each))
-                yield Piece(region.images, region.output, region.cells, pads, results)
-        else:
-            for block in geometry.pieces(self.tile):
-                ranges = block.images, block.output, block.window, block.padding
-                yield Piece(*ranges, results)
-
-    def _images(self) -> Iterator[Piece]:
-        g = self.geometry
-        outputs, cells = (tuple((0, n) for n in sizes) for sizes in (g.out, g.size))
-        pads = tuple((axis.before, axis.after) for axis in g.axes)
-        each = -(-g.images // self.number)
-        for index in range(self.number):
-            images = index * each, min((index + 1) * each, g.images)
-            yield Piece(images, outputs, cells, pads, self.results)
+        return self._pieces(self._lines())
 
     def kinds(self) -> Iterator[Piece]:
-        """A piece of every kind, without a list of all."""
+        """A piece of every kind, those of a kind taking the same steps."""
+        return self._pieces(
+            [{_kind(*s): s for s in line}.values() for line in self._lines()]
+        )
+
+    def _lines(self) -> list[list[Spans]]:
+        """Along the images, and along every axis, what follows each other."""
+        steps = zip(self.geometry.axes, self.tile.cells, strict=True)
+        images = _in_steps(self.geometry.images, self.tile.images)
+        return [[(n, n, (0, 0)) for n in images], *starmap(self._line, steps)]
+
+    def _line(self, axis: Axis, step: int) -> list[Spans]:
         if self.is_whole:
-            yield from {piece.kind: piece for piece in self.pieces()}.values()
-            return
-        images, step = self.geometry.images, self.tile.images
-        lines = []
-        for axis, cells in zip(self.geometry.axes, self.tile.cells, strict=True):
-            line = replace(self.geometry, images=1, axes=(axis,))
-            own = self._replace(geometry=line, tile=Tile(1, (cells,)))
-            lines.append({piece.kind: piece for piece in own._parts()}.values())
-        for count in {min(step, images), images % step or step}:
-            for each in product(*lines):
-                ranges = zip(*(piece[1:4] for piece in each), strict=True)
-                outputs, cells, pads = (tuple(chain(*own)) for own in ranges)
-                yield Piece((0, count), outputs, cells, pads, self.results)
+            return [((0, axis.out), (0, axis.size), (axis.before, axis.after))]
+        if not self.over_x:
+            return [(span, *axis.under(*span)) for span in _in_steps(axis.out, step)]
+        regions = [(axis.reached_from(*n), n) for n in _in_steps(axis.size, step)]
+        return [(outputs, n, _pads(axis, outputs, n)) for outputs, n in regions]
+
+    def _pieces(self, lines: Iterable[Iterable[Spans]]) -> Iterator[Piece]:
+        for (images, *_), *each in product(*lines):
+            yield Piece(images, *zip(*each, strict=True), self.results)
 
 
-def pads_of(axis: Axis, outputs: Range, cells: Range) -> Range:
+def _in_steps(whole: int, step: int) -> list[Range]:
+    starts = range(0, whole, step) or (0,)
+    return [(start, min(start + step, whole)) for start in starts]
+
+
+def _pads(axis: Axis, outputs: Range, cells: Range) -> Range:
     """The padding with which some cells have these outputs, and only these."""
     count, size = outputs[1] - outputs[0], cells[1] - cells[0]
     before = axis.before + cells[0] - outputs[0] * axis.stride
     return before, (count - 1) * axis.stride + axis.extent - size - before
+
+
+def _kind(outputs: Range, cells: Range, pads: Range) -> tuple[int, ...]:
+    return outputs[1] - outputs[0], cells[1] - cells[0], *pads
 
 
 class Tiling(NamedTuple):
@@ -425,19 +423,6 @@ class Tiling(NamedTuple):
     traversals: tuple[Traversal, ...]
     buffers: tuple[Buffer, ...]
     limit: int
-
-    @property
-    def number(self) -> int:
-        return sum(traversal.number for traversal in self.traversals)
-
-    def pieces(self) -> Iterator[Piece]:
-        return chain.from_iterable(each.pieces() for each in self.traversals)
-
-    def kinds(self) -> Iterator[Piece]:
-        return chain.from_iterable(each.kinds() for each in self.traversals)
-
-
-# Separable convolution: steps
 
 
 class Step(NamedTuple):
@@ -540,7 +525,7 @@ class SeparableRequest(NamedTuple):
         """The steps of a piece of every kind, of arrays that are not there yet."""
         stubs = {b.name: stub_array((b.cells,), b.dtype) for b in tiling.buffers}
         arrays = {**self.arrays, **self.results, **stubs}
-        for piece in tiling.kinds():
+        for piece in chain.from_iterable(t.kinds() for t in tiling.traversals):
             for is_first in (True, False)[: 1 + ("part" in stubs)]:
                 yield from self.steps(piece, arrays, is_first=is_first)
 
@@ -660,7 +645,10 @@ class Separable(Lowering):
 
     @property
     def chunks(self) -> int:
-        return self.tiling.number * sum(each.chunks for each in self.inner.values())
+        number = sum(traversal.number for traversal in self.tiling.traversals)
+        steps = len({(call, is_second) for call, is_second, *_ in self.inner})
+        most = max((each.chunks for each in self.inner.values()), default=0)
+        return number * steps * most
 
     @property
     def workspace_bytes(self) -> int:
@@ -686,7 +674,7 @@ class Separable(Lowering):
         request, arrays, backend = self.request, run.arrays, run.backend
         request.flat.copy(arrays["depthwise"], run)
         is_first = True
-        for piece in self.tiling.pieces():
+        for piece in chain.from_iterable(t.pieces() for t in self.tiling.traversals):
             for step in request.steps(piece, arrays, is_first=is_first):
                 self._convolve(step, run)
             is_first = False
@@ -759,43 +747,26 @@ class SeparablePlan(LoweredCall):
     """What a separable convolution, or gradients of one, will do."""
 
     def __init__(
-        self, request: SeparableRequest, names: tuple[str, ...], least: int = 0
+        self, request: SeparableRequest, names: tuple[str, ...], bias: BiasGrad | None
     ) -> None:
-        lowering = _lowered(request, least)
-        super().__init__(lowering, request.backend, request.options)
-        self.names = names
+        least = 0 if bias is None else bias.workspace_bytes
+        super().__init__(_lowered(request, least), request.backend, request.options)
+        self.names, self._bias = names, bias
         self._results = [(n, a.shape, a.dtype) for n, a in request.results.items()]
-
-    def _computed(
-        self, arrays: Sequence[Array | None], out: Array | None
-    ) -> dict[str, Any]:
-        """The arrays of a call, and its results by their names."""
-        named = dict(zip(self.names, arrays, strict=False))
-        for name, shape, dtype in self._results:
-            own = self.backend.empty(shape, dtype) if out is None else base_array(out)
-            named[name] = own
-        if self._results:
-            self.execute(named)
-        return named
 
     def run(self, arrays: Sequence[Array | None], out: Array | None) -> Any:
         """Run it on arrays that have been checked."""
-        y = self._computed(arrays, out)["y"]
-        return y if out is None else out
-
-
-class SeparableGradientsPlan(SeparablePlan):
-    """The plan of gradients, of (dy, x, depthwise, pointwise)."""
-
-    bias: BiasGrad | None = None
-
-    def run(self, arrays: Sequence[Array | None], out: None) -> SeparableGradients:
-        """Compute those that are needed."""
-        named = self._computed(arrays, out)
+        named = dict(zip(self.names, arrays, strict=False))
+        for name, *how in self._results:
+            is_new = out is None
+            named[name] = self.backend.empty(*how) if is_new else base_array(out)
+        if self._results:
+            self.execute(named)
+        if "y" in named:
+            return named["y"] if out is None else out
         found = {name: named.get(f"d{name}") for name in _BACKWARD[1:]}
-        if self.bias is not None:
-            found["bias"] = self.bias.run(arrays[:1], out)
-        return SeparableGradients(**found)
+        bias = self._bias and self._bias.run(arrays[:1], None)
+        return SeparableGradients(**found, bias=bias)
 
 
 def plan_separable(
@@ -810,16 +781,15 @@ def plan_separable(
     chosen = chosen_options(options, SEPARABLE_OPTIONS)
     named = named_inputs(dict(zip(_FORWARD, arrays, strict=True)))
     request = SeparableRequest.of(named, chosen)
-    shape, dtype = request.second.y_shape, request.types.result
     if "bias" in named:
         check_shape("bias", named["bias"], (request.filters,))
-    y = stub_array(shape, dtype)
+    y = stub_array(request.second.y_shape, request.types.result)
     if out is not None:
         xp = module_of({**named, "out": out})
-        check_out(out, shape, dtype)
+        check_out(out, y.shape, y.dtype)
         check_overlap(xp, out, named)
         y = stub_of("y", out)
-    return SeparablePlan(request._replace(results={"y": y}), _FORWARD)
+    return SeparablePlan(request._replace(results={"y": y}), _FORWARD, None)
 
 
 def plan_separable_gradients(
@@ -836,17 +806,13 @@ def plan_separable_gradients(
     needs = check_needs(more["needs"], named, _TAKES_MEMORY, SEPARABLE_GRADIENTS)
     request = SeparableRequest.of(named, chosen)
     check_shape("dy", named["dy"], request.second.y_shape)
+    dtype, bias = request.types.result, None
     results = {
-        f"d{name}": stub_array(named[name].shape, request.types.result)
+        f"d{name}": stub_array(named[name].shape, dtype)
         for name in _BACKWARD[1:]
         if name in needs
     }
-    request, dy = request._replace(results=results), request.arrays["dy"]
-    bias, settled = (dy, request.second, request.filters), request.options
-    none, backend = settled._replace(memory_limit=0), request.backend
-    call_ = partial(BiasGrad, *bias, none, backend)
-    least = _least({"bias": call_} if "bias" in needs else {})
-    plan = SeparableGradientsPlan(request, _BACKWARD, least)
     if "bias" in needs:
-        plan.bias = BiasGrad(*bias, settled, backend)
-    return plan
+        own, backend = request.options._replace(memory_limit=None), request.backend
+        bias = BiasGrad(named["dy"], request.second, request.filters, own, backend)
+    return SeparablePlan(request._replace(results=results), _BACKWARD, bias)
