@@ -5,11 +5,10 @@ from typing import Unpack
 
 from cuconv.arrays import Array
 from cuconv.engine.call import GRADIENTS, ConvGradients, run
+from cuconv.engine.depthwise import plan_depthwise, plan_depthwise_gradients
 from cuconv.engine.separable import (
     SEPARABLE_GRADIENTS,
     SeparableGradients,
-    plan_depthwise,
-    plan_depthwise_gradients,
     plan_separable,
     plan_separable_gradients,
 )

@@ -211,9 +211,13 @@ def _check_rank(w: Array | None, more: Mapping[str, Any]) -> None:
 
 
 class GradientPlans:
-    """The plans of the gradients that are needed, of (dy, x, w)."""
+    """The plans of the gradients that are needed, of (dy, x, w).
+
+    ``w_shape`` is that of the gradient for w, where its plan gives another.
+    """
 
     names = "dy", "x", "w"
+    w_shape: tuple[int, ...] | None = None
 
     def __init__(self, plans: dict[str, Runnable]) -> None:
         self._plans = plans
@@ -223,9 +227,10 @@ class GradientPlans:
         """Run every plan."""
         dy, x, w = arrays
         operands = {"x": (dy, w), "w": (dy, x), "bias": (dy,)}
-        return ConvGradients(
-            **{n: plan.run(operands[n], out) for n, plan in self._plans.items()}
-        )
+        found = {n: plan.run(operands[n], out) for n, plan in self._plans.items()}
+        if self.w_shape is not None and "w" in found:
+            found["w"] = found["w"].reshape(self.w_shape)
+        return ConvGradients(**found)
 
 
 def plan_gradients(
@@ -234,7 +239,7 @@ def plan_gradients(
     out: None,
     options: Mapping[str, Any],
     more: Mapping[str, Any],
-) -> Runnable:
+) -> GradientPlans:
     """Plan the gradients of a convolution that are needed; errors come first.
 
     ``call`` is the empty string, or ``"transpose_"`` for a transposed convolution.

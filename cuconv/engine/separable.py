@@ -1,14 +1,11 @@
-"""Depthwise and separable convolution, lowered to basic convolutions.
-
-A depthwise convolution is one with as many groups as channels, over its weights seen as
-`FlatWeights`.  A separable one is two steps,
+"""Separable convolution: two steps, each of basic convolutions over pieces.
 
     h = depthwise_conv(x, depthwise)        y = conv(h, pointwise) + bias
 
-where h is larger than x or y may be.  It is computed in pieces: some images, or a part
-of one, that is outputs of the first step and the cells of x that they meet.  Results
-over outputs, and sums over them, go block by block; a gradient for x goes region by
-region, so that each cell is written once.
+h may be larger than x or y.  A piece is some images, or a part of one: outputs of the
+first step, and the cells of x that they meet.  Results over outputs, and sums over
+them, go block by block; a gradient for x goes region by region, so that each cell is
+written once.
 """
 
 import math
@@ -21,11 +18,9 @@ from typing import Any, NamedTuple, TypeAlias
 from cuconv.arrays import (
     Array,
     Types,
-    any_dask,
     base_array,
     check_out,
     check_overlap,
-    merged_stride,
     module_of,
     resolve_types,
     stub_array,
@@ -33,38 +28,25 @@ from cuconv.arrays import (
 )
 from cuconv.backends import Backend, backend_of, refuse_capture
 from cuconv.engine.bias_grad import BiasGrad
-from cuconv.engine.call import (
-    ConvGradients,
-    GradientPlans,
-    Runnable,
-    check_needs,
-    plan_convolution,
-    plan_gradients,
-)
+from cuconv.engine.call import Runnable, check_needs
+from cuconv.engine.depthwise import FlatWeights
 from cuconv.engine.execute import Run, fill
 from cuconv.engine.lower import lower
 from cuconv.engine.lowering import Lowering, held_by, within
-from cuconv.engine.plan import LoweredCall, Plan
+from cuconv.engine.plan import LoweredCall
 from cuconv.engine.planner import PlanningResult
 from cuconv.engine.problem import check_shape
-from cuconv.engine.request import Request, chosen_options, geometry_of, named_inputs
+from cuconv.engine.request import Request, chosen_options, named_inputs
 from cuconv.engine.tile_search import largest_fitting
-from cuconv.geometry import (
-    Axis,
-    ConvGeometry,
-    Range,
-    Ranges,
-    Tile,
-    channels_are_first,
-)
+from cuconv.geometry import Axis, ConvGeometry, Range, Ranges, Tile
 from cuconv.memory import (
     Buffer,
     MemoryLimitError,
-    all_within,
     buffer_bytes,
+    least_limit,
     workspace_bytes,
 )
-from cuconv.options import DEPTHWISE_OPTIONS, SEPARABLE_OPTIONS, Options
+from cuconv.options import SEPARABLE_OPTIONS, Options
 
 SEPARABLE_GRADIENTS = ("x", "depthwise", "pointwise", "bias")
 _FORWARD = "x", "depthwise", "pointwise", "bias"
@@ -91,241 +73,6 @@ class SeparableGradients(NamedTuple):
     depthwise: Array | None = None
     pointwise: Array | None = None
     bias: Array | None = None
-
-
-# Depthwise convolution
-
-
-class FlatWeights(NamedTuple):
-    """The weights (C, M, *kernel) of a depthwise convolution, as `conv` takes them.
-
-    ``shape`` is theirs there; ``buffers`` are for the copy that is made of them where
-    strides allow no view of this shape.
-    """
-
-    shape: tuple[int, ...]
-    groups: int
-    buffers: tuple[Buffer, ...]
-
-    @classmethod
-    def of(cls, name: str, arrays: dict[str, Array], layout: str) -> "FlatWeights":
-        w, x_shape = arrays[name], arrays["x"].shape
-        first, rank = channels_are_first(layout), w.ndim - 2
-        if rank < 1:
-            raise ValueError(
-                f"{name} has {w.ndim} axes; it needs at least 3: channels, "
-                "multiplier, space"
-            )
-        split = slice(0, 2) if first else slice(rank, rank + 2)
-        channels, multiplier = w.shape[split]
-        place = len(x_shape) - rank - 1 if first else len(x_shape) - 1
-        # Where x has another number of axes, the geometry says so.
-        if len(x_shape) - rank in (1, 2) and x_shape[place] != channels:
-            form = "(C, M, *kernel)" if first else "(*kernel, C, M)"
-            raise ValueError(
-                f"channels do not match: x has {x_shape[place]} and {name} {channels}; "
-                f"{name} is {form}"
-            )
-        # Without channels there is one group of none.
-        filters, each = channels * multiplier, min(channels, 1)
-        kernel = w.shape[2:] if first else w.shape[:-2]
-        shape = (filters, each, *kernel) if first else (*kernel, each, filters)
-        # A graph holds weights as it does any input: no block makes a copy of them.
-        lazy = any_dask(arrays.values())
-        is_view = lazy or merged_stride(w.shape[split], w.strides[split]) is not None
-        buffers = () if is_view else (Buffer("flat", w.size, w.dtype),)
-        return cls(shape, max(channels, 1), buffers)
-
-    def stub(self, w: Array) -> Array:
-        """Stand in for the weights as they are convolved with."""
-        if self.buffers:
-            return stub_array(self.shape, w.dtype)
-        return stub_of("w", w).reshape(self.shape)
-
-    def copy(self, w: Array, run: Run) -> None:
-        """Copy the weights where that must be."""
-        if "flat" in run.arrays:
-            run.backend.copy(w, run.arrays["flat"].reshape(w.shape))
-
-    def view(self, w: Array, arrays: dict[str, Array]) -> Array:
-        """View the weights, or their copy."""
-        return arrays.get("flat", w).reshape(self.shape)
-
-
-class Depthwise(Lowering):
-    """A convolution whose weights are seen in another shape."""
-
-    def __init__(self, inner: Lowering, flat: FlatWeights) -> None:
-        self.inner, self.flat = inner, flat
-        self.parts = inner.parts
-        self.buffers = (*flat.buffers, *inner.buffers)
-        self.is_capturable = inner.is_capturable and not flat.buffers
-
-    @property
-    def chunks(self) -> int:
-        return self.inner.chunks
-
-    @property
-    def flops(self) -> int:
-        return self.inner.flops
-
-    def weights_of(self, w: Array) -> Iterable[Array]:
-        return self.inner.weights_of(w.reshape(self.flat.shape))
-
-    def steps(self, run: Run) -> None:
-        w = run.arrays["w"]
-        self.flat.copy(w, run)
-        arrays = {**run.arrays, "w": self.flat.view(w, run.arrays)}
-        self.inner.steps(run._replace(arrays=arrays))
-
-
-def plan_depthwise(
-    call: str,
-    arrays: tuple[Array | None, ...],
-    out: Array | None,
-    options: Mapping[str, Any],
-    more: Mapping[str, Any],
-) -> Runnable:
-    """Check a depthwise convolution, and plan it."""
-    del call
-    chosen = chosen_options(options, DEPTHWISE_OPTIONS)
-    x, w, bias = arrays
-    named = named_inputs({"x": x, "w": w, "bias": bias})
-    flat = FlatWeights.of("w", named, chosen.layout)
-    if any_dask(named.values()):
-        own = {**options, "groups": flat.groups}
-        given = x, named["w"].reshape(flat.shape), bias
-        return plan_convolution("forward", given, out, own, more)
-    chosen = chosen._replace(groups=flat.groups)
-    stubs = {name: stub_of(name, array) for name, array in named.items()}
-    stubs["w"] = flat.stub(named["w"])
-    geometry = geometry_of("forward", stubs, chosen, more)
-    backend = backend_of(module_of(named if out is None else {**named, "out": out}), x)
-    if flat.buffers:
-        what = "w must be copied: its axes C and M do not lie in one run"
-        refuse_capture(backend, what)
-    target = None if out is None else stub_of("out", out)
-    request = Request("forward", geometry, stubs, target, chosen.settled(), backend)
-    plan: Any = _planned_beside_copy({"y": request}, flat)["y"]
-    plan.check_result(out, named, captured=plan.problem.captured)
-    return plan  # type: ignore[no-any-return]
-
-
-class DepthwiseGradients(NamedTuple):
-    """The plans of gradients, of which that for w gets the shape of w."""
-
-    plans: Runnable
-    w_shape: tuple[int, ...]
-    threads: int
-    names: tuple[str, ...] = GradientPlans.names
-
-    def run(self, arrays: Sequence[Array | None], out: None) -> ConvGradients:
-        """Run every plan."""
-        found: ConvGradients = self.plans.run(arrays, out)
-        return (
-            found
-            if found.w is None
-            else found._replace(w=found.w.reshape(self.w_shape))
-        )
-
-
-def plan_depthwise_gradients(
-    call: str,
-    arrays: tuple[Array | None, ...],
-    out: None,
-    options: Mapping[str, Any],
-    more: Mapping[str, Any],
-) -> Runnable:
-    """Plan the gradients of a depthwise convolution that are needed."""
-    del call
-    chosen = chosen_options(options, DEPTHWISE_OPTIONS)
-    dy, x, w = arrays
-    named = named_inputs({"dy": dy, "x": x, "w": w})
-    needs = check_needs(more["needs"], named, more["allocates"])
-    flat = FlatWeights.of("w", named, chosen.layout)
-    chosen = chosen._replace(groups=flat.groups)
-    geometry = chosen.geometry(named["x"].shape, flat.shape)
-    check_shape("dy", named["dy"], geometry.y_shape)
-    plans: Runnable
-    if any_dask(named.values()):
-        own = {**options, "groups": flat.groups}
-        given = dy, x, named["w"].reshape(flat.shape)
-        plans = plan_gradients("", given, out, own, more)
-    else:
-        stubs = {name: stub_of(name, array) for name, array in named.items()}
-        stubs["w"] = flat.stub(named["w"])
-        backend = backend_of(module_of(named), dy)
-        operands = {
-            "x": ("input_grad", "w"),
-            "w": ("weight_grad", "x"),
-            "bias": ("bias_grad",),
-        }
-        requests = {
-            name: Request(
-                op,
-                geometry,
-                {n: stubs[n] for n in ("dy", *other)},
-                None,
-                chosen.settled(),
-                backend,
-            )
-            for name, (op, *other) in operands.items()
-            if name in needs
-        }
-        plans = GradientPlans(_planned_beside_copy(requests, flat))
-    return DepthwiseGradients(plans, named["w"].shape, plans.threads)
-
-
-def _planned_beside_copy(
-    requests: dict[str, Request], flat: FlatWeights
-) -> dict[str, Runnable]:
-    """Plan depthwise calls, beside a copy of the weights where one is made.
-
-    Raises
-    ------
-    MemoryLimitError
-        If there is no room for them all.
-    """
-    limit = next(iter(requests.values())).options.memory_limit if requests else None
-    copied = any("w" in request.arrays for request in requests.values())
-    if copied and flat.buffers and isinstance(limit, int):
-        taken = buffer_bytes(flat.buffers)
-        smallest = taken + _least(_each_planned(requests, flat, 0))
-        if limit < smallest:
-            raise MemoryLimitError(limit, smallest, "a copy of w and what it is for")
-        limit -= taken
-    return all_within(_each_planned(requests, flat, limit))
-
-
-def _each_planned(
-    requests: dict[str, Request], flat: FlatWeights, limit: Any
-) -> dict[str, Callable[[], Runnable]]:
-    return {
-        name: partial(_planned, request, flat, limit)
-        for name, request in requests.items()
-    }
-
-
-def _planned(request: Request, flat: FlatWeights, limit: Any) -> Runnable:
-    """Plan one depthwise call under a limit."""
-    options = request.options._replace(memory_limit=limit)
-    if request.call == "bias_grad":
-        g = request.geometry
-        return BiasGrad(request.arrays["dy"], g, g.filters, options, request.backend)
-    own = request._replace(options=options)
-    return Plan(own, Depthwise(lower(own), flat) if "w" in own.arrays else None)
-
-
-def _least(calls: Mapping[Any, Callable[[], object]]) -> int:
-    """The smallest limit under which all of these, made without memory, would do."""
-    try:
-        all_within(calls)
-    except MemoryLimitError as error:
-        return error.smallest
-    return 0
-
-
-# Separable convolution
 
 
 class Piece(NamedTuple):
@@ -426,19 +173,29 @@ class Tiling(NamedTuple):
 
 
 class Step(NamedTuple):
-    """One convolution of a piece; ``total``, if any, is what its result is added to."""
+    """A convolution of a piece, of the first or second step of the call.
 
+    ``total``, if any, is what its result is added to.
+    """
+
+    number: int
     call: str
     geometry: ConvGeometry
     operands: dict[str, Array]
     out: Array
-    is_second: bool
     total: Array | None = None
 
     @property
     def kind(self) -> tuple[object, ...]:
         """Steps of a kind are lowered alike."""
-        return self.call, self.is_second, self.geometry, self.out.dtype
+        return self.number, self.call, self.geometry, self.out.dtype
+
+    def later(self, arrays: dict[str, Array]) -> "Step":
+        """The same after the first piece, when gradients of weights are added up."""
+        if self.call != "weight_grad" or "part" not in arrays:
+            return self
+        part = arrays["part"][: self.out.size].reshape(self.out.shape)
+        return self._replace(out=part, total=self.out)
 
 
 class SeparableRequest(NamedTuple):
@@ -473,9 +230,8 @@ class SeparableRequest(NamedTuple):
         return cls(geometry, filters, flat, stubs, {}, types, options, backend)
 
     @property
-    def second(self) -> ConvGeometry:
-        """The geometry of the second step."""
-        return _second(self.geometry, self.filters)
+    def y_shape(self) -> tuple[int, ...]:
+        return second_step(self.geometry, self.filters).y_shape
 
     def counts(self) -> list[int]:
         """How many positions a piece may have, from one to all."""
@@ -526,58 +282,44 @@ class SeparableRequest(NamedTuple):
         stubs = {b.name: stub_array((b.cells,), b.dtype) for b in tiling.buffers}
         arrays = {**self.arrays, **self.results, **stubs}
         for piece in chain.from_iterable(t.kinds() for t in tiling.traversals):
-            for is_first in (True, False)[: 1 + ("part" in stubs)]:
-                yield from self.steps(piece, arrays, is_first=is_first)
+            for step in self.steps(piece, arrays):
+                yield step
+                yield step.later(arrays)
 
-    def steps(
-        self, piece: Piece, arrays: dict[str, Array], *, is_first: bool
-    ) -> Iterator[Step]:
+    def steps(self, piece: Piece, arrays: dict[str, Array]) -> Iterator[Step]:
         """What is done for a piece, in this order: its buffers are used again."""
         one, results = self._first(piece), piece.results
-        two = _second(one, self.filters)
+        two = second_step(one, self.filters)
+        sums = {n: arrays.get(f"sum of {n}", arrays.get(n)) for n in _SUMMED}
         x = self._at(arrays["x"], piece.images, piece.cells)
         w = self.flat.view(arrays["depthwise"], arrays)
         axes = (None,) * one.rank
         points = arrays["pointwise"][(..., *axes) if one.channels_first else axes]
         h = arrays["between"][: math.prod(one.y_shape)].reshape(one.y_shape)
         if results & {"y", "dpointwise"}:
-            yield Step("forward", one, {"x": x, "w": w}, h, is_second=False)
+            yield Step(1, "forward", one, {"x": x, "w": w}, h)
         if "y" in results:
             y = self._at(arrays["y"], piece.images, piece.outputs)
             bias = {"bias": arrays["bias"]} if "bias" in self.arrays else {}
-            yield Step("forward", two, {"x": h, "w": points, **bias}, y, is_second=True)
+            yield Step(2, "forward", two, {"x": h, "w": points, **bias}, y)
             return
         dy = self._at(arrays["dy"], piece.images, piece.outputs)
         if "dpointwise" in results:
-            sums = self._sums("dpointwise", two, arrays, is_first=is_first)
-            yield Step("weight_grad", two, {"dy": dy, "x": h}, sums[0], True, *sums[1:])
+            total = sums["dpointwise"].reshape(two.w_shape)
+            yield Step(2, "weight_grad", two, {"dy": dy, "x": h}, total)
         if results & {"dx", "ddepthwise"}:
-            yield Step("input_grad", two, {"dy": dy, "w": points}, h, is_second=True)
+            yield Step(2, "input_grad", two, {"dy": dy, "w": points}, h)
         if "ddepthwise" in results:
-            sums = self._sums("ddepthwise", one, arrays, is_first=is_first)
-            yield Step("weight_grad", one, {"dy": h, "x": x}, sums[0], False, *sums[1:])
+            total = sums["ddepthwise"].reshape(one.w_shape)
+            yield Step(1, "weight_grad", one, {"dy": h, "x": x}, total)
         if "dx" in results:
             dx = self._at(arrays["dx"], piece.images, piece.cells)
-            yield Step("input_grad", one, {"dy": h, "w": w}, dx, is_second=False)
-
-    def _sums(
-        self,
-        name: str,
-        geometry: ConvGeometry,
-        arrays: dict[str, Array],
-        *,
-        is_first: bool,
-    ) -> tuple[Array, ...]:
-        """Where a gradient of weights is written: the sums, or a part and the sums."""
-        total = arrays.get(f"sum of {name}", arrays[name]).reshape(geometry.w_shape)
-        if is_first:
-            return (total,)
-        return arrays["part"][: total.size].reshape(total.shape), total
+            yield Step(1, "input_grad", one, {"dy": h, "w": w}, dx)
 
     def lowered(self, step: Step, limit: int) -> Lowering:
         """Lower a step; a strategy that is named is the first step's."""
         options = self.options._replace(dtype=step.out.dtype, memory_limit=limit)
-        if step.is_second and options.strategy != "benchmark":
+        if step.number == 2 and options.strategy != "benchmark":
             options = options._replace(strategy="auto")
         given = step.call, step.geometry, step.operands, step.out
         return lower(Request(*given, options, self.backend))
@@ -598,7 +340,7 @@ class SeparableRequest(NamedTuple):
         return array[self.geometry.arranged(slice(*images), slice(None), cells)]
 
 
-def _second(geometry: ConvGeometry, filters: int) -> ConvGeometry:
+def second_step(geometry: ConvGeometry, filters: int) -> ConvGeometry:
     """The geometry of the second step, over what the first one gives."""
     axes = tuple(Axis(n, 1, 1, 1, 0, 0) for n in geometry.out)
     return replace(
@@ -629,13 +371,9 @@ class Separable(Lowering):
     """The steps of every piece; ``inner`` says how those of each kind are lowered."""
 
     def __init__(
-        self,
-        request: SeparableRequest,
-        tiling: Tiling,
-        inner: dict[object, Lowering],
-        limit: int,
+        self, request: SeparableRequest, tiling: Tiling, inner: dict[object, Lowering]
     ) -> None:
-        self.request, self.tiling, self._limit = request, tiling, limit
+        self.request, self.tiling = request, tiling
         self.inner, self.buffers = inner, tiling.buffers
         self.parts: tuple[PlanningResult, ...] = ()
         self._first: dict[object, int] = {}
@@ -645,18 +383,15 @@ class Separable(Lowering):
 
     @property
     def chunks(self) -> int:
-        number = sum(traversal.number for traversal in self.tiling.traversals)
-        steps = len({(call, is_second) for call, is_second, *_ in self.inner})
+        """How many blocks the work is cut into, at most."""
+        pieces = sum(traversal.number for traversal in self.tiling.traversals)
+        steps = len({(number, call) for number, call, *_ in self.inner})
         most = max((each.chunks for each in self.inner.values()), default=0)
-        return number * steps * most
+        return pieces * steps * most
 
     @property
     def workspace_bytes(self) -> int:
         return workspace_bytes(self.buffers) + held_by(self.inner.values())
-
-    @property
-    def memory_limit(self) -> int:
-        return self._limit
 
     def bytes_around(self, parts: Sequence[int]) -> int:
         each = (
@@ -671,17 +406,16 @@ class Separable(Lowering):
         raise NotImplementedError("a separable convolution is not prepared")
 
     def steps(self, run: Run) -> None:
-        request, arrays, backend = self.request, run.arrays, run.backend
+        request, arrays = self.request, run.arrays
         request.flat.copy(arrays["depthwise"], run)
-        is_first = True
-        for piece in chain.from_iterable(t.pieces() for t in self.tiling.traversals):
-            for step in request.steps(piece, arrays, is_first=is_first):
-                self._convolve(step, run)
-            is_first = False
+        pieces = chain.from_iterable(t.pieces() for t in self.tiling.traversals)
+        for number, piece in enumerate(pieces):
+            for step in request.steps(piece, arrays):
+                self._convolve(step.later(arrays) if number else step, run)
         for name in _SUMMED:
             if f"sum of {name}" in arrays:
                 sums = arrays[f"sum of {name}"].reshape(arrays[name].shape)
-                backend.copy(sums, arrays[name])
+                run.backend.copy(sums, arrays[name])
 
     def _convolve(self, step: Step, run: Run) -> None:
         operands, out, backend = step.operands, step.out, run.backend
@@ -719,7 +453,7 @@ def _within(request: SeparableRequest, limit: int, least: int) -> Separable:
                 inner = within(_calls(request, tiling, tiling.limit), tiling.limit)
             except MemoryLimitError:
                 continue
-            return Separable(request, tiling, inner, limit)
+            return Separable(request, tiling, inner)
     smallest = max(least, _smallest(request))
     raise MemoryLimitError(limit, smallest, "a separable convolution")
 
@@ -738,7 +472,7 @@ def _smallest(request: SeparableRequest) -> int:
     for count in request.counts():
         tiling = request.tiling(count, 0)
         if best is None or -tiling.limit < best:
-            needed = _least(_calls(request, tiling, 0)) - tiling.limit
+            needed = least_limit(_calls(request, tiling, 0)) - tiling.limit
             best = needed if best is None else min(best, needed)
     return best or 0
 
@@ -783,7 +517,7 @@ def plan_separable(
     request = SeparableRequest.of(named, chosen)
     if "bias" in named:
         check_shape("bias", named["bias"], (request.filters,))
-    y = stub_array(request.second.y_shape, request.types.result)
+    y = stub_array(request.y_shape, request.types.result)
     if out is not None:
         xp = module_of({**named, "out": out})
         check_out(out, y.shape, y.dtype)
@@ -805,7 +539,7 @@ def plan_separable_gradients(
     named = named_inputs(dict(zip(_BACKWARD, arrays, strict=True)))
     needs = check_needs(more["needs"], named, _TAKES_MEMORY, SEPARABLE_GRADIENTS)
     request = SeparableRequest.of(named, chosen)
-    check_shape("dy", named["dy"], request.second.y_shape)
+    check_shape("dy", named["dy"], request.y_shape)
     dtype, bias = request.types.result, None
     results = {
         f"d{name}": stub_array(named[name].shape, dtype)
@@ -814,5 +548,5 @@ def plan_separable_gradients(
     }
     if "bias" in needs:
         own, backend = request.options._replace(memory_limit=None), request.backend
-        bias = BiasGrad(named["dy"], request.second, request.filters, own, backend)
+        bias = BiasGrad(named["dy"], request.geometry, request.filters, own, backend)
     return SeparablePlan(request._replace(results=results), _BACKWARD, bias)
