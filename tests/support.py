@@ -431,6 +431,7 @@ def forget_plans() -> None:
 def forget_winners() -> None:
     """Read the records of `strategy="benchmark"` from the disk again."""
     autotune._known.cache_clear()
+    forget_plans()
 
 
 def candidates_of(plan: cuconv.Plan) -> Sequence[Any]:

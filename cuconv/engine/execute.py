@@ -42,7 +42,7 @@ class Memory:
                 range(start, start + workers * each, each) if each else [0] * workers
             )
             return tuple(carve(self.raw, place, buffers) for place in starts)
-        raw = self._recording.region(name, start, each)
+        raw = self._recording.region(name, start, each, workers)
         return (carve(raw, 0, buffers),) * workers
 
 

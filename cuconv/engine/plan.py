@@ -23,7 +23,7 @@ from cuconv.engine.lower import lower
 from cuconv.engine.lowering import Lowering
 from cuconv.engine.planner import PlanningResult
 from cuconv.engine.problem import NAMES, ROLES, Problem, check_shape, shapes_of
-from cuconv.engine.program import Program, Recording, TooManySteps
+from cuconv.engine.program import MOST_BYTES, Program, Recording, TooManySteps
 from cuconv.engine.request import ZERO_POINTS, Request
 from cuconv.engine.tile_search import Candidate
 from cuconv.geometry import Axis, ConvGeometry
@@ -35,8 +35,6 @@ NEEDS_OUT = "cannot allocate the result during CUDA graph capture: pass out="
 # The most blocks that are worth recording: the work of more takes longer by far than
 # finding out what to do.
 _MOST_BLOCKS = 32
-# What views may take in any case: less than what a run counts for Python's objects.
-_FREE_BYTES = 6 * 1024
 
 
 class LoweredCall:
@@ -67,6 +65,7 @@ class LoweredCall:
         """The same call, whose parts are run by these."""
         other = copy.copy(self)
         other.candidates, other._program = candidates.copy(), None
+        other._is_recordable = self.lowering.chunks <= _MOST_BLOCKS
         other._summarize()
         return other
 
@@ -95,7 +94,8 @@ class LoweredCall:
         if not self._is_tuned and not captured:
             self._tune(arrays)
         if self._is_recordable:
-            self._record(arrays)
+            self._is_recordable = False
+            self._program = self._recorded(arrays)
         if self._program is not None:
             self.backend.execute(self._program, arrays)
         else:
@@ -110,27 +110,21 @@ class LoweredCall:
         ):
             self._steps(backend, arrays, Memory(raw))
 
-    def _record(self, arrays: dict[str, Array]) -> None:
-        """Record the steps for arrays of this layout, if the program is not too long.
-
-        Its views of the workspace count to the memory limit.
-        """
+    def _recorded(self, arrays: dict[str, Array]) -> Program | None:
+        """Record the steps for arrays of this layout, if the program is not too long."""
+        overhead = max(candidate.overhead_bytes for candidate in self.candidates)
+        nbytes = self._memory_bytes
+        if self.lowering.memory_limit - nbytes - overhead < MOST_BYTES:
+            return None
         stubs = {name: stub_of(name, array) for name, array in arrays.items()}
         recording = Recording(self.backend, stubs)
-        nbytes = self._memory_bytes
         memory = Memory.recorded(max(nbytes - ALIGNED, 0), recording)
         try:
             self._steps(recording.backend, stubs, memory)
         except TooManySteps:
-            self._is_recordable = False
-            return
+            return None
         single = self.is_single_threaded
-        program = Program(recording, nbytes, self.workers, single_threaded=single)
-        spare = self.lowering.memory_limit - self.lowering.workspace_bytes
-        if program.nbytes_of_views <= max(spare, _FREE_BYTES):
-            self._program = program
-        else:
-            self._is_recordable = False
+        return Program(recording, nbytes, self.workers, single_threaded=single)
 
     def _steps(self, backend: Any, arrays: dict[str, Array], memory: Memory) -> None:
         buffers = self.lowering.buffers
@@ -293,6 +287,8 @@ class Plan(LoweredCall):
             plan that a graph cannot hold.
         """
         key = layouts_of((*arrays, out))
+        if key is None:
+            arrays = tuple(map(base_array, arrays))
         plan = self._others.get(key) if key is not None else None
         if plan is None:
             plan = self._checked(arrays, out)
@@ -307,7 +303,6 @@ class Plan(LoweredCall):
 
     def _checked(self, arrays: tuple[Array | None, ...], out: Array | None) -> "Plan":
         """Check the arrays of a call; the plan for them, if they lie otherwise."""
-        arrays = tuple(map(base_array, arrays))
         names = [n for n in ROLES[self.call] if n != "w" or not self.is_prepared]
         given = {n: a for n, a in zip(names, arrays, strict=False) if a is not None}
         self._check(names, arrays, given, out)
@@ -395,6 +390,8 @@ class Plan(LoweredCall):
         """The same plan with weights that nobody else writes, of the operands' type."""
         plan = self.with_candidates(self.candidates)
         plan.names = tuple(name for name in self.names if name != "w")
+        # Prepared weights are what one candidate takes, and no other.
+        plan._is_tuned = True
         each = enumerate(self.lowering.weights_of(w))
         plan._weights = {f"weights{n}": self._prepared(n, own) for n, own in each}
         return plan

@@ -24,9 +24,10 @@ from cuconv.arrays import Array, ArrayStub, DType, offset_of, strided, stub_arra
 SHARED = "shared"
 # Longer programs take more memory than they save time.
 MOST_STEPS = 400
+# What a program of so many steps takes, with its views of a workspace: it is recorded
+# where the memory limit has room for that.
+MOST_BYTES = 2**18
 
-# What a view takes, with the place for its shape and strides.
-_VIEW_BYTES = 256
 
 Slots: TypeAlias = list[Any]
 
@@ -64,11 +65,18 @@ class Step(NamedTuple):
 Item: TypeAlias = tuple[Step, ...]
 
 
+class Phase(NamedTuple):
+    """Items that are independent of each other, for so many workers at most."""
+
+    items: tuple[Item, ...]
+    workers: int
+
+
 class Program:
     """Steps over the arrays of a call and one workspace.
 
-    ``phases`` follow each other; the items of a phase are independent.  ``slots`` holds
-    the constants; ``views`` says what goes to the other slots.
+    ``phases`` follow each other.  ``slots`` holds the constants; ``views`` says what
+    goes to the other slots.
     """
 
     def __init__(
@@ -85,7 +93,7 @@ class Program:
         self.views = tuple(recording.views.items())
         self.phases = tuple(recording.phases_of(ranges=False))
         self.phases_with_ranges = tuple(recording.phases_of(ranges=True))
-        self.regions = {SHARED: (0, 0), **recording.regions}
+        self.regions = {SHARED: (0, 0, workers), **recording.regions}
         self.kept = [(s, v) for v, s in self.views if v.source in self.regions]
         self.given = [
             (slot, view.source, _maker(view, recording.stubs[view.source]))
@@ -93,18 +101,15 @@ class Program:
             if view.source not in self.regions
         ]
 
-    @property
-    def nbytes_of_views(self) -> int:
-        """About how much memory the views of a workspace take."""
-        return self.workers * (len(self.kept) * _VIEW_BYTES + 8 * len(self.slots))
-
     def bound(self, raw: Array) -> list[Slots]:
         """The slots of every worker, with views of an aligned NumPy workspace."""
         each = []
         for worker in range(self.workers):
             slots = self.slots.copy()
             for slot, view in self.kept:
-                start, step = self.regions[view.source]
+                start, step, workers = self.regions[view.source]
+                if worker >= workers:
+                    continue
                 place = view.offset + start + worker * step
                 slots[slot] = np.ndarray(
                     view.shape, view.dtype, raw, place, view.strides
@@ -112,7 +117,7 @@ class Program:
             each.append(slots)
         return each
 
-    def current_phases(self) -> tuple[tuple[Item, ...], ...]:
+    def current_phases(self) -> tuple[Phase, ...]:
         """The phases, with ranges if a profiler receives them."""
         return self.phases_with_ranges if profiling.is_listening() else self.phases
 
@@ -149,10 +154,11 @@ class Recording:
         self.backend.do, self.backend.each = self.do, self.each
         self.slots: Slots = []
         self.views: dict[View, int] = {}
-        # Where the regions of the first worker begin, and how far apart they lie.
-        self.regions: dict[str, tuple[int, int]] = {}
+        # Of each region: where the first worker's begins, how far apart they are, and
+        # for how many workers there is one.
+        self.regions: dict[str, tuple[int, int, int]] = {}
         self._constants: dict[int, int] = {}
-        self._phases: list[list[list[Step]]] = []
+        self._phases: list[tuple[list[list[Step]], int]] = []
         self._steps: list[Step] | None = None
         self._count = 0
 
@@ -163,7 +169,7 @@ class Recording:
             raise TooManySteps
         if self._steps is None:
             self._steps = []
-            self._phases.append([self._steps])
+            self._phases.append(([self._steps], 1))
         takes_addresses = getattr(function, "takes_addresses", False)
         slots = [self._slot(o, is_address=takes_addresses) for o in operands]
         self._steps.append(Step(function, _picker(slots)))
@@ -179,26 +185,26 @@ class Recording:
         """Record a phase: the steps of every item, as the first worker would do them."""
         del single_threaded
         phase: list[list[Step]] = []
-        self._phases.append(phase)
+        self._phases.append((phase, len(scratch)))
         for number, item in enumerate(items):
             self._steps = []
             phase.append(self._steps)
             body(number, item, scratch[0])
         self._steps = None
 
-    def region(self, name: str, start: int, nbytes: int) -> ArrayStub:
+    def region(self, name: str, start: int, nbytes: int, workers: int) -> ArrayStub:
         """Stand in for the memory of a worker's own in a workspace."""
-        self.regions[name] = start, nbytes
+        self.regions[name] = start, nbytes, workers
         return stub_array((nbytes,), np.dtype(np.uint8), name=name)
 
-    def phases_of(self, *, ranges: bool) -> Iterable[tuple[Item, ...]]:
+    def phases_of(self, *, ranges: bool) -> Iterable[Phase]:
         """The phases, with or without the ranges that a profiler shows."""
         marks = () if ranges else (profiling.push, profiling.pop)
-        for phase in self._phases:
+        for phase, workers in self._phases:
             items = (
                 tuple(s for s in item if s.function not in marks) for item in phase
             )
-            yield tuple(item for item in items if item)
+            yield Phase(tuple(item for item in items if item), workers)
 
     def _slot(self, operand: Any, *, is_address: bool) -> int:
         if isinstance(operand, ArrayStub):

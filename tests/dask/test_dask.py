@@ -382,13 +382,13 @@ def test_a_block_pulls_its_window_and_nothing_else(monkeypatch) -> None:
     w = np.ones((1, 2, 3, 3))
     geometry = ConvGeometry.of_weights(read.array.shape, w.shape, **PULLED)
     shapes = []
-    original = lazy_conv.bind_now
+    original = lazy_conv.Plan
 
-    def spy(call: str, part: Any, arrays: Any, *rest: Any) -> Any:
-        shapes.append(arrays["x"].shape)
-        return original(call, part, arrays, *rest)
+    def spy(request: Any) -> Any:
+        shapes.append(request.arrays["x"].shape)
+        return original(request)
 
-    monkeypatch.setattr(lazy_conv, "bind_now", spy)
+    monkeypatch.setattr(lazy_conv, "Plan", spy)
     y = cuconv.conv(read.array, w, **PULLED)
     images, _, *spatial = map(lazy_blocks.spans, y.chunks)
     count = 0
@@ -550,16 +550,16 @@ def test_wrong_shapes_and_modules_are_refused(xp) -> None:
 
 def test_settings_of_the_call_hold_in_its_blocks(monkeypatch) -> None:
     seen = []
-    original = lazy_conv.bind_now
+    original = lazy_conv.Plan
 
-    def spy(call: str, part: Any, arrays: Any, out: Any, options: Any) -> Any:
-        seen.append((settings_now().num_threads, options))
-        return original(call, part, arrays, out, options)
+    def spy(request: Any) -> Any:
+        seen.append((settings_now().num_threads, request.options))
+        return original(request)
 
-    monkeypatch.setattr(lazy_conv, "bind_now", spy)
     x = da.zeros((2, 1, 8), chunks=(1, 1, 8))
     with cuconv.config(num_threads=1, memory_limit="1 MiB", precision="strict"):
         y = cuconv.conv(x, np.ones((1, 1, 3)))
+    monkeypatch.setattr(lazy_conv, "Plan", spy)
     y.compute()
     assert len(seen) == 2
     for threads, options in seen:

@@ -31,12 +31,15 @@ from support import (
 import cuconv
 from cuconv import testing
 from cuconv.arrays import accumulator
+from cuconv.backends import backend_of
 from cuconv.backends.blocking import Blocking, block_sizes
 from cuconv.backends.cuda import cuda_backend
-from cuconv.engine.rewrites import bind
+from cuconv.engine.plan import Plan
+from cuconv.engine.problem import in_groups
+from cuconv.engine.request import Request
 from cuconv.geometry import ConvGeometry
 from cuconv.options import Options
-from cuconv.strategies.base import filters_of, in_groups
+from cuconv.strategies.base import filters_of
 
 pytestmark = pytest.mark.parametrize("xp", ["cupy"], indirect=True)
 MINE = {"strategy": "implicit_gemm"}
@@ -291,7 +294,8 @@ def test_sums_are_cut_only_where_the_result_is_one_run(xp):
     ):
         arrays = {"x": x, "w": w}
         geometry = ConvGeometry.of_weights(x.shape, w.shape, padding=2)
-        plan = bind("forward", geometry, arrays, out, Options(**options)).plan
+        settled, backend = Options(**options).settled(), backend_of(xp, x)
+        plan = Plan(Request("forward", geometry, arrays, out, settled, backend))
         seen[name] = {c.tiling.variant[2] for c in candidates_of(plan)}
     assert seen["gaps"] == {1} < seen["run"]
 
