@@ -16,10 +16,10 @@ import pytest
 from threadpoolctl import threadpool_info
 
 import cuconv
-from cuconv import separable, testing
+from cuconv import testing
 from cuconv.arrays import SUPPORTED_TYPES
 from cuconv.backends.cpu import backend as host
-from cuconv.engine import autotune, planner
+from cuconv.engine import autotune
 from cuconv.engine import call as calls
 from cuconv.engine import plan as planning
 from cuconv.memory import MemoryLimitError
@@ -568,16 +568,16 @@ def run_candidate(plan: cuconv.Plan, candidate: Any, arrays: Sequence[Any]) -> A
 
 
 def ran(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """The first candidate of every convolution that runs from now on."""
+    """The first candidate of every call that runs from now on."""
     seen: list[Any] = []
-    original = cuconv.Plan.run
+    original = planning.LoweredCall.execute
 
     def spy(plan: Any, *arguments: Any) -> Any:
         result = original(plan, *arguments)
         seen.append(chosen(plan))
         return result
 
-    monkeypatch.setattr(cuconv.Plan, "run", spy)
+    monkeypatch.setattr(planning.LoweredCall, "execute", spy)
     return seen
 
 
@@ -674,29 +674,6 @@ def let_number_win(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
     monkeypatch.setattr(planning, "recall", lambda *_: None)
     monkeypatch.setattr(planning, "fastest", lambda _, each: number % len(each))
     forget_plans()
-
-
-def forget_separable_calls() -> None:
-    separable._SEEN.clear()
-
-
-def cut_separable_calls(monkeypatch: pytest.MonkeyPatch, positions: int) -> None:
-    """Let the pieces of separable calls have as many positions."""
-    forget_separable_calls()
-    monkeypatch.setattr(separable._Separable, "_counts", lambda _: [positions])
-
-
-def steps_of_separable_calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The operation of every step that runs from now on."""
-    seen: list[str] = []
-    original = separable._Step.run
-
-    def spy(step: Any, *arguments: Any) -> Any:
-        seen.append(step.call)
-        return original(step, *arguments)
-
-    monkeypatch.setattr(separable._Step, "run", spy)
-    return seen
 
 
 def on_blocks(monkeypatch: pytest.MonkeyPatch, note: Callable[[Any, Any], Any]) -> None:

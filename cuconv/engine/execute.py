@@ -70,6 +70,14 @@ class Run(NamedTuple):
             second = arrays.get("x")
         return first, second, arrays.get("bias"), arrays["out"]
 
+    def inside(
+        self, first: int, arrays: dict[str, Array], buffers: Sequence[Buffer]
+    ) -> "Run":
+        """Run a lowering of which others are made: its parts begin at ``first``."""
+        own = {**arrays, **self.memory.shared(self.start, buffers)}
+        start = self.start + buffer_bytes(buffers)
+        return self._replace(arrays=own, start=start, first=self.first + first)
+
     def convolve(
         self,
         number: int,

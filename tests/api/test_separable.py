@@ -9,19 +9,18 @@ import numpy as np
 import pytest
 from support import (
     cupy_slowly,
-    cut_separable_calls,
-    forget_separable_calls,
+    forget_plans,
     integers,
     peak,
     slowly,
     smallest_limit,
-    steps_of_separable_calls,
     to_device,
     to_host,
 )
 
 import cuconv
 from cuconv import separable, testing
+from cuconv.engine import separable as lowered
 from cuconv.memory import MemoryLimitError
 
 
@@ -268,14 +267,27 @@ def test_separable_is_the_composition_in_any_pieces(xp, name, layout) -> None:
 @pytest.fixture
 def pieces_of(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int], None]]:
     """Let pieces have as many positions as a test says."""
-    yield partial(cut_separable_calls, monkeypatch)
-    forget_separable_calls()
+
+    def choose(positions: int) -> None:
+        forget_plans()
+        counts = [positions]
+        monkeypatch.setattr(lowered.SeparableRequest, "counts", lambda self: counts)
+
+    yield choose
+    forget_plans()
 
 
 @pytest.fixture
 def steps(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Every step that ran."""
-    return steps_of_separable_calls(monkeypatch)
+    """Every step that ran, or was recorded to run."""
+    ran: list[str] = []
+    convolve = lowered.Separable._convolve
+    monkeypatch.setattr(
+        lowered.Separable,
+        "_convolve",
+        lambda self, step, run: (ran.append(step.call), convolve(self, step, run)),
+    )
+    return ran
 
 
 @pytest.mark.parametrize("name", ["two axes", "three axes"])
@@ -395,6 +407,20 @@ def test_nothing_to_convolve(xp, shape) -> None:
     assert (back.x.shape, back.w.shape) == (x.shape, w.shape)
 
 
+def test_strategies_are_those_of_the_first_step(xp, choices) -> None:
+    arrays = on(xp, made(NETS["one axis"], "float32"), "channels_first")
+    x, w, points, bias, _, options = arrays
+    wanted = to_host(cuconv.separable_conv(x, w, points, bias, **options))
+    names = ("im2col", "tap_matmul", "benchmark")
+    for name in names:
+        y = cuconv.separable_conv(x, w, points, bias, strategy=name, **options)
+        testing.assert_equal(y, wanted)
+        if name != "benchmark":
+            assert choices[-1].strategy.name == name
+    with pytest.raises(ValueError, match="'magic'"):
+        cuconv.separable_conv(x, w, points, strategy="magic")
+
+
 X, W, P = np.ones((2, 3, 6, 5)), np.ones((3, 2, 3, 2)), np.ones((4, 6))
 # What is said, and the call.
 MISTAKES: dict[type[Exception], dict[str, Any]] = {
@@ -433,7 +459,7 @@ MISTAKES: dict[type[Exception], dict[str, Any]] = {
         r"dy has shape \(2, 3, 6, 5\) and must have \(2, 6, 4, 4\)": lambda: (
             cuconv.depthwise_conv_backward(X, X, W)
         ),
-        "needs must be several of": lambda: cuconv.separable_conv_backward(
+        "needs must be a tuple": lambda: cuconv.separable_conv_backward(
             X, X, W, P, needs=("w",)
         ),
         r"out has shape \(2, 4, 4, 5\) and the result has \(2, 4, 4, 4\)": lambda: (
