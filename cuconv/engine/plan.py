@@ -31,7 +31,7 @@ from cuconv.memory import ALIGNED, allocated, buffer_bytes, carve
 NEEDS_OUT = "cannot allocate the result during CUDA graph capture: pass out="
 # The most blocks that are worth recording: the work of more takes longer by far than
 # finding out what to do.
-_MOST_BLOCKS = 32
+MOST_BLOCKS = 32
 
 
 class Plan:
@@ -67,7 +67,7 @@ class Plan:
         self._numbers = {n: a for n, a in arrays.items() if not is_array(a)}
         self._is_tuned = self.options.strategy != "benchmark"
         self._program: Program | None = None
-        self._is_recordable = self.lowering.chunks <= _MOST_BLOCKS
+        self._is_recordable = self.lowering.chunks <= MOST_BLOCKS
         self._others: dict[Any, Plan] = {}
         self._summarize()
 

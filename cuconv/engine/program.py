@@ -75,9 +75,12 @@ class Program:
         workers: int,
         *,
         single_threaded: bool,
+        buffered: int = 0,
     ) -> None:
         self.nbytes, self.workers = nbytes, workers
         self.single_threaded = single_threaded
+        # Bytes of arrays that NumPy may read or write by way of buffers of its own.
+        self.buffered = nbytes + buffered
         self.slots = list(recording.slots)
         self.views = tuple(recording.views.items())
         self.phases = tuple(recording.phases_of(ranges=False))
@@ -126,7 +129,7 @@ def _maker(view: View, stub: ArrayStub) -> Callable[[Array], Array] | None:
         )
     ):
         return methodcaller("reshape", view.shape)
-    if is_run:
+    if is_run and stub.size:
         more = {"offset": view.offset, "strides": view.strides}
         return partial(np.ndarray, view.shape, view.dtype, **more)
     return partial(strided, shape=view.shape, strides=view.strides, offset=view.offset)

@@ -16,7 +16,7 @@ from threadpoolctl import ThreadpoolController
 
 from cuconv.arrays import Array, DType, Types, stored, strided
 from cuconv.backends import padding as wrapping
-from cuconv.backends.cpu.machine import cpu_machine
+from cuconv.backends.cpu.machine import BUFFER_ITEMS, call_overhead, cpu_machine
 from cuconv.backends.cpu.pooling import CpuPools
 from cuconv.backends.padding import Reading
 from cuconv.backends.sharing import Shared
@@ -27,9 +27,6 @@ from cuconv.geometry import Axis, Block, Ranges, Tile, WindowGeometry
 from cuconv.memory import ALIGNED, Buffer, aligned_start
 from cuconv.profiling import stage
 
-# NumPy adds strided arrays by way of three buffers of this many items; a thousand are
-# as fast as its default of 8192.
-_BUFFER_ITEMS = 1024
 # Products of at most this many multiply-adds OpenBLAS takes as they lie; larger ones it
 # packs first.  One core of an AMD EPYC (Zen 4), float32, GFLOP/s, whole and in parts:
 # 64×64×3136 96 and 109, 64×576×448 97 and 115, 128×256×784 103 and 112, 512×512×784 104
@@ -45,8 +42,6 @@ _AVX512 = ("SkylakeX", "Cooperlake", "SapphireRapids")
 _SMALL_BYTES = 2**16
 # The most programs that an arena keeps views for.
 _MOST_PROGRAMS = 256
-_CALL_BYTES = 15 * 1024
-_WORKER_BYTES = 8 * 1024
 
 
 Do: TypeAlias = Callable[..., None]
@@ -72,16 +67,14 @@ class CpuBackend:
 
     @property
     def pools(self) -> CpuPools:
-        return CpuPools(self, _STOPPING.check)
+        return CpuPools(self.do, self.each, self.workers())
 
     def device_of(self, array: Array) -> AbstractContextManager[object]:
         del array
         return nullcontext()
 
     def overhead(self, workers: int, itemsize: int) -> int:
-        # Views, slices and closures, measured with tracemalloc on CPython 3.11: at most
-        # 15 KiB for one worker and 9 KiB for each more; and NumPy's own buffers.
-        return _CALL_BYTES + workers * (_WORKER_BYTES + 3 * _BUFFER_ITEMS * itemsize)
+        return call_overhead(workers, itemsize)
 
     def workers(self) -> int:
         asked = settings().num_threads
@@ -323,7 +316,7 @@ class CpuBackend:
                     slots[slot] = view
             phases = program.current_phases()
             single_threaded = program.single_threaded
-            if single_threaded and program.nbytes <= _SMALL_BYTES:
+            if single_threaded and program.buffered <= _SMALL_BYTES:
                 _run(phases, each[0])
             elif len(each) == 1:
                 self.parallel(
@@ -471,7 +464,7 @@ _STOPPING = _Stopping()
 def _work(body: Callable[[int], None], stop: threading.Event, worker: int) -> None:
     """Run a body, with NumPy's buffers for strided operands at a known size."""
     outer, _STOPPING.event = _STOPPING.event, stop
-    before = np.setbufsize(_BUFFER_ITEMS)
+    before = np.setbufsize(BUFFER_ITEMS)
     try:
         body(worker)
     except _StoppedError:
