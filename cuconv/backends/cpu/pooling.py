@@ -18,7 +18,7 @@ index says.
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
-from typing import Any, TypeAlias, cast
+from typing import Any, NamedTuple, TypeAlias, cast
 
 import numpy as np
 
@@ -153,6 +153,52 @@ def _call_bytes(problem: PoolProblem, tiling: PoolTiling) -> int:
     return buffers + call_overhead(tiling.workers, max(item, 8))
 
 
+def _call(function: Callable[..., Any], *operands: Any) -> None:
+    function(*operands)
+
+
+def _maximum(one: Array, two: Array, out: Array) -> None:
+    np.maximum(one, two, out=out)
+
+
+def _quiet(function: Callable[..., Any]) -> Callable[..., None]:
+    """A function of halves: bfloat16 takes it for a mistake to compare with a NaN."""
+
+    def call(*operands: Any) -> None:
+        with np.errstate(invalid="ignore"):
+            function(*operands)
+
+    return call
+
+
+def _comparing(function: Callable[..., Any], dtype: DType) -> Callable[..., Any]:
+    """A function that compares values of this type."""
+    return _quiet(function) if is_half(dtype) else function
+
+
+class _Reduction(NamedTuple):
+    """What is made of two arrays, of an axis, and what of none."""
+
+    pair: Callable[..., Any]
+    axis: Callable[..., Any]
+    start: Any
+
+    @classmethod
+    def to_maxima(cls, dtype: DType) -> "_Reduction":
+        pair, axis = (_comparing(f, dtype) for f in (_maximum, np.maximum.reduce))
+        return cls(pair, axis, _least(dtype))
+
+
+_SUM = _Reduction(np.add, np.add.reduce, 0)
+
+
+def _least(dtype: DType) -> Any:
+    """What every value of a type is at least."""
+    if dtype.kind in "iu":
+        return np.iinfo(dtype).min
+    return False if dtype.kind == "b" else -np.inf
+
+
 class _Worker:
     """One worker: its buffers, and the divisors that it has worked out last.
 
@@ -174,19 +220,19 @@ class _Worker:
         problem = self._problem
         target = y if y.dtype == problem.accumulate else self._view("y", y.shape)
         if problem.kind == MAXIMUM:
-            step, least = _comparing(np.maximum, y.dtype), _least(y.dtype)
-            seen = self._sweep(step, block, window, target, least, indices)
+            to_maxima = _Reduction.to_maxima(y.dtype)
+            seen = self._sweep(to_maxima, block, window, target, indices)
             if indices is not None:
                 self._find(block, seen, indices)
         elif problem.kind == MEAN:
-            self._sweep(np.add, block, window, target, 0)
+            self._sweep(_SUM, block, window, target)
             divisor = self._divisor(block.output, window)
             self._do(np.divide, target, divisor, target)
         else:
             cells = self._view("power", window.shape)
             self._do(_absolute(window, cells), window, cells)
             self._raise(cells, problem.norm)
-            self._sweep(np.add, block, cells, target, 0)
+            self._sweep(_SUM, block, cells, target)
             self._raise(target, 1 / problem.norm)
         if target is not y:
             self._copy(target, y)
@@ -206,11 +252,10 @@ class _Worker:
 
     def _sweep(
         self,
-        step: Any,
+        step: _Reduction,
         block: Block,
         source: Array,
         target: Array,
-        start: Any,
         indices: Array | None = None,
     ) -> list[Array]:
         """Reduce axis by axis, the last time to ``target``; what each pass has read.
@@ -218,11 +263,12 @@ class _Worker:
         And the target, last.
         """
         cells = None
-        if indices is None and (step is not np.add or self._sums_alike(source)):
+        if indices is None and (step is not _SUM or self._sums_alike(source)):
             cells = self._single(block.output, block.window)
         if cells is not None:
             axes, part = tuple(range(2, source.ndim)), source[(..., *cells)]
-            self._do(step.reduce, part, axes, target.dtype, target, True, start)  # noqa: FBT003
+            how = axes, target.dtype, target, True, step.start
+            self._do(step.axis, part, *how)
             return [source, target]
         passes = _passes(self._geometry, inner_first=indices is not None)
         seen = [source]
@@ -231,7 +277,7 @@ class _Worker:
             shape[2 + axis] = block.shape[axis]
             is_last = number == len(passes) - 1
             into = target if is_last else self._view(f"stage{number}", shape)
-            self._reduce(step, source, into, axis, block, start)
+            self._reduce(step, source, into, axis, block)
             source = into
             seen.append(into)
         return seen
@@ -255,12 +301,11 @@ class _Worker:
 
     def _reduce(
         self,
-        step: Any,
+        step: _Reduction,
         source: Array,
         into: Array,
         axis: int,
         block: Block,
-        start: Any,
     ) -> None:
         """Reduce one axis."""
         windows, outputs = self._geometry.axes[axis], block.output[axis]
@@ -273,20 +318,20 @@ class _Worker:
         # What the result begins with, as long as it has not been written.
         seed = None if first is None else source[_along(axis, first.cells)]
         if seed is None:
-            self._do(np.ndarray.fill, into, start)
+            self._do(np.ndarray.fill, into, step.start)
         for meeting in windows.meetings(outputs, block.window[axis]):
             part = source[_along(axis, meeting.cells)]
             place = into[_along(axis, meeting.outputs)]
             if not by_tap:
-                self._do(step.reduce, part, 2 + axis, into.dtype, place, True)  # noqa: FBT003
+                self._do(step.axis, part, 2 + axis, into.dtype, place, True)  # noqa: FBT003
             elif meeting != first:
                 both = meeting.outputs == everywhere and part.dtype == into.dtype
                 if seed is not None and both:
-                    self._do(step, seed, part, into)
+                    self._do(step.pair, seed, part, into)
                 else:
                     if seed is not None:
                         self._copy(seed, into)
-                    self._do(step, place, part, place)
+                    self._do(step.pair, place, part, place)
                 seed = None
         if seed is not None:
             self._copy(seed, into)
@@ -566,30 +611,6 @@ class _Worker:
         ).cells[:, 0]
 
 
-class _Quiet:
-    """A function of halves: bfloat16 takes it for a mistake to compare with a NaN."""
-
-    def __init__(self, function: Any) -> None:
-        self._function = function
-
-    def __call__(self, *operands: Any) -> None:
-        with np.errstate(invalid="ignore"):
-            self._function(*operands)
-
-    def reduce(self, *operands: Any) -> None:
-        with np.errstate(invalid="ignore"):
-            self._function.reduce(*operands)
-
-
-def _call(function: Callable[..., Any], *operands: Any) -> None:
-    function(*operands)
-
-
-def _comparing(function: Any, dtype: DType) -> Any:
-    """A function that compares values of this type."""
-    return _Quiet(function) if is_half(dtype) else function
-
-
 def _absolute(values: Array, out: Array) -> Callable[..., Any]:
     """What writes absolute values in the type of ``out``."""
     return np.absolute if values.dtype == out.dtype else _absolute_cast
@@ -658,7 +679,7 @@ def _keep_earliest(
     """Put the places of cells that are the best where none is earlier."""
     _mark_best(flag, mask, nan, part, best)
     np.multiply(mask, found, met)
-    np.maximum(place, met, place)
+    np.maximum(place, met, out=place)
 
 
 def _keep_earliest_of(
@@ -756,13 +777,6 @@ def _place(images: Range, channels: Range, spans: Ranges) -> tuple[slice, ...]:
 def _along(axis: int, part: slice) -> tuple[slice, ...]:
     """A part of (N, C, *spatial) along one spatial axis."""
     return (*(slice(None),) * (2 + axis), part)
-
-
-def _least(dtype: DType) -> Any:
-    """What every value of a type is at least."""
-    if dtype.kind in "iu":
-        return np.iinfo(dtype).min
-    return False if dtype.kind == "b" else -np.inf
 
 
 def _count_up(numbers: Array, start: int, step: int, total: int) -> None:
