@@ -55,6 +55,9 @@ class RecordedPlan(ABC):
         Bytes of the arrays that NumPy may take buffers for.
     """
 
+    # Why it cannot run in a capture, though it is given its results.
+    refusal: str | None = None
+
     def __init__(
         self,
         backend: Backend,
@@ -95,6 +98,8 @@ class RecordedPlan(ABC):
             else:
                 named[name] = base_array(array)
             found.append(array)
+        if self.refusal is not None:
+            refuse_capture(backend, self.refusal)
         if self._program is None:
             self._run_first(named)
         else:
