@@ -90,21 +90,27 @@ class RecordedPlan(ABC):
         backend, found = self.backend, []
         named = dict(zip(self.names, arrays, strict=False))
         outs = out if type(out) is tuple else (out,)
+        if backend.is_capturing():
+            self._refuse(outs)
         for number, (name, shape, dtype) in enumerate(self.results):
-            array = outs[number] if number < len(outs) else None
+            array = None if out is None else outs[number]
             if array is None:
-                refuse_capture(backend, NEEDS_OUT)
                 array = named[name] = backend.empty(shape, dtype)
             else:
                 named[name] = base_array(array)
             found.append(array)
-        if self.refusal is not None:
-            refuse_capture(backend, self.refusal)
         if self._program is None:
             self._run_first(named)
         else:
             backend.execute(self._program, named)
         return found[0] if len(found) == 1 else tuple(found)
+
+    def _refuse(self, outs: tuple[Array | None, ...]) -> None:
+        """Refuse a capture of what takes memory."""
+        if any(array is None for array in outs):
+            refuse_capture(self.backend, NEEDS_OUT, captured=True)
+        if self.refusal is not None:
+            refuse_capture(self.backend, self.refusal, captured=True)
 
     def _run_first(self, arrays: dict[str, Array]) -> None:
         """Run it while no program is recorded; record one if that is worth it."""

@@ -306,23 +306,31 @@ class CpuBackend:
         self.parallel(work, len(scratch), single_threaded=single_threaded)
 
     def execute(self, program: Program, arrays: dict[str, Array]) -> None:
+        is_small = program.single_threaded and program.buffered <= _SMALL_BYTES
+        if is_small and not program.nbytes:
+            slots = program.slots.copy()
+            program.place(arrays, slots)
+            _run(program.current_phases(), slots)
+            return
         arena = _ARENAS.take(program.nbytes)
         try:
-            each = [slots.copy() for slots in arena.slots_of(program)]
-            for slot, source, make in program.given:
-                array = arrays[source]
-                view = array if make is None else make(array)
-                for slots in each:
-                    slots[slot] = view
+            first, *others = arena.slots_of(program)
+            first = first.copy()
+            program.place(arrays, first)
             phases = program.current_phases()
-            single_threaded = program.single_threaded
-            if single_threaded and program.buffered <= _SMALL_BYTES:
-                _run(phases, each[0])
-            elif len(each) == 1:
+            if is_small:
+                _run(phases, first)
+            elif not others:
                 self.parallel(
-                    lambda _: _run(phases, each[0]), 1, single_threaded=single_threaded
+                    lambda _: _run(phases, first),
+                    1,
+                    single_threaded=program.single_threaded,
                 )
             else:
+                each = [first]
+                for slots in others:
+                    each.append(slots.copy())
+                    program.place(arrays, each[-1])
                 for items in phases:
                     workers = each if len(items) > 1 else each[:1]
                     queue = Shared(items)
@@ -415,6 +423,7 @@ class _Arenas:
         self._most = most
         self._lock = threading.Lock()
         self._kept: list[_Arena] = []
+        self._held = 0
 
     @contextmanager
     def borrowed(self, nbytes: int) -> Iterator[Array]:
@@ -427,11 +436,13 @@ class _Arenas:
     def clear(self) -> None:
         with self._lock:
             self._kept.clear()
+            self._held = 0
 
     def take(self, nbytes: int) -> _Arena:
         with self._lock:
             if self._kept:
                 arena = self._kept.pop()
+                self._held -= arena.nbytes
                 if arena.nbytes >= nbytes:
                     return arena
                 del arena  # its memory goes back before more is asked for
@@ -439,9 +450,9 @@ class _Arenas:
 
     def give_back(self, arena: _Arena) -> None:
         with self._lock:
-            held = sum(kept.nbytes for kept in self._kept)
-            if held + arena.nbytes <= self._most:
+            if self._held + arena.nbytes <= self._most:
                 self._kept.append(arena)
+                self._held += arena.nbytes
 
 
 class _Stopping(threading.local):
