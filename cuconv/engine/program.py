@@ -84,8 +84,10 @@ class Program:
         self.buffered = nbytes + buffered
         self.slots = list(recording.slots)
         self.views = tuple(recording.views.items())
-        self.phases = tuple(recording.phases_of(ranges=False))
-        self.phases_with_ranges = tuple(recording.phases_of(ranges=True))
+        each = (recording.phases_of(ranges=ranges) for ranges in (False, True))
+        # One worker alone does everything in order.
+        join = _joined if workers == 1 else tuple
+        self.phases, self.phases_with_ranges = map(join, each)
         self.regions = {SHARED: (0, 0), **recording.regions}
         self.kept = [(s, v) for v, s in self.views if v.source in self.regions]
         # Views of the caller's arrays: by a function of the array, or by the layout.
@@ -126,6 +128,11 @@ class Program:
     def current_phases(self) -> tuple[tuple[Item, ...], ...]:
         """The phases, with ranges if a profiler receives them."""
         return self.phases_with_ranges if profiling.is_listening() else self.phases
+
+
+def _joined(phases: Iterable[tuple[Item, ...]]) -> tuple[tuple[Item, ...], ...]:
+    """One phase of one item, of all steps."""
+    return ((tuple(step for items in phases for item in items for step in item),),)
 
 
 def _is_run(stub: ArrayStub) -> bool:

@@ -87,23 +87,21 @@ class RecordedPlan(ABC):
 
     def run(self, arrays: Sequence[Array | None], out: Any) -> Any:
         """Run it on arrays that have been checked."""
-        backend, found = self.backend, []
-        named = dict(zip(self.names, arrays, strict=False))
-        outs = out if type(out) is tuple else (out,)
+        backend = self.backend
+        outs = out if type(out) is tuple else (out,) * len(self.results)
         if backend.is_capturing():
             self._refuse(outs)
-        for number, (name, shape, dtype) in enumerate(self.results):
-            array = None if out is None else outs[number]
-            if array is None:
-                array = named[name] = backend.empty(shape, dtype)
-            else:
-                named[name] = base_array(array)
+        named = dict(zip(self.names, arrays, strict=False))
+        found = []
+        for (name, shape, dtype), given in zip(self.results, outs, strict=True):
+            array = backend.empty(shape, dtype) if given is None else given
+            named[name] = array if given is None else base_array(array)
             found.append(array)
         if self._program is None:
             self._run_first(named)
         else:
             backend.execute(self._program, named)
-        return found[0] if len(found) == 1 else tuple(found)
+        return tuple(found) if len(found) > 1 else array
 
     def _refuse(self, outs: tuple[Array | None, ...]) -> None:
         """Refuse a capture of what takes memory."""
