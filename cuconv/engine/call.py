@@ -141,7 +141,9 @@ def check_overlaps(names: Sequence[str], arrays: Sequence[Array], out: Any) -> N
     given = {n: a for n, a in zip(names, arrays, strict=False) if a is not None}
     xp = module_of(given)
     for each in out if type(out) is tuple else (out,):
-        check_overlap(xp, each, given)
+        if each is not None:
+            check_overlap(xp, each, given)
+            given["out"] = each
 
 
 def convolve(

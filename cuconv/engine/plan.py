@@ -34,7 +34,7 @@ from cuconv.options import Options
 NEEDS_OUT = "cannot allocate the result during CUDA graph capture: pass out="
 # The most blocks that are worth recording: the work of more takes longer by far than
 # finding out what to do.
-_MOST_BLOCKS = 32
+MOST_BLOCKS = 32
 
 
 class LoweredCall:
@@ -44,7 +44,7 @@ class LoweredCall:
         self.lowering, self.backend, self.options = lowering, backend, options
         self.candidates: list[Candidate] = [part.best for part in lowering.parts]
         self._is_tuned = options.strategy != "benchmark"
-        self._is_recordable = lowering.chunks <= _MOST_BLOCKS
+        self._is_recordable = lowering.chunks <= MOST_BLOCKS
         self._program: Program | None = None
         self._summarize()
 
@@ -65,7 +65,7 @@ class LoweredCall:
         """The same call, whose parts are run by these."""
         other = copy.copy(self)
         other.candidates, other._program = candidates.copy(), None
-        other._is_recordable = self.lowering.chunks <= _MOST_BLOCKS
+        other._is_recordable = self.lowering.chunks <= MOST_BLOCKS
         other._summarize()
         return other
 
