@@ -23,38 +23,32 @@ from cuconv.engine.lower import lower
 from cuconv.engine.lowering import Lowering
 from cuconv.engine.planner import PlanningResult
 from cuconv.engine.problem import NAMES, ROLES, Problem, check_shape, shapes_of
-from cuconv.engine.program import MOST_BYTES, Program, Recording, TooManySteps
+from cuconv.engine.recorded import MOST_BLOCKS, NEEDS_OUT, Recorded
 from cuconv.engine.request import ZERO_POINTS, Request
 from cuconv.engine.tile_search import Candidate
 from cuconv.geometry import Axis, ConvGeometry
-from cuconv.memory import ALIGNED, allocated, buffer_bytes, carve, with_start
+from cuconv.memory import allocated, buffer_bytes, carve, with_start
 from cuconv.options import Options
 
-# Why a call without `out` is refused while a CUDA graph is captured.
-NEEDS_OUT = "cannot allocate the result during CUDA graph capture: pass out="
-# The most blocks that are worth recording: the work of more takes longer by far than
-# finding out what to do.
-MOST_BLOCKS = 32
 
-
-class LoweredCall:
-    """The steps of a call: tuned if that was asked, recorded once, then replayed."""
+class LoweredCall(Recorded):
+    """A call that was lowered; ``strategy="benchmark"`` times its candidates first."""
 
     def __init__(self, lowering: Lowering, backend: Backend, options: Options) -> None:
-        self.lowering, self.backend, self.options = lowering, backend, options
+        self.lowering, self.options = lowering, options
         self.candidates: list[Candidate] = [part.best for part in lowering.parts]
         self._is_tuned = options.strategy != "benchmark"
-        self._is_recordable = lowering.chunks <= MOST_BLOCKS
-        self._program: Program | None = None
+        super().__init__(backend, lowering.chunks)
         self._summarize()
 
     def _summarize(self) -> None:
-        """Work out what every run asks of the candidates that run."""
-        self.is_single_threaded = all(
-            candidate.problem.single_threaded for candidate in self.candidates
-        )
-        # For how many threads it is, where that matters.
+        """Work out for how many threads it is, where that matters."""
         self.threads = 0 if self.is_single_threaded else self.backend.workers()
+
+    @property
+    def is_single_threaded(self) -> bool:
+        """Whether no product is worth a second thread."""
+        return all(c.problem.single_threaded for c in self.candidates)
 
     @property
     def workers(self) -> int:
@@ -76,59 +70,21 @@ class LoweredCall:
         return shared + workers * buffer_bytes(needs.per_worker)
 
     @property
-    def _memory_bytes(self) -> int:
+    def nbytes(self) -> int:
         """Bytes of all buffers."""
         each = [self._memory_of(candidate) for candidate in self.candidates]
         return with_start(self.lowering.bytes_around(each))
 
+    @property
+    def spare_bytes(self) -> int:
+        overhead = max(candidate.overhead_bytes for candidate in self.candidates)
+        return self.lowering.memory_limit - self.nbytes - overhead
+
     def execute(self, arrays: dict[str, Array]) -> None:
         """Run it on arrays that have been checked, by their names."""
-        if self._program is None:
-            self._execute_first(arrays)
-        else:
-            self.backend.execute(self._program, arrays)
-
-    def _execute_first(self, arrays: dict[str, Array]) -> None:
-        """Run it while no program is recorded; record one if that is worth it."""
-        captured = any(candidate.problem.captured for candidate in self.candidates)
-        if not self._is_tuned and not captured:
+        if not self._is_tuned and not any(c.problem.captured for c in self.candidates):
             self._tune(arrays)
-        if self._is_recordable:
-            self._is_recordable = False
-            self._program = self._recorded(arrays)
-        if self._program is not None:
-            self.backend.execute(self._program, arrays)
-        else:
-            self._run_steps(arrays)
-
-    def _run_steps(self, arrays: dict[str, Array]) -> None:
-        """Run the steps without recording them."""
-        backend = self.backend
-
-        def body(worker: int) -> None:
-            del worker
-            with backend.memory(self._memory_bytes) as raw:
-                self._steps(backend, arrays, Memory(raw))
-
-        # As a worker, with what NumPy buffers within bounds.
-        with backend.device_of(next(iter(arrays.values()))):
-            backend.parallel(body, 1, single_threaded=True)
-
-    def _recorded(self, arrays: dict[str, Array]) -> Program | None:
-        """Record the steps for arrays of this layout, if the program is not too long."""
-        overhead = max(candidate.overhead_bytes for candidate in self.candidates)
-        nbytes = self._memory_bytes
-        if self.lowering.memory_limit - nbytes - overhead < MOST_BYTES:
-            return None
-        stubs = {name: stub_of(name, array) for name, array in arrays.items()}
-        recording = Recording(self.backend, stubs)
-        memory = Memory.recorded(max(nbytes - ALIGNED, 0), recording)
-        try:
-            self._steps(recording.backend, stubs, memory)
-        except TooManySteps:
-            return None
-        single = self.is_single_threaded
-        return Program(recording, nbytes, self.workers, single_threaded=single)
+        super().execute(arrays)
 
     def _steps(self, backend: Any, arrays: dict[str, Array], memory: Memory) -> None:
         buffers = self.lowering.buffers
@@ -411,7 +367,7 @@ class Plan(LoweredCall):
         if not self.flops:
             return w
         kept = allocated(backend.xp, candidate.workspace.weights)
-        with backend.memory(self._memory_bytes) as raw:
+        with backend.memory(self.nbytes) as raw:
             job, _ = job_of(
                 candidate, backend, Memory(raw), 0, number, with_weights=False
             )
