@@ -191,7 +191,7 @@ class ArrayStub(np.ndarray):
 
     @property
     def layout(self) -> tuple[object, ...]:
-        """Everything that a plan may read of the array; strides only where they move."""
+        """Everything that a plan may read of the array."""
         moves = tuple(
             stride if size > 1 and self.size else 0
             for size, stride in zip(self.shape, self.strides, strict=True)
@@ -242,6 +242,7 @@ def stub_of(name: str, array: Array) -> Any:
 def layouts_of(arrays: Iterable[Array | None]) -> tuple[object, ...] | None:
     """How arrays lie in memory, as a key; None where one is of another kind."""
     key: list[object] = []
+    array: Any
     for array in arrays:
         kind = type(array)
         if kind is np.ndarray:

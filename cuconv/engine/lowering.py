@@ -1,4 +1,4 @@
-"""What a call is lowered to: steps over one workspace, some of them basic convolutions."""
+"""What a call is lowered to: steps over one workspace, and basic convolutions."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -109,9 +109,9 @@ def held(parts: Iterable[PlanningResult]) -> int:
 
     The largest workspace serves all; another part's threads may have more overhead.
     """
-    each = [(p.best.memory_bytes, p.best.overhead_bytes) for p in parts]
-    memories, overheads = zip(*each, strict=True) if each else ((0,), (0,))
-    return max(memories) + max(overheads)
+    best = [part.best for part in parts]
+    memory = max((each.memory_bytes for each in best), default=0)
+    return memory + max((each.overhead_bytes for each in best), default=0)
 
 
 def overhead_of(parts: Iterable[PlanningResult]) -> int:

@@ -97,7 +97,7 @@ class Program:
         self.views = tuple(recording.views.items())
         each = (recording.phases_of(ranges=ranges) for ranges in (False, True))
         # One worker alone does everything in order.
-        join = _joined if workers == 1 else tuple
+        join: Callable[..., tuple[Phase, ...]] = _joined if workers == 1 else tuple
         self.phases, self.phases_with_ranges = map(join, each)
         self.regions = {SHARED: (0, 0, workers), **recording.regions}
         self.kept = [(s, v) for v, s in self.views if v.source in self.regions]
@@ -156,11 +156,8 @@ def _is_run(stub: ArrayStub) -> bool:
 
 def _is_simple(view: View, stub: ArrayStub) -> bool:
     """Whether a view is the array itself, a part of it, or one of another shape."""
-    if view.is_address:
-        return True
-    return _maker(view, stub) is None or isinstance(
-        _maker(view, stub), (itemgetter, methodcaller)
-    )
+    make = _maker(view, stub)
+    return make is None or isinstance(make, (itemgetter, methodcaller))
 
 
 def _maker(view: View, stub: ArrayStub) -> Callable[[Array], Array] | None:
@@ -173,7 +170,8 @@ def _maker(view: View, stub: ArrayStub) -> Callable[[Array], Array] | None:
     if part is not None:
         return itemgetter(part)
     if stub.flags.c_contiguous and stub.size == math.prod(view.shape):
-        if view == View.of(stub.reshape(view.shape), is_address=False):
+        whole: Any = stub.reshape(view.shape)
+        if view == View.of(whole, is_address=False):
             return methodcaller("reshape", view.shape)
     return partial(strided, shape=view.shape, strides=view.strides, offset=view.offset)
 
@@ -195,7 +193,8 @@ def _part(view: View, stub: ArrayStub) -> tuple[slice, ...] | None:
         rest -= start * stride
         slices[axis] = slice(start, start + reach, step)
     part = tuple(slices)
-    made = View.of(stub[part], is_address=False)
+    piece: Any = stub[part]
+    made = View.of(piece, is_address=False)
     same = (made.offset, made.shape) == (view.offset, view.shape) and all(
         n == 1 or one == two
         for n, one, two in zip(view.shape, made.strides, view.strides, strict=True)
@@ -240,7 +239,7 @@ class Recording:
         *,
         single_threaded: bool,
     ) -> None:
-        """Record a phase: the steps of every item, as the first worker would do them."""
+        """Record a phase: the steps of every item, as by the first worker."""
         del single_threaded
         phase: list[list[Step]] = []
         self._phases.append((phase, len(scratch)))

@@ -145,7 +145,8 @@ class Traversal(NamedTuple):
 
     def _pieces(self, lines: Iterable[Iterable[Spans]]) -> Iterator[Piece]:
         for (images, *_), *each in product(*lines):
-            yield Piece(images, *zip(*each, strict=True), self.results)
+            outputs, cells, pads = zip(*each, strict=True)
+            yield Piece(images, outputs, cells, pads, self.results)
 
 
 def _in_steps(whole: int, step: int) -> list[Range]:

@@ -10,13 +10,9 @@ from cuconv.backends import default_array_module
 from cuconv.geometry import Sizes
 from cuconv.layers.base import check_module, kernel_of, positive
 from cuconv.layers.weighted import Weighted, drawn
-from cuconv.options import check_bias
-from cuconv.separable import (
-    SeparableGradients,
-    SeparableOptions,
-    separable_conv,
-    separable_conv_backward,
-)
+from cuconv.engine.separable import SeparableGradients
+from cuconv.options import SeparableOptions, check_bias
+from cuconv.separable import separable_conv, separable_conv_backward
 
 
 class SeparableConv(Weighted):
