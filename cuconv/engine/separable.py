@@ -291,7 +291,7 @@ class SeparableRequest(NamedTuple):
         """What is done for a piece, in this order: its buffers are used again."""
         one, results = self._first(piece), piece.results
         two = second_step(one, self.filters)
-        sums = {n: arrays.get(f"sum of {n}", arrays.get(n)) for n in _SUMMED}
+        sums: Any = {n: arrays.get(f"sum of {n}", arrays.get(n)) for n in _SUMMED}
         x = self._at(arrays["x"], piece.images, piece.cells)
         w = self.flat.view(arrays["depthwise"], arrays)
         axes = (None,) * one.rank
@@ -372,7 +372,7 @@ class Separable(Lowering):
     """The steps of every piece; ``inner`` says how those of each kind are lowered."""
 
     def __init__(
-        self, request: SeparableRequest, tiling: Tiling, inner: dict[object, Lowering]
+        self, request: SeparableRequest, tiling: Tiling, inner: dict[tuple[Any, ...], Lowering]
     ) -> None:
         self.request, self.tiling = request, tiling
         self.inner, self.buffers = inner, tiling.buffers
