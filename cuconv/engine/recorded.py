@@ -1,8 +1,7 @@
 """Calls whose steps are recorded at their first run, and what every plan checks."""
 
-from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from cuconv.arrays import (
     Array,
@@ -36,13 +35,27 @@ class Workspace(NamedTuple):
     pieces: int = 1
 
 
-class RecordedPlan(ABC):
-    """What a call does with arrays of one layout.
+class Steps(Protocol):
+    """What a call does with its arrays."""
+
+    def run(
+        self,
+        backend: Any,
+        arrays: dict[str, Array],
+        scratch: tuple[dict[str, Array], ...],
+    ) -> None:
+        """Do it, or record it; ``scratch`` are the buffers of every worker."""
+
+
+class RecordedPlan:
+    """The steps of a call with arrays of one layout.
 
     Parameters
     ----------
     backend
-        The backend that runs it.
+        The backend that runs them.
+    steps
+        The steps.
     names
         The names of the arrays that it takes, in their order.
     results
@@ -53,21 +66,23 @@ class RecordedPlan(ABC):
         For how many threads it is; 0 where that does not matter.
     buffered
         Bytes of the arrays that NumPy may take buffers for.
+    refusal
+        Why it cannot run in a capture, though it is given its results.
     """
-
-    # Why it cannot run in a capture, though it is given its results.
-    refusal: str | None = None
 
     def __init__(
         self,
         backend: Backend,
+        steps: Steps,
         names: tuple[str, ...],
         results: tuple[Result, ...],
         workspace: Workspace,
         *,
         threads: int = 0,
         buffered: int = 0,
+        refusal: str | None = None,
     ) -> None:
+        self._steps, self._refusal = steps, refusal
         self.backend, self.names, self.results = backend, names, results
         self.workspace, self.threads = workspace, threads
         self._own_bytes = buffer_bytes(workspace.buffers)
@@ -75,15 +90,6 @@ class RecordedPlan(ABC):
         self._buffered = buffered
         self._program: Program | None = None
         self._is_recordable = workspace.pieces <= MOST_BLOCKS
-
-    @abstractmethod
-    def steps(
-        self,
-        backend: Backend,
-        arrays: dict[str, Array],
-        scratch: tuple[dict[str, Array], ...],
-    ) -> None:
-        """Do the work, or record it; ``scratch`` are the buffers of every worker."""
 
     def run(self, arrays: Sequence[Array | None], out: Any) -> Any:
         """Run it on arrays that have been checked."""
@@ -107,8 +113,8 @@ class RecordedPlan(ABC):
         """Refuse a capture of what takes memory."""
         if any(array is None for array in outs):
             refuse_capture(self.backend, NEEDS_OUT, captured=True)
-        if self.refusal is not None:
-            refuse_capture(self.backend, self.refusal, captured=True)
+        if self._refusal is not None:
+            refuse_capture(self.backend, self._refusal, captured=True)
 
     def _run_first(self, arrays: dict[str, Array]) -> None:
         """Run it while no program is recorded; record one if that is worth it."""
@@ -125,7 +131,7 @@ class RecordedPlan(ABC):
             backend.device_of(arrays[self.names[0]]),
             backend.memory(self._nbytes) as raw,
         ):
-            self.steps(backend, arrays, self._scratch(Memory(raw)))
+            self._steps.run(backend, arrays, self._scratch(Memory(raw)))
 
     def _recorded(self, arrays: dict[str, Array]) -> Program:
         """Record the steps for arrays of this layout."""
@@ -133,7 +139,7 @@ class RecordedPlan(ABC):
         recording = Recording(self.backend, stubs)
         nbytes, workers = max(self._nbytes - ALIGNED, 0), self.workspace.workers
         scratch = self._scratch(Memory.recorded(nbytes, recording))
-        self.steps(recording.backend, stubs, scratch)
+        self._steps.run(recording.backend, stubs, scratch)
         return Program(
             recording,
             self._nbytes,

@@ -315,7 +315,7 @@ class CpuBackend:
 
     def execute(self, program: Program, arrays: dict[str, Array]) -> None:
         is_small = program.single_threaded and program.buffered <= _SMALL_BYTES
-        if is_small and not program.nbytes:
+        if is_small and not program.kept:
             slots = program.slots.copy()
             program.place(arrays, slots)
             _run(program.current_phases(), slots)
