@@ -193,7 +193,7 @@ class ArrayStub(np.ndarray):
     def layout(self) -> tuple[object, ...]:
         """Everything that a plan may read of the array; strides only where they move."""
         moves = tuple(
-            stride if size > 1 else 0
+            stride if size > 1 and self.size else 0
             for size, stride in zip(self.shape, self.strides, strict=True)
         )
         return self.shape, moves, self.dtype, alignment_of(self)

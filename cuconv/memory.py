@@ -101,6 +101,15 @@ def all_within(calls: Mapping[Key, Callable[[], R]]) -> dict[Key, R]:
     return results
 
 
+def least_limit(calls: Mapping[Key, Callable[[], object]]) -> int:
+    """The smallest limit that would do for calls that are made under a limit of 0."""
+    try:
+        all_within(calls)
+    except MemoryLimitError as error:
+        return error.smallest
+    return 0
+
+
 class Buffer(NamedTuple):
     """A named run of cells in a workspace."""
 

@@ -38,6 +38,24 @@ class ConvOptions(TypedDict, total=False):
     memory_limit: MemoryLimit
 
 
+class SeparableOptions(TypedDict, total=False):
+    """The keyword options of separable convolutions; see `cuconv.separable_conv`."""
+
+    stride: Sizes
+    padding: Padding
+    dilation: Sizes
+    layout: str
+    dtype: Any
+    strategy: str
+    precision: Precision | None
+    deterministic: bool | None
+    memory_limit: MemoryLimit
+
+
+DEPTHWISE_OPTIONS = tuple(n for n in ConvOptions.__annotations__ if n != "groups")
+SEPARABLE_OPTIONS = tuple(SeparableOptions.__annotations__)
+
+
 def spells_out(
     defaults: Mapping[str, Any],
 ) -> Callable[[Callable[P, R]], Callable[P, R]]:

@@ -23,21 +23,23 @@ from cuconv.engine.tile_search import Candidate
 from cuconv.version import __version__
 
 _ROUNDS = 5
+# How a winner is written down: another number where that changes.
+_RECORDS = "2"
 _lock = threading.Lock()
 
 
 class Winner(NamedTuple):
-    """A candidate by name: strategy, variant, and whether it runs over dy."""
+    """A candidate: strategy, variant in words, and whether it runs over dy."""
 
     strategy: str
-    variant: tuple[int, ...]
+    variant: str
     flipped: bool
 
     @classmethod
     def of(cls, candidate: Candidate) -> "Winner":
         """The name of a candidate."""
-        problem, tiling = candidate.problem, candidate.tiling
-        return cls(candidate.strategy.name, tiling.variant, problem.flipped)
+        words = candidate.strategy.describe(candidate.tiling.variant)
+        return cls(candidate.strategy.name, words, candidate.problem.flipped)
 
 
 def fastest(backend: Backend, calls: Sequence[Callable[[], object]]) -> int:
@@ -53,16 +55,14 @@ def recall(
     """The winner that is on record, if it still is a candidate."""
     with _lock:
         known = _known(machine).get(_digest(key))
-    if not isinstance(known, list) or len(known) != 3:
-        return None
-    return next((c for c in candidates if [c[0], list(c[1]), c[2]] == known), None)
+    return next((winner for winner in candidates if list(winner) == known), None)
 
 
 def remember(machine: tuple[str, ...], key: Hashable, winner: Winner) -> None:
     """Put a winner on record, for this process and the next."""
     with _lock:
         known = _known(machine)
-        known[_digest(key)] = [winner.strategy, list(winner.variant), winner.flipped]
+        known[_digest(key)] = list(winner)
         with suppress(OSError, RuntimeError):
             # What other processes have found since stays on record too.
             found = {**_read(machine), **known}
@@ -100,7 +100,7 @@ def _path(machine: tuple[str, ...]) -> Path:
     own = os.environ.get("CUCONV_CACHE_DIR")
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     folder = Path(own) if own else Path(base) / "cuconv"
-    words = "\n".join((__version__, *machine))
+    words = "\n".join((__version__, _RECORDS, *machine))
     return folder / f"winners-{hashlib.sha256(words.encode()).hexdigest()[:12]}.json"
 
 

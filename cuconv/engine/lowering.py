@@ -1,7 +1,7 @@
 """What a call is lowered to: steps over one workspace, some of them basic convolutions."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import TypeVar
@@ -12,7 +12,7 @@ from cuconv.engine.execute import Run
 from cuconv.engine.planner import PlanningResult, decide
 from cuconv.engine.request import Request
 from cuconv.geometry import ConvGeometry
-from cuconv.memory import Buffer, MemoryLimit, all_within, workspace_bytes
+from cuconv.memory import Buffer, MemoryLimit, all_within, buffer_bytes, workspace_bytes
 
 Key = TypeVar("Key")
 
@@ -63,6 +63,10 @@ class Lowering(ABC):
         """Everything that a run allocates beyond inputs and result."""
         return workspace_bytes(self.buffers) + held(self.parts)
 
+    def bytes_around(self, parts: Sequence[int]) -> int:
+        """Bytes of all buffers, where those of the parts take so many."""
+        return buffer_bytes(self.buffers) + max(parts, default=0)
+
     @property
     def memory_limit(self) -> int:
         """The limit that holds."""
@@ -110,6 +114,18 @@ def held(parts: Iterable[PlanningResult]) -> int:
     return max(memories) + max(overheads)
 
 
+def overhead_of(parts: Iterable[PlanningResult]) -> int:
+    """What parts take at most beside their buffers."""
+    return max((part.best.overhead_bytes for part in parts), default=0)
+
+
+def held_by(lowerings: Iterable[Lowering]) -> int:
+    """`held` by lowerings, each with its own buffers, run after each other."""
+    each = [(low.workspace_bytes, overhead_of(low.parts)) for low in lowerings]
+    most = max((whole - overhead for whole, overhead in each), default=0)
+    return most + max((overhead for _, overhead in each), default=0)
+
+
 def within(
     calls: Mapping[Key, Callable[[], Lowering]], limit: MemoryLimit
 ) -> dict[Key, Lowering]:
@@ -118,8 +134,7 @@ def within(
     Of one thread each they have the same overhead, and the largest alone counts.
     """
     found = all_within(calls)
-    parts = [part for each in found.values() for part in each.parts]
-    if not isinstance(limit, int) or held(parts) <= limit:
+    if not isinstance(limit, int) or held_by(found.values()) <= limit:
         return found
     with config(num_threads=1):
         return all_within(calls)

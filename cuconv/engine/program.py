@@ -25,6 +25,10 @@ from cuconv.arrays import Array, ArrayStub, DType, offset_of, strided, stub_arra
 SHARED = "shared"
 # Longer programs take more memory than they save time.
 MOST_STEPS = 400
+# What a program of so many steps takes, with its views of a workspace: it is recorded
+# where the memory limit has room for that.
+MOST_BYTES = 2**18
+
 
 Slots: TypeAlias = list[Any]
 
@@ -62,11 +66,18 @@ class Step(NamedTuple):
 Item: TypeAlias = tuple[Step, ...]
 
 
+class Phase(NamedTuple):
+    """Items that are independent of each other, for so many workers at most."""
+
+    items: tuple[Item, ...]
+    workers: int
+
+
 class Program:
     """Steps over the arrays of a call and one workspace.
 
-    ``phases`` follow each other; the items of a phase are independent.  ``slots`` holds
-    the constants; ``views`` says what goes to the other slots.
+    ``phases`` follow each other.  ``slots`` holds the constants; ``views`` says what
+    goes to the other slots.
     """
 
     def __init__(
@@ -89,7 +100,7 @@ class Program:
         self.phases, self.phases_with_ranges = (
             _joined(phases) if workers == 1 else tuple(phases) for phases in each
         )
-        self.regions = {SHARED: (0, 0), **recording.regions}
+        self.regions = {SHARED: (0, 0, workers), **recording.regions}
         self.kept = [(s, v) for v, s in self.views if v.source in self.regions]
         # Views of the caller's arrays: by a function of the array, or by the layout.
         self.made: list[tuple[int, str, Callable[[Array], Array] | None]] = []
@@ -110,7 +121,9 @@ class Program:
         for worker in range(self.workers):
             slots = self.slots.copy()
             for slot, view in self.kept:
-                start, step = self.regions[view.source]
+                start, step, workers = self.regions[view.source]
+                if worker >= workers:
+                    continue
                 place = view.offset + start + worker * step
                 slots[slot] = np.ndarray(
                     view.shape, view.dtype, raw, place, view.strides
@@ -126,14 +139,15 @@ class Program:
         for slot, source, (shape, dtype), (offset, strides) in self.laid:
             slots[slot] = np.ndarray(shape, dtype, arrays[source], offset, strides)
 
-    def current_phases(self) -> tuple[tuple[Item, ...], ...]:
+    def current_phases(self) -> tuple[Phase, ...]:
         """The phases, with ranges if a profiler receives them."""
         return self.phases_with_ranges if profiling.is_listening() else self.phases
 
 
-def _joined(phases: Iterable[tuple[Item, ...]]) -> tuple[tuple[Item, ...], ...]:
+def _joined(phases: Iterable[Phase]) -> tuple[Phase, ...]:
     """One phase of one item, of all steps."""
-    return ((tuple(step for items in phases for item in items for step in item),),)
+    steps = tuple(step for items, _ in phases for item in items for step in item)
+    return (Phase((steps,), 1),)
 
 
 def _is_run(stub: ArrayStub) -> bool:
@@ -201,10 +215,11 @@ class Recording:
         self.backend.do, self.backend.each = self.do, self.each
         self.slots: Slots = []
         self.views: dict[View, int] = {}
-        # Where the regions of the first worker begin, and how far apart they lie.
-        self.regions: dict[str, tuple[int, int]] = {}
+        # Of each region: where the first worker's begins, how far apart they are, and
+        # for how many workers there is one.
+        self.regions: dict[str, tuple[int, int, int]] = {}
         self._constants: dict[int, int] = {}
-        self._phases: list[list[list[Step]]] = []
+        self._phases: list[tuple[list[list[Step]], int]] = []
         self._steps: list[Step] | None = None
         self._count = 0
 
@@ -215,7 +230,7 @@ class Recording:
             raise TooManySteps
         if self._steps is None:
             self._steps = []
-            self._phases.append([self._steps])
+            self._phases.append(([self._steps], 1))
         takes_addresses = getattr(function, "takes_addresses", False)
         slots = [self._slot(o, is_address=takes_addresses) for o in operands]
         self._steps.append(Step(function, _picker(slots)))
@@ -231,26 +246,26 @@ class Recording:
         """Record a phase: the steps of every item, as the first worker would do them."""
         del single_threaded
         phase: list[list[Step]] = []
-        self._phases.append(phase)
+        self._phases.append((phase, len(scratch)))
         for number, item in enumerate(items):
             self._steps = []
             phase.append(self._steps)
             body(number, item, scratch[0])
         self._steps = None
 
-    def region(self, name: str, start: int, nbytes: int) -> ArrayStub:
+    def region(self, name: str, start: int, nbytes: int, workers: int) -> ArrayStub:
         """Stand in for the memory of a worker's own in a workspace."""
-        self.regions[name] = start, nbytes
+        self.regions[name] = start, nbytes, workers
         return stub_array((nbytes,), np.dtype(np.uint8), name=name)
 
-    def phases_of(self, *, ranges: bool) -> Iterable[tuple[Item, ...]]:
+    def phases_of(self, *, ranges: bool) -> Iterable[Phase]:
         """The phases, with or without the ranges that a profiler shows."""
         marks = () if ranges else (profiling.push, profiling.pop)
-        for phase in self._phases:
+        for phase, workers in self._phases:
             items = (
                 tuple(s for s in item if s.function not in marks) for item in phase
             )
-            yield tuple(item for item in items if item)
+            yield Phase(tuple(item for item in items if item), workers)
 
     def _slot(self, operand: Any, *, is_address: bool) -> int:
         if isinstance(operand, ArrayStub):

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
-from typing import NamedTuple, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeAlias, TypeVar
 
 from cuconv.arrays import (
     Array,
@@ -28,6 +28,8 @@ _PARTIAL_ROWS, _PARTIAL_CELLS, _PARTIAL_POSITIONS = 64, 2**17, 16
 _FEW = 16
 
 Item = TypeVar("Item")
+# One of the ways of a strategy: an enum, sizes, or None where there is one way.
+Variant: TypeAlias = Any
 
 
 class Tiling(NamedTuple):
@@ -43,8 +45,20 @@ class Tiling(NamedTuple):
     tile: Tile
     region: Tile
     splits: int = 1
-    variant: tuple[int, ...] = ()
+    variant: Variant = None
     workers: int = 1
+
+
+class Tilings(NamedTuple):
+    """The tilings of a variant that are worth a try.
+
+    ``positions`` and ``splits`` are the most output positions of a block, and the most
+    splits; ``tile`` gives the largest block of at most so many positions.
+    """
+
+    positions: int
+    tile: Callable[[int], Tile]
+    splits: int = 1
 
 
 class Job(NamedTuple):
@@ -68,7 +82,7 @@ class Job(NamedTuple):
 
 
 def verdict(refusals: Iterator[str]) -> tuple[bool, str]:
-    """The answer of `Strategy.supports`: the first reason against it, if there is one."""
+    """The answer of `Strategy.supports`: the first reason against, if there is one."""
     reason = next(refusals, "")
     return not reason, reason
 
@@ -103,34 +117,28 @@ class Strategy(Protocol):
     # Whether a run on CUDA launches kernels and nothing else, so that a graph can hold
     # it: CuPy refuses cuBLAS and cuFFT while one is captured.
     capturable: bool
-    # Whether one block of everything costs no more than any other tiling.
+    # Whether one block of everything costs no more than any other tiling, and several
+    # no less than that and the start of each.
     gains_from_size: bool
+    # Whether the positions of a block must be one run of memory in each channel.
+    by_runs: bool
 
     def supports(self, problem: Problem) -> tuple[bool, str]:
         """Whether it can, and the reason if it cannot."""
 
-    def variants(self, problem: Problem) -> tuple[tuple[int, ...], ...]:
+    def variants(self, problem: Problem) -> tuple[Variant, ...]:
         """The ways in which it can do it."""
 
-    def describe(self, variant: tuple[int, ...]) -> str:
-        """A variant in words; empty for the plain one."""
+    def describe(self, variant: Variant) -> str:
+        """A variant in words, no two the same; empty for the plain one."""
 
-    def preferred(self, problem: Problem, backend: Backend) -> int:
-        """The most output positions worth taking in one block."""
-
-    def tile(self, problem: Problem, positions: int, variant: tuple[int, ...]) -> Tile:
-        """The largest block of at most this many output positions."""
-
-    def splits(self, problem: Problem, variant: tuple[int, ...]) -> int:
-        """How many lanes are worth having at most."""
-
-    def blocks(self, problem: Problem, tiling: Tiling) -> Iterator[Block]:
-        """The blocks of a job that is cut like this, in order."""
+    def tilings(self, problem: Problem, variant: Variant, backend: Backend) -> Tilings:
+        """The tilings that are worth a try."""
 
     def workspace(
         self, problem: Problem, tiling: Tiling, backend: Backend
     ) -> Workspace:
-        """The buffers of a job that is cut like this."""
+        """The buffers of a job with this tiling."""
 
     def work(self, problem: Problem, tiling: Tiling) -> Work:
         """What there is to do, all workers together."""
@@ -156,12 +164,13 @@ class OneWay:
     """The answers of a strategy that has one way of doing it."""
 
     gains_from_size = True
+    by_runs = False
 
-    def variants(self, problem: Problem) -> tuple[tuple[int, ...], ...]:
+    def variants(self, problem: Problem) -> tuple[Variant, ...]:
         del problem
-        return ((),)
+        return (None,)
 
-    def describe(self, variant: tuple[int, ...]) -> str:
+    def describe(self, variant: Variant) -> str:
         del variant
         return ""
 

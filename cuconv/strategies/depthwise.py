@@ -16,12 +16,13 @@ from cuconv.arrays import Array
 from cuconv.backends import Backend, jit_is_installed
 from cuconv.engine.costs import Work
 from cuconv.engine.problem import Problem, in_groups
-from cuconv.geometry import Axis, Block, ConvGeometry, Tile
+from cuconv.geometry import Axis, ConvGeometry, Tile
 from cuconv.memory import Buffer
 from cuconv.strategies.base import (
     Job,
     OneWay,
     Tiling,
+    Tilings,
     Workspace,
     filters_of,
     outer_view,
@@ -49,24 +50,14 @@ class Depthwise(OneWay):
     def supports(self, problem: Problem) -> tuple[bool, str]:
         return verdict(_refusals(problem))
 
-    def preferred(self, problem: Problem, backend: Backend) -> int:
-        del backend
-        return problem.geometry.images * problem.geometry.positions
-
-    def tile(self, problem: Problem, positions: int, variant: tuple[int, ...]) -> Tile:
-        del positions, variant
+    def tilings(self, problem: Problem, variant: None, backend: Backend) -> Tilings:
+        del variant, backend
         # Planes are never cut; the work is shared out by channels.  On CUDA one launch
         # takes all images.
         g = problem.geometry
         images = 1 if problem.module == "numpy" else max(g.images, 1)
-        return Tile(images, tuple(max(n, 1) for n in g.out))
-
-    def splits(self, problem: Problem, variant: tuple[int, ...]) -> int:
-        del problem, variant
-        return 1
-
-    def blocks(self, problem: Problem, tiling: Tiling) -> Iterator[Block]:
-        return problem.geometry.pieces(tiling.tile)
+        tile = Tile(images, tuple(max(n, 1) for n in g.out))
+        return Tilings(g.images * g.positions, lambda _: tile)
 
     def workspace(
         self, problem: Problem, tiling: Tiling, backend: Backend
@@ -174,9 +165,8 @@ def _refusals(problem: Problem) -> Iterator[str]:
         yield "there is one group"
     if g.group_channels > _MOST_CHANNELS:
         yield f"{g.group_channels} channels in a group, {_MOST_CHANNELS} at most"
-    yield from (_loops_refuse if problem.module == "numpy" else _kernels_refuse)(
-        problem
-    )
+    own = _loops_refuse if problem.module == "numpy" else _kernels_refuse
+    yield from own(problem)
     if problem.flipped:
         yield "it spreads dy out for every stride"
 

@@ -19,7 +19,7 @@ M. Henaff, Y. LeCun, "Fast training of convolutional networks through FFTs", 201
 
 import math
 from collections.abc import Iterator
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import islice
 from typing import Any, Literal
 
@@ -36,6 +36,7 @@ from cuconv.strategies.base import (
     Job,
     OneWay,
     Tiling,
+    Tilings,
     Workspace,
     add_splits,
     bias_buffer,
@@ -90,7 +91,8 @@ class Fft(OneWay):
     def supports(self, problem: Problem) -> tuple[bool, str]:
         return verdict(_refusals(problem))
 
-    def preferred(self, problem: Problem, backend: Backend) -> int:
+    def tilings(self, problem: Problem, variant: None, backend: Backend) -> Tilings:
+        del variant
         g = problem.geometry
         # Tiles as long as the kernel waste half of every transform.
         cells = (max(3 * axis.extent, _LEAST_TILE) // axis.stride for axis in g.axes)
@@ -99,25 +101,9 @@ class Fft(OneWay):
         )
         spectrum = 8 * max(g.channels, g.filters) * problem.operand.itemsize
         images = backend.block_bytes // max(spectrum * tile, 1)
-        return tile * min(max(images, 1), g.images)
-
-    def tile(self, problem: Problem, positions: int, variant: tuple[int, ...]) -> Tile:
-        """Tiles as square as the output, images last."""
-        del variant
-        g = problem.geometry
-        cells = [max(axis.out, 1) for axis in g.axes]
-        while math.prod(cells) > positions and max(cells) > 1:
-            longest = max(range(g.rank), key=lambda i: cells[i])
-            cells[longest] = -(-cells[longest] // 2)
-        images = min(max(positions // math.prod(cells), 1), max(g.images, 1))
-        return Tile(images, tuple(cells))
-
-    def splits(self, problem: Problem, variant: tuple[int, ...]) -> int:
-        del variant
-        return 2 if problem.op == "weight_grad" else 1
-
-    def blocks(self, problem: Problem, tiling: Tiling) -> Iterator[Block]:
-        return problem.geometry.pieces(tiling.tile)
+        positions = tile * min(max(images, 1), g.images)
+        splits = 2 if problem.op == "weight_grad" else 1
+        return Tilings(positions, partial(_square_tile, g), splits)
 
     def workspace(
         self, problem: Problem, tiling: Tiling, backend: Backend
@@ -262,6 +248,16 @@ class Fft(OneWay):
 
         with job.backend.stage("weights", self.name):
             job.each(range(0, g.group_filters, step), finish)
+
+
+def _square_tile(geometry: ConvGeometry, positions: int) -> Tile:
+    """Tiles as square as the output, images last."""
+    cells = [max(out, 1) for out in geometry.out]
+    while math.prod(cells) > positions and max(cells) > 1:
+        longest = max(range(geometry.rank), key=lambda i: cells[i])
+        cells[longest] = -(-cells[longest] // 2)
+    images = min(max(positions // math.prod(cells), 1), max(geometry.images, 1))
+    return Tile(images, tuple(cells))
 
 
 def _refusals(problem: Problem) -> Iterator[str]:

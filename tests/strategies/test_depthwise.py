@@ -177,7 +177,9 @@ def test_an_error_in_a_loop_reaches_the_caller(monkeypatch) -> None:
 
     with monkeypatch.context() as patch:
         patch.setattr(jit, "convolve", broken)
+        forget_plans()
         with pytest.raises(RuntimeError, match="in a loop"):
             cuconv.conv(x, w, groups=16, **DEPTHWISE)
     assert host._BLAS._users == 0
+    forget_plans()
     testing.assert_equal(cuconv.conv(x, w, groups=16, **DEPTHWISE), wanted)

@@ -22,7 +22,7 @@ from cuconv.backends.padding import Reading
 from cuconv.backends.sharing import Shared
 from cuconv.config import settings
 from cuconv.engine.costs import CPU_RATES
-from cuconv.engine.program import Item, Program, Slots
+from cuconv.engine.program import Item, Phase, Program, Slots
 from cuconv.geometry import Axis, Block, Ranges, Tile, WindowGeometry
 from cuconv.memory import ALIGNED, Buffer, aligned_start
 from cuconv.profiling import stage
@@ -339,10 +339,9 @@ class CpuBackend:
                 for slots in others:
                     each.append(slots.copy())
                     program.place(arrays, each[-1])
-                for items in phases:
-                    workers = each if len(items) > 1 else each[:1]
-                    queue = Shared(items)
-                    self.parallel(partial(_run_shared, queue, workers), len(workers))
+                for items, workers in phases:
+                    body = partial(_run_shared, Shared(items), each)
+                    self.parallel(body, min(len(items), workers))
         finally:
             _ARENAS.give_back(arena)
 
@@ -374,9 +373,9 @@ class CpuBackend:
                 raise error
 
 
-def _run(phases: tuple[tuple[Item, ...], ...], slots: Slots) -> None:
+def _run(phases: tuple[Phase, ...], slots: Slots) -> None:
     """Run all phases in this thread."""
-    for items in phases:
+    for items, _ in phases:
         for steps in items:
             for function, operands in steps:
                 function(*operands(slots))

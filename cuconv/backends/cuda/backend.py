@@ -207,7 +207,7 @@ class CudaBackend:
         places = {n: a.data for n, a in arrays.items() if hasattr(a, "data")}
         if program.nbytes:
             memory = cupy.empty(program.nbytes, cupy.uint8).data
-            for name, (start, _) in program.regions.items():
+            for name, (start, *_) in program.regions.items():
                 places[name] = memory + start
         addresses = {name: place.ptr for name, place in places.items()}
         for view, slot in program.views:
@@ -218,7 +218,7 @@ class CudaBackend:
                 slots[slot] = cupy.ndarray(
                     view.shape, view.dtype, place, strides=view.strides
                 )
-        for items in program.current_phases():
+        for items, _ in program.current_phases():
             for steps in items:
                 for function, operands in steps:
                     function(*operands(slots))
