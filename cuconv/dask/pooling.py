@@ -34,7 +34,7 @@ from cuconv.dask.blocks import (
     spans,
     windows,
 )
-from cuconv.engine.pool_plan import INDEX, PoolPlan, pool_backend, tiling_within
+from cuconv.engine.pool_plan import INDEX, plan_of, pool_backend, tiling_within
 from cuconv.engine.pool_problem import PoolProblem
 from cuconv.geometry import WindowGeometry
 
@@ -222,7 +222,7 @@ def _run(
     """Pool the arrays of one block."""
     with config(num_threads=threads):
         given = {name: base_array(array) for name, array in arrays.items()}
-        return PoolPlan(problem, given, None, limit).run(tuple(given.values()), None)
+        return plan_of(problem, given, None, limit).run(tuple(given.values()), None)
 
 
 def _moved(

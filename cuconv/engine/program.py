@@ -97,8 +97,9 @@ class Program:
         self.views = tuple(recording.views.items())
         each = (recording.phases_of(ranges=ranges) for ranges in (False, True))
         # One worker alone does everything in order.
-        join: Callable[..., tuple[Phase, ...]] = _joined if workers == 1 else tuple
-        self.phases, self.phases_with_ranges = map(join, each)
+        self.phases, self.phases_with_ranges = (
+            _joined(phases) if workers == 1 else tuple(phases) for phases in each
+        )
         self.regions = {SHARED: (0, 0, workers), **recording.regions}
         self.kept = [(s, v) for v, s in self.views if v.source in self.regions]
         # Views of the caller's arrays: by a function of the array, or by the layout.
@@ -169,10 +170,10 @@ def _maker(view: View, stub: ArrayStub) -> Callable[[Array], Array] | None:
     part = _part(view, stub)
     if part is not None:
         return itemgetter(part)
-    if stub.flags.c_contiguous and stub.size == math.prod(view.shape):
-        whole: Any = stub.reshape(view.shape)
-        if view == View.of(whole, is_address=False):
-            return methodcaller("reshape", view.shape)
+    is_whole = stub.flags.c_contiguous and stub.size == math.prod(view.shape)
+    shaped: Any = stub.reshape(view.shape) if is_whole else stub
+    if is_whole and view == View.of(shaped, is_address=False):
+        return methodcaller("reshape", view.shape)
     return partial(strided, shape=view.shape, strides=view.strides, offset=view.offset)
 
 
@@ -193,8 +194,8 @@ def _part(view: View, stub: ArrayStub) -> tuple[slice, ...] | None:
         rest -= start * stride
         slices[axis] = slice(start, start + reach, step)
     part = tuple(slices)
-    piece: Any = stub[part]
-    made = View.of(piece, is_address=False)
+    found: Any = stub[part]
+    made = View.of(found, is_address=False)
     same = (made.offset, made.shape) == (view.offset, view.shape) and all(
         n == 1 or one == two
         for n, one, two in zip(view.shape, made.strides, view.strides, strict=True)

@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from cuconv.arrays import (
     Array,
@@ -129,6 +129,18 @@ class Workspace(NamedTuple):
     pieces: int = 1
 
 
+class Steps(Protocol):
+    """What a call does with its arrays."""
+
+    def run(
+        self,
+        backend: Any,
+        arrays: dict[str, Array],
+        scratch: tuple[dict[str, Array], ...],
+    ) -> None:
+        """Do it, or record it; ``scratch`` are the buffers of every worker."""
+
+
 class RecordedPlan(Recorded):
     """The plan of a call with one kind of buffers, of pooling or of columns.
 
@@ -136,30 +148,35 @@ class RecordedPlan(Recorded):
     ----------
     backend, threads
         As for `Recorded`.
+    steps
+        The steps.
     names
         The names of the arrays that it takes, in their order.
     results
         The results; where there are several, a call returns all of them.
     workspace
         What the workers need.
+    buffered
+        Bytes of the arrays that NumPy may take buffers for.
+    refusal
+        Why it cannot run in a capture, though it is given its results.
     """
-
-    # Why it cannot run in a capture, though it is given its results.
-    refusal: str | None = None
 
     def __init__(
         self,
         backend: Backend,
+        steps: Steps,
         names: tuple[str, ...],
         results: tuple[Result, ...],
         workspace: Workspace,
         *,
         threads: int = 0,
         buffered: int = 0,
+        refusal: str | None = None,
     ) -> None:
         super().__init__(backend, workspace.pieces, threads)
         self.names, self.results, self.workspace = names, results, workspace
-        self.buffered = buffered
+        self.steps, self.buffered, self._refusal = steps, buffered, refusal
 
     @property
     def workers(self) -> int:
@@ -169,18 +186,9 @@ class RecordedPlan(Recorded):
     def nbytes(self) -> int:
         return with_start(self.workers * buffer_bytes(self.workspace.buffers))
 
-    @abstractmethod
-    def steps(
-        self,
-        backend: Backend,
-        arrays: dict[str, Array],
-        scratch: tuple[dict[str, Array], ...],
-    ) -> None:
-        """Do the work, or record it; ``scratch`` are the buffers of every worker."""
-
     def _steps(self, backend: Any, arrays: dict[str, Array], memory: Memory) -> None:
         scratch = memory.own("own", 0, self.workspace.buffers, self.workers)
-        self.steps(backend, arrays, scratch)
+        self.steps.run(backend, arrays, scratch)
 
     def run(self, arrays: Sequence[Array | None], out: Any) -> Any:
         """Run it on arrays that have been checked."""
@@ -201,8 +209,8 @@ class RecordedPlan(Recorded):
         """Refuse a capture of what takes memory."""
         if any(array is None for array in outs):
             refuse_capture(self.backend, NEEDS_OUT, captured=True)
-        if self.refusal is not None:
-            refuse_capture(self.backend, self.refusal, captured=True)
+        if self._refusal is not None:
+            refuse_capture(self.backend, self._refusal, captured=True)
 
 
 def check_results(

@@ -372,7 +372,10 @@ class Separable(Lowering):
     """The steps of every piece; ``inner`` says how those of each kind are lowered."""
 
     def __init__(
-        self, request: SeparableRequest, tiling: Tiling, inner: dict[tuple[Any, ...], Lowering]
+        self,
+        request: SeparableRequest,
+        tiling: Tiling,
+        inner: dict[tuple[Any, ...], Lowering],
     ) -> None:
         self.request, self.tiling = request, tiling
         self.inner, self.buffers = inner, tiling.buffers

@@ -7,10 +7,10 @@ import numpy as np
 
 from cuconv.arrays import Array
 from cuconv.backends import default_array_module
+from cuconv.engine.separable import SeparableGradients
 from cuconv.geometry import Sizes
 from cuconv.layers.base import check_module, kernel_of, positive
 from cuconv.layers.weighted import Weighted, drawn
-from cuconv.engine.separable import SeparableGradients
 from cuconv.options import SeparableOptions, check_bias
 from cuconv.separable import separable_conv, separable_conv_backward
 

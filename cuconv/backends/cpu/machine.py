@@ -1,4 +1,4 @@
-"""The machine that NumPy runs on: words for it, its memory, and whether Numba is there."""
+"""The machine that NumPy runs on, what a call costs there, and whether Numba is."""
 
 import os
 import platform

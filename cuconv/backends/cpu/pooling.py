@@ -734,9 +734,9 @@ def _add_at(
     total, step = math.prod(size), merged_stride(size, steps[2:])
     is_whole = region == tuple((0, n) for n in size)
     # As unsigned numbers, those below zero are the largest.
-    is_inside = is_whole and step is not None
-    if is_inside and indices.view(np.uint64).max() < total:
-        if step is not None and step != 1:
+    may_run = is_whole and step is not None
+    if step is not None and may_run and indices.view(np.uint64).max() < total:
+        if step != 1:
             indices = np.multiply(indices, step, at)
         np.add(indices, heads, at)
         if values is None:
@@ -822,8 +822,7 @@ def _tiling(problem: PoolProblem, budget: int, workers: int) -> PoolTiling:
     else:
         tile = g.tile(several // channels)
         count = g.count_blocks(tile)
-    pieces = count * -(-g.channels // channels)
-    return PoolTiling(tile, channels, workers, pieces)
+    return PoolTiling(tile, channels, workers, count * -(-g.channels // channels))
 
 
 def _buffers(problem: PoolProblem, tiling: PoolTiling) -> tuple[Buffer, ...]:
