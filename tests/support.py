@@ -459,9 +459,9 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     seen: list[Any] = []
     original = planning.LoweredCall.execute
 
-    def spy(plan: Any, *arguments: Any) -> Any:
+    def spy(plan: Any, *arguments: Any) -> None:
+        original(plan, *arguments)
         seen.append(chosen(plan))
-        return original(plan, *arguments)
 
     monkeypatch.setattr(planning.LoweredCall, "execute", spy)
     return seen

@@ -44,12 +44,12 @@ class LoweredCall:
         self.lowering, self.backend, self.options = lowering, backend, options
         self.candidates: list[Candidate] = [part.best for part in lowering.parts]
         self._is_tuned = options.strategy != "benchmark"
-        self._is_recordable = lowering.chunks <= _MOST_BLOCKS
-        self._program: Program | None = None
-        self._summarize()
+        self.renew()
 
-    def _summarize(self) -> None:
-        """Work out what every run asks of the candidates that run."""
+    def renew(self) -> None:
+        """Forget what was recorded, and see what the candidates that run ask for."""
+        self._is_recordable = self.lowering.chunks <= _MOST_BLOCKS
+        self._program: Program | None = None
         self.is_single_threaded = all(
             candidate.problem.single_threaded for candidate in self.candidates
         )
@@ -64,9 +64,8 @@ class LoweredCall:
     def with_candidates(self, candidates: list[Candidate]) -> Self:
         """The same call, whose parts are run by these."""
         other = copy.copy(self)
-        other.candidates, other._program = candidates.copy(), None
-        other._is_recordable = self.lowering.chunks <= _MOST_BLOCKS
-        other._summarize()
+        other.candidates = candidates.copy()
+        other.renew()
         return other
 
     def _memory_of(self, candidate: Candidate) -> int:
@@ -78,7 +77,7 @@ class LoweredCall:
     @property
     def _memory_bytes(self) -> int:
         """Bytes of all buffers."""
-        each = [self._memory_of(candidate) for candidate in self.candidates]
+        each = [self._memory_of(c) if c.flops else 0 for c in self.candidates]
         return with_start(self.lowering.bytes_around(each))
 
     def execute(self, arrays: dict[str, Array]) -> None:
@@ -111,7 +110,7 @@ class LoweredCall:
             self._steps(backend, arrays, Memory(raw))
 
     def _recorded(self, arrays: dict[str, Array]) -> Program | None:
-        """Record the steps for arrays of this layout, if the program is not too long."""
+        """Record the steps for arrays of this layout, unless they are too many."""
         overhead = max(candidate.overhead_bytes for candidate in self.candidates)
         nbytes = self._memory_bytes
         if self.lowering.memory_limit - nbytes - overhead < MOST_BYTES:
@@ -148,7 +147,7 @@ class LoweredCall:
                 remember(machine, key, winner)
             self.candidates[number] = part.candidates[winners.index(winner)]
         self._is_tuned = True
-        self._summarize()
+        self.renew()
 
     def _trial(
         self, number: int, candidate: Candidate, arrays: dict[str, Array]
@@ -190,8 +189,12 @@ class Plan(LoweredCall):
         self._weights: dict[str, Array] = {}
         # Operands that are numbers.
         self._numbers = {n: a for n, a in arrays.items() if not is_array(a)}
-        self._others: dict[Any, Plan] = {}
         super().__init__(lowering, request.backend, request.options)
+
+    def renew(self) -> None:
+        """The same; and forget the plans for arrays that lie otherwise."""
+        super().renew()
+        self._others: dict[Any, Plan] = {}
 
     @property
     def _first(self) -> PlanningResult:
@@ -394,12 +397,6 @@ class Plan(LoweredCall):
         plan._is_tuned = True
         each = enumerate(self.lowering.weights_of(w))
         plan._weights = {f"weights{n}": self._prepared(n, own) for n, own in each}
-        return plan
-
-    def with_candidates(self, candidates: list[Candidate]) -> Self:
-        """The same plan, whose parts are run by these."""
-        plan = super().with_candidates(candidates)
-        plan._others = {}
         return plan
 
     def _prepared(self, number: int, w: Array) -> Array:
