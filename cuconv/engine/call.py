@@ -24,6 +24,7 @@ from cuconv.backends import backend_of, refuse_capture
 from cuconv.config import settings
 from cuconv.engine.bias_grad import BiasGrad
 from cuconv.engine.plan import Plan
+from cuconv.engine.planner import decide
 from cuconv.engine.problem import ROLES
 from cuconv.engine.request import (
     ZERO_POINTS,
@@ -80,8 +81,9 @@ _MOST_PLANS = 512
 
 
 def forget_plans() -> None:
-    """Drop every cached plan."""
+    """Drop every plan that is kept."""
     _PLANS.clear()
+    decide.cache_clear()
 
 
 def run(
@@ -139,7 +141,9 @@ def check_overlaps(names: Sequence[str], arrays: Sequence[Array], out: Any) -> N
     given = {n: a for n, a in zip(names, arrays, strict=False) if a is not None}
     xp = module_of(given)
     for each in out if type(out) is tuple else (out,):
-        check_overlap(xp, each, given)
+        if each is not None:
+            check_overlap(xp, each, given)
+            given["out"] = each
 
 
 def convolve(

@@ -34,7 +34,7 @@ from cuconv.options import Options
 NEEDS_OUT = "cannot allocate the result during CUDA graph capture: pass out="
 # The most blocks that are worth recording: the work of more takes longer by far than
 # finding out what to do.
-_MOST_BLOCKS = 32
+MOST_BLOCKS = 32
 
 
 class LoweredCall:
@@ -48,7 +48,7 @@ class LoweredCall:
 
     def renew(self) -> None:
         """Forget what was recorded, and see what the candidates that run ask for."""
-        self._is_recordable = self.lowering.chunks <= _MOST_BLOCKS
+        self._is_recordable = self.lowering.chunks <= MOST_BLOCKS
         self._program: Program | None = None
         self.is_single_threaded = all(
             candidate.problem.single_threaded for candidate in self.candidates
@@ -103,11 +103,15 @@ class LoweredCall:
     def _run_steps(self, arrays: dict[str, Array]) -> None:
         """Run the steps without recording them."""
         backend = self.backend
-        with (
-            backend.device_of(next(iter(arrays.values()))),
-            backend.memory(self._memory_bytes) as raw,
-        ):
-            self._steps(backend, arrays, Memory(raw))
+
+        def body(worker: int) -> None:
+            del worker
+            with backend.memory(self._memory_bytes) as raw:
+                self._steps(backend, arrays, Memory(raw))
+
+        # As a worker, with what NumPy buffers within bounds.
+        with backend.device_of(next(iter(arrays.values()))):
+            backend.parallel(body, 1, single_threaded=True)
 
     def _recorded(self, arrays: dict[str, Array]) -> Program | None:
         """Record the steps for arrays of this layout, unless they are too many."""

@@ -11,6 +11,7 @@ see it, and every region of a `Recording` the part of it that is a worker's own.
 """
 
 import copy
+import math
 from collections.abc import Callable, Iterable
 from functools import partial
 from operator import itemgetter, methodcaller
@@ -86,20 +87,32 @@ class Program:
         workers: int,
         *,
         single_threaded: bool,
+        buffered: int = 0,
     ) -> None:
         self.nbytes, self.workers = nbytes, workers
         self.single_threaded = single_threaded
+        # Bytes of arrays that NumPy may read or write by way of buffers of its own.
+        self.buffered = nbytes + buffered
         self.slots = list(recording.slots)
         self.views = tuple(recording.views.items())
-        self.phases = tuple(recording.phases_of(ranges=False))
-        self.phases_with_ranges = tuple(recording.phases_of(ranges=True))
+        each = (recording.phases_of(ranges=ranges) for ranges in (False, True))
+        # One worker alone does everything in order.
+        join = _joined if workers == 1 else tuple
+        self.phases, self.phases_with_ranges = map(join, each)
         self.regions = {SHARED: (0, 0, workers), **recording.regions}
         self.kept = [(s, v) for v, s in self.views if v.source in self.regions]
-        self.given = [
-            (slot, view.source, _maker(view, recording.stubs[view.source]))
-            for view, slot in self.views
-            if view.source not in self.regions
-        ]
+        # Views of the caller's arrays: by a function of the array, or by the layout.
+        self.made: list[tuple[int, str, Callable[[Array], Array] | None]] = []
+        self.laid: list[tuple[int, str, tuple[Any, ...], tuple[Any, ...]]] = []
+        for view, slot in self.views:
+            if view.source in self.regions:
+                continue
+            stub = recording.stubs[view.source]
+            if _is_run(stub) and not _is_simple(view, stub):
+                layout = (view.shape, view.dtype), (view.offset, view.strides)
+                self.laid.append((slot, view.source, *layout))
+            else:
+                self.made.append((slot, view.source, _maker(view, stub)))
 
     def bound(self, raw: Array) -> list[Slots]:
         """The slots of every worker, with views of an aligned NumPy workspace."""
@@ -117,9 +130,37 @@ class Program:
             each.append(slots)
         return each
 
+    def place(self, arrays: dict[str, Array], slots: Slots) -> None:
+        """Put the views of the caller's arrays in their slots."""
+        for slot, source, make in self.made:
+            array = arrays[source]
+            slots[slot] = array if make is None else make(array)
+        for slot, source, (shape, dtype), (offset, strides) in self.laid:
+            slots[slot] = np.ndarray(shape, dtype, arrays[source], offset, strides)
+
     def current_phases(self) -> tuple[Phase, ...]:
         """The phases, with ranges if a profiler receives them."""
         return self.phases_with_ranges if profiling.is_listening() else self.phases
+
+
+def _joined(phases: Iterable[Phase]) -> tuple[Phase, ...]:
+    """One phase of one item, of all steps."""
+    steps = tuple(step for items, _ in phases for item in items for step in item)
+    return (Phase((steps,), 1),)
+
+
+def _is_run(stub: ArrayStub) -> bool:
+    """Whether NumPy takes an array of this layout as the memory of another."""
+    return bool(stub.flags.c_contiguous and stub.dtype.kind != "V" and stub.size)
+
+
+def _is_simple(view: View, stub: ArrayStub) -> bool:
+    """Whether a view is the array itself, a part of it, or one of another shape."""
+    if view.is_address:
+        return True
+    return _maker(view, stub) is None or isinstance(
+        _maker(view, stub), (itemgetter, methodcaller)
+    )
 
 
 def _maker(view: View, stub: ArrayStub) -> Callable[[Array], Array] | None:
@@ -128,21 +169,38 @@ def _maker(view: View, stub: ArrayStub) -> Callable[[Array], Array] | None:
         return None
     if not view.offset and (view.shape, view.strides) == (stub.shape, stub.strides):
         return None
-    is_run = stub.flags.c_contiguous and stub.dtype.kind != "V"
-    if (
-        is_run
-        and not view.offset
-        and view
-        == View.of(
-            stub.reshape(view.shape) if stub.size == np.prod(view.shape) else stub,
-            is_address=False,
-        )
-    ):
-        return methodcaller("reshape", view.shape)
-    if is_run:
-        more = {"offset": view.offset, "strides": view.strides}
-        return partial(np.ndarray, view.shape, view.dtype, **more)
+    part = _part(view, stub)
+    if part is not None:
+        return itemgetter(part)
+    if stub.flags.c_contiguous and stub.size == math.prod(view.shape):
+        if view == View.of(stub.reshape(view.shape), is_address=False):
+            return methodcaller("reshape", view.shape)
     return partial(strided, shape=view.shape, strides=view.strides, offset=view.offset)
+
+
+def _part(view: View, stub: ArrayStub) -> tuple[slice, ...] | None:
+    """The slices of an array that are a view, which is the quickest way to make it."""
+    if view.dtype != stub.dtype or len(view.shape) != stub.ndim or not stub.size:
+        return None
+    slices, rest = [slice(None)] * stub.ndim, view.offset
+    for axis in sorted(range(stub.ndim), key=lambda i: -stub.strides[i]):
+        size, stride = stub.shape[axis], stub.strides[axis]
+        count, step = view.shape[axis], 1
+        if count > 1 and stride > 0:
+            step = view.strides[axis] // stride
+        reach = (count - 1) * step + 1
+        if step < 1 or count < 1 or reach > size:
+            return None
+        start = min(rest // stride, size - reach) if stride > 0 else 0
+        rest -= start * stride
+        slices[axis] = slice(start, start + reach, step)
+    part = tuple(slices)
+    made = View.of(stub[part], is_address=False)
+    same = (made.offset, made.shape) == (view.offset, view.shape) and all(
+        n == 1 or one == two
+        for n, one, two in zip(view.shape, made.strides, view.strides, strict=True)
+    )
+    return part if same else None
 
 
 class Recording:

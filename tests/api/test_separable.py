@@ -235,7 +235,7 @@ def test_the_limit_of_a_depthwise_call_has_room_for_the_copy(xp) -> None:
     for each in (call, partial(copy_transposed, padding="same", needs=("x",))):
         least = smallest_limit(each)
         for limit in (least, least + 4 * far.nbytes):
-            assert peak(xp, partial(each, memory_limit=limit)) <= limit
+            assert peak(xp, partial(each, memory_limit=limit), limit) <= limit
 
 
 # Separable convolution
@@ -332,7 +332,7 @@ def test_the_limit_holds_by_measurement(xp) -> None:
         wanted, least = each(), smallest_limit(each)
         assert 0 < least < (between if each is call else 2 * between)
         for limit in (least, least + between // 3):
-            took = peak(xp, partial(each, memory_limit=limit))
+            took = peak(xp, partial(each, memory_limit=limit), limit)
             assert took <= limit, f"{took} bytes at the peak, of {limit}"
         found = each(memory_limit=least)
         for mine, other in zip(tuple(found), tuple(wanted), strict=True):

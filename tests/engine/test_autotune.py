@@ -20,7 +20,9 @@ from support import (
     forget_plans,
     forget_winners,
     host_peak,
+    let_number_win,
     operands,
+    races_of,
     reference,
     run,
     smallest_limit,
@@ -32,7 +34,6 @@ from cuconv.backends import backend_of, backend_on
 from cuconv.backends.cpu import backend as host
 from cuconv.backends.cpu import machine
 from cuconv.engine import autotune as tuning
-from cuconv.engine import plan as planning
 
 BENCHMARK = {"strategy": "benchmark"}
 CASE = Case((2, 8, 9, 8), (8, 8, 3, 3), {"padding": 1})
@@ -50,15 +51,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 @pytest.fixture
 def races(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many candidates were timed, each time that any were."""
-    seen: list[int] = []
-    original = tuning.fastest
-
-    def spy(backend: Any, candidates: Any) -> int:
-        seen.append(len(candidates))
-        return original(backend, candidates)
-
-    monkeypatch.setattr(planning, "fastest", spy)
-    return seen
+    return races_of(monkeypatch)
 
 
 def records(folder: Path) -> dict[str, Any]:
@@ -425,7 +418,6 @@ SMALL = [
 def test_whatever_wins_computes_the_same(op, monkeypatch, choices) -> None:
     """Also a winner that cuts its work where the one that was expected does not."""
     won, tiling = 0, set()
-    monkeypatch.setattr(planning, "recall", lambda machine, key, candidates: None)
     for case in SMALL:
         arrays = operands(case, "float32")
         wanted = reference(op, arrays, case)
@@ -434,10 +426,7 @@ def test_whatever_wins_computes_the_same(op, monkeypatch, choices) -> None:
         limits = (least, least + 4000, 36_000, 44_000, 50_000, 2**24)
         for limit in (max(limit, least) for limit in limits):
             for number in range(8):
-                monkeypatch.setattr(
-                    planning, "fastest", lambda backend, each, n=number: n % len(each)
-                )
-                forget_plans()
+                let_number_win(monkeypatch, number)
                 got = call(memory_limit=limit, **BENCHMARK)
                 np.testing.assert_array_equal(np.rint(got), wanted)
                 won += 1

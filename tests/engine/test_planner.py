@@ -3,7 +3,6 @@
 import itertools
 import re
 from functools import partial
-from typing import Any
 
 import numpy as np
 import pytest
@@ -13,10 +12,12 @@ from hypothesis import strategies as st
 from support import (
     OPERATIONS,
     Case,
+    calls_that_plan,
     candidates_of,
     chosen,
     forget_plans,
     integers,
+    keep_few_plans,
     operands,
     plan_of,
     run,
@@ -26,7 +27,6 @@ from support import (
 import cuconv
 from cuconv import testing
 from cuconv.backends.cpu.backend import CpuBackend
-from cuconv.engine import call as calls
 from cuconv.engine import costs, planner
 from cuconv.engine.problem import NAMES
 from cuconv.engine.rewrites import polyphase
@@ -35,18 +35,9 @@ from cuconv.strategies import STRATEGIES, strategies
 
 
 @pytest.fixture
-def planned(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """One item for each call that was checked and planned, and not known before."""
-    seen: list[Any] = []
-    original = calls.Plan
-
-    def spy(request: Any) -> Any:
-        seen.append(request.call)
-        return original(request)
-
-    monkeypatch.setattr(calls, "Plan", spy)
-    forget_plans()
-    return seen
+def planned(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The operation of each call that was not known before."""
+    return calls_that_plan(monkeypatch)
 
 
 # Reasons
@@ -326,12 +317,12 @@ def test_out_that_overlaps_is_refused_the_second_time_too() -> None:
 
 
 def test_no_more_plans_are_kept_than_there_is_room_for(monkeypatch, planned) -> None:
-    monkeypatch.setattr(calls, "_MOST_PLANS", 8)
+    kept = keep_few_plans(monkeypatch, 8)
     w = np.ones((1, 1, 2))
     for length in range(2, 40):
         x = np.ones((1, 1, length))
         testing.assert_equal(cuconv.conv(x, w), np.full((1, 1, length - 1), 2))
-        assert len(calls._PLANS) <= 8
+        assert len(kept) <= 8
     assert len(planned) == 38
 
 

@@ -19,7 +19,7 @@ from support import (
 
 import cuconv
 from cuconv import profiling
-from cuconv.engine import plan as planning
+from cuconv.backends import backend_of
 
 
 class Range(NamedTuple):
@@ -175,7 +175,7 @@ def test_ranges_close_when_something_fails(xp, domain, monkeypatch) -> None:
     x, w, _ = operands(PADDED, "float32").on(xp)
     with pytest.raises(MemoryError):
         cuconv.conv(x, w, padding=1, memory_limit=1, **with_buffers_on(xp))
-    backend = type(planning.backend_of(xp))
+    backend = type(backend_of(xp))
 
     def gather(*arguments: Any, **options: Any) -> None:
         raise RuntimeError("in the gather")

@@ -16,7 +16,7 @@ from threadpoolctl import ThreadpoolController
 
 from cuconv.arrays import Array, DType, Types, stored, strided
 from cuconv.backends import padding as wrapping
-from cuconv.backends.cpu.machine import cpu_machine
+from cuconv.backends.cpu.machine import BUFFER_ITEMS, call_overhead, cpu_machine
 from cuconv.backends.cpu.pooling import CpuPools
 from cuconv.backends.padding import Reading
 from cuconv.backends.sharing import Shared
@@ -27,9 +27,6 @@ from cuconv.geometry import Axis, Block, Ranges, Tile, WindowGeometry
 from cuconv.memory import ALIGNED, Buffer, aligned_start
 from cuconv.profiling import stage
 
-# NumPy adds strided arrays by way of three buffers of this many items; a thousand are
-# as fast as its default of 8192.
-_BUFFER_ITEMS = 1024
 # Products of at most this many multiply-adds OpenBLAS takes as they lie; larger ones it
 # packs first.  One core of an AMD EPYC (Zen 4), float32, GFLOP/s, whole and in parts:
 # 64×64×3136 96 and 109, 64×576×448 97 and 115, 128×256×784 103 and 112, 512×512×784 104
@@ -45,8 +42,6 @@ _AVX512 = ("SkylakeX", "Cooperlake", "SapphireRapids")
 _SMALL_BYTES = 2**16
 # The most programs that an arena keeps views for.
 _MOST_PROGRAMS = 256
-_CALL_BYTES = 15 * 1024
-_WORKER_BYTES = 8 * 1024
 
 
 Do: TypeAlias = Callable[..., None]
@@ -72,16 +67,14 @@ class CpuBackend:
 
     @property
     def pools(self) -> CpuPools:
-        return CpuPools(self, _STOPPING.check)
+        return CpuPools(self.do, self.each, self.workers())
 
     def device_of(self, array: Array) -> AbstractContextManager[object]:
         del array
         return nullcontext()
 
     def overhead(self, workers: int, itemsize: int) -> int:
-        # Views, slices and closures, measured with tracemalloc on CPython 3.11: at most
-        # 15 KiB for one worker and 9 KiB for each more; and NumPy's own buffers.
-        return _CALL_BYTES + workers * (_WORKER_BYTES + 3 * _BUFFER_ITEMS * itemsize)
+        return call_overhead(workers, itemsize)
 
     def workers(self) -> int:
         asked = settings().num_threads
@@ -140,7 +133,7 @@ class CpuBackend:
             return
         if any(map(any, block.padding)):
             source = self._padded(source, block.padding, geometry, buffers["window"])
-        self.copy(_windows(source, geometry.axes, columns.shape), columns)
+        self._copy_windows(_windows(source, geometry.axes, columns.shape), columns)
 
     def _padded(
         self, window: Array, padding: Ranges, geometry: WindowGeometry, buffer: Array
@@ -158,7 +151,7 @@ class CpuBackend:
             ).cells
             self.fill(padded, 0)
             cells = tuple(slice(before, before + size) for size, (before, _) in each)
-            self.copy(window, padded[(..., *cells)])
+            self._copy_windows(window, padded[(..., *cells)])
             return padded
 
     def _gather_phases(
@@ -200,7 +193,15 @@ class CpuBackend:
         rank = geometry.rank
         for phase in range(step):
             part = columns[(slice(None),) * (2 + rank) + (slice(phase, None, step),)]
-            self.copy(_windows(split[..., phase, :], plain, part.shape), part)
+            windows = _windows(split[..., phase, :], plain, part.shape)
+            self._copy_windows(windows, part)
+
+    def _copy_windows(self, source: Array, target: Array) -> None:
+        """Copy without the axes of length 1: NumPy takes a microsecond for two."""
+        kept = tuple(0 if n == 1 else slice(None) for n in target.shape)
+        if 0 in kept:
+            source, target = source[(*kept, ...)], target[(*kept, ...)]
+        self.copy(source, target)
 
     def scatter(
         self,
@@ -313,27 +314,34 @@ class CpuBackend:
         self.parallel(work, len(scratch), single_threaded=single_threaded)
 
     def execute(self, program: Program, arrays: dict[str, Array]) -> None:
+        is_small = program.single_threaded and program.buffered <= _SMALL_BYTES
+        if is_small and not program.nbytes:
+            slots = program.slots.copy()
+            program.place(arrays, slots)
+            _run(program.current_phases(), slots)
+            return
         arena = _ARENAS.take(program.nbytes)
         try:
-            each = [slots.copy() for slots in arena.slots_of(program)]
-            for slot, source, make in program.given:
-                array = arrays[source]
-                view = array if make is None else make(array)
-                for slots in each:
-                    slots[slot] = view
+            first, *others = arena.slots_of(program)
+            first = first.copy()
+            program.place(arrays, first)
             phases = program.current_phases()
-            single_threaded = program.single_threaded
-            if single_threaded and program.nbytes <= _SMALL_BYTES:
-                _run(phases, each[0])
-            elif len(each) == 1:
+            if is_small:
+                _run(phases, first)
+            elif not others:
                 self.parallel(
-                    lambda _: _run(phases, each[0]), 1, single_threaded=single_threaded
+                    lambda _: _run(phases, first),
+                    1,
+                    single_threaded=program.single_threaded,
                 )
             else:
+                each = [first]
+                for slots in others:
+                    each.append(slots.copy())
+                    program.place(arrays, each[-1])
                 for items, workers in phases:
-                    count = min(len(items), workers)
                     body = partial(_run_shared, Shared(items), each)
-                    self.parallel(body, count)
+                    self.parallel(body, min(len(items), workers))
         finally:
             _ARENAS.give_back(arena)
 
@@ -422,6 +430,7 @@ class _Arenas:
         self._most = most
         self._lock = threading.Lock()
         self._kept: list[_Arena] = []
+        self._held = 0
 
     @contextmanager
     def borrowed(self, nbytes: int) -> Iterator[Array]:
@@ -434,11 +443,13 @@ class _Arenas:
     def clear(self) -> None:
         with self._lock:
             self._kept.clear()
+            self._held = 0
 
     def take(self, nbytes: int) -> _Arena:
         with self._lock:
             if self._kept:
                 arena = self._kept.pop()
+                self._held -= arena.nbytes
                 if arena.nbytes >= nbytes:
                     return arena
                 del arena  # its memory goes back before more is asked for
@@ -446,9 +457,9 @@ class _Arenas:
 
     def give_back(self, arena: _Arena) -> None:
         with self._lock:
-            held = sum(kept.nbytes for kept in self._kept)
-            if held + arena.nbytes <= self._most:
+            if self._held + arena.nbytes <= self._most:
                 self._kept.append(arena)
+                self._held += arena.nbytes
 
 
 class _Stopping(threading.local):
@@ -471,7 +482,7 @@ _STOPPING = _Stopping()
 def _work(body: Callable[[int], None], stop: threading.Event, worker: int) -> None:
     """Run a body, with NumPy's buffers for strided operands at a known size."""
     outer, _STOPPING.event = _STOPPING.event, stop
-    before = np.setbufsize(_BUFFER_ITEMS)
+    before = np.setbufsize(BUFFER_ITEMS)
     try:
         body(worker)
     except _StoppedError:
