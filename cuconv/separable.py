@@ -128,8 +128,7 @@ def depthwise_conv_backward(
            [[2., 2.]]])
     """
     more = {"needs": needs, "allocates": _BACKWARD_ALLOCATES}
-    name = "depthwise_conv_backward"
-    arrays = dy, x, w
+    name, arrays = "depthwise_conv_backward", (dy, x, w)
     found: ConvGradients = run(
         plan_depthwise_gradients, name, arrays, None, options, more
     )

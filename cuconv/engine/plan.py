@@ -39,10 +39,13 @@ class LoweredCall(Recorded):
         self.candidates: list[Candidate] = [part.best for part in lowering.parts]
         self._is_tuned = options.strategy != "benchmark"
         super().__init__(backend, lowering.chunks)
-        self._summarize()
+        self.renew()
 
-    def _summarize(self) -> None:
-        """Work out for how many threads it is, where that matters."""
+    def renew(self) -> None:
+        """Forget what was recorded, and see what the candidates that run ask for."""
+        self._is_recordable = self.lowering.chunks <= MOST_BLOCKS
+        self._program = None
+        # For how many threads it is, where that matters.
         self.threads = 0 if self.is_single_threaded else self.backend.workers()
 
     @property
@@ -58,9 +61,8 @@ class LoweredCall(Recorded):
     def with_candidates(self, candidates: list[Candidate]) -> Self:
         """The same call, whose parts are run by these."""
         other = copy.copy(self)
-        other.candidates, other._program = candidates.copy(), None
-        other._is_recordable = self.lowering.chunks <= MOST_BLOCKS
-        other._summarize()
+        other.candidates = candidates.copy()
+        other.renew()
         return other
 
     def _memory_of(self, candidate: Candidate) -> int:
@@ -72,7 +74,7 @@ class LoweredCall(Recorded):
     @property
     def nbytes(self) -> int:
         """Bytes of all buffers."""
-        each = [self._memory_of(candidate) for candidate in self.candidates]
+        each = [self._memory_of(c) if c.flops else 0 for c in self.candidates]
         return with_start(self.lowering.bytes_around(each))
 
     @property
@@ -108,7 +110,7 @@ class LoweredCall(Recorded):
                 remember(machine, key, winner)
             self.candidates[number] = part.candidates[winners.index(winner)]
         self._is_tuned = True
-        self._summarize()
+        self.renew()
 
     def _trial(
         self, number: int, candidate: Candidate, arrays: dict[str, Array]
@@ -150,8 +152,12 @@ class Plan(LoweredCall):
         self._weights: dict[str, Array] = {}
         # Operands that are numbers.
         self._numbers = {n: a for n, a in arrays.items() if not is_array(a)}
-        self._others: dict[Any, Plan] = {}
         super().__init__(lowering, request.backend, request.options)
+
+    def renew(self) -> None:
+        """The same; and forget the plans for arrays that lie otherwise."""
+        super().renew()
+        self._others: dict[Any, Plan] = {}
 
     @property
     def _first(self) -> PlanningResult:
@@ -354,12 +360,6 @@ class Plan(LoweredCall):
         plan._is_tuned = True
         each = enumerate(self.lowering.weights_of(w))
         plan._weights = {f"weights{n}": self._prepared(n, own) for n, own in each}
-        return plan
-
-    def with_candidates(self, candidates: list[Candidate]) -> Self:
-        """The same plan, whose parts are run by these."""
-        plan = super().with_candidates(candidates)
-        plan._others = {}
         return plan
 
     def _prepared(self, number: int, w: Array) -> Array:

@@ -11,7 +11,7 @@ from cuconv.engine.separable import SeparableGradients
 from cuconv.geometry import Sizes
 from cuconv.layers.base import check_module, kernel_of, positive
 from cuconv.layers.weighted import Weighted, drawn
-from cuconv.options import SeparableOptions, check_bias
+from cuconv.options import SEPARABLE_OPTIONS, SeparableOptions, check_bias
 from cuconv.separable import separable_conv, separable_conv_backward
 
 
@@ -68,7 +68,7 @@ class SeparableConv(Weighted):
     _found: ClassVar[dict[str, str]] = {
         name: name for name in ("depthwise", "pointwise", "bias")
     }
-    _known = tuple(SeparableOptions.__annotations__)
+    _known = SEPARABLE_OPTIONS
 
     def __init__(
         self,

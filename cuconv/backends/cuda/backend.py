@@ -60,7 +60,7 @@ from cuconv.geometry import (
     Tile,
     WindowGeometry,
 )
-from cuconv.memory import Buffer
+from cuconv.memory import ALIGNED, Buffer
 from cuconv.profiling import stage
 
 _THREADS = 256
@@ -206,7 +206,7 @@ class CudaBackend:
         slots = program.slots.copy()
         places = {n: a.data for n, a in arrays.items() if hasattr(a, "data")}
         if program.nbytes:
-            memory = cupy.empty(program.nbytes, cupy.uint8).data
+            memory = cupy.empty(program.nbytes - ALIGNED, cupy.uint8).data
             for name, (start, *_) in program.regions.items():
                 places[name] = memory + start
         addresses = {name: place.ptr for name, place in places.items()}
@@ -274,8 +274,8 @@ class CudaBackend:
     def memory(self, nbytes: int) -> AbstractContextManager[Array]:
         if not nbytes:
             return nullcontext(np.empty(0, dtype=np.uint8))
-        # CuPy's pool keeps memory for reuse already, stream by stream.
-        return nullcontext(cupy.empty(nbytes, dtype=cupy.uint8))
+        # CuPy's pool keeps memory for reuse already, stream by stream, and aligns it.
+        return nullcontext(cupy.empty(nbytes - ALIGNED, dtype=cupy.uint8))
 
     def operand_type(self, types: Types) -> DType:
         return types.operand if is_half(types.operand) else types.accumulate
