@@ -57,26 +57,27 @@ def conv(
         memory with the inputs.  Not with Dask arrays.
     x_zero_point, w_zero_point
         For x and w of int8 or uint8: what stands for zero in them, and is taken from
-        every cell and weight before they are multiplied, without wrapping.  An integer
-        in the range of the array's type, or an array of that type and one cell; for w
-        also one of K cells, one for each filter.  Padding is ``x_zero_point``, and so
-        adds nothing.  ``dtype`` is int32 by default.  None: zero.
+        every element and weight before they are multiplied, without wrapping.  An
+        integer in the range of the array's type, or an array of that type and one
+        element; for w also one of K elements, one for each filter.  Padding is
+        ``x_zero_point``, and so adds nothing.  ``dtype`` is int32 by default.  None:
+        zero.
     stride, dilation
         Step between windows and between taps: an integer, or one for each axis.
     padding
-        Zeros around the input, in cells: an integer, one for each axis, or (before,
+        Zeros around the input, in elements: an integer, one for each axis, or (before,
         after) pairs; negative numbers crop.  Or a word: ``"valid"`` is no padding,
-        ``"same"`` makes the output ceil(size / stride) long with the extra cell after,
-        ``"same_lower"`` with the extra cell before.  ``"causal"``, over one spatial
-        axis alone, puts dilation · (kernel - 1) cells before and none after: output o
-        sees no input beyond o · stride.
+        ``"same"`` makes the output ceil(size / stride) long with the extra element
+        after, ``"same_lower"`` with the extra element before.  ``"causal"``, over one
+        spatial axis alone, puts dilation · (kernel - 1) elements before and none after:
+        output o sees no input beyond o · stride.
     padding_mode
-        What padding reads, however long it is: ``"zeros"``; ``"reflect"``, the cell
+        What padding reads, however long it is: ``"zeros"``; ``"reflect"``, the element
         that lies as far inside from the edge; ``"replicate"``, the edge;
-        ``"circular"``, the cell that comes next when x is repeated.  Where one end is
-        cropped, the other still reads all of x.
+        ``"circular"``, the element that comes next when x is repeated.  Where one end
+        is cropped, the other still reads all of x.
     input_dilation
-        Distance between neighbouring cells of x, with zeros between them that are
+        Distance between neighbouring elements of x, with zeros between them that are
         never multiplied: an integer, or one for each axis.  ``padding`` lies around
         them all.  Not above 1 with a ``padding_mode`` other than zeros.
     groups
@@ -101,10 +102,10 @@ def conv(
         ``"implicit_gemm"`` (CuPy alone).
     precision
         ``"strict"``: every result is a plain sum of products.  ``"standard"``: Winograd
-        too, in tiles of up to 6 cells: float32 within 1e-5 of the largest result, and
-        a NaN spreads over its tile.  ``"fast"``: Winograd in tiles of 8, the Fourier
-        transform (both within 1e-4), and TF32 on CUDA.  None: as `cuconv.config` says,
-        else standard.
+        too, in tiles of up to 6 elements: float32 within 1e-5 of the largest result,
+        and a NaN spreads over its tile.  ``"fast"``: Winograd in tiles of 8, the
+        Fourier transform (both within 1e-4), and TF32 on CUDA.  None: as
+        `cuconv.config` says, else standard.
     deterministic
         True: the same bits on every run.  False: CUDA may add in any order where that
         avoids work (`col2im` by atomic additions).  None: decided by the library, today
@@ -119,7 +120,7 @@ def conv(
     array
         (N / batch_groups, K, *out) in the module of the inputs; without the batch axis
         if ``x`` has none.  Along each axis out = (size + padding - dilation · (kernel -
-        1) - 1) // stride + 1, where size is (cells - 1) · input_dilation + 1.
+        1) - 1) // stride + 1, where size is (elements - 1) · input_dilation + 1.
 
     Raises
     ------
@@ -139,7 +140,7 @@ def conv(
     array([[[[10., 18.],
              [42., 50.]]]])
 
-    What padding reads, and cells two apart:
+    What padding reads, and elements two apart:
 
     >>> x, one = np.array([[[1, 2, 3]]]), np.array([[[1]]])
     >>> for mode in ("zeros", "reflect", "replicate", "circular"):
@@ -270,12 +271,13 @@ def conv_input_grad(
 ) -> Array:
     """The gradient of `conv` for its input.
 
-    Each cell of the input receives, from every window over it, ``dy`` times the weight
-    it met there (conjugated where complex): the adjoint of ``x ↦ conv(x, w)``.  With a
-    ``padding_mode``, that is from every window over it or over one of its images.
+    Each element of the input receives, from every window over it, ``dy`` times the
+    weight it met there (conjugated where complex): the adjoint of ``x ↦ conv(x, w)``.
+    With a ``padding_mode``, that is from every window over it or over one of its
+    images.
 
-    It is a convolution itself.  With p and q cells of zeros before and after, e =
-    dilation · (kernel - 1) + 1 and r the cells that strides leave over at the end,
+    It is a convolution itself.  With p and q elements of zeros before and after, e =
+    dilation · (kernel - 1) + 1 and r the elements that strides leave over at the end,
 
         dx = conv(dy, w flipped, channels and filters exchanged, conjugated,
                   stride=input_dilation, input_dilation=stride, dilation=dilation,
@@ -333,8 +335,8 @@ def conv_weight_grad(
     Each weight receives the sum, over images and output positions, of ``dy`` times the
     input it met (conjugated where complex): the adjoint of ``w ↦ conv(x, w)``.
 
-    It is a convolution itself.  With p and q cells of padding before and after, and r
-    the cells that strides leave over at the end,
+    It is a convolution itself.  With p and q elements of padding before and after, and
+    r the elements that strides leave over at the end,
 
         dw = conv(x conjugated, dy, images and channels exchanged in both,
                   stride=dilation, dilation=stride, input_dilation=input_dilation,

@@ -37,7 +37,7 @@ def conv_transpose(
     out: Array | None = None,
     **options: Unpack[ConvOptions],
 ) -> Array:
-    """Spread every cell of the input over the window that `conv` would read it from.
+    """Spread every element of the input over the window that `conv` would read it from.
 
     The adjoint of ``y ↦ conv(y, w)``, with the same weights array and options: what
     `conv` reads, this writes.  With ``o`` a position of x, ``t`` a tap and ``i = o ·
@@ -57,9 +57,10 @@ def conv_transpose(
     bias
         (K,), added to every position of the result.
     output_padding
-        Cells that the result has more at the end of every axis, for sizes that strides
-        leave open: an integer, or one for each axis.  Less than stride or dilation,
-        whichever is larger.  No zeros are written there: taps that reach them count.
+        Elements that the result has more at the end of every axis, for sizes that
+        strides leave open: an integer, or one for each axis.  Less than stride or
+        dilation, whichever is larger.  No zeros are written there: taps that reach them
+        count.
     output_size
         The spatial size of the result, in place of ``output_padding``: an integer, or
         one for each axis.
@@ -67,10 +68,10 @@ def conv_transpose(
         Array to write the result to; it must have its shape and type, and share no
         memory with the inputs.
     stride, dilation
-        Step between the windows of neighbouring cells of x, and between taps.
+        Step between the windows of neighbouring elements of x, and between taps.
     padding
-        Cells that are left out at both ends of the result: integers or pairs as for
-        `conv`; negative numbers add cells.  Or a word: ``"valid"`` leaves none out;
+        Elements that are left out at both ends of the result: integers or pairs as for
+        `conv`; negative numbers add elements.  Or a word: ``"valid"`` leaves none out;
         ``"same"``, ``"same_lower"`` and, over one axis, ``"causal"`` are those of the
         convolution that leads back, and make the result size · stride long, or as
         ``output_size`` says.
@@ -249,8 +250,8 @@ def conv_transpose_weight_grad(
 ) -> Array:
     """The gradient of `conv_transpose` for its weights.
 
-    Each weight receives the sum, over images and cells of x, of ``dy`` where it wrote,
-    times the cell (conjugated where complex).
+    Each weight receives the sum, over images and elements of x, of ``dy`` where it
+    wrote, times the element (conjugated where complex).
 
     Parameters
     ----------

@@ -1,4 +1,4 @@
-"""The options of every convolution, and what stands for those that are not given."""
+"""The options of every convolution, with their types, defaults and checks."""
 
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -125,10 +125,10 @@ class Options(NamedTuple):
         )
 
     def settled(self) -> "Options":
-        """With the settings that hold here in place of None; words are checked."""
+        """Replace None by the current settings, and check strings."""
         now = settings()
         if not isinstance(self.strategy, str):
-            raise TypeError(f"strategy must be a word; got {self.strategy!r}")
+            raise TypeError(f"strategy must be a str; got {self.strategy!r}")
         limit, precision, same = self.memory_limit, self.precision, self.deterministic
         return self._replace(
             memory_limit=(
@@ -144,14 +144,14 @@ class Options(NamedTuple):
 
 
 def check_bias(bias: object) -> None:
-    """Refuse an array where the question is whether there is a bias."""
+    """Raise if ``bias`` is not a bool, such as the bias itself."""
     if not isinstance(bias, (bool, np.bool_)):
         kind = type(bias).__name__
         raise TypeError(f"bias must be True or False, whether there is one; got {kind}")
 
 
 def _is_usual(given: Any, usual: Any) -> bool:
-    """Whether an option has its default, or has it for each axis."""
+    """True if an option has its default, also if given for each axis."""
     if isinstance(given, str):
         return bool(given == usual)
     several = hasattr(given, "__iter__")

@@ -41,7 +41,7 @@ def reduced(
 ) -> Any:
     """A forward pass: ``run(pooling, x)`` for every block.
 
-    ``check`` raises what is wrong with the call of a block.
+    ``check`` raises the errors of the call of a block.
     """
     refuse_out(out)
     blocks = blocks_of_outputs(pooling.geometry, x)
@@ -78,8 +78,8 @@ def backward(
 ) -> Array:
     """A gradient: ``run(pooling, arrays)`` for every block; the arrays by their names.
 
-    The windows that reach a block are taken whole, for what they divide by and where
-    their maxima lie; what they give to cells of other blocks is left out.
+    Windows that reach a block are taken whole, for their divisors and the indices of
+    their maxima; gradients for elements of other blocks are dropped.
     """
     refuse_out(out)
     geometry = pooling.geometry
@@ -159,7 +159,7 @@ def _reduce_block(
     sizes: tuple[int, ...],
     x: Array,
 ) -> Any:
-    """One block, of cells from ``start`` on in planes of these sizes."""
+    """One block, whose first element is ``start`` in planes of these sizes."""
     with config(num_threads=threads):
         result = run(pooling, x)
     if not pooling.with_indices:
@@ -178,7 +178,7 @@ def _spread_block(
     mine: tuple[Sequence[int | None], ...],
     *parts: Array,
 ) -> Array:
-    """One block of a gradient: what is its own of the cells under whole windows."""
+    """One block of a gradient: its own elements out of those under whole windows."""
     named = dict(zip(names, parts, strict=True))
     if "indices" in named:
         back = tuple(-cell for cell in start)
@@ -194,7 +194,7 @@ def _moved(
     shift: tuple[int, ...],
     wanted: tuple[int, ...],
 ) -> Array:
-    """Indices in one plane as those in another, with cells so far on; -1 if not there.
+    """Convert flat indices in one plane to those in another, shifted; -1 if outside.
 
     Examples
     --------
@@ -214,5 +214,5 @@ def _moved(
             valid &= (cells >= 0) & (cells < wide)
             result += cells * step
             step *= wide
-        # What is left is 0, or -1 for -1 and more for an index beyond the plane.
+        # The rest is 0 inside, -1 for -1, and above 0 for an index beyond the plane.
         return xp.where(valid & (rest == 0), result, -1)

@@ -1,8 +1,8 @@
-"""Which candidate was the fastest, remembered between runs.
+"""Measured times of candidates: the fastest is remembered between runs.
 
-One JSON file for each version of the library and each machine, by `Leaves.machine`:
-what was measured elsewhere is never believed.  A file that cannot be read or written
-costs nothing but the time to measure again.
+One JSON file for each version of the library and each machine (`Backend.machine`):
+times that were measured on another machine are never used.  If a file cannot be read or
+written, candidates are measured again.
 """
 
 import hashlib
@@ -27,7 +27,7 @@ _lock = threading.Lock()
 
 
 class Winner(NamedTuple):
-    """A candidate by name: strategy, variant, and whether it runs over dy."""
+    """The name of a candidate: strategy, variant, and whether it runs over dy."""
 
     strategy: str
     variant: tuple[int, ...]
@@ -50,7 +50,7 @@ def fastest(backend: Backend, calls: Sequence[Callable[[], object]]) -> int:
 def recall(
     machine: tuple[str, ...], key: Hashable, candidates: Sequence[Winner]
 ) -> Winner | None:
-    """The winner that is on record, if it still is a candidate."""
+    """The winner in the file, if it is still a candidate."""
     with _lock:
         known = _known(machine).get(_digest(key))
     if not isinstance(known, list) or len(known) != 3:
@@ -59,12 +59,12 @@ def recall(
 
 
 def remember(machine: tuple[str, ...], key: Hashable, winner: Winner) -> None:
-    """Put a winner on record, for this process and the next."""
+    """Save a winner, for this process and later ones."""
     with _lock:
         known = _known(machine)
         known[_digest(key)] = [winner.strategy, list(winner.variant), winner.flipped]
         with suppress(OSError, RuntimeError):
-            # What other processes have found since stays on record too.
+            # Keep winners that other processes have saved since.
             found = {**_read(machine), **known}
             _write(_path(machine), json.dumps(found, indent=1))
 
@@ -83,7 +83,7 @@ def _read(machine: tuple[str, ...]) -> dict[str, Any]:
 
 
 def _write(path: Path, text: str) -> None:
-    """Replace the file at once: another process may be reading it."""
+    """Replace the file in one step: another process may be reading it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile(
         "w", encoding="utf-8", dir=path.parent, delete=False

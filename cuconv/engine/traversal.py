@@ -1,8 +1,9 @@
-"""How a call of two steps is shared out: pieces of what lies between them.
+"""The pieces of a separable convolution's intermediate result.
 
-A piece is some images, or a part of one: outputs of the first step, and the cells of x
-that they meet.  Results over outputs, and sums over them, go block by block; a gradient
-for x goes region by region, so that each cell is written once.
+A piece is some images, or a part of one: outputs of the first step, and the elements of
+x that they read.  Results over outputs, and sums over them, are computed block by
+block; a gradient for x is computed region by region, so that each element is written
+once.
 """
 
 from collections.abc import Iterator
@@ -15,10 +16,10 @@ from cuconv.memory import Buffer
 
 
 class Piece(NamedTuple):
-    """Images, outputs of the first step, and the cells of x that they meet.
+    """Images, outputs of the first step, and the elements of x that they read.
 
-    ``pads`` are the cells before and after those, which count as zero; ``makes`` are
-    the results that are computed from it, by their names.
+    ``pads`` are the numbers of zeros before and after those; ``results`` are the names
+    of the results that are computed from the piece.
     """
 
     images: Range
@@ -29,13 +30,13 @@ class Piece(NamedTuple):
 
     @property
     def kind(self) -> tuple[int, ...]:
-        """Two pieces of a kind take the same steps."""
+        """The lengths of a piece: pieces of one kind have the same steps."""
         ranges = (self.images, *self.outputs, *self.cells)
         return (*(stop - start for start, stop in ranges), *chain(*self.pads))
 
 
 class Traversal(NamedTuple):
-    """A way through all pieces: blocks of the output, or regions of x."""
+    """An order of all pieces: blocks of the output, or regions of x."""
 
     geometry: ConvGeometry
     tile: Tile
@@ -44,13 +45,13 @@ class Traversal(NamedTuple):
 
     @property
     def is_whole(self) -> bool:
-        """Whether its pieces are images: then they are both, blocks and regions."""
+        """True if its pieces are whole images, which are both blocks and regions."""
         pairs = zip(self.tile.cells, self.geometry.out, strict=True)
         return not self.over_x and all(cells >= out for cells, out in pairs)
 
     @property
     def positions(self) -> int:
-        """The most outputs of a piece."""
+        """The largest number of outputs of a piece."""
         g, tile = self.geometry, self.tile
         if self.is_whole:
             return min(tile.images, g.images) * g.positions
@@ -58,7 +59,7 @@ class Traversal(NamedTuple):
 
     @property
     def number(self) -> int:
-        """How many pieces there are: one at least, for results must be written."""
+        """The number of pieces, at least one, as results must be written."""
         if self.over_x:
             return self.geometry.count_regions(self.tile)
         return max(self.geometry.count_blocks(self.tile), 1)
@@ -67,7 +68,7 @@ class Traversal(NamedTuple):
         return self._images() if self.is_whole else self.parts()
 
     def parts(self) -> Iterator[Piece]:
-        """The pieces of a sweep that cuts images."""
+        """The pieces of a traversal that splits images."""
         geometry, results = self.geometry, self.results
         if self.over_x:
             for region in geometry.regions(self.tile):
@@ -89,7 +90,7 @@ class Traversal(NamedTuple):
             yield Piece(images, outputs, cells, pads, self.results)
 
     def kinds(self) -> Iterator[Piece]:
-        """A piece of every kind, without a list of all."""
+        """A piece of every kind, without a list of all pieces."""
         if self.is_whole:
             yield from {piece.kind: piece for piece in self.pieces()}.values()
             return
@@ -106,14 +107,14 @@ class Traversal(NamedTuple):
 
 
 def pads_of(axis: Axis, outputs: Range, cells: Range) -> Range:
-    """The padding with which some cells have these outputs, and only these."""
+    """The padding with which these elements have exactly these outputs."""
     count, size = outputs[1] - outputs[0], cells[1] - cells[0]
     before = axis.before + cells[0] - outputs[0] * axis.stride
     return before, (count - 1) * axis.stride + axis.extent - size - before
 
 
 class Tiling(NamedTuple):
-    """How a call is shared out, what it allocates, and what is left for its steps."""
+    """The traversals of a call, its buffers, and the memory left for its steps."""
 
     sweeps: tuple[Traversal, ...]
     buffers: tuple[Buffer, ...]

@@ -1,4 +1,4 @@
-"""Convolutions that hold one bank of filters."""
+"""Convolution layers with one bank of filters."""
 
 import math
 from collections.abc import Iterable
@@ -19,28 +19,28 @@ from cuconv.options import ConvOptions, Options
 class Conv(Filters):
     """A convolution with weights and a bias, over any number of axes.
 
-    Weights begin as He et al. draw them for rectified units: normal, with standard
-    deviation √(2 / fan_in), where fan_in = in_channels / groups · taps.  Biases begin
-    as zeros.
+    Weights are initialised as in He et al. for rectified units: normal, with standard
+    deviation √(2 / fan_in), where fan_in = in_channels / groups · taps.  Biases are
+    zero.
 
     Parameters
     ----------
     in_channels, out_channels
         Channels C of the input and K of the output.
     kernel_size
-        Taps along each spatial axis; how many there are gives the rank.  `Conv1d`,
-        `Conv2d` and `Conv3d` know their rank and take a single number too.
+        Taps along each spatial axis; their number gives the rank.  `Conv1d`,
+        `Conv2d` and `Conv3d` have a fixed rank and take a single number too.
     bias
         Whether a bias is added.
     xp
-        The array module that holds the parameters; by default
+        The array module of the parameters; by default
         `cuconv.default_array_module`.
     rng
         A NumPy generator or a seed.  Weights are drawn by NumPy, so that one seed means
         the same filters in both array modules and both layouts.
     **options
         As for `cuconv.conv`.  ``dtype`` is the type of parameters, results and
-        gradients alike: a floating or complex type, float32 by default.
+        gradients: a floating or complex type, float32 by default.
 
     Attributes
     ----------
@@ -175,7 +175,7 @@ class Conv3d(Conv):
 class DepthwiseConv(Conv):
     """A depthwise convolution: every channel has filters of its own.
 
-    It is `Conv` with as many groups as channels, and begins as that does.
+    It is `Conv` with as many groups as channels, and is initialised like that.
 
     Parameters
     ----------
@@ -279,17 +279,17 @@ class DepthwiseConv3d(DepthwiseConv):
 class ConvTranspose(Filters):
     """A transposed convolution with weights and a bias, over any number of axes.
 
-    Weights begin as He et al. draw them for rectified units: normal, with standard
-    deviation √(2 / fan_in), where fan_in = in_channels / groups · taps / strides is how
-    many products an output cell sums, on average.  Biases begin as zeros.
+    Weights are initialised as in He et al. for rectified units: normal, with standard
+    deviation √(2 / fan_in), where fan_in = in_channels / groups · taps / strides is the
+    average number of products that an output sums.  Biases are zero.
 
     Parameters
     ----------
     in_channels, out_channels
         Channels C of the input and K of the output.
     kernel_size
-        Taps along each spatial axis; how many there are gives the rank.
-        `ConvTranspose1d`, `ConvTranspose2d` and `ConvTranspose3d` know their rank and
+        Taps along each spatial axis; their number gives the rank.
+        `ConvTranspose1d`, `ConvTranspose2d` and `ConvTranspose3d` have a fixed rank and
         take a single number too.
     bias
         Whether a bias is added.
@@ -397,7 +397,7 @@ class ConvTranspose(Filters):
         return conv_transpose_backward(dy, x, weight, needs=needs, **options)
 
     def _sizes(self, output_size: Sizes | None) -> dict[str, Any]:
-        """The options that say how large the output is: one of two."""
+        """The options for the size of the output: one of two."""
         if output_size is None:
             return {"output_padding": self._output_padding}
         return {"output_size": output_size}
@@ -449,7 +449,7 @@ class ConvTranspose3d(ConvTranspose):
 
 
 def group_channels(in_channels: int, out_channels: int, groups: int) -> tuple[int, int]:
-    """Channels of the input and of the output in a group, which the groups divide."""
+    """Channels of the input and of the output in a group."""
     groups = positive("groups", groups)
     sizes = {"in_channels": in_channels, "out_channels": out_channels}
     for name, channels in sizes.items():

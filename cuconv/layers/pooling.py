@@ -1,4 +1,4 @@
-"""Pooling as layers: without parameters, and with what their gradients need."""
+"""Pooling layers: no parameters, but arrays that gradients need."""
 
 from abc import abstractmethod
 from collections.abc import Callable, Iterable
@@ -31,7 +31,7 @@ from cuconv.pooling import (
 
 
 class _Pool(Layer):
-    """A function of `cuconv.pooling` and its gradient, and what both take."""
+    """A function of `cuconv.pooling`, its gradient, and the options of both."""
 
     _pool: ClassVar[Callable[..., Any]]
     _backward: ClassVar[Callable[..., Any]]
@@ -45,12 +45,12 @@ class _Pool(Layer):
 
     @abstractmethod
     def _results(self, x: Array) -> tuple[Array, ...]:
-        """What is pooled, and arrays that the gradient needs."""
+        """The result, and the arrays that the gradient needs."""
 
     def forward(self, x: Array) -> Array:
         """Pool, and keep what `backward` needs, which is not ``x``.
 
-        Of maxima that is where they are, and of means the shape of ``x``.
+        For maxima these are their indices, for means the shape of ``x``.
 
         Parameters
         ----------
@@ -102,7 +102,7 @@ class _Pool(Layer):
 
 
 class _Maxima(_Pool):
-    """Largest values: the gradient goes where they were."""
+    """Maxima: the gradient is added at their indices."""
 
     def _results(self, x: Array) -> tuple[Array, ...]:
         options = {"return_indices": True, **self._options}
@@ -111,7 +111,7 @@ class _Maxima(_Pool):
 
 
 class _Means(_Pool):
-    """Means: the gradient is shared out."""
+    """Means: the gradient is divided among the elements of the window."""
 
     def _results(self, x: Array) -> tuple[Array, ...]:
         return (self._pool(x, *self._sizes, **self._options),)
@@ -123,8 +123,8 @@ class MaxPool(_Maxima):
     Parameters
     ----------
     kernel_size
-        Taps along each spatial axis; how many there are gives the rank.  `MaxPool1d`,
-        `MaxPool2d` and `MaxPool3d` know their rank and take a single number too.
+        Taps along each spatial axis; their number gives the rank.  `MaxPool1d`,
+        `MaxPool2d` and `MaxPool3d` have a fixed rank and take a single number too.
     memory_limit, **options
         As for `cuconv.max_pool`: stride, which is the kernel size by default, padding,
         dilation, ceil_mode and layout.
@@ -132,7 +132,7 @@ class MaxPool(_Maxima):
     Raises
     ------
     ValueError, TypeError
-        For sizes or options that suit no input.
+        For sizes or options that are valid for no input.
 
     Examples
     --------
@@ -211,8 +211,8 @@ class AvgPool(_Means):
     Parameters
     ----------
     kernel_size
-        Taps along each spatial axis; how many there are gives the rank.  `AvgPool1d`,
-        `AvgPool2d` and `AvgPool3d` know their rank and take a single number too.
+        Taps along each spatial axis; their number gives the rank.  `AvgPool1d`,
+        `AvgPool2d` and `AvgPool3d` have a fixed rank and take a single number too.
     memory_limit, **options
         As for `cuconv.avg_pool`: stride, which is the kernel size by default, padding,
         dilation, ceil_mode, count_include_pad, divisor_override and layout.
@@ -220,7 +220,7 @@ class AvgPool(_Means):
     Raises
     ------
     ValueError, TypeError
-        For sizes or options that suit no input.
+        For sizes or options that are valid for no input.
 
     Examples
     --------
@@ -292,7 +292,7 @@ class AvgPool3d(AvgPool):
 
 
 class AdaptiveMaxPool(_Maxima):
-    """`cuconv.adaptive_max_pool` as a layer: maxima of as many windows as asked for.
+    """`cuconv.adaptive_max_pool` as a layer: maxima of a given number of windows.
 
     Parameters
     ----------
@@ -305,7 +305,7 @@ class AdaptiveMaxPool(_Maxima):
     Raises
     ------
     ValueError, TypeError
-        For sizes or options that suit no input.
+        For sizes or options that are valid for no input.
 
     Examples
     --------
@@ -330,7 +330,7 @@ class AdaptiveMaxPool(_Maxima):
 
 
 class AdaptiveAvgPool(_Means):
-    """`cuconv.adaptive_avg_pool` as a layer: means of as many windows as asked for.
+    """`cuconv.adaptive_avg_pool` as a layer: means of a given number of windows.
 
     Parameters
     ----------
@@ -343,7 +343,7 @@ class AdaptiveAvgPool(_Means):
     Raises
     ------
     ValueError, TypeError
-        For sizes or options that suit no input.
+        For sizes or options that are valid for no input.
 
     Examples
     --------
@@ -380,7 +380,7 @@ class GlobalMaxPool(_Maxima):
     Raises
     ------
     ValueError, TypeError
-        For options that suit no input.
+        For options that are valid for no input.
 
     Examples
     --------
@@ -418,7 +418,7 @@ class GlobalAvgPool(_Means):
     Raises
     ------
     ValueError, TypeError
-        For options that suit no input.
+        For options that are valid for no input.
 
     Examples
     --------
@@ -444,7 +444,7 @@ class GlobalAvgPool(_Means):
 
 
 def _check_windows(kernel: tuple[int, ...], options: Any, kind: type) -> None:
-    """Refuse windows that lie in no input, however large it is."""
+    """Raise if windows fit into no input, however large it is."""
     _check_rank("kernel_size", kernel)
     window_geometry((ENDLESS,) * (len(kernel) + 1), kernel, options, kind)
 

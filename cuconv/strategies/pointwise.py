@@ -1,8 +1,7 @@
-"""Kernels of one tap: the input, or every so many of its cells, is the column matrix.
+"""Kernels of one tap: the input, or a strided view of it, is the column matrix.
 
-The sums of `cuconv.strategies.im2col`, with nothing gathered where stride is 1 and
-there is no padding; the input gradient is then the forward pass with the weights
-transposed.
+The sums of `cuconv.strategies.im2col`, without gathering if stride is 1 and there is no
+padding; the input gradient is then the forward pass with the weights transposed.
 """
 
 from cuconv.arrays import Array, flattened
@@ -38,11 +37,11 @@ _OPERANDS = {
 
 
 def _lies_ready(problem: Problem, variant: tuple[int, ...] = EACH) -> bool:
-    """Whether nothing needs to be gathered or scattered."""
+    """True if nothing needs to be gathered or scattered."""
     if variant != EACH:
         return False
     if problem.op == "weight_grad" and problem.operand.kind == "c":
-        return False  # x would have to be conjugated where it lies
+        return False  # x would have to be conjugated in place
     ready = all(name in problem.zero_copy for name in _OPERANDS[problem.op])
     return problem.geometry.is_pointwise and ready
 
@@ -74,8 +73,8 @@ class Pointwise(Im2col):
 
     def tile(self, problem: Problem, positions: int, variant: tuple[int, ...]) -> Tile:
         tile = super().tile(problem, positions, variant)
-        # Images are apart in memory, and the weight gradient sums over them: several
-        # make one wide matrix only if they are copied, which pays for small ones.
+        # Images are not contiguous, and the weight gradient sums over them: several are
+        # one wide matrix only if they are copied, which pays off for small images.
         if problem.op == "weight_grad" and _lies_ready(problem, variant):
             return tile._replace(images=1)
         return tile

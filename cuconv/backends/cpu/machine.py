@@ -1,4 +1,4 @@
-"""The machine that NumPy runs on: words for it, and whether Numba is there."""
+"""Strings that identify the machine and its BLAS, and the test for Numba."""
 
 import os
 import platform
@@ -14,7 +14,7 @@ import numpy as np
 def cpu_machine() -> tuple[str, ...]:
     """The version of NumPy, its BLAS, and the processors.
 
-    What was timed on another machine says nothing.
+    Times that were measured on another machine must not be used.
     """
     blas = np.show_config(mode="dicts")["Build Dependencies"]["blas"]
     return (
@@ -37,5 +37,5 @@ def _processor() -> str:
 
 @cache
 def jit_is_installed() -> bool:
-    """Whether Numba is there; it is imported when one of its loops first runs."""
+    """True if Numba is installed; it is imported when one of its loops first runs."""
     return find_spec("numba") is not None

@@ -1,9 +1,8 @@
-"""The struct of ``direct.cuh``, packed on the host, and how launches are shared out.
+"""The struct of ``direct.cuh``, packed on the host, and the sizes of launches.
 
 Arrays come grouped, with three spatial axes: x (N, G, C/G, …), y (N, G, K/G, …), and w
 (G, own, inner, …): own channels are those of the result, inner ones of the source.
-Everything here follows from shapes, strides and types alone, so that the order of a sum
-does too.
+Everything here, and so the order of a sum, depends on shapes, strides and types alone.
 """
 
 import math
@@ -30,24 +29,24 @@ _THREADS = 256
 _WARP, _MOST_IN_BLOCK = 32, 512
 MOST_BLOCKS = 2**20
 _SECTOR = 32
-# Threads that keep a large GPU busy, and blocks; not yet measured on one.
+# Threads and blocks that occupy a large GPU; not yet measured on one.
 _BUSY_THREADS, _BUSY_BLOCKS = 2**17, 264
-# Items of a sum that are worth a block of their own; not yet measured either.
+# The least items of a sum for a block of its own; not yet measured either.
 _WORTH_A_BLOCK = 2**12
 
 
 def images_at_once(sums: DType) -> int:
-    """``IMAGES``: images that a thread takes side by side."""
+    """``IMAGES``: images that a thread computes at once."""
     return 16 // sums.itemsize
 
 
 def taps_at_once(sums: DType) -> int:
-    """``TAPS``: sums of weights that a thread keeps."""
+    """``TAPS``: sums of weights that a thread keeps in registers."""
     return 9 if sums.itemsize <= 8 else 3
 
 
 class Share(NamedTuple):
-    """How a launch is shared out; see ``struct Direct``."""
+    """The items, blocks and threads of a launch; see ``struct Direct``."""
 
     each: int
     items: int
@@ -58,7 +57,7 @@ class Share(NamedTuple):
 
 
 class DirectLaunch(NamedTuple):
-    """What a kernel without columns is launched with."""
+    """The arguments of a direct kernel."""
 
     packed: Array
     wide: bool
@@ -90,9 +89,9 @@ def DIRECT(*, wide: bool) -> DType:  # noqa: N802 - names the C struct
 
 
 def share_cells(images: int, cells: int, at_once: int) -> Share:
-    """Share out the cells of a result, those of all channels counted together.
+    """Divide the elements of a result, of all channels together, among blocks.
 
-    Images are taken several at a time where that leaves enough threads.
+    A thread computes several images if enough threads remain.
     """
     several = images >= at_once and images * cells >= at_once * _BUSY_THREADS
     each = at_once if several else 1
@@ -112,10 +111,10 @@ def share_sums(
     most_taps: int,
     splits: int,
 ) -> Share:
-    """Share out the gradient of ``filters`` × ``channels`` × ``taps`` weights.
+    """Divide the gradient of filters × channels × taps weights among blocks.
 
-    A block takes as many taps as it can, but for long sums of few filters: then it
-    takes fewer, down to one, and has more threads.
+    A block computes as many taps as it can; for long sums of few filters fewer taps,
+    down to one, with more threads.
     """
     several = images >= at_once and images * positions >= at_once * _WORTH_A_BLOCK
     each = at_once if several else 1
@@ -178,7 +177,7 @@ def pack_sums(
 
 
 def _channels_are_closer(array: Array) -> bool:
-    """Whether neighbouring channels, of all groups, are nearer than cells."""
+    """True if channels, of all groups, have a smaller stride than spatial axes."""
     channel = array.strides[2] if array.shape[2] > 1 else array.strides[1]
     pairs = zip(array.shape[3:], array.strides[3:], strict=True)
     cells = [abs(stride) for size, stride in pairs if size > 1]

@@ -1,7 +1,7 @@
 """Convolutions as products whose columns are never written: `implicit_gemm.cu`.
 
-Everything about a launch follows from shapes, strides, types and the alignment of the
-pointers, and is worked out once for all calls alike.
+A launch depends on shapes, strides, types and the alignment of the pointers, and is
+computed once for all calls that share them.
 """
 
 import math
@@ -273,7 +273,7 @@ def _launch(
     parts, length = _cut(r.length, how.parts, tiling.terms, sides.out)
     tiles_p, tiles_f = -(-p.length // how.columns), -(-filters // how.filters)
     tiles = tiles_p * tiles_f * groups * parts
-    # Neighbours along p are a step of its fastest digit apart.
+    # Neighbours along p differ by one in its fastest digit.
     by_filters = abs(sides.rows[1]) < abs(p.in_order(p.own_step)[-1])
     packed = (
         *(p.packed(tiling.terms), r.packed(tiling.terms)),
@@ -294,7 +294,7 @@ def _launch(
 
 
 def _cut(terms: int, parts: int, tile: int, out: _View) -> tuple[int, int]:
-    """How many parts, and how long: only for results that fill a run of memory."""
+    """The number of parts and their length; several only for contiguous results."""
     if not _is_dense(out):
         parts = 1
     length = -(-terms // (parts * tile)) * tile
@@ -302,7 +302,7 @@ def _cut(terms: int, parts: int, tile: int, out: _View) -> tuple[int, int]:
 
 
 def _is_dense(view: _View) -> bool:
-    """Whether the cells lie in one run of memory, in whichever order of axes."""
+    """True if the elements are contiguous, in any order of axes."""
     reach = 1
     pairs = zip(view.steps, view.shape, strict=True)
     for step, size in sorted((s, n) for s, n in pairs if n > 1):
@@ -313,7 +313,7 @@ def _is_dense(view: _View) -> bool:
 
 
 def _x_operand(walks: _Walks, sides: _Sides, *, tensor: bool) -> Operand:
-    """How tiles of ``x`` are loaded: along its channels if these lie close together."""
+    """The loads of tiles of ``x``: along its channels if those are contiguous."""
     terms, positions = walks.terms, walks.positions
     along_r = terms.first_fastest == walks.sums_terms
     fits = terms.first_fastest and terms.x_step[0] == 1 and sides.x.is_aligned
@@ -326,7 +326,7 @@ def _x_operand(walks: _Walks, sides: _Sides, *, tensor: bool) -> Operand:
 def _dense_operand(
     walks: _Walks, sides: _Sides, filters: int, *, tensor: bool
 ) -> Operand:
-    """How tiles of the other operand are loaded: along filters, or along the sum."""
+    """The loads of tiles of the dense operand: along filters, or along the sum."""
     r, group, step, dtype = walks.r, sides.groups[1], sides.rows[0], sides.dense.dtype
     if step == 1 and filters > 1:
         if not sides.dense.is_aligned:
@@ -341,7 +341,7 @@ def _dense_operand(
 
 
 def _run_of(walk: _Walk) -> tuple[int, Steps]:
-    """How many elements lie side by side, and the steps of the digits further out."""
+    """The number of contiguous elements, and the steps of the outer digits."""
     radix, steps = walk.in_order(walk.radix), walk.in_order(walk.own_step)
     run = 1
     for i in reversed(range(4)):
@@ -352,7 +352,7 @@ def _run_of(walk: _Walk) -> tuple[int, Steps]:
 
 
 def _vector(dtype: DType, *divided: int) -> int:
-    """The most elements, of a power of two, that divide all of these."""
+    """The largest power of two, up to a copy's elements, that divides all of these."""
     vector = max(_WORD // dtype.itemsize, 1)
     while any(number % vector for number in divided):
         vector //= 2
