@@ -52,7 +52,7 @@ class Share(NamedTuple):
     items: int
     blocks: int
     threads: int
-    splits: int = 1
+    block_filters: int = 1
     taps_each: int = 1
 
 
@@ -70,7 +70,7 @@ def DIRECT(*, wide: bool) -> DType:  # noqa: N802 - names the C struct
     index = "i8" if wide else "i4"
     cells = (
         *("images", "groups", "own", "inner"),
-        *("each", "fastest", "adjoint", "conjugated", "taps_each", "lanes"),
+        *("each", "fastest", "adjoint", "conjugated", "taps_each", "block_filters"),
     )
     steps = (
         *("source_image", "source_group", "source_channel"),
@@ -80,7 +80,7 @@ def DIRECT(*, wide: bool) -> DType:  # noqa: N802 - names the C struct
     return np.dtype(
         [
             *((name, "i4") for name in cells),
-            *((name, divisor_type("i4")) for name in ("by_lanes", "by_own")),
+            *((name, divisor_type("i4")) for name in ("by_channels", "by_own")),
             *((name, index) for name in steps),
             ("axis", axis_type(index, "i4"), (RANK,)),
         ],
@@ -109,7 +109,7 @@ def share_sums(
     *,
     at_once: int,
     most_taps: int,
-    splits: int,
+    block_filters: int,
 ) -> Share:
     """Divide the gradient of filters × channels × taps weights among blocks.
 
@@ -119,7 +119,7 @@ def share_sums(
     several = images >= at_once and images * positions >= at_once * _WORTH_A_BLOCK
     each = at_once if several else 1
     items = -(-images // each) * positions
-    groups = -(-filters // splits) * channels
+    groups = -(-filters // block_filters) * channels
     taps_each = min(taps, most_taps)
     while (
         items >= _WORTH_A_BLOCK
@@ -130,9 +130,9 @@ def share_sums(
     blocks = groups * -(-taps // taps_each)
     most = _MOST_IN_BLOCK if blocks < 2 * _BUSY_BLOCKS else _THREADS
     threads = _WARP
-    while threads < most and threads < items * splits:
+    while threads < most and threads < items * block_filters:
         threads *= 2
-    return Share(each, items, blocks, threads, splits, taps_each)
+    return Share(each, items, blocks, threads, block_filters, taps_each)
 
 
 def pack_cells(
@@ -148,10 +148,10 @@ def pack_cells(
 ) -> DirectLaunch:
     """For `depthwise.cu`: y from x or, adjoint, dx from dy."""
     images, groups, own, *cells = out.shape
-    splits = groups * own
-    share = share_cells(images, splits * math.prod(cells), images_at_once(sums))
+    channels = groups * own
+    share = share_cells(images, channels * math.prod(cells), images_at_once(sums))
     flags = _channels_are_closer(out), adjoint, conjugated
-    by = divisor(splits), divisor(own)
+    by = divisor(channels), divisor(own)
     return _packed((source, w, out), axes, share, flags, by, bias_step)
 
 
@@ -161,7 +161,7 @@ def pack_sums(
     """For `depthwise_weights.cu`: w from x and dy."""
     groups, filters, channels, *kernel = w.shape
     images, _, _, *cells = dy.shape
-    splits = _SECTOR // dy.dtype.itemsize if _channels_are_closer(dy) else 1
+    block_filters = _SECTOR // dy.dtype.itemsize if _channels_are_closer(dy) else 1
     share = share_sums(
         groups * filters,
         channels,
@@ -170,10 +170,10 @@ def pack_sums(
         math.prod(cells),
         at_once=images_at_once(sums),
         most_taps=taps_at_once(sums),
-        splits=splits,
+        block_filters=block_filters,
     )
     by = divisor(1), divisor(1)
-    return _packed((x, w, dy), axes, share, (splits > 1, False, False), by)
+    return _packed((x, w, dy), axes, share, (block_filters > 1, False, False), by)
 
 
 def _channels_are_closer(array: Array) -> bool:
@@ -202,7 +202,7 @@ def _packed(
     counts = (*out.shape[:3], source.shape[2], share.each, *map(int, flags))
     heads = [step for each in steps for step in each[:3]]
     value: Any = (
-        *(*counts, share.taps_each, share.splits, *by),
+        *(*counts, share.taps_each, share.block_filters, *by),
         *(*heads, bias_step, share.items, share.blocks, packed_axes),
     )
     return DirectLaunch(np.array([value], dtype=DIRECT(wide=wide)), wide, share)
@@ -221,7 +221,7 @@ def _reach(
         reach_of((*array.shape[:3], *map(max, array.shape[3:], spans)), steps_of(array))
         for array in arrays
     )
-    splits = arrays[2].shape[1] * arrays[2].shape[2]
+    channels = arrays[2].shape[1] * arrays[2].shape[2]
     counts = share.items + MOST_THREADS, share.blocks + MOST_BLOCKS
-    largest: int = max(*offsets, *counts, splits * abs(bias_step))
+    largest: int = max(*offsets, *counts, channels * abs(bias_step))
     return largest

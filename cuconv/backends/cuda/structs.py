@@ -34,7 +34,7 @@ _STEPS_OF_MATRICES = tuple(
 MATRICES = np.dtype(
     [(name, "i8") for name in (*_COUNTS_OF_MATRICES, *_STEPS_OF_MATRICES)]
 )
-_WALK = np.dtype(
+_MIXED_RADIX = np.dtype(
     [
         *[
             ("count", "i8"),
@@ -54,7 +54,7 @@ _STEPS = (
 _COUNTS = "tiles_f", "tiles_p", "groups", "filters", "has_bias"
 CONTRACTION = np.dtype(
     [
-        *[("p", _WALK), ("r", _WALK)],
+        *[("p", _MIXED_RADIX), ("r", _MIXED_RADIX)],
         *[(name, "i8") for name in _STEPS],
         *[(name, "u4") for name in _COUNTS],
         *[("size", "i4", 3), ("along_filters", "i4"), ("reserved", "i4")],
