@@ -43,14 +43,14 @@ STYLE = {
     # The same figure is the same file.
     "svg.hashsalt": "cuconv",
 }
-# Okabe and Ito's colours, which the colour-blind tell apart.
+# Okabe and Ito's colours, which colour-blind readers can distinguish.
 COLOURS = ("#56B4E9", "#E69F00", "#009E73", "#CC79A7")
 CELL = {"edgecolor": "0.4", "linewidth": 0.8}
 PACKAGE = Path(cuconv.__file__).parent
 
 
 def draw_cells(panel, array, marks=(), title=""):
-    """Draw a matrix cell by cell; ``marks`` are (row, column, colour) of some."""
+    """Draw a matrix element by element; ``marks`` are (row, column, colour) of some."""
     colours = {(row, column): colour for row, column, colour in marks}
     rows, columns = array.shape
     for (row, column), value in np.ndenumerate(array):
@@ -66,7 +66,7 @@ def draw_cells(panel, array, marks=(), title=""):
 
 
 def window_marks(view, places):
-    """The cells of each window, found by their values: all cells of x differ."""
+    """The elements of each window, found by their values: all elements of x differ."""
     marked = {}
     for colour, place in zip(COLOURS, places, strict=False):
         for value in view[place].ravel():
@@ -75,7 +75,7 @@ def window_marks(view, places):
 
 
 def draw_columns(figure):
-    """4 × 4 cells, patches of 2 × 2: x, and its columns in both orders."""
+    """4 × 4 elements, patches of 2 × 2: x, and its columns in both orders."""
     x = np.arange(16.0).reshape(1, 1, 4, 4)
     view = cuconv.patches(x, 2)[0, 0]
     places = [(0, 0), (2, 2)]
@@ -94,7 +94,7 @@ def draw_columns(figure):
 
 
 def draw_product(figure):
-    """6 × 6 cells, one filter of 3 × 3: filter times columns is the output."""
+    """6 × 6 elements, one filter of 3 × 3: filter times columns is the output."""
     x, w = np.arange(36.0).reshape(1, 1, 6, 6), np.arange(9.0).reshape(1, 1, 3, 3)
     y = cuconv.conv2d(x, w)
     columns = cuconv.im2col(x, 3, order="columns")
@@ -115,7 +115,7 @@ def draw_product(figure):
 
 
 def draw_strides(figure):
-    """Where in memory two windows over a channels-last image lie."""
+    """The positions of two windows in the memory of a channels-last image."""
     x = np.arange(5 * 6 * 3.0).reshape(1, 5, 6, 3)
     view = cuconv.patches(x, 2, layout="NHWC")[0]
     marks = [
@@ -145,7 +145,7 @@ def draw_tiles(figure):
 
 
 def draw_overlaps(figure):
-    """How many windows of 3 × 3 each cell lies under."""
+    """The number of 3 × 3 windows over each element."""
     shape = (1, 1, 8, 8)
     ones = cuconv.im2col(np.ones(shape), 3)
     counts = cuconv.col2im(ones, shape, 3)[0, 0]
@@ -192,7 +192,7 @@ def draw_limits(figure):
 
 
 class Timeline:
-    """An NVTX domain that keeps what a profiler would show."""
+    """An NVTX domain that records what a profiler would show."""
 
     def __init__(self):
         self.ranges, self._open = [], []
@@ -230,8 +230,8 @@ def draw_timeline(figure):
     panel.legend(ncols=len(words), loc="upper center", bbox_to_anchor=(0.5, -0.3))
 
 
-# The road of a call: what stands in each box, a line that explains it, and where.  The
-# file is that of the object, so that a page whose code has moved is not built.
+# The boxes of the road of a call: title, text, object, column and row.  The file in a
+# box is that of the object, so that the build fails if an object is removed.
 ROAD = {
     "call": ("conv2d(x, w, padding=1)", "public function", cuconv.conv2d, 0, 2),
     "key": ("key", "shapes, strides, types,\noptions, settings", call.run, 1, 2),
@@ -257,7 +257,7 @@ FIRST = ("request", "lower", "decide", "record", "program")
 
 
 def draw_road(figure):
-    """The way of one call: every time above, the first time below."""
+    """The road of one call: every time above, the first time below."""
     panel = figure.subplots()
     panel.set(xlim=(-0.5, 5.5), ylim=(-0.35, 2.6))
     panel.axis("off")
@@ -291,7 +291,7 @@ def draw_box(panel, place, colour, title, text, item):
 
 
 def draw_arrow(panel, stop, start, text=""):
-    """An arrow, and what is written beside it."""
+    """An arrow with a label."""
     arrow = {"arrowstyle": "-|>", "color": "0.3"}
     panel.annotate("", stop, start, arrowprops=arrow)
     middle = (start[0] + stop[0]) / 2, (start[1] + stop[1]) / 2

@@ -3,7 +3,7 @@
 //
 //     out[f, p] = sum over r of dense[f, r] * x[p ⊕ r]   (+ bias[f])
 //
-// An output position and a term of the window (a channel and a tap) together name a
+// An output position and a term of the window (a channel and a tap) together name an
 // element of x, and the operation is the same for both ways round:
 //
 //     forward           p are positions, r terms:  dense = w,  out = y
