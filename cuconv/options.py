@@ -13,6 +13,7 @@ from cuconv.memory import MemoryLimit, parse_memory_limit
 
 P = ParamSpec("P")
 R = TypeVar("R")
+T = TypeVar("T")
 
 # Options that a transposed convolution does not have.
 FORWARD_ALONE = "padding_mode", "input_dilation", "batch_groups"
@@ -166,20 +167,18 @@ def _entries() -> tuple[tuple[str, str], ...]:
     return tuple((lines[i].strip(), "".join(lines[i:j])) for i, j in each)
 
 
-def documented_as(
-    general: Callable[..., Any], rank: int
-) -> Callable[[Callable[P, R]], Callable[P, R]]:
+def documented_as(general: Any, rank: int) -> Callable[[T], T]:
     """Put the sections of another docstring, for this rank, before the examples."""
 
-    def decorate(function: Callable[P, R]) -> Callable[P, R]:
-        doc, source = function.__doc__ or "", general.__doc__ or ""
+    def decorate(item: T) -> T:
+        doc, source = item.__doc__ or "", general.__doc__ or ""
         sections = source.partition("Parameters\n")[2].partition("Examples\n")[0]
         for name, axes in _NAMES_OF_AXES[rank].items():
             sections = sections.replace(name, axes)
         head, heading, examples = doc.partition("Examples\n")
         if heading and sections:
-            function.__doc__ = f"{head}Parameters\n{sections}{heading}{examples}"
-        return function
+            item.__doc__ = f"{head}Parameters\n{sections}{heading}{examples}"
+        return item
 
     return decorate
 

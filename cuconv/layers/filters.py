@@ -13,7 +13,7 @@ from cuconv.engine.call import ConvGradients
 from cuconv.geometry import Sizes
 from cuconv.layers.base import positive
 from cuconv.layers.weighted import Filters
-from cuconv.options import ConvOptions, Options
+from cuconv.options import ConvOptions, Options, documented_as
 
 
 class Conv(Filters):
@@ -129,6 +129,7 @@ class Conv(Filters):
         return conv_backward(dy, x, weight, needs=needs, **self._options)
 
 
+@documented_as(Conv, 1)
 class Conv1d(Conv):
     """`Conv` over one spatial axis: x (N, C, L).
 
@@ -143,6 +144,7 @@ class Conv1d(Conv):
     rank = 1
 
 
+@documented_as(Conv, 2)
 class Conv2d(Conv):
     """`Conv` over two spatial axes: x (N, C, H, W).
 
@@ -158,6 +160,7 @@ class Conv2d(Conv):
     rank = 2
 
 
+@documented_as(Conv, 3)
 class Conv3d(Conv):
     """`Conv` over three spatial axes: x (N, C, D, H, W).
 
@@ -233,6 +236,7 @@ class DepthwiseConv(Conv):
         super().__init__(groups, filters, kernel_size, bias=bias, xp=xp, rng=rng, **own)
 
 
+@documented_as(DepthwiseConv, 1)
 class DepthwiseConv1d(DepthwiseConv):
     """`DepthwiseConv` over one spatial axis: x (N, C, L).
 
@@ -248,6 +252,7 @@ class DepthwiseConv1d(DepthwiseConv):
     rank = 1
 
 
+@documented_as(DepthwiseConv, 2)
 class DepthwiseConv2d(DepthwiseConv):
     """`DepthwiseConv` over two spatial axes: x (N, C, H, W).
 
@@ -262,6 +267,7 @@ class DepthwiseConv2d(DepthwiseConv):
     rank = 2
 
 
+@documented_as(DepthwiseConv, 3)
 class DepthwiseConv3d(DepthwiseConv):
     """`DepthwiseConv` over three spatial axes: x (N, C, D, H, W).
 
@@ -403,6 +409,7 @@ class ConvTranspose(Filters):
         return {"output_size": output_size}
 
 
+@documented_as(ConvTranspose, 1)
 class ConvTranspose1d(ConvTranspose):
     """`ConvTranspose` over one spatial axis: x (N, C, L).
 
@@ -419,6 +426,7 @@ class ConvTranspose1d(ConvTranspose):
     rank = 1
 
 
+@documented_as(ConvTranspose, 2)
 class ConvTranspose2d(ConvTranspose):
     """`ConvTranspose` over two spatial axes: x (N, C, H, W).
 
@@ -434,6 +442,7 @@ class ConvTranspose2d(ConvTranspose):
     rank = 2
 
 
+@documented_as(ConvTranspose, 3)
 class ConvTranspose3d(ConvTranspose):
     """`ConvTranspose` over three spatial axes: x (N, C, D, H, W).
 

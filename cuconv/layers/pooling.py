@@ -8,6 +8,7 @@ from cuconv.arrays import Array
 from cuconv.geometry import Sizes, WindowGeometry, channels_are_first
 from cuconv.layers.base import ENDLESS, Layer, kernel_of
 from cuconv.memory import MemoryLimit, parse_memory_limit
+from cuconv.options import documented_as
 from cuconv.pooling import (
     MOST_AXES,
     MeanOptions,
@@ -163,6 +164,7 @@ class MaxPool(_Maxima):
         super().__init__(kernel, memory_limit=memory_limit, **options)
 
 
+@documented_as(MaxPool, 1)
 class MaxPool1d(MaxPool):
     """`MaxPool` over one spatial axis: x (N, C, L).
 
@@ -177,6 +179,7 @@ class MaxPool1d(MaxPool):
     rank = 1
 
 
+@documented_as(MaxPool, 2)
 class MaxPool2d(MaxPool):
     """`MaxPool` over two spatial axes: x (N, C, H, W).
 
@@ -191,6 +194,7 @@ class MaxPool2d(MaxPool):
     rank = 2
 
 
+@documented_as(MaxPool, 3)
 class MaxPool3d(MaxPool):
     """`MaxPool` over three spatial axes: x (N, C, D, H, W).
 
@@ -249,6 +253,7 @@ class AvgPool(_Means):
         super().__init__(kernel, memory_limit=memory_limit, **options)
 
 
+@documented_as(AvgPool, 1)
 class AvgPool1d(AvgPool):
     """`AvgPool` over one spatial axis: x (N, C, L).
 
@@ -263,6 +268,7 @@ class AvgPool1d(AvgPool):
     rank = 1
 
 
+@documented_as(AvgPool, 2)
 class AvgPool2d(AvgPool):
     """`AvgPool` over two spatial axes: x (N, C, H, W).
 
@@ -277,6 +283,7 @@ class AvgPool2d(AvgPool):
     rank = 2
 
 
+@documented_as(AvgPool, 3)
 class AvgPool3d(AvgPool):
     """`AvgPool` over three spatial axes: x (N, C, D, H, W).
 

@@ -10,7 +10,7 @@ from cuconv.backends import default_array_module
 from cuconv.geometry import Sizes
 from cuconv.layers.base import check_module, kernel_of, positive
 from cuconv.layers.weighted import Weighted, drawn
-from cuconv.options import check_bias
+from cuconv.options import check_bias, documented_as
 from cuconv.separable import (
     SeparableGradients,
     SeparableOptions,
@@ -153,6 +153,7 @@ class SeparableConv(Weighted):
         return array.reshape(-1, 1, *array.shape[2:])
 
 
+@documented_as(SeparableConv, 1)
 class SeparableConv1d(SeparableConv):
     """`SeparableConv` over one spatial axis: x (N, C, L).
 
@@ -168,6 +169,7 @@ class SeparableConv1d(SeparableConv):
     rank = 1
 
 
+@documented_as(SeparableConv, 2)
 class SeparableConv2d(SeparableConv):
     """`SeparableConv` over two spatial axes: x (N, C, H, W).
 
@@ -183,6 +185,7 @@ class SeparableConv2d(SeparableConv):
     rank = 2
 
 
+@documented_as(SeparableConv, 3)
 class SeparableConv3d(SeparableConv):
     """`SeparableConv` over three spatial axes: x (N, C, D, H, W).
 
