@@ -355,9 +355,10 @@ class Plan(LoweredCall):
         plan = self.with_candidates(self.candidates)
         plan.names = tuple(name for name in self.names if name != "w")
         # Prepared weights are what one candidate takes, and no other.
-        plan._is_tuned = True
+        plan._is_tuned = True  # noqa: SLF001 - a copy of itself
         each = enumerate(self.lowering.weights_of(w))
-        plan._weights = {f"weights{n}": self._prepared(n, own) for n, own in each}
+        prepared = {f"weights{n}": self._prepared(n, own) for n, own in each}
+        plan._weights = prepared  # noqa: SLF001
         return plan
 
     def _prepared(self, number: int, w: Array) -> Array:

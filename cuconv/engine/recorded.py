@@ -94,7 +94,7 @@ class Recorded(ABC):
             backend.parallel(body, 1, single_threaded=True)
 
     def _recorded(self, arrays: dict[str, Array]) -> Program | None:
-        """Record the steps for arrays of this layout, if the program is short enough."""
+        """Record the steps for arrays of this layout, unless they are too many."""
         if self.spare_bytes < MOST_BYTES:
             return None
         stubs = {name: stub_of(name, array) for name, array in arrays.items()}

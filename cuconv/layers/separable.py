@@ -11,7 +11,12 @@ from cuconv.engine.separable import SeparableGradients
 from cuconv.geometry import Sizes
 from cuconv.layers.base import check_module, kernel_of, positive
 from cuconv.layers.weighted import Weighted, drawn
-from cuconv.options import SEPARABLE_OPTIONS, SeparableOptions, check_bias
+from cuconv.options import (
+    SEPARABLE_OPTIONS,
+    SeparableOptions,
+    check_bias,
+    documented_as,
+)
 from cuconv.separable import separable_conv, separable_conv_backward
 
 

@@ -165,7 +165,7 @@ class Fft(OneWay):
             job.backend.copy(part, cells[places])
             into = spectra[..., start : start + step]
             into = into.swapaxes(-1, -2)
-            job.backend.do(_transform, cells, into, own["between"], True)
+            job.backend.do(_transform, cells, into, own["between"], _scale(lengths))
 
         with job.backend.stage("weights", self.name):
             job.each(range(0, g.group_filters, step), body)
@@ -308,7 +308,7 @@ def _window_spectra(
     count = cells.shape[0]
     shape = (*_frequencies(lengths), g.groups, count, g.group_channels)
     spectra = own["x"][: math.prod(shape)].reshape(shape)
-    job.backend.do(_transform, cells.swapaxes(0, 1), spectra, own["between"], False)
+    job.backend.do(_transform, cells.swapaxes(0, 1), spectra, own["between"], None)
     return spectra
 
 
@@ -332,17 +332,27 @@ def _spread_spectra(
     job.backend.copy(part, cells[(..., *places)])
     shape = (*_frequencies(lengths), g.groups, cells.shape[0], g.group_filters)
     spectra = own["y"][: math.prod(shape)].reshape(shape)
-    job.backend.do(_transform, cells.swapaxes(0, 1), spectra, own["between"], True)
+    job.backend.do(
+        _transform, cells.swapaxes(0, 1), spectra, own["between"], _scale(lengths)
+    )
     return spectra
+
+
+def _scale(lengths: tuple[int, ...]) -> float:
+    """Three transforms, each divided by √n; the product must be divided by n."""
+    return math.sqrt(math.prod(lengths))
 
 
 def _transform(
     cells: Array,
     spectra: Array,
     between: Array,
-    conjugate: bool,  # noqa: FBT001 - steps of a program are called by position
+    scale: float | None,
 ) -> None:
-    """Spectra (frequencies, a, b, c) of real elements (a, b, c, *lengths)."""
+    """Spectra (frequencies, a, b, c) of real elements (a, b, c, *lengths).
+
+    With a scale, their conjugates times that.
+    """
     rank = cells.ndim - 3
     frequencies = _frequencies(cells.shape[3:])
     part, other = _pair(between, (*cells.shape[:3], *frequencies))
@@ -350,10 +360,8 @@ def _transform(
     for axis in range(3, 2 + rank):
         np.fft.fft(part, axis=axis, norm=_NORM, out=other)
         part, other = other, part
-    if conjugate:
+    if scale is not None:
         np.conjugate(part, out=part)
-        # Three transforms, each divided by √n; the product must be divided by n.
-        scale = math.sqrt(math.prod(cells.shape[3:]))
         np.multiply(part, part.real.dtype.type(scale), out=part)
     np.copyto(spectra, part.transpose(*range(3, 3 + rank), 0, 1, 2))
 

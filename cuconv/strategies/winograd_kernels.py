@@ -199,20 +199,15 @@ def _laid(
     outer = (planes - taps) // stride + 1
     return _Laid(
         _strided(
-            job,
             flat,
             (rows, columns, *sizes),
             (columns * frequency, frequency, *places),
         ),
-        _strided(
-            job, flat, (rows * columns, groups, outer, count, taps * channels), rolled
-        ),
+        _strided(flat, (rows * columns, groups, outer, count, taps * channels), rolled),
     )
 
 
-def _strided(
-    job: Job, flat: Array, shape: tuple[int, ...], steps: tuple[int, ...]
-) -> Array:
+def _strided(flat: Array, shape: tuple[int, ...], steps: tuple[int, ...]) -> Array:
     strides = tuple(step * flat.dtype.itemsize for step in steps)
     view: Array = strided(flat, shape, strides)
     return view
