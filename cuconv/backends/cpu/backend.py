@@ -14,7 +14,7 @@ import numpy as np
 from threadpoolctl import ThreadpoolController
 
 from cuconv.arrays import Array, DType, Types, stored, strided
-from cuconv.backends import padding as wrapping
+from cuconv.backends import padding
 from cuconv.backends.cpu.machine import BUFFER_ITEMS, call_overhead, cpu_machine
 from cuconv.backends.cpu.pooling import CpuPools
 from cuconv.backends.padding import Reading
@@ -279,7 +279,8 @@ class CpuBackend:
         copied: Array,
         reading: Reading,
     ) -> None:
-        wrapping.pad_copy(self, cells, copied, reading)
+        for source, target in padding.copies(cells, copied, reading):
+            self.copy(source, target)
 
     def pad_adjoint(
         self,
@@ -289,7 +290,15 @@ class CpuBackend:
         *,
         add: bool,
     ) -> None:
-        wrapping.pad_adjoint(self, copied, cells, reading, add=add)
+        each = padding.sums(copied, cells, reading)
+        first = None if add else next(each, None)
+        if first is not None and first[2]:
+            self.copy(first[1], first[0])
+        elif not add:
+            self.fill(cells, 0)
+            each = padding.sums(copied, cells, reading)
+        for inside, outside, _ in each:
+            self.do(np.add, inside, outside, inside)
 
     def stage(self, name: str, strategy: str = "", chunk: int = 0) -> stage:
         return stage(name, strategy, chunk, self.do)

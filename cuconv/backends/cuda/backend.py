@@ -17,7 +17,7 @@ from cuconv.arrays import (
     is_half,
     strided,
 )
-from cuconv.backends import padding as wrapping
+from cuconv.backends import padding
 from cuconv.backends.cuda.compiler import Do, kernel, launch
 from cuconv.backends.cuda.depthwise import (
     MOST_BLOCKS,
@@ -374,7 +374,8 @@ class CudaBackend:
         reading: Reading,
     ) -> None:
         if cells.dtype != copied.dtype:
-            wrapping.pad_copy(self, cells, copied, reading)
+            for source, target in padding.copies(cells, copied, reading):
+                self.copy(source, target)
             return
         packed = pack_windows(cells, copied, reading, over_output=True)
         variant = pad_copy_variant(
