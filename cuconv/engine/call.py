@@ -15,6 +15,7 @@ import numpy as np
 from cuconv.arrays import (
     Array,
     any_dask,
+    array_module,
     base_array,
     check_overlap,
     layouts_of,
@@ -133,7 +134,10 @@ def _key(
         text = repr((options, more))
         if " at 0x" in text:
             return None
-    return call, layouts, text, settings()
+    first = arrays[0]
+    is_on_host = type(first) is np.ndarray
+    captured = not is_on_host and backend_of(array_module(first), first).is_capturing()
+    return call, layouts, text, settings(), captured
 
 
 def check_overlaps(names: Sequence[str], arrays: Sequence[Array], out: Any) -> None:

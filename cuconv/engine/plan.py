@@ -89,10 +89,9 @@ class LoweredCall:
 
     def _execute_first(self, arrays: dict[str, Array]) -> None:
         """Run it while no program is recorded; record one if that is worth it."""
-        captured = any(candidate.problem.captured for candidate in self.candidates)
-        if not self._is_tuned and not captured:
+        if not self._is_tuned:
             self._tune(arrays)
-        if self._is_recordable:
+        if self._is_recordable and self._is_tuned:
             self._is_recordable = False
             self._program = self._recorded(arrays)
         if self._program is not None:
@@ -137,7 +136,10 @@ class LoweredCall:
         self.lowering.steps(run)
 
     def _tune(self, arrays: dict[str, Array]) -> None:
-        """Time the candidates of every part, or recall which was the fastest."""
+        """Time the candidates of every part, or recall which was the fastest.
+
+        While a CUDA graph is captured nothing is timed.
+        """
         machine, threads = self.backend.machine(), self.backend.workers()
         for number, part in enumerate(self.lowering.parts):
             if not part.best.flops:
@@ -145,12 +147,14 @@ class LoweredCall:
             key = part.best.problem.fingerprint, part.limit, threads
             winners = [Winner.of(candidate) for candidate in part.candidates]
             winner = recall(machine, key, winners)
+            if winner is None and part.best.problem.captured:
+                continue
             if winner is None:
                 calls = [self._trial(number, c, arrays) for c in part.candidates]
                 winner = winners[fastest(self.backend, calls)]
                 remember(machine, key, winner)
             self.candidates[number] = part.candidates[winners.index(winner)]
-        self._is_tuned = True
+        self._is_tuned = not any(c.problem.captured for c in self.candidates)
         self.renew()
 
     def _trial(
