@@ -1,4 +1,4 @@
-"""Convolution for people who hold NumPy or CuPy arrays."""
+"""Convolution for NumPy and CuPy arrays, as deep learning defines it."""
 
 from cuconv.arrays import array_module
 from cuconv.backends import default_array_module, precompile, release_memory

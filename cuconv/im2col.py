@@ -5,12 +5,12 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from cuconv.arrays import Array, base_array
+from cuconv.backends.columns import single_group
 from cuconv.engine.call import run
 from cuconv.engine.columns import (
     checked_windows,
     column_steps,
     plan_columns,
-    single_group,
 )
 from cuconv.geometry import Block, Padding, Sizes
 from cuconv.memory import MemoryLimit

@@ -893,7 +893,8 @@ def _of_rank(general: Callable[P, R], rank: int) -> Callable[P, R]:
         pool.__doc__ = (
             f"`{call}` over {axes}: x {shape}, or without N.\n\n{parts[1]}"
             "    Examples\n    --------\n    >>> import numpy as np\n"
-            f"    >>> import cuconv\n    >>> cuconv.{name}(np.zeros({before}), 2).shape\n"
+            f"    >>> import cuconv\n"
+            f"    >>> cuconv.{name}(np.zeros({before}), 2).shape\n"
             f"    {after}\n    "
         )
     return cast("Callable[P, R]", pool)

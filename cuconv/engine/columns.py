@@ -11,11 +11,15 @@ from cuconv.arrays import (
     accumulator,
     base_array,
     check_type,
-    grouped,
     module_of,
 )
 from cuconv.backends import Backend, backend_of, refuse_capture
-from cuconv.backends.columns import column_cells, gather_blocks, scatter_regions
+from cuconv.backends.columns import (
+    GatherSteps,
+    ScatterSteps,
+    column_cells,
+    single_group,
+)
 from cuconv.engine.recorded import RecordedPlan, Result, Workspace, check_results
 from cuconv.engine.tile_search import largest_fitting
 from cuconv.geometry import Block, Tile, WindowGeometry
@@ -35,89 +39,49 @@ _WORTH_THREADS = 4 * 2**20
 _EACH_TAKES_MEMORY = "every block takes memory; im2col takes out="
 
 
-class _Gather(RecordedPlan):
-    """`im2col` of arrays of one layout."""
-
-    def __init__(
-        self, backend: Backend, geometry: WindowGeometry, order: str, dtype: DType
-    ) -> None:
-        self.geometry, self.order = geometry, order
-        column = max(geometry.channels * geometry.taps * dtype.itemsize, 1)
-        self.tile = geometry.tile(max(backend.block_bytes // column, 1))
-        workers, threads = _workers(backend, geometry.column_bytes(dtype.itemsize))
-        buffers = backend.gather_buffers(geometry, self.tile, dtype, dtype)
-        pieces = geometry.count_blocks(self.tile)
-        super().__init__(
-            backend,
-            ("x",),
-            (Result("out", geometry.column_shape(order), dtype),),
-            Workspace(buffers, workers, pieces),
-            threads=threads,
-        )
-
-    def steps(
-        self,
-        backend: Backend,
-        arrays: dict[str, Array],
-        scratch: tuple[dict[str, Array], ...],
-    ) -> None:
-        geometry = self.geometry
-        x = single_group(arrays["x"], geometry)
-        columns = column_cells(arrays["out"], geometry, geometry.out, self.order)
-        if columns.size:
-            gather_blocks(backend, geometry, self.tile, scratch, x, columns)
+def _gather(
+    backend: Backend, geometry: WindowGeometry, order: str, dtype: DType
+) -> RecordedPlan:
+    """Plan `im2col`."""
+    column = max(geometry.channels * geometry.taps * dtype.itemsize, 1)
+    tile = geometry.tile(max(backend.block_bytes // column, 1))
+    workers, threads = _workers(backend, geometry.column_bytes(dtype.itemsize))
+    buffers = backend.gather_buffers(geometry, tile, dtype, dtype)
+    return RecordedPlan(
+        backend,
+        GatherSteps(geometry, order, tile),
+        ("x",),
+        (Result("out", geometry.column_shape(order), dtype),),
+        Workspace(buffers, workers, geometry.count_blocks(tile)),
+        threads=threads,
+    )
 
 
-class _Scatter(RecordedPlan):
-    """`col2im` of arrays of one layout."""
-
-    def __init__(
-        self,
-        backend: Backend,
-        geometry: WindowGeometry,
-        order: str,
-        dtype: DType,
-        *,
-        deterministic: bool,
-    ) -> None:
-        self.geometry, self.order = geometry, order
-        self.deterministic = deterministic
-        sums = accumulator(dtype)
-        cell = max(geometry.channels * sums.itemsize, 1)
-        self.tile = geometry.region_tile(max(backend.block_bytes // cell, 1))
-        # What halves are summed in.
-        self.refusal = f"sums of {dtype} take memory" if sums != dtype else None
-        cells = self.tile.positions * geometry.channels
-        buffers = (Buffer("sum", cells, sums),) if sums != dtype else ()
-        workers, threads = _workers(backend, geometry.column_bytes(dtype.itemsize))
-        pieces = geometry.count_regions(self.tile)
-        super().__init__(
-            backend,
-            ("cols",),
-            (Result("out", geometry.x_shape, dtype),),
-            Workspace(buffers, workers, pieces),
-            threads=threads,
-        )
-
-    def steps(
-        self,
-        backend: Backend,
-        arrays: dict[str, Array],
-        scratch: tuple[dict[str, Array], ...],
-    ) -> None:
-        geometry = self.geometry
-        columns = column_cells(arrays["cols"], geometry, geometry.out, self.order)
-        x = single_group(arrays["out"], geometry)
-        if x.size:
-            scatter_regions(
-                backend,
-                geometry,
-                self.tile,
-                scratch,
-                columns,
-                x,
-                deterministic=self.deterministic,
-            )
+def _scatter(
+    backend: Backend,
+    geometry: WindowGeometry,
+    order: str,
+    dtype: DType,
+    *,
+    deterministic: bool,
+) -> RecordedPlan:
+    """Plan `col2im`; halves are summed in a buffer."""
+    sums = accumulator(dtype)
+    cell = max(geometry.channels * sums.itemsize, 1)
+    tile = geometry.region_tile(max(backend.block_bytes // cell, 1))
+    is_cast = sums != dtype
+    cells = tile.positions * geometry.channels
+    buffers = (Buffer("sum", cells, sums),) if is_cast else ()
+    workers, threads = _workers(backend, geometry.column_bytes(dtype.itemsize))
+    return RecordedPlan(
+        backend,
+        ScatterSteps(geometry, order, tile, deterministic),
+        ("cols",),
+        (Result("out", geometry.x_shape, dtype),),
+        Workspace(buffers, workers, geometry.count_regions(tile)),
+        threads=threads,
+        refusal=f"sums of {dtype} take memory" if is_cast else None,
+    )
 
 
 def _workers(backend: Backend, nbytes: int) -> tuple[int, int]:
@@ -140,12 +104,11 @@ def plan_columns(
     ``more`` has the ``order``; for col2im ``x_shape`` and ``deterministic`` too.
     """
     (array,), order = arrays, more["order"]
-    plan: RecordedPlan
     if call == "im2col":
         geometry, xp = checked_windows(array, options)
         geometry.column_shape(order)
         backend = backend_of(xp, array)
-        plan = _Gather(backend, geometry, order, array.dtype)
+        plan = _gather(backend, geometry, order, array.dtype)
     else:
         xp = module_of({"cols": array})
         check_type("cols", array.dtype)
@@ -155,7 +118,7 @@ def plan_columns(
             raise ValueError(f"cols has shape {array.shape} and must have {shape}")
         backend = backend_of(xp, array)
         deterministic = more["deterministic"] is not False
-        plan = _Scatter(
+        plan = _scatter(
             backend, geometry, order, array.dtype, deterministic=deterministic
         )
     check_results(
@@ -169,12 +132,6 @@ def checked_windows(x: Array, options: Mapping[str, Any]) -> tuple[WindowGeometr
     xp = module_of({"x": x})
     check_type("x", x.dtype)
     return WindowGeometry.of(x.shape, **options), xp
-
-
-def single_group(x: Array, geometry: WindowGeometry) -> Array:
-    """View an array as (N, 1, C, *spatial)."""
-    first, batched = geometry.channels_first, geometry.batched
-    return grouped(x, 1, geometry.rank, channels_first=first, batched=batched)
 
 
 def column_steps(

@@ -23,7 +23,7 @@ from cuconv.arrays import (
     module_of_blocks,
     resolve_types,
 )
-from cuconv.engine.pool_plan import INDEX, PoolPlan, limit_of, y_shape
+from cuconv.engine.pool_plan import INDEX, limit_of, plan_of, y_shape
 from cuconv.engine.pool_problem import MAXIMUM, MEAN, NORM, PoolProblem
 from cuconv.engine.problem import check_shape
 from cuconv.geometry import (
@@ -104,7 +104,7 @@ def plan_pool(
         from cuconv.dask import pooling as dask_pooling  # noqa: PLC0415 - it imports Dask
 
         return dask_pooling.plan(problem, given, out, limit_of(limit))
-    return PoolPlan(problem, given, out, limit, NAMES[call])
+    return plan_of(problem, given, out, limit, NAMES[call])
 
 
 NAMES = {

@@ -4,10 +4,11 @@ from typing import Any
 
 import numpy as np
 
-from cuconv.arrays import Array, DType, grouped, is_aligned, module_of
+from cuconv.arrays import Array, DType, is_aligned, module_of
 from cuconv.backends import Backend, backend_of
+from cuconv.backends.pools import INDICES, RESULT, PoolSteps
 from cuconv.config import settings
-from cuconv.engine.pool_problem import PoolInputs, PoolProblem, PoolTiling
+from cuconv.engine.pool_problem import PoolProblem, PoolTiling
 from cuconv.engine.recorded import RecordedPlan, Result, Workspace, check_results
 from cuconv.geometry import WindowGeometry
 from cuconv.memory import MemoryLimit, MemoryLimitError, parse_memory_limit
@@ -19,13 +20,19 @@ _ONE_RUN = 1024
 _ALWAYS = 2**62
 
 
-class PoolPlan(RecordedPlan):
-    """One pooling call: `reduce` or, for a gradient, `backward` of a backend's pools.
+def plan_of(
+    problem: PoolProblem,
+    arrays: dict[str, Array],
+    out: Any = None,
+    memory_limit: MemoryLimit = None,
+    names: tuple[str, ...] | None = None,
+) -> RecordedPlan:
+    """Plan a problem; its inputs have been checked, its results are checked here.
 
     Parameters
     ----------
     problem
-        The problem; it has been checked.
+        The problem.
     arrays
         Its inputs by their names, of which the layout matters.
     out
@@ -35,69 +42,34 @@ class PoolPlan(RecordedPlan):
     names
         The names of the arrays of a run, in order; by default those of ``arrays``.
     """
-
-    def __init__(
-        self,
-        problem: PoolProblem,
-        arrays: dict[str, Array],
-        out: Any = None,
-        memory_limit: MemoryLimit = None,
-        names: tuple[str, ...] | None = None,
-    ) -> None:
-        outs = out if problem.with_indices else (out,)
-        if out is None:
-            outs = (None,) * (1 + problem.with_indices)
-        if not (isinstance(outs, tuple) and len(outs) == 1 + problem.with_indices):
-            raise TypeError("with return_indices, out must be a pair of arrays")
-        backend, results = pool_backend(problem, arrays), results_of(problem)
-        check_results(backend, arrays, results, outs)
-        limit = limit_of(memory_limit)
-        self.problem, self.tiling = problem, tiling_within(problem, backend, limit)
-        buffers = backend.pools.buffers(problem, self.tiling)
-        super().__init__(
-            backend,
-            names or tuple(arrays),
-            results,
-            Workspace(buffers, self.tiling.workers, self.tiling.pieces),
-            threads=self.tiling.threads,
-            buffered=_buffered(problem, next(iter(arrays.values()))),
-        )
-
-    def steps(
-        self,
-        backend: Backend,
-        arrays: dict[str, Array],
-        scratch: tuple[dict[str, Array], ...],
-    ) -> None:
-        problem, tiling = self.problem, self.tiling
-        cells = {
-            name: _planes(array, problem.geometry)
-            for name, array in arrays.items()
-            if array is not None
-        }
-        result, *indices = (cells.pop(each.name) for each in self.results)
-        with backend.stage("pool", problem.kind):
-            if not problem.is_gradient:
-                if result.size:
-                    found = indices[0] if indices else None
-                    backend.pools.reduce(
-                        problem, tiling, scratch, cells["x"], result, found
-                    )
-            elif cells["dy"].size:
-                given = PoolInputs(**cells)
-                backend.pools.backward(problem, tiling, scratch, given, result)
-            else:
-                backend.fill(result, 0)
+    outs = out if problem.with_indices else (out,)
+    if out is None:
+        outs = (None,) * (1 + problem.with_indices)
+    if not (isinstance(outs, tuple) and len(outs) == 1 + problem.with_indices):
+        raise TypeError("with return_indices, out must be a pair of arrays")
+    backend, results = pool_backend(problem, arrays), results_of(problem)
+    check_results(backend, arrays, results, outs)
+    tiling = tiling_within(problem, backend, limit_of(memory_limit))
+    buffers = backend.pools.buffers(problem, tiling)
+    return RecordedPlan(
+        backend,
+        PoolSteps(problem, tiling),
+        names or tuple(arrays),
+        results,
+        Workspace(buffers, tiling.workers, tiling.pieces),
+        threads=tiling.threads,
+        buffered=_buffered(problem, next(iter(arrays.values()))),
+    )
 
 
 def results_of(problem: PoolProblem) -> tuple[Result, ...]:
     """The results of a call: y and where its maxima are, or dx."""
     g = problem.geometry
     if problem.is_gradient:
-        return (Result("out", g.x_shape, problem.result),)
+        return (Result(RESULT, g.x_shape, problem.result),)
     shape = y_shape(g)
-    y = Result("out", shape, problem.result)
-    return (y, Result("the indices of out", shape, INDEX))[: 1 + problem.with_indices]
+    y = Result(RESULT, shape, problem.result)
+    return (y, Result(INDICES, shape, INDEX))[: 1 + problem.with_indices]
 
 
 def y_shape(geometry: WindowGeometry) -> tuple[int, ...]:
@@ -131,13 +103,6 @@ def limit_of(memory_limit: MemoryLimit) -> int | None:
     """The limit of a call in bytes: its own, or the one that is set."""
     limit = settings().memory_limit
     return limit if memory_limit is None else parse_memory_limit(memory_limit)
-
-
-def _planes(array: Array, geometry: WindowGeometry) -> Array:
-    """View an array as (N, C, *spatial)."""
-    first, batched = geometry.channels_first, geometry.batched
-    rank = geometry.rank
-    return grouped(array, 1, rank, channels_first=first, batched=batched)[:, 0]
 
 
 def _buffered(problem: PoolProblem, array: Array) -> int:

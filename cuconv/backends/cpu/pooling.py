@@ -734,8 +734,8 @@ def _add_at(
     total, step = math.prod(size), merged_stride(size, steps[2:])
     is_whole = region == tuple((0, n) for n in size)
     # As unsigned numbers, those below zero are the largest.
-    is_inside = is_whole and step is not None
-    if is_inside and indices.view(np.uint64).max() < total:
+    may_run = is_whole and step is not None
+    if step is not None and may_run and indices.view(np.uint64).max() < total:
         if step != 1:
             indices = np.multiply(indices, step, at)
         np.add(indices, heads, at)
@@ -816,12 +816,13 @@ def _tiling(problem: PoolProblem, budget: int, workers: int) -> PoolTiling:
         # One channel alone NumPy would sum in another order than several.
         while channels < g.channels and (channels == 1 or g.channels % channels == 1):
             channels += 1
-    cut, count = g.tile, g.count_blocks
     if problem.is_gradient:
-        cut, count = g.region_tile, g.count_regions
-    tile = cut(several // channels)
-    pieces = count(tile) * -(-g.channels // channels)
-    return PoolTiling(tile, channels, workers, pieces)
+        tile = g.region_tile(several // channels)
+        count = g.count_regions(tile)
+    else:
+        tile = g.tile(several // channels)
+        count = g.count_blocks(tile)
+    return PoolTiling(tile, channels, workers, count * -(-g.channels // channels))
 
 
 def _buffers(problem: PoolProblem, tiling: PoolTiling) -> tuple[Buffer, ...]:

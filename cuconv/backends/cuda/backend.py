@@ -1,4 +1,4 @@
-"""The leaves over CuPy: kernels of ours for columns, cuBLAS for products."""
+"""The backend for CuPy: our kernels for columns, cuBLAS for products."""
 
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -144,7 +144,7 @@ class PoolKernels:
 
 
 class CudaBackend:
-    """See `cuconv.backends.Leaves`; one for each device."""
+    """See `cuconv.backends.Backend`; one for each device."""
 
     xp: Any = cupy
     default_memory_limit = 256 * 2**20
@@ -329,7 +329,7 @@ class CudaBackend:
         if atomic and not add:
             self.fill(target, 0)
         if add and not atomic:
-            # Only cells under these windows change; the others keep their sums.
+            # Only elements under these windows change.
             under = tuple(map(_common, cells, block.window))
             target = target[(..., *map(_within, under, cells))]
             cells = under
@@ -360,7 +360,7 @@ class CudaBackend:
     ) -> None:
         del partial
         if bias is not None:
-            # The bias goes first and the product is added: one rounding, not two.
+            # The product is added to the bias: one rounding, not two.
             self.copy(bias, out)
         gemm(self.do, a, b, out, add=add or bias is not None, fast=fast)
 
