@@ -20,7 +20,7 @@ from cuconv.arrays import (
     layouts_of,
     module_of,
 )
-from cuconv.backends import backend_of, refuse_capture
+from cuconv.backends import backend_of, is_capturing, refuse_capture
 from cuconv.config import settings
 from cuconv.engine.bias_grad import BiasGrad
 from cuconv.engine.plan import Plan
@@ -105,7 +105,8 @@ def run(
         text: object = marshal.dumps((options, more), 2)  # type: ignore[arg-type]
     except ValueError:
         text = repr((options, more))
-    key = call, layouts, text, settings()
+    captured = layouts is not None and is_capturing(arrays[0])
+    key = call, layouts, text, settings(), captured
     plan = _PLANS.get(key)
     if plan is None or (plan.threads and plan.threads != backend_of(np).workers()):
         arrays = tuple(map(base_array, arrays))

@@ -175,7 +175,7 @@ class LoweredCall(Recorded):
 
     def execute_first(self, arrays: dict[str, Array]) -> None:
         """Time the candidates if that was asked; record the steps, and run them."""
-        if not self._is_tuned and not any(c.problem.captured for c in self.candidates):
+        if not self._is_tuned:
             self._tune(arrays)
         super().execute_first(arrays)
 
@@ -187,7 +187,10 @@ class LoweredCall(Recorded):
         self.lowering.steps(run)
 
     def _tune(self, arrays: dict[str, Array]) -> None:
-        """Time the candidates of every part, or recall which was the fastest."""
+        """Time the candidates of every part, or recall which was the fastest.
+
+        While a CUDA graph is captured nothing is timed.
+        """
         machine, threads = self.backend.machine(), self.backend.workers()
         for number, part in enumerate(self.lowering.parts):
             if not part.best.flops:
@@ -195,12 +198,14 @@ class LoweredCall(Recorded):
             key = part.best.problem.fingerprint, part.limit, threads
             winners = [Winner.of(candidate) for candidate in part.candidates]
             winner = recall(machine, key, winners)
+            if winner is None and part.best.problem.captured:
+                continue
             if winner is None:
                 calls = [self._trial(number, c, arrays) for c in part.candidates]
                 winner = winners[fastest(self.backend, calls)]
                 remember(machine, key, winner)
             self.candidates[number] = part.candidates[winners.index(winner)]
-        self._is_tuned = True
+        self._is_tuned = not any(c.problem.captured for c in self.candidates)
         self.renew()
 
     def _trial(
@@ -258,8 +263,6 @@ class RecordedPlan(Recorded):
         What the workers need.
     buffered
         Bytes of the arrays that NumPy may take buffers for.
-    refusal
-        Why it cannot run in a capture, though it is given its results.
     """
 
     def __init__(
@@ -272,11 +275,10 @@ class RecordedPlan(Recorded):
         *,
         threads: int = 0,
         buffered: int = 0,
-        refusal: str | None = None,
     ) -> None:
         super().__init__(backend, workspace.pieces, threads)
         self.names, self.results, self.workspace = names, results, workspace
-        self.steps, self.buffered, self._refusal = steps, buffered, refusal
+        self.steps, self.buffered = steps, buffered
 
     @property
     def workers(self) -> int:
@@ -294,8 +296,6 @@ class RecordedPlan(Recorded):
         """Run it on arrays that have been checked."""
         backend = self.backend
         outs = out if type(out) is tuple else (out,) * len(self.results)
-        if backend.is_capturing():
-            self._refuse(outs)
         named = dict(zip(self.names, arrays, strict=False))
         found = []
         for (name, shape, dtype), given in zip(self.results, outs, strict=True):
@@ -307,13 +307,6 @@ class RecordedPlan(Recorded):
         else:
             backend.execute(self.program, named)
         return tuple(found) if len(found) > 1 else array
-
-    def _refuse(self, outs: tuple[Array | None, ...]) -> None:
-        """Refuse a capture of what takes memory."""
-        if any(array is None for array in outs):
-            refuse_capture(self.backend, NEEDS_OUT, captured=True)
-        if self._refusal is not None:
-            refuse_capture(self.backend, self._refusal, captured=True)
 
 
 def check_results(
