@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
 
+import numpy as np
+
 from cuconv.arrays import (
     Array,
     DType,
@@ -88,6 +90,7 @@ class RecordedPlan:
         self._own_bytes = buffer_bytes(workspace.buffers)
         self._nbytes = with_start(workspace.workers * self._own_bytes)
         self._buffered = buffered
+        self._may_capture = backend.xp is not np
         self._program: Program | None = None
         self._is_recordable = workspace.pieces <= MOST_BLOCKS
 
@@ -95,7 +98,7 @@ class RecordedPlan:
         """Run it on arrays that have been checked."""
         backend = self.backend
         outs = out if type(out) is tuple else (out,) * len(self.results)
-        if backend.is_capturing():
+        if self._may_capture and backend.is_capturing():
             self._refuse(outs)
         named = dict(zip(self.names, arrays, strict=False))
         found = []
