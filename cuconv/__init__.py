@@ -1,4 +1,4 @@
-"""Convolution for people who hold NumPy or CuPy arrays."""
+"""Convolution for NumPy and CuPy arrays, as deep learning defines it."""
 
 from cuconv.arrays import array_module
 from cuconv.backends import default_array_module, precompile, release_memory
@@ -25,6 +25,7 @@ from cuconv.conv_transpose import (
 from cuconv.devices import asarray
 from cuconv.engine.call import ConvGradients
 from cuconv.engine.plan import Plan
+from cuconv.engine.separable import SeparableGradients
 from cuconv.im2col import col2im, im2col, iter_im2col, patches
 from cuconv.memory import MemoryLimitError
 from cuconv.pooling import (
@@ -50,7 +51,6 @@ from cuconv.pooling import (
     max_pool_backward,
 )
 from cuconv.separable import (
-    SeparableGradients,
     depthwise_conv,
     depthwise_conv_backward,
     separable_conv,

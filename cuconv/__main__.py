@@ -34,7 +34,7 @@ _VALUE_OPTIONS = (*Options._fields, "output_padding", "output_size")
 _SWITCHES = {"true": True, "false": False}
 _VALUES = (
     "one number as 2, one for each axis as 2,1, (before, after) pairs as 1:0,2:2, or a "
-    "word; write a value that begins with a minus sign as --padding=-1,0"
+    "string; write a value that begins with a minus sign as --padding=-1,0"
 )
 
 
@@ -46,7 +46,7 @@ def _version(package: str) -> str:
 
 
 def _gpu() -> str:
-    """The current device, or why there is none."""
+    """The current device, or the reason why there is none."""
     cupy = default_array_module()
     if cupy is np:
         return f"none: {why_not()}"
@@ -70,7 +70,7 @@ def _blas() -> str:
 
 
 def information() -> dict[str, str]:
-    """What a report about this installation should say, label by label."""
+    """Versions and devices for a report about this installation, by label."""
     modules = ["numpy", "cupy"] if default_array_module() is not np else ["numpy"]
     return {
         "cuconv": __version__,
@@ -130,7 +130,7 @@ def _precompile(chosen: argparse.Namespace) -> int:
 
 
 def _terminal() -> Any:
-    """Rich's console; None without rich, and in a file, whose lines have no width."""
+    """Rich's console; None without rich, or if the output is a file."""
     try:
         console = importlib.import_module("rich.console").Console()
     except ImportError:
@@ -140,7 +140,7 @@ def _terminal() -> Any:
 
 @contextmanager
 def _progress(what: str) -> Iterator[Callable[[int, int], object] | None]:
-    """A bar to tell how many are done of how many; None where none can be shown."""
+    """A progress bar; None if it cannot be shown."""
     console = _terminal()
     if console is None:
         yield None
@@ -195,7 +195,7 @@ def _shape(word: str) -> tuple[int, ...]:
 
 
 def _value(word: str) -> object:
-    """What the text of an option spells; see ``_VALUES``."""
+    """Parse the text of an option; see ``_VALUES``."""
     try:
         axes = [tuple(map(int, axis.split(":"))) for axis in word.split(",")]
     except ValueError:
@@ -217,7 +217,7 @@ def _ranks(text: str) -> tuple[int, ...]:
 
 
 class _Parser(argparse.ArgumentParser):
-    """One that says in one line what is wrong."""
+    """A parser whose errors are one line."""
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"error: {message}\n")

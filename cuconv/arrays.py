@@ -1,6 +1,6 @@
-"""What the library asks of arrays: their module, device, layout, type and overlap.
+"""Module, device, layout, type and overlap of arrays.
 
-NumPy is always there; CuPy is looked up among the modules that are already imported,
+CuPy is never imported here: it is looked up among the modules already imported,
 because a CuPy array can only exist where CuPy was imported first.
 """
 
@@ -36,13 +36,13 @@ class Types(NamedTuple):
 
 
 def is_half(dtype: DType) -> bool:
-    """Whether this is float16 or bfloat16."""
+    """True if this is float16 or bfloat16."""
     # NumPy works the name out each time.
     return dtype.itemsize == 2 and dtype.name in _HALF_TYPES
 
 
 def accumulator(dtype: DType) -> DType:
-    """The type that cells of this type are summed in: float32 for halves."""
+    """The type that elements of this type are summed in: float32 for halves."""
     return np.dtype(np.float32) if is_half(dtype) else dtype
 
 
@@ -62,9 +62,9 @@ def array_module(*arrays: Array) -> Any:
     Raises
     ------
     TypeError
-        If host and device arrays are mixed, or something is no array of either.
+        If host and device arrays are mixed, or an argument is not an array.
     ValueError
-        If device arrays lie on different devices.
+        If device arrays are on different devices.
 
     Examples
     --------
@@ -88,29 +88,29 @@ def module_of(arrays: dict[str, Array]) -> Any:
 def module_of_blocks(arrays: dict[str, Array]) -> Any:
     """`module_of` for arrays among which there are Dask arrays.
 
-    They count as what their blocks are; on which device those will lie is not known.
+    A Dask array counts as its blocks do; the device of future blocks is not known.
     """
     return _common_module({name: sample_of(array) for name, array in arrays.items()})
 
 
 def is_dask(array: object) -> bool:
-    """Whether it is a Dask array: blocks that are computed later."""
+    """True if it is a Dask array: blocks that are computed later."""
     # A Dask array can only exist where Dask was imported.
     return isinstance(array, getattr(sys.modules.get("dask.array"), "Array", ()))
 
 
 def any_dask(arrays: Iterable[object]) -> bool:
-    """Whether there is a Dask array among them."""
+    """True if there is a Dask array among them."""
     return "dask.array" in sys.modules and any(map(is_dask, arrays))
 
 
 def sample_of(array: Array) -> Array:
     """An array itself, or an empty one of the kind of a Dask array's blocks."""
-    return array._meta if is_dask(array) else array  # noqa: SLF001 - Dask's word for it
+    return array._meta if is_dask(array) else array  # noqa: SLF001 - Dask's name for it
 
 
 def _common_module(arrays: dict[str, Array]) -> Any:
-    """NumPy or CuPy; on which devices arrays lie is not looked at."""
+    """NumPy or CuPy; devices are not checked."""
     on_device = []
     on_host = []
     for name, array in arrays.items():
@@ -129,7 +129,7 @@ def _common_module(arrays: dict[str, Array]) -> Any:
 
 
 def is_array(array: object) -> bool:
-    """Whether it is an array of one of the two modules."""
+    """True if it is an array of one of the two modules."""
     return _is_on_host(array) or _is_on_device(array)
 
 
@@ -149,7 +149,7 @@ _SHARED = "__dlpack__", "__cuda_array_interface__", "__array_interface__"
 
 
 def _instead(array: object) -> str:
-    """What came in place of an array, and which call makes one of it."""
+    """The type of something that is not an array, and the call that converts it."""
     kind = f"{type(array).__module__}.{type(array).__qualname__}"
     masked = isinstance(array, np.ma.MaskedArray)
     if not masked and any(hasattr(array, name) for name in _SHARED):
@@ -163,14 +163,14 @@ def _check_devices(arrays: dict[str, Array]) -> None:
     devices = {name: int(array.device.id) for name, array in arrays.items()}
     if len(set(devices.values())) > 1:
         places = ", ".join(f"{name} on device {i}" for name, i in devices.items())
-        raise ValueError(f"arrays lie on different devices: {places}")
+        raise ValueError(f"arrays are on different devices: {places}")
 
 
 class Source(NamedTuple):
-    """Where the views of an `ArrayStub` come from.
+    """The source of the views of an `ArrayStub`.
 
-    ``address`` is the place of its first element as NumPy counts it, ``misaligned``
-    how far the array that it stands for lies beyond a multiple of `ALIGNMENT`.
+    ``address`` is the stub's address in NumPy; ``misaligned`` is the address of the
+    array that it stands for, modulo `ALIGNMENT`.
     """
 
     name: str
@@ -179,10 +179,10 @@ class Source(NamedTuple):
 
 
 class ArrayStub(np.ndarray):
-    """A NumPy array without memory, of which only shape, strides and type are read.
+    """A NumPy array without memory: only shape, strides and type can be read.
 
     Steps of a program are recorded on stubs: every view of one remembers its source.
-    There is nothing behind them to read or write, so functions of NumPy refuse them.
+    They have no data to read or write, so NumPy's functions raise.
     """
 
     __array_ufunc__ = None  # type: ignore[assignment]
@@ -191,7 +191,7 @@ class ArrayStub(np.ndarray):
 
     @property
     def layout(self) -> tuple[object, ...]:
-        """Everything that a plan may read of the array; strides only where they move."""
+        """Everything that a plan may read of the array."""
         moves = tuple(
             stride if size > 1 and self.size else 0
             for size, stride in zip(self.shape, self.strides, strict=True)
@@ -226,7 +226,7 @@ def stub_array(
 
 
 def stub_of(name: str, array: Array) -> Any:
-    """Stand in for an array of NumPy's or CuPy's; other operands are themselves."""
+    """A stub of a NumPy or CuPy array; other operands are returned as they are."""
     if isinstance(array, ArrayStub):
         odd = alignment_of(array)
     elif isinstance(array, np.ndarray):
@@ -240,8 +240,9 @@ def stub_of(name: str, array: Array) -> Any:
 
 
 def layouts_of(arrays: Iterable[Array | None]) -> tuple[object, ...] | None:
-    """How arrays lie in memory, as a key; None where one is of another kind."""
+    """A key for shapes, strides, types and alignment; None for other arrays."""
     key: list[object] = []
+    array: Any
     for array in arrays:
         kind = type(array)
         if kind is np.ndarray:
@@ -268,12 +269,12 @@ def contiguous_strides(shape: Sequence[int], itemsize: int) -> tuple[int, ...]:
 
 
 def offset_of(view: ArrayStub) -> int:
-    """How many bytes after its source's first element a view of a stub begins."""
+    """The offset of a view of a stub from its source, in bytes."""
     return int(view.__array_interface__["data"][0] - view.source.address)  # type: ignore[union-attr]
 
 
 def alignment_of(array: Array) -> int:
-    """How many bytes after a multiple of `ALIGNMENT` an array of CuPy's begins."""
+    """The address of an array modulo `ALIGNMENT`."""
     if isinstance(array, ArrayStub):
         return (array.source.misaligned + offset_of(array)) % ALIGNMENT  # type: ignore[union-attr]
     return int(array.data.ptr % ALIGNMENT)
@@ -296,7 +297,7 @@ def strided(
 
 
 class _Shifted:
-    """The memory of an array from some bytes on, as one element."""
+    """View the memory of an array from an offset in bytes on as one element."""
 
     def __init__(self, array: Array, offset: int) -> None:
         interface = dict(array.__array_interface__)
@@ -315,7 +316,7 @@ def base_array(array: Array) -> Array:
 
 
 def as_dtype(dtype: Any) -> DType:
-    """The type that an option ``dtype`` says."""
+    """The dtype that an option ``dtype`` names."""
     try:
         resolved: DType = np.dtype(dtype)
     except TypeError:
@@ -326,7 +327,7 @@ def as_dtype(dtype: Any) -> DType:
 
 
 def check_type(name: str, dtype: DType) -> None:
-    """Refuse a type that the two modules do not share."""
+    """Raise for a type that NumPy and CuPy do not share."""
     if dtype.name not in SUPPORTED_TYPES:
         raise TypeError(
             f"{name} has type {dtype}; supported: {', '.join(SUPPORTED_TYPES)}"
@@ -370,7 +371,7 @@ def _common(what: str, *dtypes: DType) -> DType:
 
 
 def check_out(out: Array, shape: tuple[int, ...], dtype: DType) -> None:
-    """Refuse an ``out`` that cannot take the result as it is."""
+    """Raise if ``out`` cannot take the result as it is."""
     if out.shape != shape:
         raise ValueError(f"out has shape {out.shape} and the result has {shape}")
     if out.dtype != dtype:
@@ -379,14 +380,14 @@ def check_out(out: Array, shape: tuple[int, ...], dtype: DType) -> None:
         raise ValueError("out is read-only")
     if _overlaps_itself(shape, out.strides, out.dtype.itemsize):
         raise ValueError(
-            f"out has overlapping cells: shape {shape}, strides {out.strides}"
+            f"out has overlapping elements: shape {shape}, strides {out.strides}"
         )
 
 
 def _overlaps_itself(
     shape: tuple[int, ...], strides: tuple[int, ...], itemsize: int
 ) -> bool:
-    """Whether two cells may share memory; never false where they do."""
+    """True if two arrays may share an element; never False where they do."""
     if 0 in shape:
         return False
     reach = itemsize
@@ -399,11 +400,11 @@ def _overlaps_itself(
 
 
 def check_overlap(xp: Any, out: Array, inputs: dict[str, Array]) -> None:
-    """Refuse an ``out`` that shares memory with an input."""
+    """Raise if ``out`` may share memory with an input."""
     for name, array in inputs.items():
         if _overlap(xp, out, array):
             raise ValueError(
-                f"out overlaps {name} in memory, or lies between its cells"
+                f"out may share memory with {name} (overlapping or interleaved)"
             )
 
 
@@ -419,7 +420,7 @@ def _overlap(xp: Any, a: Array, b: Array) -> bool:
 
 
 def merged_stride(shape: Sequence[int], strides: Sequence[int]) -> int | None:
-    """The stride at which these axes run as one, or None if they do not."""
+    """The stride of these axes merged into one; None if they cannot be."""
     if 0 in shape:
         return 0
     kept = [(n, s) for n, s in zip(shape, strides, strict=True) if n != 1]
@@ -446,7 +447,7 @@ def grouped(
 
 
 def flattened(array: Array, rank: int) -> Array:
-    """View the last ``rank`` axes as one; the caller has seen to it that they merge."""
+    """View the last ``rank`` axes, which must be mergeable, as one."""
     if merged_stride(array.shape[-rank:], array.strides[-rank:]) is None:
         raise RuntimeError(f"axes do not merge: {array.shape}, strides {array.strides}")
     return array.reshape(
@@ -455,7 +456,7 @@ def flattened(array: Array, rank: int) -> Array:
 
 
 class Stored(NamedTuple):
-    """A buffer seen twice: by cells and as the matrix that BLAS takes.
+    """A buffer in two views: element by element, and as the matrix for BLAS.
 
     ``cells`` is (N, G, C, *kernel, *out) and ``matrix`` (N, G, C·taps, positions) or,
     wide, (1, G, C·taps, N·positions).
@@ -474,11 +475,11 @@ def stored(
     channels_first: bool,
     wide: bool = False,
 ) -> Stored:
-    """Lay cells out in a flat buffer, in the axis order of the layout.
+    """View a flat buffer as elements, in the axis order of the layout.
 
-    Channels first, positions run fastest and the patch is channels then taps; channels
-    last, the patch runs fastest and is taps then channels.  ``wide`` puts the positions
-    of all images in one row of the matrix.
+    With channels first, positions are the fastest axis and the patch is channels then
+    taps; with channels last, the patch is the fastest axis, taps then channels.
+    ``wide`` puts the positions of all images in one row of the matrix.
     """
     n, g, c = head
     k, o = len(kernel), len(out)
@@ -501,16 +502,15 @@ def stored(
 
 
 def is_aligned(array: Array) -> bool:
-    """Whether items lie at multiples of their size: NumPy copies them whole if not."""
+    """True if every item is aligned to its size; NumPy copies the array if not."""
     return bool(getattr(array.flags, "aligned", True))
 
 
 def is_matrix_ready(array: Array, rank: int, largest_step: int) -> bool:
-    """Whether the last ``rank`` axes merge into the columns or rows of a BLAS matrix.
+    """True if the last ``rank`` axes merge into the columns or rows of a BLAS matrix.
 
-    ``array`` is grouped: (N, G, C, *spatial).  BLAS wants one of the two matrix axes
-    contiguous and the other at a positive distance: no less than one row, no more than
-    ``largest_step`` items.
+    ``array`` is grouped: (N, G, C, *spatial).  BLAS needs one contiguous matrix axis;
+    the stride of the other must be at least one row and at most ``largest_step`` items.
     """
     if 0 in array.shape:
         return True

@@ -1,7 +1,7 @@
-"""Settings that hold where a call does not say otherwise.
+"""Settings that apply unless an option of the call overrides them.
 
-A call's own option comes first, then the innermost `config` block, then the
-environment, then the library's default.
+The order of precedence: the option of the call, the innermost `config` block, the
+environment, the library's default.
 """
 
 import os
@@ -19,7 +19,7 @@ _SWITCHES = {"1": True, "true": True, "0": False, "false": False}
 
 
 class Settings(NamedTuple):
-    """What `config` can set; None leaves the choice to the library."""
+    """The settings of `config`; None leaves the choice to the library."""
 
     num_threads: int | None = None
     memory_limit: int | None = None
@@ -30,22 +30,22 @@ class Settings(NamedTuple):
 class config:  # noqa: N801 - read as a statement: with config(...): ...
     """Settings for the calls inside a ``with`` block.
 
-    They hold in this thread (or asynchronous task) alone, as `numpy.errstate` does.
+    They apply to this thread (or asynchronous task) alone, as with `numpy.errstate`.
     Outside any block, the environment variables ``CUCONV_NUM_THREADS``,
-    ``CUCONV_MEMORY_LIMIT``, ``CUCONV_PRECISION`` and ``CUCONV_DETERMINISTIC`` hold.
+    ``CUCONV_MEMORY_LIMIT``, ``CUCONV_PRECISION`` and ``CUCONV_DETERMINISTIC`` apply.
 
     Parameters
     ----------
     num_threads
-        The most threads that one call with NumPy arrays uses; by default as many as
-        NumPy's BLAS would, and no more than there are processors.
+        The largest number of threads of one call with NumPy arrays; by default as many
+        as NumPy's BLAS uses, and no more than there are processors.
     memory_limit, precision, deterministic
-        What `cuconv.conv` takes where its own option is None.
+        The values that `cuconv.conv` uses where its own option is None.
 
     Raises
     ------
     ValueError, TypeError
-        If a setting has no meaning.
+        If a setting is invalid.
 
     Examples
     --------
@@ -89,15 +89,15 @@ class config:  # noqa: N801 - read as a statement: with config(...): ...
 
 
 def settings() -> Settings:
-    """The settings that hold here."""
+    """The settings that apply here."""
     inner = _settings.get()
     return inner[-1] if inner else _from_environment()
 
 
 def check_precision(value: object) -> str:
-    """Refuse what is no precision."""
+    """Raise if the value is not a precision."""
     if not isinstance(value, str):
-        raise TypeError(f"precision must be a word; got {value!r}")
+        raise TypeError(f"precision must be a str; got {value!r}")
     if value not in PRECISIONS:
         words = ", ".join(map(repr, PRECISIONS))
         raise ValueError(f"precision must be one of {words}; got {value!r}")
@@ -105,7 +105,7 @@ def check_precision(value: object) -> str:
 
 
 def check_deterministic(value: object) -> bool:
-    """Refuse what is neither True nor False."""
+    """Raise if the value is neither True nor False."""
     if value is not True and value is not False:
         raise TypeError(f"deterministic must be True, False or None; got {value!r}")
     return value
@@ -144,7 +144,7 @@ def _from_environment() -> Settings:
 
 
 def _meant(name: str, word: str) -> object:
-    """A variable's text as the value that it spells."""
+    """Parse the text of a variable."""
     if name == "num_threads" and word.isdecimal():
         return int(word)
     if name == "deterministic":

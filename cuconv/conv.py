@@ -10,7 +10,7 @@ from cuconv.engine.plan import Plan
 from cuconv.engine.problem import ROLES
 from cuconv.engine.request import ZERO_POINTS, chosen_options, request_of_shapes
 from cuconv.geometry import Sizes
-from cuconv.options import ConvOptions, check_bias, shows_options
+from cuconv.options import ConvOptions, check_bias, documented_as, shows_options
 
 _BACKWARD_ALLOCATES = (
     "conv_backward allocates its results: call conv_input_grad and conv_weight_grad "
@@ -34,9 +34,9 @@ def conv(
 ) -> Array:
     """Convolve a batch of multi-channel arrays with a bank of filters.
 
-    As everywhere in deep learning this is cross-correlation: the filters are not
-    flipped.  With ``o`` an output position, ``t`` a tap and ``i = o · stride +
-    t · dilation - padding``,
+    As usual in deep learning this is cross-correlation: the filters are not flipped.
+    With ``o`` an output position, ``t`` a tap and ``i = o · stride + t · dilation -
+    padding``,
 
         y[n, k, o] = bias[k] + Σ over c, t of x[n, c, i] · w[k, c, t]
 
@@ -45,8 +45,8 @@ def conv(
     Parameters
     ----------
     x
-        Input, (N, C, *spatial), or (C, *spatial) for a single image: an array of NumPy
-        or CuPy, or a Dask array of their blocks, for which the result is one too.
+        Input, (N, C, *spatial), or (C, *spatial) for a single image: a NumPy or CuPy
+        array, or a Dask array of such blocks, for which the result is a Dask array too.
     w
         Filters, (K, C / groups, *kernel).  With ``layout="channels_last"``: x is
         (N, *spatial, C) and w is (*kernel, C / groups, K).
@@ -56,78 +56,29 @@ def conv(
         Array to write the result to; it must have its shape and type, and share no
         memory with the inputs.  Not with Dask arrays.
     x_zero_point, w_zero_point
-        For x and w of int8 or uint8: what stands for zero in them, and is taken from
-        every cell and weight before they are multiplied, without wrapping.  An integer
-        in the range of the array's type, or an array of that type and one cell; for w
-        also one of K cells, one for each filter.  Padding is ``x_zero_point``, and so
-        adds nothing.  ``dtype`` is int32 by default.  None: zero.
-    stride, dilation
-        Step between windows and between taps: an integer, or one for each axis.
-    padding
-        Zeros around the input, in cells: an integer, one for each axis, or (before,
-        after) pairs; negative numbers crop.  Or a word: ``"valid"`` is no padding,
-        ``"same"`` makes the output ceil(size / stride) long with the extra cell after,
-        ``"same_lower"`` with the extra cell before.  ``"causal"``, over one spatial
-        axis alone, puts dilation · (kernel - 1) cells before and none after: output o
-        sees no input beyond o · stride.
-    padding_mode
-        What padding reads, however long it is: ``"zeros"``; ``"reflect"``, the cell
-        that lies as far inside from the edge; ``"replicate"``, the edge;
-        ``"circular"``, the cell that comes next when x is repeated.  Where one end is
-        cropped, the other still reads all of x.
-    input_dilation
-        Distance between neighbouring cells of x, with zeros between them that are
-        never multiplied: an integer, or one for each axis.  ``padding`` lies around
-        them all.  Not above 1 with a ``padding_mode`` other than zeros.
-    groups
-        Split channels and filters into groups that do not see each other; ``groups=C``
-        is depthwise convolution.
-    batch_groups
-        Split images and filters into B groups: images [b · N / B, (b + 1) · N / B) meet
-        filters [b · K / B, (b + 1) · K / B) alone, and y has N / B images and all K
-        filters.  Not together with ``groups``.
-    layout
-        ``"channels_first"`` or ``"channels_last"``; NCHW, NHWC and their kin in one and
-        three dimensions are accepted too.
-    dtype
-        Type of the result; by default NumPy's common type of the arrays, and int32
-        with zero points.  float16 and bfloat16 are summed in float32 and rounded once,
-        everything else in the common type of arrays and result: int8 and uint8 with
-        ``dtype=int32`` are summed in int32.
-    strategy
-        ``"auto"``, ``"benchmark"`` to time the candidates on these arrays and remember
-        the fastest, or the name of one: ``"im2col"``, ``"pointwise"``,
-        ``"tap_matmul"``, ``"winograd"``, ``"depthwise"``, ``"fft"`` (NumPy alone) and
-        ``"implicit_gemm"`` (CuPy alone).
-    precision
-        ``"strict"``: every result is a plain sum of products.  ``"standard"``: Winograd
-        too, in tiles of up to 6 cells: float32 within 1e-5 of the largest result, and
-        a NaN spreads over its tile.  ``"fast"``: Winograd in tiles of 8, the Fourier
-        transform (both within 1e-4), and TF32 on CUDA.  None: as `cuconv.config` says,
-        else standard.
-    deterministic
-        True: the same bits on every run.  False: CUDA may add in any order where that
-        avoids work (`col2im` by atomic additions).  None: decided by the library, today
-        as True.
-    memory_limit
-        Upper bound on everything allocated beyond inputs and result: bytes, or a word
-        such as ``"64 MiB"``.  By default 64 MiB with NumPy and 256 MiB with CuPy, or
-        the least that will do where that is more.
+        For x and w of int8 or uint8: the numbers that represent zero in them, which
+        are subtracted from every element and weight before the product, without
+        wrapping.  An integer in the range of the array's type, or an array of that
+        type and size 1; for w also of shape (K,), one for each filter.  The padding is
+        ``x_zero_point``, and so adds nothing.  The default of ``dtype`` is int32 then.
+        None: zero.
+    {options}
 
     Returns
     -------
     array
         (N / batch_groups, K, *out) in the module of the inputs; without the batch axis
-        if ``x`` has none.  Along each axis out = (size + padding - dilation · (kernel -
-        1) - 1) // stride + 1, where size is (cells - 1) · input_dilation + 1.
+        if ``x`` has none.  Along each axis, with n elements of x and size = (n - 1) ·
+        input_dilation + 1, the output has (size + padding - dilation · (kernel - 1) -
+        1) // stride + 1 elements.
 
     Raises
     ------
     ValueError, TypeError
-        For shapes, types, devices or options that do not fit, before anything is
-        allocated; the message names the numbers.
+        If shapes, types, devices or options do not fit, before anything is allocated;
+        the message has the numbers.
     MemoryLimitError
-        If nothing fits under ``memory_limit``; it names the smallest that would do.
+        If nothing fits under ``memory_limit``; it has the smallest possible limit.
 
     Examples
     --------
@@ -139,7 +90,7 @@ def conv(
     array([[[[10., 18.],
              [42., 50.]]]])
 
-    What padding reads, and cells two apart:
+    Padding modes, and input dilation:
 
     >>> x, one = np.array([[[1, 2, 3]]]), np.array([[[1]]])
     >>> for mode in ("zeros", "reflect", "replicate", "circular"):
@@ -151,14 +102,14 @@ def conv(
     >>> cuconv.conv(x, np.array([[[1, 10]]]), padding=1, input_dilation=2)
     array([[[10,  1, 20,  2, 30,  3]]])
 
-    The first image meets the first filter, the second image the second:
+    Each image with a filter of its own:
 
     >>> x, w = np.array([[[1, 2]], [[3, 4]]]), np.array([[[1]], [[10]]])
     >>> cuconv.conv(x, w, batch_groups=2)
     array([[[ 1,  2],
             [30, 40]]])
 
-    Bytes around 128, in which padding is 128 too:
+    A zero point of 128, which is the padding too:
 
     >>> x, w = np.array([[[128, 130, 255]]], np.uint8), np.array([[[1, 100]]], np.int8)
     >>> cuconv.conv(x, w, padding=1, x_zero_point=128)
@@ -183,6 +134,7 @@ def _conv(
 
 
 @shows_options()
+@documented_as(conv, 1)
 def conv1d(
     x: Array,
     w: Array,
@@ -193,7 +145,7 @@ def conv1d(
     w_zero_point: Any = None,
     **options: Unpack[ConvOptions],
 ) -> Array:
-    """`conv` over one spatial axis: x (N, C, L), w (K, C / groups, kernel).
+    """Convolve over one spatial axis, as `conv` does for any number of them.
 
     Examples
     --------
@@ -208,6 +160,7 @@ def conv1d(
 
 
 @shows_options()
+@documented_as(conv, 2)
 def conv2d(
     x: Array,
     w: Array,
@@ -218,7 +171,7 @@ def conv2d(
     w_zero_point: Any = None,
     **options: Unpack[ConvOptions],
 ) -> Array:
-    """`conv` over two spatial axes: x (N, C, H, W), w (K, C / groups, *kernel).
+    """Convolve over two spatial axes, as `conv` does for any number of them.
 
     Examples
     --------
@@ -234,6 +187,7 @@ def conv2d(
 
 
 @shows_options()
+@documented_as(conv, 3)
 def conv3d(
     x: Array,
     w: Array,
@@ -244,7 +198,7 @@ def conv3d(
     w_zero_point: Any = None,
     **options: Unpack[ConvOptions],
 ) -> Array:
-    """`conv` over three spatial axes: x (N, C, D, H, W), w (K, C / groups, *kernel).
+    """Convolve over three spatial axes, as `conv` does for any number of them.
 
     Examples
     --------
@@ -270,19 +224,21 @@ def conv_input_grad(
 ) -> Array:
     """The gradient of `conv` for its input.
 
-    Each cell of the input receives, from every window over it, ``dy`` times the weight
-    it met there (conjugated where complex): the adjoint of ``x ↦ conv(x, w)``.  With a
-    ``padding_mode``, that is from every window over it or over one of its images.
+    Each element of the input receives, from every window over it, ``dy`` times the
+    weight that it was multiplied by (conjugated if complex): the adjoint of ``x ↦
+    conv(x, w)``. With a ``padding_mode``, the gradients of its copies in the padding
+    are added.
 
-    It is a convolution itself.  With p and q cells of zeros before and after, e =
-    dilation · (kernel - 1) + 1 and r the cells that strides leave over at the end,
+    It is a convolution itself.  With p and q elements of zeros before and after, e =
+    dilation · (kernel - 1) + 1 and r the elements left over at the end,
 
         dx = conv(dy, w flipped, channels and filters exchanged, conjugated,
                   stride=input_dilation, input_dilation=stride, dilation=dilation,
                   padding=((e - 1 - p, e - 1 - q + r),), groups=groups)
 
-    It is linear in ``dy`` and in ``w``.  A gradient ``v`` for its result hands
-    ``conv(v, w)`` on to ``dy``, and ``conv_weight_grad(dy, v, w_shape)`` to ``w``.
+    It is linear in ``dy`` and in ``w``.  For a gradient ``v`` for its result, the
+    gradient for ``dy`` is ``conv(v, w)``, and that for ``w`` is ``conv_weight_grad(dy,
+    v, w_shape)``.
 
     Parameters
     ----------
@@ -291,7 +247,7 @@ def conv_input_grad(
     w
         Filters, (K, C / groups, *kernel).
     x_shape
-        Shape of the input, which strides leave open.
+        Shape of the input, which is ambiguous with strides.
     out, **options
         As for `conv`; ``dtype`` defaults to the common type of ``dy`` and ``w``.
 
@@ -303,7 +259,7 @@ def conv_input_grad(
     Raises
     ------
     ValueError, TypeError, MemoryLimitError
-        As `conv` does, and if ``dy`` has not the shape of its output.
+        As `conv` does, and if ``dy`` does not have the shape of its output.
 
     Examples
     --------
@@ -331,10 +287,11 @@ def conv_weight_grad(
     """The gradient of `conv` for its weights.
 
     Each weight receives the sum, over images and output positions, of ``dy`` times the
-    input it met (conjugated where complex): the adjoint of ``w ↦ conv(x, w)``.
+    input that it was multiplied by (conjugated if complex): the adjoint of ``w ↦
+    conv(x, w)``.
 
-    It is a convolution itself.  With p and q cells of padding before and after, and r
-    the cells that strides leave over at the end,
+    It is a convolution itself.  With p and q elements of padding before and after, and
+    r the elements left over at the end,
 
         dw = conv(x conjugated, dy, images and channels exchanged in both,
                   stride=dilation, dilation=stride, input_dilation=input_dilation,
@@ -342,8 +299,8 @@ def conv_weight_grad(
                   groups=batch_groups, batch_groups=groups)
 
     with filters and channels of the result exchanged back.  It is linear in ``dy`` and
-    in ``x``.  A gradient ``u`` for its result hands ``conv(x, u)`` on to ``dy``, and
-    ``conv_input_grad(dy, u, x_shape)`` to ``x``.
+    in ``x``.  For a gradient ``u`` for its result, the gradient for ``dy`` is ``conv(x,
+    u)``, and that for ``x`` is ``conv_input_grad(dy, u, x_shape)``.
 
     Parameters
     ----------
@@ -364,7 +321,7 @@ def conv_weight_grad(
     Raises
     ------
     ValueError, TypeError, MemoryLimitError
-        As `conv` does, and if ``dy`` has not the shape of its output.
+        As `conv` does, and if ``dy`` does not have the shape of its output.
 
     Examples
     --------
@@ -391,8 +348,8 @@ def conv_backward(
     """All gradients of `conv`, or those that are needed.
 
     They are linear in ``dy``, and each in ``w`` or in ``x``: gradients of gradients are
-    made of `conv` and these same calls, as `conv_input_grad` and `conv_weight_grad`
-    say.
+    computed by `conv` and these same functions, see `conv_input_grad` and
+    `conv_weight_grad`.
 
     Parameters
     ----------
@@ -401,7 +358,7 @@ def conv_backward(
     x, w
         Input and weights of the forward call.
     needs
-        Which of ``"x"``, ``"w"``, ``"bias"`` to compute; the others cost nothing.
+        Which of ``"x"``, ``"w"``, ``"bias"`` to compute; the others are not computed.
     **options
         As for `conv`, the same as in the forward call.
 
@@ -444,7 +401,7 @@ def plan_conv(
     output_size: Sizes | None = None,
     **options: Unpack[ConvOptions],
 ) -> Plan:
-    """Plan a convolution without running it: which strategy, why, and what it costs.
+    """Plan a convolution without running it: the strategy, the reasons, the cost.
 
     Parameters
     ----------
@@ -455,12 +412,12 @@ def plan_conv(
         `conv_transpose`, ``"transpose"``, ``"transpose_input_grad"`` or
         ``"transpose_weight_grad"``.
     bias
-        Whether there is one.
+        Whether there is a bias.
     device
         ``"cpu"`` for NumPy; for CuPy ``"cuda"``, the current device, or one by its
         number: ``"cuda:1"``.
     output_padding, output_size
-        As for `conv_transpose`, and for it alone.
+        As for `conv_transpose`; only for its operations.
     **options
         As for `conv`; ``dtype`` is the type of all arrays, float32 by default.
 

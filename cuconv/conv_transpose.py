@@ -6,8 +6,8 @@ With g the geometry of the adjoint convolution, from y to x,
     dx                             the forward pass of g over dy
     dw                             the weight gradient of g, dy and x exchanged
 
-so that the strategies of `cuconv.conv` run all three.  Where numbers are complex, what
-is conjugated is the other way round: nothing in the first line, w and x in the others.
+so that the strategies of `cuconv.conv` run all three.  For complex numbers, conjugation
+is the other way round: nothing in the first line, w and x in the others.
 """
 
 from collections.abc import Sequence
@@ -16,9 +16,15 @@ from typing import Any, Unpack
 from cuconv.arrays import Array
 from cuconv.engine.call import GRADIENTS, ConvGradients, convolve, plan_gradients, run
 from cuconv.geometry import Sizes
-from cuconv.options import FORWARD_ALONE, ConvOptions, Options, shows_options
+from cuconv.options import (
+    FORWARD_ALONE,
+    ConvOptions,
+    Options,
+    documented_as,
+    shows_options,
+)
 
-# Those of `conv` that a transposed convolution has too.
+# The options of `conv` that a transposed convolution has too.
 _OPTIONS = tuple(name for name in Options._fields if name not in FORWARD_ALONE)
 _BACKWARD_ALLOCATES = (
     "conv_transpose_backward allocates its results: call conv_transpose_input_grad and "
@@ -37,13 +43,13 @@ def conv_transpose(
     out: Array | None = None,
     **options: Unpack[ConvOptions],
 ) -> Array:
-    """Spread every cell of the input over the window that `conv` would read it from.
+    """Convolve, transposed: add each element of x, times w, to the window of `conv`.
 
-    The adjoint of ``y ↦ conv(y, w)``, with the same weights array and options: what
-    `conv` reads, this writes.  With ``o`` a position of x, ``t`` a tap and ``i = o ·
+    It is the adjoint of ``y ↦ conv(y, w)``, with the same array of weights and the same
+    options.  With ``o`` a position of x, ``t`` a tap and ``i = o ·
     stride + t · dilation - padding``,
 
-        y[n, k, i] = bias[k] + Σ over c and all o, t that lead to i of
+        y[n, k, i] = bias[k] + Σ over c and all o, t with this i of
                      x[n, c, o] · w[c, k, t]
 
     Parameters
@@ -51,31 +57,32 @@ def conv_transpose(
     x
         Input, (N, C, *spatial), or (C, *spatial) for a single image.
     w
-        Weights, (C, K / groups, *kernel): those of the convolution from K channels to
-        C.  With ``layout="channels_last"``, as that has them too: x is (N, *spatial, C)
-        and w is (*kernel, K / groups, C).
+        Weights, (C, K / groups, *kernel): those of the adjoint convolution, from K
+        channels to C.  With ``layout="channels_last"``: x is (N, *spatial, C) and w is
+        (*kernel, K / groups, C).
     bias
         (K,), added to every position of the result.
     output_padding
-        Cells that the result has more at the end of every axis, for sizes that strides
-        leave open: an integer, or one for each axis.  Less than stride or dilation,
-        whichever is larger.  No zeros are written there: taps that reach them count.
+        Elements added at the end of every axis of the result, to choose one of the
+        sizes that belong to the same x with a stride: an integer, or one for each
+        spatial axis, less than the larger of stride and dilation.  Taps are added to
+        these elements as to all others.
     output_size
         The spatial size of the result, in place of ``output_padding``: an integer, or
-        one for each axis.
+        one for each spatial axis.
     out
         Array to write the result to; it must have its shape and type, and share no
-        memory with the inputs.
+        memory with the inputs.  Not with Dask arrays.
     stride, dilation
-        Step between the windows of neighbouring cells of x, and between taps.
+        Step between the windows of neighbouring elements of x, and between taps, in
+        elements: an integer, or one for each spatial axis.
     padding
-        Cells that are left out at both ends of the result: integers or pairs as for
-        `conv`; negative numbers add cells.  Or a word: ``"valid"`` leaves none out;
-        ``"same"``, ``"same_lower"`` and, over one axis, ``"causal"`` are those of the
-        convolution that leads back, and make the result size · stride long, or as
-        ``output_size`` says.
-    groups, layout, dtype, strategy, precision, deterministic, memory_limit
-        As for `conv`.
+        Elements cropped at both ends of the result: an integer, one for each spatial
+        axis, or (before, after) pairs; negative numbers add elements.  Or a string:
+        ``"valid"`` crops nothing; ``"same"``, ``"same_lower"`` and, for one spatial
+        axis, ``"causal"`` are those of the adjoint convolution, and make the result
+        size · stride long, or ``output_size``.
+    {options}
 
     Returns
     -------
@@ -87,10 +94,10 @@ def conv_transpose(
     Raises
     ------
     ValueError, TypeError
-        For shapes, types, devices or options that do not fit, before anything is
-        allocated; the message names the numbers.
+        If shapes, types, devices or options do not fit, before anything is allocated;
+        the message has the numbers.
     MemoryLimitError
-        If nothing fits under ``memory_limit``; it names the smallest that would do.
+        If nothing fits under ``memory_limit``; it has the smallest possible limit.
 
     Examples
     --------
@@ -108,6 +115,7 @@ def conv_transpose(
 
 
 @shows_options(_OPTIONS)
+@documented_as(conv_transpose, 1)
 def conv_transpose1d(
     x: Array,
     w: Array,
@@ -118,7 +126,7 @@ def conv_transpose1d(
     out: Array | None = None,
     **options: Unpack[ConvOptions],
 ) -> Array:
-    """`conv_transpose` over one spatial axis: x (N, C, L), w (C, K / groups, kernel).
+    """Convolve transposed over one spatial axis; see `conv_transpose`.
 
     Examples
     --------
@@ -134,6 +142,7 @@ def conv_transpose1d(
 
 
 @shows_options(_OPTIONS)
+@documented_as(conv_transpose, 2)
 def conv_transpose2d(
     x: Array,
     w: Array,
@@ -144,7 +153,7 @@ def conv_transpose2d(
     out: Array | None = None,
     **options: Unpack[ConvOptions],
 ) -> Array:
-    """`conv_transpose` over two axes: x (N, C, H, W), w (C, K / groups, *kernel).
+    """Convolve transposed over two spatial axes; see `conv_transpose`.
 
     Examples
     --------
@@ -161,6 +170,7 @@ def conv_transpose2d(
 
 
 @shows_options(_OPTIONS)
+@documented_as(conv_transpose, 3)
 def conv_transpose3d(
     x: Array,
     w: Array,
@@ -171,7 +181,7 @@ def conv_transpose3d(
     out: Array | None = None,
     **options: Unpack[ConvOptions],
 ) -> Array:
-    """`conv_transpose` over three axes: x (N, C, D, H, W), w (C, K / groups, *kernel).
+    """Convolve transposed over three spatial axes; see `conv_transpose`.
 
     Examples
     --------
@@ -221,7 +231,7 @@ def conv_transpose_input_grad(
     Raises
     ------
     ValueError, TypeError, MemoryLimitError
-        As `conv_transpose` does, and if ``dy`` has not the shape of its result.
+        As `conv_transpose` does, and if ``dy`` does not have the shape of its result.
 
     Examples
     --------
@@ -249,8 +259,8 @@ def conv_transpose_weight_grad(
 ) -> Array:
     """The gradient of `conv_transpose` for its weights.
 
-    Each weight receives the sum, over images and cells of x, of ``dy`` where it wrote,
-    times the cell (conjugated where complex).
+    Each weight receives the sum, over images and elements of x, of ``dy`` at the
+    position it was added to, times the element (conjugated if complex).
 
     Parameters
     ----------
@@ -272,7 +282,7 @@ def conv_transpose_weight_grad(
     Raises
     ------
     ValueError, TypeError, MemoryLimitError
-        As `conv_transpose` does, and if ``dy`` has not the shape of its result.
+        As `conv_transpose` does, and if ``dy`` does not have the shape of its result.
 
     Examples
     --------
@@ -307,7 +317,7 @@ def conv_transpose_backward(
     x, w
         Input and weights of the forward call.
     needs
-        Which of ``"x"``, ``"w"``, ``"bias"`` to compute; the others cost nothing.
+        Which of ``"x"``, ``"w"``, ``"bias"`` to compute; the others are not computed.
     output_padding, output_size, **options
         As for `conv_transpose`, the same as in the forward call.
 

@@ -2,7 +2,7 @@
 
 The photograph goes through a bank of filters and a stack of convolutions, forward and
 backward, every call under one memory limit.  Each call is timed, its memory measured,
-and its result compared with loops in float64.  Needs the extra ``demo``.
+and its result compared with loops in float64.  It needs the extra ``demo``.
 """
 
 import tracemalloc
@@ -34,14 +34,14 @@ from cuconv.memory import parse_memory_limit
 from cuconv.options import Options
 from cuconv.testing import conv_reference, relative_error
 
-# Photographs are scaled down to this many cells on the longer side.
+# Photographs are scaled down to this many elements on the longer side.
 LARGEST_SIDE = 1280
 # Rounding alone: sums of at most a thousand float32 products, relative to their norm.
 TOLERANCE = 1e-5
 REPEATS = 3
 # CuPy's pool hands memory out in these many bytes.
 _POOL_UNIT = 512
-# What Pillow raises for files that are no pictures, or broken ones.
+# The errors of Pillow for files that are no pictures, or broken.
 _UNREADABLE = (
     *(OSError, ValueError, SyntaxError),
     *(UnidentifiedImageError, Image.DecompressionBombError),
@@ -50,11 +50,11 @@ CALLS = {"forward": "y", "input_grad": "dx", "weight_grad": "dw"}
 
 
 class DemoError(Exception):
-    """Something the user can mend: the message says what."""
+    """An error that the user can correct."""
 
 
 class Check(NamedTuple):
-    """A number that must not pass a bound."""
+    """A number that must not exceed a bound."""
 
     name: str
     value: float
@@ -68,7 +68,7 @@ class Check(NamedTuple):
 
 @dataclass(frozen=True)
 class StageResult:
-    """What one convolution of the demo did and took."""
+    """The cost and the errors of one convolution of the demo."""
 
     name: str
     shape: tuple[int, ...]
@@ -78,19 +78,19 @@ class StageResult:
 
     @property
     def blocks(self) -> int:
-        """How many blocks the work was cut into."""
+        """The number of blocks that the work was split into."""
         return self.plan.chunks
 
     @property
     def whole_bytes(self) -> int:
-        """What the column matrix would have taken in one piece."""
+        """The size of the whole column matrix, in bytes."""
         problem = self.plan.problem
         return problem.geometry.column_bytes(problem.operand.itemsize)
 
 
 @dataclass
 class Recorder:
-    """Runs convolutions under the limit, and writes down and checks each of them."""
+    """Run convolutions under the limit, and record and check each of them."""
 
     xp: Any
     limit: int
@@ -153,7 +153,7 @@ def _milliseconds(xp: Any, call: Callable[[], Array]) -> float:
 
 
 def measured_peak(xp: Any, call: Callable[[], Array]) -> tuple[Array, int]:
-    """Run a call; measure the most memory that it held beyond its result.
+    """Run a call; measure its peak memory beyond its result.
 
     Returns
     -------
@@ -161,7 +161,7 @@ def measured_peak(xp: Any, call: Callable[[], Array]) -> tuple[Array, int]:
         The result, and bytes: as `tracemalloc` counts them on the host, as CuPy's
         memory pool hands them out on a device.
     """
-    call()  # what only a first call takes, compiled kernels say, is no workspace
+    call()  # the memory of a first call, for compiled kernels, is no workspace
     if xp is np:
         tracemalloc.start()
         try:
@@ -196,7 +196,7 @@ def _pool_hook(xp: Any) -> Any:
 
 
 def _crops(geometry: ConvGeometry, side: int = 8) -> list[tuple[str, Block]]:
-    """Two small blocks of the output: in the corner, where padding is, and amid it."""
+    """Two small blocks of the output: in the corner, with padding, and inside."""
     corner = tuple((0, min(side, n)) for n in geometry.out)
     centre = tuple((n // 2, min(n // 2 + side, n)) for n in geometry.out)
     return [
@@ -208,7 +208,7 @@ def _crops(geometry: ConvGeometry, side: int = 8) -> list[tuple[str, Block]]:
 def _crop_error(
     block: Block, arrays: dict[str, Array], y: Array, options: dict[str, Any]
 ) -> float:
-    """How far a block of y is from the float64 loops over the input it needs."""
+    """The error of a block of y against float64 loops over the input it needs."""
     x = arrays["x"][
         (slice(*block.images), ..., *(slice(*span) for span in block.window))
     ]
@@ -223,7 +223,7 @@ def _crop_error(
 
 
 def _adjoint_error(gradient: Array, array: Array, dy: Array, y: Array) -> float:
-    """How far ⟨gradient, array⟩ is from ⟨dy, y⟩, relative to ‖dy‖ · ‖y‖."""
+    """The difference of ⟨gradient, array⟩ and ⟨dy, y⟩, relative to ‖dy‖ · ‖y‖."""
     scale = np.sqrt(_inner(dy, dy) * _inner(y, y))
     error = abs(_inner(gradient, array) - _inner(dy, y))
     return float(error / scale) if scale else error
@@ -359,7 +359,7 @@ def load_photo(path: Path | None) -> Array:
 
 
 def check_output(output: Path, photo: Path | None) -> None:
-    """Refuse a place that the panel cannot or must not be written to."""
+    """Raise if the panel cannot or must not be written to this path."""
     if output.suffix.lower() != ".png":
         raise DemoError(f"{output} must end in .png, as what is drawn is a PNG file")
     if output.is_dir() or not output.parent.is_dir():
@@ -407,7 +407,7 @@ def results_table(recorder: Recorder) -> Table:
 
 
 def print_checks(console: Console, checks: list[Check]) -> None:
-    """Every check that failed, and how many there were."""
+    """Print every check that failed, and the number of checks."""
     failed = [check for check in checks if not check.passed]
     for check in failed:
         console.print(f"[red]failed[/] {check.name}: {check.value:g} > {check.bound:g}")
@@ -443,7 +443,7 @@ def draw_panel(
 
 
 def _within(picture: Array) -> Array:
-    # Zeros were read beyond the edge: what they make there would outshine the rest.
+    # Zeros read beyond the edge would give the largest responses: they are cropped.
     return picture[3:-3, 3:-3] if min(picture.shape) > 12 else picture
 
 
@@ -470,7 +470,7 @@ def run_demo(
     device
         ``"auto"``, ``"cpu"`` or ``"cuda"``.
     output
-        Where the panel goes, a PNG file.
+        Path of the panel, a PNG file.
 
     Returns
     -------

@@ -1,4 +1,4 @@
-"""Arrays of other libraries: seen, not copied, where memory can be shared."""
+"""Conversion of other libraries' arrays without copies."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ import numpy as np
 
 from cuconv.arrays import Array, is_array
 
-# DLPack's numbers of devices: what NumPy can read, and what CuPy can.
+# DLPack's numbers of devices that NumPy can read, and that CuPy can read.
 _CPU = (1, 3)  # CPU, and host memory that CUDA has pinned
 _DEVICE = (2, 13)  # CUDA, and memory that it manages
 
@@ -15,7 +15,7 @@ def asarray(array: Any) -> Array:
     """A NumPy or CuPy array over the memory of another library's array.
 
     PyTorch's and JAX's on a CPU become NumPy arrays, on CUDA CuPy arrays.  Nothing is
-    copied; whether the result may be written to is for the other library to say.
+    copied; the other library decides whether the result is writeable.
 
     Parameters
     ----------
@@ -32,12 +32,12 @@ def asarray(array: Any) -> Array:
     Raises
     ------
     TypeError
-        If it has none of these, or lies on a device that neither module reads.
+        If it has none of these, or is on a device that neither module reads.
     RuntimeError
-        If it lies on a CUDA device and no GPU works here.
+        If it is on a CUDA device and no GPU works here.
     BufferError
         If the other library does not share it: a PyTorch tensor that requires a
-        gradient wants ``detach()`` first, a bfloat16 one another type.
+        gradient needs ``detach()`` first, a bfloat16 one another type.
 
     Examples
     --------
@@ -71,13 +71,13 @@ def _by_dlpack(array: Any) -> Array:
         return _cupy().from_dlpack(array)
     if device not in _CPU:
         raise TypeError(
-            f"the array lies on a device that DLPack numbers {device}; NumPy reads "
+            f"the array is on a device that DLPack numbers {device}; NumPy reads "
             f"{_CPU[0]} and {_CPU[1]}, CuPy {_DEVICE[0]} and {_DEVICE[1]}"
         )
     try:
         return np.from_dlpack(array)
     except RuntimeError as error:
-        # NumPy knows fewer types than DLPack; PyTorch refuses what has a gradient.
+        # NumPy has fewer types than DLPack; PyTorch refuses tensors with gradients.
         raise BufferError(f"the array is not shared: {error}") from error
 
 
@@ -87,6 +87,6 @@ def _cupy() -> Any:
     cupy = working_cupy()
     if cupy is None:
         raise RuntimeError(
-            f"the array lies on a CUDA device, and no GPU works: {why_not()}"
+            f"the array is on a CUDA device, and no GPU works: {why_not()}"
         )
     return cupy

@@ -1,4 +1,4 @@
-"""Attributes that are worked out when first asked, and kept."""
+"""Attributes that are computed when first accessed, and cached."""
 
 from collections.abc import Callable
 from typing import Any, Generic, TypeVar, overload
@@ -6,10 +6,10 @@ from typing import Any, Generic, TypeVar, overload
 T = TypeVar("T")
 
 
-class lazy(Generic[T]):  # noqa: N801 - read as a word before a function
+class lazy(Generic[T]):  # noqa: N801 - used as a decorator
     """`functools.cached_property` without its lock, which Python 3.12 has dropped.
 
-    A plan asks some hundred of them: the lock is a tenth of its time.
+    Planning accesses about a hundred of them: the lock took a tenth of its time.
     """
 
     def __init__(self, make: Callable[[Any], T]) -> None:

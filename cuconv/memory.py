@@ -1,8 +1,8 @@
-"""Memory limits, and the one allocation that a call makes beyond its result.
+"""Memory limits, and the workspace: the one allocation of a call beyond its result.
 
-A strategy says which buffers it needs for a tile; their sum is the plan's workspace,
-and the same list is what `carve` cuts out of a single allocation.  So the memory that a
-plan promises and the memory that it takes cannot differ.
+A strategy lists the buffers that it needs for a tile; their sum is the plan's
+workspace, and `carve` divides a single allocation into the same list.  So the memory
+that a plan promises and the memory that it takes cannot differ.
 """
 
 import operator
@@ -59,7 +59,7 @@ class MemoryLimitError(MemoryError):
 
 
 def parse_memory_limit(limit: int | str) -> int:
-    """Bytes from a number or a word such as ``"64 MiB"`` or ``"1.5GB"``.
+    """Bytes from a number or a string such as ``"64 MiB"`` or ``"1.5GB"``.
 
     Examples
     --------
@@ -71,7 +71,7 @@ def parse_memory_limit(limit: int | str) -> int:
         match = _QUANTITY.fullmatch(limit)
         if not match:
             raise ValueError(
-                f'memory_limit must be bytes or a word such as "64 MiB"; got {limit!r}'
+                f'memory_limit must be bytes or a str such as "64 MiB"; got {limit!r}'
             )
         return int(Decimal(match[1]) * _UNITS[match[2].lower()])
     try:
@@ -80,7 +80,7 @@ def parse_memory_limit(limit: int | str) -> int:
         number = None
     if number is None or isinstance(limit, bool):
         raise TypeError(
-            "memory_limit must be bytes or a word, a whole number or as "
+            "memory_limit must be bytes, as an int, or a str such as "
             f'"64 MiB"; got {limit!r}'
         )
     if number < 0:
@@ -89,7 +89,7 @@ def parse_memory_limit(limit: int | str) -> int:
 
 
 def all_within(calls: Mapping[Key, Callable[[], R]]) -> dict[Key, R]:
-    """Make every call, or raise the error whose limit would do for all of them."""
+    """Make every call; raise the error of the largest limit that one needs."""
     results, errors = {}, []
     for key, call in calls.items():
         try:
@@ -111,7 +111,7 @@ def least_limit(calls: Mapping[Key, Callable[[], object]]) -> int:
 
 
 class Buffer(NamedTuple):
-    """A named run of cells in a workspace."""
+    """A named one-dimensional array in a workspace."""
 
     name: str
     cells: int
@@ -137,12 +137,12 @@ def with_start(nbytes: int) -> int:
 
 
 def workspace_bytes(buffers: Iterable[Buffer]) -> int:
-    """What `carve` allocates for these buffers."""
+    """The size of an allocation for these buffers and `carve`."""
     return with_start(buffer_bytes(buffers))
 
 
 def carve(raw: Array, start: int, buffers: Iterable[Buffer]) -> dict[str, Array]:
-    """Cut the buffers out of bytes, from ``start`` on; each is one-dimensional."""
+    """Divide bytes from ``start`` on into the buffers; each is one-dimensional."""
     views = {}
     for buffer in buffers:
         cells = raw[start : start + buffer.cells * buffer.dtype.itemsize]
@@ -152,7 +152,7 @@ def carve(raw: Array, start: int, buffers: Iterable[Buffer]) -> dict[str, Array]
 
 
 def aligned_start(raw: Array) -> int:
-    """Where the first buffer may begin."""
+    """The offset of the first aligned byte."""
     address = raw.ctypes.data if hasattr(raw, "ctypes") else raw.data.ptr
     return int(-address % ALIGNED)
 

@@ -1,4 +1,4 @@
-"""NVTX ranges: what a profiler shows of a call.
+"""NVTX ranges, which a profiler shows for each stage of a call.
 
 One domain, ``cuconv``, and a range for each stage (plan, pad, gather, gemm, scatter),
 whose message names the strategy and whose payload counts the chunk.  Without a profiler
@@ -20,7 +20,7 @@ _domain: Any = nvtx.get_domain(DOMAIN) if nvtx else None
 
 
 def is_listening() -> bool:
-    """Whether a profiler receives ranges."""
+    """True if a profiler receives ranges."""
     return _domain is not None and type(_domain).__name__ != "DummyDomain"
 
 

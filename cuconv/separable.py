@@ -81,7 +81,7 @@ def depthwise_conv(
             [-10., -10.]]])
     """
     arrays = x, w, bias
-    return run(plan_depthwise, "depthwise_conv", arrays, out, options)  # type: ignore[no-any-return]
+    return run(plan_depthwise, "depthwise_conv", arrays, out, options)
 
 
 @shows_options(DEPTHWISE_OPTIONS)
@@ -128,8 +128,11 @@ def depthwise_conv_backward(
            [[2., 2.]]])
     """
     more = {"needs": needs, "allocates": _BACKWARD_ALLOCATES}
-    name = "depthwise_conv_backward"
-    return run(plan_depthwise_gradients, name, (dy, x, w), None, options, more)
+    name, arrays = "depthwise_conv_backward", (dy, x, w)
+    found: ConvGradients = run(
+        plan_depthwise_gradients, name, arrays, None, options, more
+    )
+    return found
 
 
 @shows_options(SEPARABLE_OPTIONS)
@@ -260,4 +263,7 @@ def separable_conv_backward(
     """
     arrays, more = (dy, x, depthwise, pointwise), {"needs": needs}
     name = "separable_conv_backward"
-    return run(plan_separable_gradients, name, arrays, None, options, more)
+    found: SeparableGradients = run(
+        plan_separable_gradients, name, arrays, None, options, more
+    )
+    return found

@@ -1,9 +1,9 @@
-"""Slow, independent answers to check convolutions against, and the checks.
+"""Slow, independent reference implementations, and checks of results.
 
-The references are scalar loops over Python numbers and share no line with the library:
+The references are scalar loops over Python numbers and share no code with the library:
 they count windows where the library computes with a formula.  They take NumPy and CuPy
-arrays and answer in NumPy: complex128 where anything is complex, int64 where everything
-is an integer (exact, wrapped modulo 2^64 as NumPy's are), else float64.
+arrays and return NumPy arrays: complex128 if an array is complex, int64 if all are
+integers (exact, wrapped modulo 2^64 as in NumPy), else float64.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -217,10 +217,10 @@ def conv_transpose_reference(
     groups: int = 1,
     layout: str = "channels_first",
 ) -> Host:
-    """Spread cells as `cuconv.conv_transpose` does, by loops over scalars.
+    """Convolve as `cuconv.conv_transpose` does, by loops over scalars.
 
-    Every cell of x is written, times every weight of its channel, to a canvas without
-    end; the result is the part of it that padding and output_padding leave.
+    Every element of x, times every weight of its channel, is added to an unbounded
+    array; padding and output_padding select the part of it that is the result.
 
     Parameters
     ----------
@@ -376,7 +376,7 @@ def conv_transpose_weight_grad_reference(
 
 
 class _View(NamedTuple):
-    """Any layout seen as (N, channels, *spatial) and (K, C / groups, *kernel)."""
+    """View any layout as (N, channels, *spatial) and (K, C / groups, *kernel)."""
 
     layout: str
     batched: bool
@@ -398,7 +398,7 @@ class _View(NamedTuple):
 
 
 class _Reading(NamedTuple):
-    """What lies between and around the cells of x, and which images share a filter."""
+    """Input dilation, padding mode and batch groups."""
 
     padding_mode: str
     input_dilation: Sizes
@@ -407,7 +407,7 @@ class _Reading(NamedTuple):
 
 @dataclass(frozen=True)
 class _Loops:
-    """Who meets whom: iterating gives the indices of y, w and x of every product."""
+    """A convolution: iterating gives the indices of y, w and x of every product."""
 
     x_shape: Index
     w_shape: Index
@@ -484,7 +484,7 @@ class _Loops:
                         yield (n, k, *o), (k, c, *t), (image, first + c, *i)
 
     def _meetings(self) -> Iterator[tuple[Index, Index, Index]]:
-        """Output cell, tap and the input cell under it, where there is one."""
+        """Output, tap and the input element under it, if there is one."""
         for o in np.ndindex(*self.out):
             for t in np.ndindex(*self.w_shape[2:]):
                 each = zip(o, self.stride, t, self.dilation, self.before, strict=True)
@@ -496,7 +496,7 @@ class _Loops:
 
 
 def _read(place: int, size: int, apart: int, mode: str) -> int:
-    """The cell of x that is read at a place of its axis; -1 where that is zero."""
+    """The element of x that is read at a padded position; -1 if that is zero."""
     inside = range(size)
     if mode == "zeros":
         return place // apart if place in range(0, size * apart, apart) else -1
@@ -514,7 +514,7 @@ def _read(place: int, size: int, apart: int, mode: str) -> int:
 
 @dataclass(frozen=True)
 class _Spread:
-    """Who writes where: iterating gives the indices of x, w and y of every product."""
+    """A transposed convolution: the indices of x, w and y of every product."""
 
     x_shape: Index
     w_shape: Index
@@ -536,7 +536,7 @@ class _Spread:
         return cls(x_shape, w_shape, _each(stride, rank), _each(dilation, rank), groups)
 
     def tiling(self, padding: Any, more: Sizes, wanted: Sizes | None) -> "_Spread":
-        """With the part of the canvas that is the result."""
+        """Set the part of the unbounded array that is the result."""
         rank = len(self.stride)
         found = []
         for axis, extra in enumerate(_each(more, rank)):
@@ -586,16 +586,16 @@ def _each(value: Any, rank: int) -> tuple[Any, ...]:
 
 
 def _starts(size: int, span: int, step: int) -> range:
-    """Where windows of ``span`` cells fit into ``size`` cells."""
+    """The positions of windows of ``span`` elements in ``size`` elements."""
     return range(0, size - span + 1, step)
 
 
 def _word_pads(word: str, size: int, span: int, step: int) -> tuple[int, int]:
-    """The least padding with which as many windows fit as the word asks for."""
+    """The least padding with which the number of windows of a string option fit."""
     if word == "valid":
         return 0, 0
     if word == "causal":
-        return span - 1, 0  # the first window ends at the first cell
+        return span - 1, 0  # the first window ends at the first element
     wanted = len(range(0, size, step))
     total = next(p for p in count() if len(_starts(size + p, span, step)) >= wanted)
     more, less = total - total // 2, total // 2
@@ -603,13 +603,13 @@ def _word_pads(word: str, size: int, span: int, step: int) -> tuple[int, int]:
 
 
 def _as_numbers(*arrays: Array | None) -> tuple[DType, list[Host]]:
-    """Arrays of Python's numbers, and the type that a sum of their products gets."""
+    """Arrays of Python's numbers, and the type of a sum of their products."""
     hosts = [_on_host(array) for array in arrays if array is not None]
     kinds = {host.dtype.kind for host in hosts}
     if "c" in kinds:
         wide, final = "complex128", "complex128"
     elif kinds <= set("biu"):
-        # Python's integers have no bound; the result is cut to 64 bits at the end.
+        # Python's integers have no bound; the result is wrapped to 64 bits at the end.
         wide, final = "object", "int64"
     else:
         wide, final = "float64", "float64"
@@ -631,21 +631,21 @@ def _on_host(array: Array) -> Host:
 
 
 class PoolReference(NamedTuple):
-    """What `pool_reference` finds: values, and the places of maxima in their planes."""
+    """The result of `pool_reference`: values, and flat indices of maxima."""
 
     y: Host
     indices: Host
 
 
 def pool_reference(x: Array, kernel_size: Sequence[int] = (), **options: Any) -> Any:
-    """Pool as `cuconv.max_pool` and its kin do, by loops over scalars.
+    """Pool as `cuconv.max_pool` and similar functions do, by loops over scalars.
 
     Parameters
     ----------
     x
         Input, (N, C, *spatial), or (C, *spatial).
     kernel_size
-        Taps along each axis; empty where ``output_size`` is given.
+        Taps along each axis; empty if ``output_size`` is given.
     **options
         ``kind``, one of ``"max"``, ``"mean"``, ``"norm"``; ``stride``, ``padding``,
         ``dilation``, ``ceil_mode``, ``count_include_pad``, ``divisor_override``,
@@ -655,8 +655,8 @@ def pool_reference(x: Array, kernel_size: Sequence[int] = (), **options: Any) ->
     Returns
     -------
     PoolReference
-        Values in complex128 or float64, for maxima of integers in int64, and the place
-        of every maximum: the first of equal ones, -1 where there is none.
+        Values in complex128 or float64, for maxima of integers in int64, and the index
+        of every maximum: the first of equal ones, -1 if there is none.
 
     Examples
     --------
@@ -721,7 +721,7 @@ def pool_grad_reference(
 
 
 class _Window(NamedTuple):
-    """The cells under one window along one axis, and how many a mean counts."""
+    """The elements under one window along one axis, and the divisor of a mean."""
 
     cells: list[int]
     counted: int
@@ -729,7 +729,7 @@ class _Window(NamedTuple):
 
 @dataclass(frozen=True)
 class _Pool:
-    """Options of a pooling, and what they say of one window."""
+    """Options of a pooling, and its result for one window."""
 
     kind: str = "max"
     stride: Any = None
@@ -766,7 +766,7 @@ class _Pool:
     def _windows(
         self, size: int, taps: int, step: int, apart: int, pads: tuple[int, int]
     ) -> list[_Window]:
-        """Slide a window along an axis until it would leave it."""
+        """Slide a window along an axis until its end."""
         found: list[_Window] = []
         end, start = size + pads[1], -pads[0]
         while True:
@@ -782,7 +782,7 @@ class _Pool:
             start += step
 
     def value(self, plane: Host, windows: list[_Window]) -> tuple[Any, int]:
-        """The value of one window, and where its maximum lies."""
+        """The value of one window, and the index of its maximum."""
         cells = list(product(*(window.cells for window in windows)))
         values = [plane[cell].item() for cell in cells]
         if self.kind == "mean":
@@ -798,7 +798,7 @@ class _Pool:
     def slopes(
         self, plane: Host, windows: list[_Window]
     ) -> Iterator[tuple[Index, float]]:
-        """The cells of one window, and the derivatives of its value for them."""
+        """The elements of one window, and the derivatives of its value for them."""
         cells = list(product(*(window.cells for window in windows)))
         values = [plane[cell].item() for cell in cells]
         if self.kind == "max":
@@ -830,10 +830,10 @@ class _Pool:
 
 
 def _even_windows(size: int, windows: int) -> list[_Window]:
-    """Window i has every cell of which some part is in the i-th part of the axis."""
+    """Window i has the elements that overlap the i-th of equal parts of the axis."""
     found = []
     for i in range(windows):
-        low, high = i * size, (i + 1) * size  # in parts of a cell, so many as windows
+        low, high = i * size, (i + 1) * size  # in units of 1 / windows of an element
         cells = [
             c for c in range(size) if c * windows < high and (c + 1) * windows > low
         ]
@@ -857,9 +857,9 @@ def numerical_gradient(
     function
         Takes a float64 or complex128 array like ``array``, returns a real number.
     array
-        Where to differentiate, of any shape; it is not changed.
+        The point of differentiation, of any shape; it is not changed.
     step
-        How far to step to each side.  The default is near the cube root of float64's
+        The step to each side.  The default is near the cube root of float64's
         spacing at 1, where truncation and rounding balance.
 
     Returns
@@ -906,8 +906,8 @@ def check_adjoint(
 ) -> None:
     """Check that ⟨forward(x), y⟩ = ⟨x, adjoint(y)⟩ for random x and y.
 
-    The arrays hold small integers, so a convolution meets the identity exactly.  Where
-    numbers are complex, ⟨a, b⟩ = Σ a · b̄.
+    The arrays contain small integers, so a convolution satisfies the identity exactly.
+    For complex numbers, ⟨a, b⟩ = Σ a · b̄.
 
     Parameters
     ----------
@@ -960,7 +960,7 @@ def check_adjoint(
 
 
 def _checked(array: Array, shape: Index) -> Host:
-    """The array, flat, on the host and in a wide type."""
+    """The array, flattened, on the host and in a wide type."""
     host = _on_host(array)
     _check_shape(host, shape)
     return _wide(host).ravel()
@@ -991,8 +991,8 @@ def assert_close(
 ) -> None:
     """Check that |actual - expected| <= atol + rtol · |expected| in every element.
 
-    Shapes must be equal: nothing is broadcast.  A NaN is close to nothing, and an
-    infinity to itself alone.
+    Shapes must be equal: nothing is broadcast.  A NaN is close to no number, and an
+    infinity only to itself.
 
     Parameters
     ----------
@@ -1087,7 +1087,7 @@ def _comparable(actual: Array, expected: Array, dtype: Any) -> tuple[Host, Host]
     _check_shape(a, b.shape)
     if dtype is not None and a.dtype != np.dtype(dtype):
         raise AssertionError(f"actual has type {a.dtype}, not {np.dtype(dtype)}")
-    # bfloat16 is no kind that NumPy knows.
+    # bfloat16 is not one of NumPy's own types.
     a, b = (c.astype(np.float64) if c.dtype.kind == "V" else c for c in (a, b))
     return a, b
 
@@ -1098,7 +1098,7 @@ def _check_shape(actual: Host, shape: Index) -> None:
 
 
 def _distance(a: Host, b: Host) -> Host:
-    """|a - b|, infinite where it has no value."""
+    """|a - b|, infinite where it is NaN."""
     with np.errstate(all="ignore"):
         distance: Host = np.abs(_wide(a) - _wide(b))
     return np.where(np.isnan(distance), np.inf, distance)

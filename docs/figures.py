@@ -4,8 +4,10 @@ Everything that they show is computed by cuconv: ``python docs/figures.py FOLDER
 them alone.
 """
 
+import inspect
 import sys
 import time
+from itertools import pairwise
 from pathlib import Path
 from unittest import mock
 
@@ -16,6 +18,13 @@ from matplotlib.patches import Rectangle
 
 import cuconv
 from cuconv import profiling
+from cuconv.backends.cpu.backend import CpuBackend
+from cuconv.dask.conv import DaskPlan
+from cuconv.engine import call, lower
+from cuconv.engine.plan import Plan
+from cuconv.engine.planner import PlanningResult
+from cuconv.engine.program import Program, Recording
+from cuconv.engine.request import Request
 from cuconv.geometry import WindowGeometry
 
 sys.path.insert(0, str(Path(__file__).parent / "tutorials"))
@@ -34,13 +43,14 @@ STYLE = {
     # The same figure is the same file.
     "svg.hashsalt": "cuconv",
 }
-# Okabe and Ito's colours, which the colour-blind tell apart.
+# Okabe and Ito's colours, which colour-blind readers can distinguish.
 COLOURS = ("#56B4E9", "#E69F00", "#009E73", "#CC79A7")
 CELL = {"edgecolor": "0.4", "linewidth": 0.8}
+PACKAGE = Path(cuconv.__file__).parent
 
 
 def draw_cells(panel, array, marks=(), title=""):
-    """Draw a matrix cell by cell; ``marks`` are (row, column, colour) of some."""
+    """Draw a matrix element by element; ``marks`` are (row, column, colour) of some."""
     colours = {(row, column): colour for row, column, colour in marks}
     rows, columns = array.shape
     for (row, column), value in np.ndenumerate(array):
@@ -56,7 +66,7 @@ def draw_cells(panel, array, marks=(), title=""):
 
 
 def window_marks(view, places):
-    """The cells of each window, found by their values: all cells of x differ."""
+    """The elements of each window, found by their values: all elements of x differ."""
     marked = {}
     for colour, place in zip(COLOURS, places, strict=False):
         for value in view[place].ravel():
@@ -65,7 +75,7 @@ def window_marks(view, places):
 
 
 def draw_columns(figure):
-    """4 × 4 cells, patches of 2 × 2: x, and its columns in both orders."""
+    """4 × 4 elements, patches of 2 × 2: x, and its columns in both orders."""
     x = np.arange(16.0).reshape(1, 1, 4, 4)
     view = cuconv.patches(x, 2)[0, 0]
     places = [(0, 0), (2, 2)]
@@ -84,7 +94,7 @@ def draw_columns(figure):
 
 
 def draw_product(figure):
-    """6 × 6 cells, one filter of 3 × 3: filter times columns is the output."""
+    """6 × 6 elements, one filter of 3 × 3: filter times columns is the output."""
     x, w = np.arange(36.0).reshape(1, 1, 6, 6), np.arange(9.0).reshape(1, 1, 3, 3)
     y = cuconv.conv2d(x, w)
     columns = cuconv.im2col(x, 3, order="columns")
@@ -105,7 +115,7 @@ def draw_product(figure):
 
 
 def draw_strides(figure):
-    """Where in memory two windows over a channels-last image lie."""
+    """The positions of two windows in the memory of a channels-last image."""
     x = np.arange(5 * 6 * 3.0).reshape(1, 5, 6, 3)
     view = cuconv.patches(x, 2, layout="NHWC")[0]
     marks = [
@@ -135,7 +145,7 @@ def draw_tiles(figure):
 
 
 def draw_overlaps(figure):
-    """How many windows of 3 × 3 each cell lies under."""
+    """The number of 3 × 3 windows over each element."""
     shape = (1, 1, 8, 8)
     ones = cuconv.im2col(np.ones(shape), 3)
     counts = cuconv.col2im(ones, shape, 3)[0, 0]
@@ -182,7 +192,7 @@ def draw_limits(figure):
 
 
 class Timeline:
-    """An NVTX domain that keeps what a profiler would show."""
+    """An NVTX domain that records what a profiler would show."""
 
     def __init__(self):
         self.ranges, self._open = [], []
@@ -220,7 +230,76 @@ def draw_timeline(figure):
     panel.legend(ncols=len(words), loc="upper center", bbox_to_anchor=(0.5, -0.3))
 
 
+# The boxes of the road of a call: title, text, object, column and row.  The file in a
+# box is that of the object, so that the build fails if an object is removed.
+ROAD = {
+    "call": ("conv2d(x, w, padding=1)", "public function", cuconv.conv2d, 0, 2),
+    "key": ("key", "shapes, strides, types,\noptions, settings", call.run, 1, 2),
+    "cache": ("plan cache", "one for all calls", call.run, 2, 2),
+    "run": ("Plan.run", "allocates the result", Plan.run, 3, 2),
+    "execute": ("Backend.execute", "views, workspace,\nthreads", CpuBackend, 4, 2),
+    "steps": ("steps", "copies, matrix products,\nkernels", None, 5, 2),
+    "dask": ("DaskPlan", "a graph of blocks", DaskPlan, 1, 0),
+    "request": ("Request", "checked arrays,\nconvolution geometry", Request, 1, 1),
+    "lower": ("lower", "rewrites to\nbasic convolutions", lower.lower, 2, 1),
+    "decide": (
+        "planner",
+        "strategy and tiles\nwithin the limit",
+        PlanningResult,
+        3,
+        1,
+    ),
+    "record": ("strategy", "its steps, recorded", Recording, 4, 1),
+    "program": ("Program", "steps and views", Program, 5, 1),
+}
+ALWAYS = ("call", "key", "cache", "run", "execute", "steps")
+FIRST = ("request", "lower", "decide", "record", "program")
+
+
+def draw_road(figure):
+    """The road of one call: every time above, the first time below."""
+    panel = figure.subplots()
+    panel.set(xlim=(-0.5, 5.5), ylim=(-0.35, 2.6))
+    panel.axis("off")
+    places = {name: (column, row) for name, (*_, column, row) in ROAD.items()}
+    for name, (title, text, item, *place) in ROAD.items():
+        colour = COLOURS[0 if name in ALWAYS else 1 if name in FIRST else 2]
+        draw_box(panel, place, colour, title, text, item)
+    for way, row in ((ALWAYS, 2), (FIRST, 1)):
+        for start, stop in pairwise(way):
+            ends = (places[stop][0] - 0.43, row), (places[start][0] + 0.43, row)
+            draw_arrow(panel, *ends)
+    draw_arrow(panel, (1.1, 1.33), (1.9, 1.67), "new key")
+    draw_arrow(panel, (4.1, 1.67), (4.9, 1.33), "kept by the plan")
+    draw_arrow(panel, (1, 0.33), (1, 0.67), "Dask arrays")
+    panel.text(-0.43, 2.45, "every call", weight="bold")
+    panel.text(-0.43, 1.0, "the first call\nwith a key", weight="bold", va="center")
+
+
+def draw_box(panel, place, colour, title, text, item):
+    """A box with a title, a line of text, and the file of the object in it."""
+    column, row = place
+    corner = column - 0.42, row - 0.32
+    panel.add_patch(Rectangle(corner, 0.84, 0.64, facecolor=colour, alpha=0.35))
+    panel.add_patch(Rectangle(corner, 0.84, 0.64, fill=False, **CELL))
+    centred = {"ha": "center", "va": "center"}
+    panel.text(column, row + 0.2, title, weight="bold", size=7.5, **centred)
+    panel.text(column, row - 0.01, text, size=7, **centred)
+    if item is not None:
+        file = Path(inspect.getsourcefile(item)).relative_to(PACKAGE).as_posix()
+        panel.text(column, row - 0.24, file, size=6.5, family="monospace", **centred)
+
+
+def draw_arrow(panel, stop, start, text=""):
+    """An arrow with a label."""
+    arrow = {"arrowstyle": "-|>", "color": "0.3"}
+    panel.annotate("", stop, start, arrowprops=arrow)
+    middle = (start[0] + stop[0]) / 2, (start[1] + stop[1]) / 2
+    panel.text(middle[0] + 0.12, middle[1] - 0.02, text, size=7, style="italic")
+
+
 FIGURES = {
+    "road": (draw_road, (11, 3.8)),
     "columns": (draw_columns, (9, 4)),
     "product": (draw_product, (9, 6.5)),
     "strides": (draw_strides, (9, 3)),

@@ -1,17 +1,17 @@
-// col2im by gathering: every cell of x sums the column cells that came from it.
+// col2im by gathering: every element of x sums the column elements that came from it.
 //
 //     x[n, g, c, i] (+)= sum of columns[n, g, c, t, o]
 //                        over all t, o with first + o * stride + t * dilation = i
 //
-// One thread owns one cell of x and visits the taps that reach it in order: no atomics,
-// the same bits on every run, and each cell is written once.  Along an axis, the taps that
-// reach a cell lie evenly apart, and so do their outputs (`taps_reaching`): no tap is
-// tried in vain, where a stride of 2 would waste three visits of four in a plane.
-// Neighbouring threads own neighbouring cells (or channels, when these lie closer
-// together), so their reads are coalesced at stride 1.
+// One thread owns one element of x and visits the taps that reach it in order: no
+// atomics, the same bits on every run, and each element is written once.  Along an
+// axis, the taps that reach an element are evenly spaced, and so are their outputs
+// (`taps_reaching`): only those are visited, while at stride 2 in a plane only one tap
+// of four reaches an element. Neighbouring threads own neighbouring elements (or
+// channels, if those have the smaller step), so their reads are coalesced at stride 1.
 //
-// ADD (a kernel argument) keeps what is in x; without it x is overwritten, and cells
-// that no window reaches become zero.
+// ADD (a kernel argument) adds to x; without it x is overwritten, and elements that no
+// window reaches become zero.
 
 #ifndef ELEMENT
 #define ELEMENT float32_t

@@ -1,14 +1,15 @@
-// col2im by scattering: add every cell of the columns to the cell of x it came from.
+// col2im by scattering: add every element of the columns to the element of x it came
+// from.
 //
 //     x[n, g, c, first + o * stride + t * dilation] += columns[n, g, c, t, o]
 //
 // Cells outside x are dropped.  The caller clears x first.
 //
 // One thread reads all taps of one channel at one output position, coalesced as im2col
-// writes them.  Windows overlap, so several threads add to one cell: additions are
-// atomic, and their order, hence the last bits of a floating-point sum, differs from run
-// to run.  Types narrower than 32 bits have no atomic addition: halves are summed in
-// float32 (SUM), small integers and booleans take the gather.
+// writes them.  Windows overlap, so several threads add to one element: additions are
+// atomic, and their order, hence the last bits of a floating-point sum, differs from
+// run to run.  Types narrower than 32 bits have no atomic addition: halves are summed
+// in float32 (SUM), small integers and booleans take the gather.
 
 #ifndef ELEMENT
 #define ELEMENT float32_t

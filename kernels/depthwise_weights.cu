@@ -2,21 +2,22 @@
 //
 //     dw[g, k, c, t] = sum over n, o of dy[n, g, k, o] * conj(x[n, g, c, i])
 //
-// with i = first + o * stride + t * dilation; cells outside x are passed over.
-// direct.cuh says how arrays are addressed.
+// with i = first + o * stride + t * dilation; elements outside x are skipped.
+// direct.cuh documents how arrays are addressed.
 //
-// One block sums some taps (at most TAPS, `taps_each`) of one channel of `lanes` filters,
-// over all positions and images: no atomics, nothing kept between blocks, and the same
-// bits on every run.  A thread owns one filter and every so many of the positions; it
-// loads a cell of dy once for all its taps, and keeps a sum for each in a register.
-// Then the sums of a block are added up in shared memory, in a fixed order.
+// One block sums some taps (at most TAPS, `taps_each`) of one channel of
+// `block_filters` filters, over all positions and images: no atomics, nothing kept
+// between blocks, and the same bits on every run.  A thread owns one filter and a
+// strided subset of the positions; it loads an element of dy once for all its taps, and
+// keeps a sum for each in a register.  Then the sums of a block are added up in shared
+// memory, in a fixed order.
 //
-// Bytes: dy and x pass from memory once for all taps of a block; were each block to sum
-// one tap, both would be read once for every tap.  Where filters are so few that their
-// blocks leave most of a GPU idle, the host cuts the taps up all the same: then the
-// blocks of a filter run side by side and share what they read in the second cache.
-// With channels last, a thread that walks alone would use 4 bytes of every 32 that it
-// reads: the lanes of a block are as many filters as fill such a sector.
+// Bytes: dy and x are read from memory once for all taps of a block; with one tap a
+// block, both would be read once for every tap.  If there are so few filters that most
+// of a GPU is idle, the host divides the taps among blocks all the same: the blocks of
+// a filter run at the same time and share their reads in the L2 cache.  With channels
+// last, a thread of a block with one filter would use 4 bytes of every 32-byte sector
+// that it reads: a block has as many filters as fill a sector.
 
 #define RANK 3
 #define CELL int
@@ -36,14 +37,14 @@
 #ifndef TAPS
 #define TAPS 9
 #endif
-#define FOLD 256
+#define SLOTS 256
 
 struct alignas(16) Tap {
     INDEX offset;
     CELL shift[RANK];
 };
 
-// Where a tap of a block lies, beside tap 0, in x and in dw.
+// The offsets of a block's tap in x and in dw, relative to tap 0.
 __device__ inline void place_tap(
     Tap *taps, INDEX *places, CELL first, CELL j, const Direct &d)
 {
@@ -61,7 +62,7 @@ __device__ inline void place_tap(
     places[j] = place;
 }
 
-// Everything that one thread sums: items row, row + rows, …
+// The sums of one thread, over items row, row + rows, …
 __device__ inline void add_items(
     SUM (&sums)[TAPS], const Tap *taps, CELL count, const ELEMENT *x, const ELEMENT *dy,
     INDEX row, INDEX rows, const Direct &d)
@@ -106,25 +107,27 @@ __device__ inline void add_items(
     }
 }
 
-// Add the sums of all threads with the same lane, into the first FOLD's places.
-__device__ inline void fold(SUM (&folded)[TAPS][FOLD], const SUM (&sums)[TAPS], int lanes)
+// Add the sums of all threads with the same filter, by halving, in shared memory.
+__device__ inline void add_up(
+    SUM (&totals)[TAPS][SLOTS], const SUM (&sums)[TAPS], int block_filters)
 {
     const int thread = threadIdx.x, threads = blockDim.x;
-    for (int part = 0; part < threads; part += FOLD) {
-        if (thread >= part && thread < part + FOLD)
+    for (int part = 0; part < threads; part += SLOTS) {
+        if (thread >= part && thread < part + SLOTS)
 #pragma unroll
             for (int j = 0; j < TAPS; ++j) {
-                SUM &place = folded[j][thread - part];
+                SUM &place = totals[j][thread - part];
                 if (part == 0) place = sums[j];
                 else add_to(place, sums[j]);
             }
         __syncthreads();
     }
-    for (int half = (threads < FOLD ? threads : FOLD) / 2; half >= lanes; half /= 2) {
+    const int slots = threads < SLOTS ? threads : SLOTS;
+    for (int half = slots / 2; half >= block_filters; half /= 2) {
         if (thread < half)
 #pragma unroll
             for (int j = 0; j < TAPS; ++j)
-                add_to(folded[j][thread], folded[j][thread + half]);
+                add_to(totals[j][thread], totals[j][thread + half]);
         __syncthreads();
     }
 }
@@ -133,10 +136,10 @@ extern "C" __global__ void __launch_bounds__(512) depthwise_weights(
     const ELEMENT *__restrict__ x, const ELEMENT *__restrict__ dy,
     RESULT *__restrict__ dw, const Direct d)
 {
-    __shared__ SUM folded[TAPS][FOLD];
+    __shared__ SUM totals[TAPS][SLOTS];
     __shared__ Tap taps[TAPS];
     __shared__ INDEX places[TAPS];  // of the taps in dw
-    const CELL lanes = d.lanes, lane = threadIdx.x % lanes;
+    const CELL block_filters = d.block_filters, own_filter = threadIdx.x % block_filters;
     CELL all = 1;
     for (int r = 0; r < RANK; ++r) all *= d.axis[r].kernel;
     const CELL chunks = (all + d.taps_each - 1) / d.taps_each;
@@ -145,7 +148,7 @@ extern "C" __global__ void __launch_bounds__(512) depthwise_weights(
         const CELL first = rest % chunks * d.taps_each;
         rest /= chunks;
         const CELL c = rest % d.inner;
-        const INDEX filter = rest / d.inner * lanes + lane;
+        const INDEX filter = rest / d.inner * block_filters + own_filter;
         const CELL count = smaller(d.taps_each, all - first);
         if ((CELL)threadIdx.x < count) place_tap(taps, places, first, threadIdx.x, d);
         __syncthreads();
@@ -155,13 +158,13 @@ extern "C" __global__ void __launch_bounds__(512) depthwise_weights(
         if (alive)
             add_items(
                 sums, taps, count, x + group * d.source_group + c * d.source_channel,
-                dy + group * d.out_group + k * d.out_channel, threadIdx.x / lanes,
-                blockDim.x / lanes, d);
-        fold(folded, sums, lanes);
-        if (alive && (CELL)threadIdx.x < lanes)
+                dy + group * d.out_group + k * d.out_channel, threadIdx.x / block_filters,
+                blockDim.x / block_filters, d);
+        add_up(totals, sums, block_filters);
+        if (alive && (CELL)threadIdx.x < block_filters)
             for (CELL j = 0; j < count; ++j)
                 dw[group * d.w_group + k * d.w_own + c * d.w_inner + places[j]] =
-                    Stored<RESULT>::of(folded[j][lane]);
+                    Stored<RESULT>::of(totals[j][own_filter]);
         __syncthreads();
     }
 }

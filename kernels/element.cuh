@@ -8,7 +8,7 @@ typedef unsigned short word2_t;
 typedef unsigned int word4_t;
 typedef unsigned long long word8_t;
 struct word16_t { unsigned long long low, high; };
-struct alignas(16) quadword_t { unsigned int part[4]; };  // moved by one instruction
+struct alignas(16) quadword_t { unsigned int part[4]; };  // copied by one instruction
 
 struct boolean_t { unsigned char value; };
 struct float16_t { unsigned short bits; };
@@ -18,7 +18,7 @@ typedef double float64_t;
 struct complex64_t { float re, im; };
 struct complex128_t { double re, im; };
 
-// Signed and unsigned integers of one width are added alike, modulo 2^width.
+// Signed and unsigned integers of one width are added the same way, modulo 2^width.
 
 __device__ inline float widen(float16_t h)
 {

@@ -2,24 +2,26 @@
 //
 //     columns[n, g, c, t, o] = x[n, g, c, first + o * stride + t * dilation]
 //
-// and zero where that cell lies outside x.  Each array has its own steps for every axis:
-// channels first or last, rows or columns, and any view of x are all the same kernel.
+// and zero if that element is outside x.  Each array has its own steps for every axis:
+// one kernel for channels first or last, rows or columns, and any view of x.
 //
-// One thread writes all taps of one channel at VECTOR neighbouring output positions, each
-// tap's as one aligned word.  Neighbouring threads take neighbouring words (or channels,
-// when these lie closer together in the columns), so that every write, and every read at
-// stride 1, is coalesced; the taps of a thread read what its neighbours have just brought
-// into the cache.  Every cell of the columns is written by exactly one thread.
+// One thread writes all taps of one channel at VECTOR neighbouring output positions,
+// each tap's as one aligned vector.  Neighbouring threads have neighbouring vectors (or
+// channels, if those have the smaller step in the columns), so that every write, and
+// every read at stride 1, is coalesced; the taps of a thread read elements that its
+// neighbours have just loaded into the cache.  Every element of the columns is written
+// by exactly one thread.
 //
 // Bytes: the columns are written once, taps times the bytes of x, which is read about
-// once from memory and once a tap from the cache.  So the writes decide; for a 4-byte item
-// each would cost its own index arithmetic, and too few would be on their way at a time.
-// VECTOR items share that arithmetic, and their reads do not wait for one another.  Reads
-// stay single: under most taps they are not aligned.  With channels fastest, the host
-// calls several neighbours one wider ELEMENT, in x and in the columns, where steps and
-// addresses allow: then reads are as wide as writes.
+// once from memory and once a tap from the cache.  So the writes dominate.  Single
+// 4-byte items would each need index arithmetic, and too few would be in flight.
+// VECTOR items share that arithmetic, and their reads do not wait for one another.
+// Reads are single: under most taps they are not aligned.  With channels fastest, the
+// host passes several neighbours as one wider ELEMENT, in x and in the columns, if
+// steps and addresses allow: then reads are as wide as writes.
 //
-// A copy knows no types: ELEMENT is a word of 1, 2, 4, 8 or 16 bytes, or quadword_t.
+// ELEMENT is an integer type of 1, 2, 4, 8 or 16 bytes, or quadword_t: a copy needs
+// only the size.
 
 #ifndef ELEMENT
 #define ELEMENT word4_t

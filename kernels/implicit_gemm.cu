@@ -3,24 +3,25 @@
 //
 //     out[f, p] = sum over r of dense[f, r] * x[p ⊕ r]   (+ bias[f])
 //
-// An output position and a term of the window (a channel and a tap) together name a
-// cell of x, and the operation is the same for both ways round:
+// An output position and a term of the window (a channel and a tap) together name an
+// element of x, and the operation is the same for both ways round:
 //
 //     forward           p are positions, r terms:  dense = w,  out = y
 //     gradient of w     p are terms, r positions:  dense = dy, out = dw
 //     gradient of x     forward over dy, for each phase of the strides
 //
-// Both indices are walks over four digits (`Walk`): an image or a channel, and one
-// digit for each spatial axis.  A place holds how far it leads into x, how far into
-// the other array that it indexes, and which cells it adds; cells outside x count as
-// zero.  All arrays are addressed by steps in elements: any layout, any view.
+// Both indices are mixed-radix numbers of four digits (`MixedRadix`): an image or a
+// channel, and one digit for each spatial axis.  A `Place` has the offset of an index
+// in x, its offset in the other array, and its coordinates in x; elements outside x
+// count as zero.  All arrays are addressed by steps in elements: any layout, any view.
 //
 // A block computes TILE_F × TILE_P results, TILE_R terms of the sum at a time, with
-// STAGES tiles of both operands under way in shared memory.  The places of p lie there
-// too, and those of r, in a ring that is filled one tile ahead.  A tile of an
+// STAGES tiles of both operands in flight in shared memory.  The places of p are stored
+// there too, and those of r in a ring that is filled one tile ahead.  A tile of an
 // operand is loaded along its contiguous axis (ALONG_R: along the sum), VECTOR elements
-// by each copy.  With `parts` > 1 the sum is cut, and part q writes its own results at
-// q * part_step; `sum_parts` adds them in order.  Every result has one writer.
+// by each copy.  With `parts` > 1 the sum is split (split-K), and part q writes its own
+// results at q * part_step; `sum_parts` adds them in order.  Every result has one
+// writer.
 //
 // CORE 0 multiplies on the CUDA cores, in any type: each thread TERMS_F × TERMS_P
 // results.  CORE 1 uses the tensor cores: halves as they are, float32 rounded to TF32,
@@ -59,18 +60,18 @@
 
 const int THREADS = TILE_F / WARP_F * (TILE_P / WARP_P) * 32;
 
-// An index taken apart: digit 0 counts images or channels, digits 1 to 3 the axes.  The
-// last axis runs fastest, or digit 0 where `first_fastest`.
-struct Walk {
+// A mixed-radix iterator over an index: digit 0 counts images or channels, digits 1 to
+// 3 the axes.  The last axis is the fastest digit, or digit 0 if `first_fastest`.
+struct MixedRadix {
     long long count;
     long long x_base, x_step[4], own_step[4];
     int radix[4], advance[4];  // of TILE_R
-    int scale[3], first[3];    // cells of x: first + digit * scale
+    int scale[3], first[3];    // elements of x: first + digit * scale
     int first_fastest, reserved;
 };
 
 struct Contraction {
-    Walk p, r;
+    MixedRadix p, r;
     long long part_length, part_step;
     long long x_group, dense_group, out_group, dense_step, out_step, bias_step;
     unsigned tiles_f, tiles_p, groups, filters, has_bias;
@@ -81,7 +82,8 @@ struct Contraction {
 static_assert(sizeof(Contraction) == CONTRACTION_BYTES, "the host packs another one");
 #endif
 
-// Where one index leads.  A missing one, past the end, has its cells far outside x.
+// The offsets and coordinates of an index.  An index past the end is MISSING: its
+// coordinates are far outside x.
 const int MISSING = -(1 << 30);
 
 struct Place {
@@ -94,23 +96,23 @@ struct Digits {
     int digit[4];
 };
 
-__device__ inline Digits digits_of(long long index, const Walk &walk)
+__device__ inline Digits digits_of(long long index, const MixedRadix &mixed)
 {
     Digits d;
-    if (walk.first_fastest) {
-        d.digit[0] = (int)(index % walk.radix[0]);
-        index /= walk.radix[0];
+    if (mixed.first_fastest) {
+        d.digit[0] = (int)(index % mixed.radix[0]);
+        index /= mixed.radix[0];
     }
 #pragma unroll
     for (int i = 3; i >= 1; --i) {
-        d.digit[i] = (int)(index % walk.radix[i]);
-        index /= walk.radix[i];
+        d.digit[i] = (int)(index % mixed.radix[i]);
+        index /= mixed.radix[i];
     }
-    if (!walk.first_fastest) d.digit[0] = (int)index;
+    if (!mixed.first_fastest) d.digit[0] = (int)index;
     return d;
 }
 
-// One digit of a sum: what is carried into the next.
+// Add to one digit; return the carry into the next.
 __device__ inline int add_digit(int &digit, int more, int radix)
 {
     digit += more;
@@ -119,25 +121,26 @@ __device__ inline int add_digit(int &digit, int more, int radix)
     return carry;
 }
 
-// TILE_R further, without a division.
-__device__ inline void advance(Digits &d, const Walk &walk)
+// Add TILE_R to the index, without a division.
+__device__ inline void advance(Digits &d, const MixedRadix &mixed)
 {
     int carry = 0;
-    if (walk.first_fastest) carry = add_digit(d.digit[0], walk.advance[0], walk.radix[0]);
+    if (mixed.first_fastest)
+        carry = add_digit(d.digit[0], mixed.advance[0], mixed.radix[0]);
 #pragma unroll
     for (int i = 3; i >= 1; --i)
-        carry = add_digit(d.digit[i], walk.advance[i] + carry, walk.radix[i]);
-    if (!walk.first_fastest) d.digit[0] += walk.advance[0] + carry;
+        carry = add_digit(d.digit[i], mixed.advance[i] + carry, mixed.radix[i]);
+    if (!mixed.first_fastest) d.digit[0] += mixed.advance[0] + carry;
 }
 
-__device__ inline Place place_of(const Digits &d, bool is_there, const Walk &walk)
+__device__ inline Place place_of(const Digits &d, bool is_there, const MixedRadix &mixed)
 {
-    Place place = {walk.x_base, 0, {0, 0, 0}, is_there};
+    Place place = {mixed.x_base, 0, {0, 0, 0}, is_there};
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-        place.x += d.digit[i] * walk.x_step[i];
-        place.own += d.digit[i] * walk.own_step[i];
-        if (i) place.cell[i - 1] = walk.first[i - 1] + d.digit[i] * walk.scale[i - 1];
+        place.x += d.digit[i] * mixed.x_step[i];
+        place.own += d.digit[i] * mixed.own_step[i];
+        if (i) place.cell[i - 1] = mixed.first[i - 1] + d.digit[i] * mixed.scale[i - 1];
     }
     if (!is_there) place.cell[0] = MISSING;
     return place;
@@ -152,29 +155,29 @@ __device__ inline bool is_inside(const int *a, const int *b, const int *size)
     return inside;
 }
 
-// The tile of one operand, FREE × TILE_R: how it lies in shared memory, and who loads
-// what.  CUDA cores read along FREE, so there it lies so; tensor cores take either.
+// The tile of one operand, FREE × TILE_R: its layout in shared memory, and the loads of
+// each thread.  For CUDA cores, which read along FREE, that is the contiguous axis;
+// tensor cores take either.
 template <int FREE_, bool ALONG_R, int VECTOR>
 struct Tile {
     static const int FREE = FREE_;
-    static const bool LIES_ALONG_R = CORE == 1 && ALONG_R;
-    // Rows begin at multiples of 16 bytes, and what a warp reads at once lies in
-    // different banks.
+    static const bool IS_ALONG_R = CORE == 1 && ALONG_R;
+    // Rows are aligned to 16 bytes, and a warp reads from different banks.
     static const int SIXTEEN_BYTES = sizeof(ELEMENT) > 16 ? 1 : 16 / sizeof(ELEMENT);
     static const bool IS_TF32_BY_TERMS = CORE == 1 && sizeof(ELEMENT) == 4 && !ALONG_R;
     static const int PAD = IS_TF32_BY_TERMS ? 8 : SIXTEEN_BYTES;
-    static const int PITCH = (LIES_ALONG_R ? TILE_R : FREE) + PAD;
-    static const int CELLS = (LIES_ALONG_R ? FREE : TILE_R) * PITCH;
+    static const int PITCH = (IS_ALONG_R ? TILE_R : FREE) + PAD;
+    static const int CELLS = (IS_ALONG_R ? FREE : TILE_R) * PITCH;
     static const int LINE = (ALONG_R ? TILE_R : FREE) / VECTOR;
     static const int COPIES = FREE * TILE_R / VECTOR;
     static const int EACH = (COPIES + THREADS - 1) / THREADS;
     static const bool IS_ONE_FREE = !ALONG_R && THREADS % LINE == 0;
     static const int BYTES = VECTOR * sizeof(ELEMENT);
-    // What copies are aligned to: complex128 lies at any multiple of 8.
+    // The alignment of copies: complex128 is aligned to 8 bytes.
     static const int GRAIN = sizeof(ELEMENT) == 16 ? 8 : BYTES;
     static const bool IS_ALONE =
         COPIES_ALONE && (BYTES == 4 || BYTES == 8 || BYTES == 16);
-    // Addresses worked out side by side take registers; copies by themselves can wait.
+    // Addresses computed at the same time take registers; asynchronous copies can wait.
     static const int AT_ONCE = IS_ALONE && EACH > 2 ? 2 : EACH;
     typedef typename WordOf<BYTES, GRAIN>::type Word;
 
@@ -193,7 +196,7 @@ struct Tile {
     }
     __device__ static inline int cell(int free, int term)
     {
-        return LIES_ALONG_R ? free * PITCH + term : term * PITCH + free;
+        return IS_ALONG_R ? free * PITCH + term : term * PITCH + free;
     }
 };
 
@@ -209,8 +212,8 @@ static_assert(
     TILE_BYTES + PLACES_BYTES + TILE_R * 16 == SHARED_BYTES, "the host asks for another");
 #endif
 
-// Copies one tile.  What cannot be copied by itself waits in registers until the tile
-// before has been multiplied.
+// Copies one tile.  Elements that cannot be copied asynchronously are kept in registers
+// until the tile before has been multiplied.
 template <class T>
 struct Copies {
     typename T::Word held[T::IS_ALONE ? 1 : T::EACH];
@@ -241,8 +244,8 @@ struct Copies {
     }
 };
 
-// Rows of `dense`: filters, at equal steps.
-struct Rows : Copies<DenseTile> {
+// Loads tiles of `dense`: rows are filters, at equal steps.
+struct WeightLoader : Copies<DenseTile> {
     const ELEMENT *first;
     int count;
 
@@ -268,8 +271,8 @@ struct Rows : Copies<DenseTile> {
     }
 };
 
-// Places of x.  A thread with one of them keeps it in registers.
-struct Gathered : Copies<XTile> {
+// Loads tiles of x, gathered by places.  A thread with one place keeps it in registers.
+struct InputLoader : Copies<XTile> {
     const ELEMENT *from;
     int cell[3];
 
@@ -301,7 +304,7 @@ struct Gathered : Copies<XTile> {
 #if CORE == 0
 
 // A thread's results are squares of 4 × 4, far apart, so that a warp of 4 × 8 threads
-// reads neighbouring words.
+// reads contiguous memory.
 struct Core {
     static const int F = WARP_F / 4, P = WARP_P / 8;
     static const int COUNT = F * P;
@@ -409,7 +412,7 @@ struct Core {
         unsigned (&a)[4], const ELEMENT *dense, int filter, int r, H)
     {
         const int lane = threadIdx.x % 32, half = lane / 8 % 2, other = lane / 16;
-        const bool along = DenseTile::LIES_ALONG_R;
+        const bool along = DenseTile::IS_ALONG_R;
         const int f = filter + half * 8 + (along ? lane % 8 : 0);
         const int t = r + other * 8 + (along ? 0 : lane % 8);
         load_matrices<!along>(a, dense + DenseTile::cell(f, t));
@@ -421,7 +424,7 @@ struct Core {
         unsigned (&left)[2], unsigned (&right)[2], const ELEMENT *x, int position, int r, H)
     {
         const int lane = threadIdx.x % 32, half = lane / 8 % 2, other = lane / 16;
-        const bool along = XTile::LIES_ALONG_R;
+        const bool along = XTile::IS_ALONG_R;
         const int p = position + other * 8 + (along ? lane % 8 : 0);
         const int t = r + half * 8 + (along ? 0 : lane % 8);
         unsigned four[4];
@@ -453,7 +456,7 @@ struct Core {
 
 #endif
 
-// Results pass through shared memory, so that neighbouring threads write neighbours.
+// Results pass through shared memory, so that writes are coalesced.
 const int RESULT_PITCH = TILE_P + 1;
 const int ROWS_THAT_FIT = TILE_BYTES / (RESULT_PITCH * (int)sizeof(SUM));
 const int ROWS_AT_ONCE = ROWS_THAT_FIT >= TILE_F      ? TILE_F
@@ -497,7 +500,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) implicit_gemm(
     Place *const places = ring + 2 * TILE_R;
     Digits *const digits = (Digits *)(places + TILE_P);
 
-    // Blocks of neighbouring filters run together: they gather the same places.
+    // Blocks of neighbouring filters run at the same time: they gather the same places.
     const unsigned tile_f = blockIdx.x % c.tiles_f, outer = blockIdx.x / c.tiles_f;
     const unsigned tile_p = outer % c.tiles_p, both = outer / c.tiles_p;
     const int group = (int)(both % c.groups), part = (int)(both / c.groups);
@@ -526,24 +529,24 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) implicit_gemm(
     fill(0);
     __syncthreads();
 
-    Rows rows;
-    Gathered gathered;
-    rows.begin(dense + group * c.dense_group, first_f, c);
-    gathered.begin(x + group * c.x_group, places);
+    WeightLoader weights;
+    InputLoader inputs;
+    weights.begin(dense + group * c.dense_group, first_f, c);
+    inputs.begin(x + group * c.x_group, places);
     const auto load = [&](int step) {
         const Place *terms = ring + step % 2 * TILE_R;
         ELEMENT *to = tiles + step % STAGES * STAGE_CELLS;
         if (step < steps) {
-            rows.load(terms, dense, to, c);
-            gathered.load(terms, places, x, to + DenseTile::CELLS, c);
+            weights.load(terms, dense, to, c);
+            inputs.load(terms, places, x, to + DenseTile::CELLS, c);
         }
         end_group();
     };
     const auto settle = [&](int step) {
         if (step >= steps) return;
         ELEMENT *to = tiles + step % STAGES * STAGE_CELLS;
-        rows.settle(to);
-        gathered.settle(to + DenseTile::CELLS);
+        weights.settle(to);
+        inputs.settle(to + DenseTile::CELLS);
     };
     for (int step = 0; step < STAGES - 1; ++step) {
         load(step);

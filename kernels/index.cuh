@@ -1,11 +1,12 @@
-// Indices and geometry, shared by the kernels that move between arrays and columns.
+// Indices and geometry, shared by the kernels that copy between arrays and columns.
 //
-// Along one axis, output cell o and tap t meet input cell
+// Along one axis, output o and tap t read input element
 //
 //     i = first + o * stride + t * dilation
 //
-// where `first` is the cell under tap 0 of output 0 (negative in the padding).  Arrays
-// are addressed by steps counted in elements, so any layout and any view will do.
+// where `first` is the element under tap 0 of output 0 (negative in the padding).
+// Arrays are addressed by steps in elements, so that any layout and any view is
+// possible.
 //
 // Macros: INDEX (int or long long; WIDE_INDEX says which), RANK.
 
@@ -27,8 +28,8 @@ typedef unsigned int UNSIGNED_INDEX;
 #define CELL INDEX
 #endif
 
-// Division by a number known before the launch (Granlund & Montgomery 1994, figure 4.1):
-// for 0 <= n < 2^31, n / value = (n * multiplier / 2^32) >> shift, with
+// Division by a number known before the launch (Granlund & Montgomery 1994, figure
+// 4.1): for 0 <= n < 2^31, n / value = (n * multiplier / 2^32) >> shift, with
 // multiplier = ceil(2^(32 + shift) / value) and 2^shift < value <= 2^(shift + 1).
 template <typename T>
 struct DivisorOf {
@@ -50,8 +51,8 @@ __device__ inline long long quotient(long long n, const DivisorOf<T> &by)
 }
 
 // With `common` the greatest common divisor of stride and dilation: taps that reach one
-// cell lie `tap_apart` = stride / common apart, and the outputs under which they do
-// `out_apart` = dilation / common, whose inverse modulo `tap_apart` is `inverse`.
+// element are `tap_apart` = stride / common apart, and their outputs `out_apart` =
+// dilation / common, whose inverse modulo `tap_apart` is `inverse`.
 struct Axis {
     CELL size, out, kernel, stride, dilation, first;
     INDEX x_step, tap_step, out_step;
@@ -63,8 +64,8 @@ struct Geometry {
     INDEX images, groups, channels;
     INDEX x_image, x_group, x_channel;
     INDEX c_image, c_group, c_channel;
-    INDEX items;             // threads with something to do
-    INDEX channels_fastest;  // neighbouring threads: channels if set, else cells
+    INDEX items;             // number of threads with work
+    INDEX channels_fastest;  // neighbouring threads: channels if set, else elements
     Divisor by_groups, by_channels;
     Axis axis[RANK];
 };
@@ -73,7 +74,7 @@ struct Geometry {
 static_assert(sizeof(Geometry) == GEOMETRY_BYTES, "the host packs another Geometry");
 #endif
 
-// One image, group and channel, and one cell of the output or of the input.
+// One image, group and channel, and one element of the output or of the input.
 struct Place {
     INDEX image, group, channel;
     INDEX cell[RANK];
@@ -134,7 +135,7 @@ __device__ inline bool next_of(INDEX (&index)[RANK], const INDEX (&count)[RANK])
     return false;
 }
 
-// Where a tap of an output cell falls in x; false if it falls into the padding.
+// The offset in x of a tap of an output; false if it is in the padding.
 __device__ inline bool cell_under(
     const Place &p, const INDEX (&tap)[RANK], const Geometry &g, INDEX &offset)
 {
@@ -150,7 +151,7 @@ __device__ inline bool cell_under(
     return inside;
 }
 
-// The taps of one axis that meet a cell, and the cells of the other array under them:
+// The taps of one axis for an element, and the elements of the other array under them:
 // tap + k * tap_step and cell + k * cell_step for 0 <= k < count, first tap first.
 struct Reach {
     CELL tap, tap_step, cell, cell_step, count;
@@ -159,7 +160,7 @@ struct Reach {
 template <typename T>
 __device__ inline T smaller(T a, T b) { return a < b ? a : b; }
 
-// The taps of output cell o that lie inside x.
+// The taps of output o that are inside x.
 __device__ inline Reach taps_inside(CELL o, const Axis &a)
 {
     const CELL base = a.first + o * a.stride;
@@ -171,14 +172,14 @@ __device__ inline Reach taps_inside(CELL o, const Axis &a)
     return {low, 1, cell, a.dilation, smaller(more, a.kernel - 1 - low) + 1};
 }
 
-// The taps through which cell i of x reaches outputs: those of one residue alone.
+// The taps through which outputs read element i of x: those of one residue.
 __device__ inline Reach taps_reaching(CELL i, const Axis &a)
 {
     const CELL distance = i - a.first;  // o * stride + t * dilation
     if (distance < 0) return {};
     const CELL whole = quotient(distance, a.by_common), apart = a.by_tap_apart.value;
     if (whole * a.by_common.value != distance) return {};
-    // whole = o * tap_apart + t * out_apart fixes t modulo tap_apart.
+    // whole = o * tap_apart + t * out_apart determines t modulo tap_apart.
     CELL rest = whole;
     CELL turns = take(rest, a.by_tap_apart) * a.inverse;
     const CELL tap = take(turns, a.by_tap_apart);

@@ -2,8 +2,8 @@
 //
 //     out[n, g, i, j] (+)= sum over k of a[n, g, i, k] * b[n, g, k, j]
 //
-// Arrays are addressed by steps counted in elements; a step of 0 repeats a matrix for
-// all images.  Sums wrap modulo 2^width, as NumPy's do; booleans are and-ed and or-ed.
+// Arrays are addressed by steps in elements; a step of 0 broadcasts a matrix to all
+// images.  Sums wrap modulo 2^width, as NumPy's do; booleans are and-ed and or-ed.
 //
 // A block of TILE × TILE threads computes one tile of one product, through two tiles in
 // shared memory, padded by one element against bank conflicts.  Every element of out is

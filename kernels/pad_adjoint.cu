@@ -1,12 +1,13 @@
-// The adjoint of pad_copy.cu: every cell of x sums the cells of the copy that read it.
+// The adjoint of pad_copy.cu: every element of x sums the elements of the copy that
+// read it.
 //
 //     x[n, g, c, i] (+)= sum of copied[n, g, c, p] over all p with wrapped(first + p) = i
 //
-// One thread owns one cell of x and visits its readers in order (`readers_of` in
-// wrap.cuh): no atomics, the same bits on every run, and each cell is written once.
+// One thread owns one element of x and visits its readers in order (`readers_of` in
+// wrap.cuh): no atomics, the same bits on every run, and each element is written once.
 //
-// ADD (a kernel argument) keeps what is in x; without it x is overwritten, and cells
-// that nothing reads become zero.
+// ADD (a kernel argument) adds to x; without it x is overwritten, and elements that
+// nothing reads become zero.
 
 #ifndef ELEMENT
 #define ELEMENT float32_t

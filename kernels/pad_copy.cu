@@ -1,11 +1,12 @@
-// Copy what a window reads, with the cells that lie around the array.
+// Copy the padded input of a window.
 //
 //     copied[n, g, c, p] = x[n, g, c, wrapped(first + p)]
 //
-// One thread copies one cell (`wrapped` is in wrap.cuh).  Neighbouring threads take
-// neighbouring cells of the copy (or channels, when these lie closer together), so that
-// writes are coalesced, and reads too but for the mirrored ones.  Every cell of the copy
-// is written by one thread.  A copy knows no types: ELEMENT is a word of 1 to 16 bytes.
+// One thread copies one element (`wrapped` is in wrap.cuh).  Neighbouring threads take
+// neighbouring elements of the copy (or channels, if those have the smaller step), so
+// that writes are coalesced, and reads too except reflected ones.  Every element of the
+// copy is written by one thread.  ELEMENT is an integer type of 1 to 16 bytes: a copy
+// needs only the size.
 
 #ifndef ELEMENT
 #define ELEMENT word4_t

@@ -1,20 +1,20 @@
-// Pooling: the maximum, the mean or the norm of the cells under every window.
+// Pooling: the maximum, the mean or the norm of the elements under every window.
 //
 //     y[n, c, o] = max over i of x[n, c, i],   or  (sum over i of x[n, c, i]) / count(o),
 //                  or  (sum over i of |x[n, c, i]|^p)^(1/p)
 //
-// over the cells i under the window of o; pool.cuh says which.  With `indices`, a maximum
-// also says where in its plane it lies.
+// over the elements i under the window of o; pool.cuh says which.  With `indices`, the
+// flat index of each maximum in its plane is written too.
 //
-// One thread owns one output, reads each of its cells once, and writes once; sums are
-// added in row-major order.  The cells that meet a window are a range along every axis,
-// found before the loop, which tests nothing.  Neighbouring threads own neighbouring
-// outputs, or channels where these lie closer together: writes, and reads at stride 1,
-// are coalesced; what neighbours share comes from the cache.
+// One thread owns one output, reads each of its elements once, and writes once; sums
+// are added in row-major order.  The elements under a window are a range along every
+// axis, computed before the loop, which has no tests.  Neighbouring threads own
+// neighbouring outputs, or channels if those have the smaller step: writes, and reads
+// at stride 1, are coalesced; shared elements come from the cache.
 //
 // Bytes: x and y pass through memory once.  A maximum over a box could be taken axis by
-// axis, with fewer reads, but through memory: what lies between would cost more bytes
-// than the cache gives.
+// axis, with fewer reads, but the intermediate results would cost more bytes of memory
+// than the cache saves.
 
 #define RANK 3
 

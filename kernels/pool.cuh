@@ -1,13 +1,13 @@
-// Windows over arrays (N, C, *spatial), and what is made of the cells under each.
+// Windows over arrays (N, C, *spatial), and the reduction of the elements under each.
 //
 // There are always three spatial axes (RANK), of which an array may have fewer; every
 // array has its own steps, negative ones and zeros included.  Along one axis, output o
-// and tap t meet cell i = first + o * stride + t * dilation, if it is before `end`.  An
-// even axis of n cells and m outputs has windows from floor(o n / m) up to
+// and tap t read element i = first + o * stride + t * dilation, if it is before `end`.
+// An even axis of n elements and m outputs has windows from floor(o n / m) up to
 // ceil((o + 1) n / m) instead.
 //
-// Macros: KIND; ELEMENT, the type of x or, for a gradient, of dy; SUM, the type of sums;
-// RESULT, that of the result; VALUE, of the x that a gradient reads.
+// Macros: KIND; ELEMENT, the type of x or, for a gradient, of dy; SUM, the type of
+// sums; RESULT, that of the result; VALUE, of the x that a gradient reads.
 
 #define MAXIMUM 0
 #define MEAN 1
@@ -35,21 +35,21 @@ typedef long long signed8_t;
 
 struct PoolAxis {
     Axis windows;    // steps of x and y or of their gradients; tap_step: of an index
-    INDEX end;       // cells from here on are cropped
-    INDEX low, high; // what a divisor counts lies in between
+    INDEX end;       // elements from here on are cropped
+    INDEX low, high; // the range that a divisor counts
     INDEX is_even;
     INDEX other_x, other_y;  // steps of another array like x, and one like y
 };
 
 struct Pool {
     INDEX images, channels, items;
-    INDEX channels_fastest;  // neighbouring threads: channels if set, else cells
+    INDEX channels_fastest;  // neighbouring threads: channels if set, else elements
     INDEX x_image, x_channel, y_image, y_channel;
     INDEX other_x_image, other_x_channel, other_y_image, other_y_channel;
     Divisor by_channels;
-    double divisor;  // zero: the number of cells
+    double divisor;  // zero: the number of elements
     double norm;
-    double least;  // of a window without cells
+    double least;  // of a window without elements
     PoolAxis axis[RANK];
 };
 
@@ -57,7 +57,7 @@ struct Pool {
 static_assert(sizeof(Pool) == POOL_BYTES, "the host packs another Pool");
 #endif
 
-// Cells under a window, or outputs over a cell, along one axis.
+// Cells under a window, or outputs over an element, along one axis.
 struct Span {
     INDEX first, step, count;
 };
@@ -91,7 +91,7 @@ __device__ inline Span outputs_over(INDEX i, const PoolAxis &p)
     return {reach.cell, reach.cell_step, reach.count};
 }
 
-// What the divisor of an output counts along one axis, at least one.
+// The elements that the divisor of an output counts along one axis, at least one.
 __device__ inline INDEX counted(INDEX o, const PoolAxis &p)
 {
     const Axis &a = p.windows;
@@ -185,10 +185,11 @@ __device__ inline T raised(T v, double p)
 }
 
 #if KIND == MAXIMUM
-// The largest cell under a window, the first of equal ones; a NaN is larger than all.
+// The largest element under a window, the first of equal ones; a NaN is larger than
+// all.
 struct Best {
     WideOf<VALUE>::type value;
-    INDEX index;  // in the plane; -1 where there is no cell
+    INDEX index;  // in the plane; -1 if there is none
 };
 
 template <bool OTHER>

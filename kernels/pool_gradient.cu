@@ -2,13 +2,14 @@
 //
 //     dx[n, c, i] = sum of dy[n, c, o] * slope(o, i)
 //
-// over the outputs o with a window over cell i.  Of a maximum, the slope is 1 where the
-// maximum of o lies at i (as `indices` say or, without them, as x does) and else 0; of a
-// mean, 1 / count(o); of a p-norm, y^(1 - p) |x|^(p - 1) sign(x), and 0 where y or x is.
+// over the outputs o with a window over element i.  Of a maximum, the slope is 1 where
+// the maximum of o is at i (as `indices` say or, without them, as x does) and else 0;
+// of a mean, 1 / count(o); of a p-norm, y^(1 - p) |x|^(p - 1) sign(x), and 0 if y or x
+// is.
 //
-// One thread owns one cell and gathers from the outputs over it, in a fixed order: no
-// atomics, and the same bits on every run.  Without indices, every output's window is
-// searched once more by every cell under it: as many reads as taps, squared.
+// One thread owns one element and gathers from the outputs over it, in a fixed order:
+// no atomics, and the same bits on every run.  Without indices, every output's window
+// is searched once more by every element under it: as many reads as taps, squared.
 
 #define RANK 3
 
@@ -24,7 +25,7 @@ __device__ inline SUM slope_of(SUM value, double power)
 }
 #endif
 
-// What one output gives to one cell.
+// The gradient from one output to one element.
 __device__ inline SUM share_of(
     SUM dy, const ELEMENT *y, const long long *indices, INDEX at, const VALUE *x,
     INDEX plane, const INDEX (&o)[RANK], INDEX own, const Pool &p)

@@ -1,8 +1,8 @@
-// The sums of a product that was cut along its terms, added in their order.
+// The partial sums of a product that was split along its terms, added in order.
 //
 //     out[i] = parts[0, i] + parts[1, i] + …
 //
-// Both are runs of memory in the same order of elements; neighbouring threads take
+// Both are contiguous, in the same order of elements; neighbouring threads have
 // neighbouring elements.  Each element of out is written by one thread.
 
 #ifndef SUM

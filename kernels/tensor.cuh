@@ -1,6 +1,5 @@
-// The instructions that C++ has no words for: copies into shared memory that run by
-// themselves, and matrix products by a warp.  Behind the CPU's shim each has a
-// counterpart that does the same.
+// Instructions without a C++ counterpart: asynchronous copies into shared memory, and
+// matrix products by a warp.  The CPU shim of the tests emulates each.
 //
 // Fragments of mma.m16n8k16 (halves) and mma.m16n8k8 (TF32), for lane = 4 * row + pair:
 // PTX ISA, "Matrix Fragments for mma".  Sums: (row, 2 pair), (row, 2 pair + 1), and the
@@ -14,7 +13,7 @@
 #define SHARED_MEMORY(name) extern __shared__ __align__(16) unsigned char name[]
 #endif
 
-// As many bytes at a multiple of ALIGNMENT.
+// A type of this many bytes with this alignment.
 template <int BYTES, int ALIGNMENT> struct WordOf;
 template <> struct WordOf<1, 1> { typedef unsigned char type; };
 template <> struct WordOf<2, 2> { typedef unsigned short type; };
@@ -57,7 +56,7 @@ __device__ inline void end_group()
 #endif
 }
 
-// Until all but the last GROUPS groups of this thread have arrived.
+// Wait until all but the last GROUPS groups of this thread have arrived.
 template <int GROUPS>
 __device__ inline void wait_for_copies()
 {
@@ -68,7 +67,8 @@ __device__ inline void wait_for_copies()
 #endif
 }
 
-// Four 8 × 8 matrices of halves; lanes 8 i … 8 i + 7 name the rows of the i-th.
+// Four 8 × 8 matrices of halves; lanes 8 i … 8 i + 7 have the addresses of the i-th's
+// rows.
 template <bool TRANSPOSED>
 __device__ inline void load_matrices(unsigned (&into)[4], const void *row)
 {
@@ -117,7 +117,7 @@ __device__ inline void multiply_matrices(
         "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32", float, a, b, c);
 }
 
-// Rounded to the ten bits of fraction that TF32 keeps, ties away from zero.
+// Round to the ten bits of fraction of TF32, ties away from zero.
 __device__ inline unsigned as_tf32(float value)
 {
     unsigned bits;

@@ -3,29 +3,29 @@
 //     target tile = left · source tile · rightᵀ  (+ bias)
 //
 // for all images, groups, channels, planes and tiles: six digits of an item, in any
-// order.  One side are frequencies, the other cells of an array where they lie:
+// order.  One side has frequencies, the other elements of an array, in place:
 //
-//     cell (a, b) of a tile lies at plane, row + a, column + b of the array
+//     element (a, b) of a tile is at plane, row + a, column + b of the array
 //
-// with plane, row and column each a first one and as many more as the digits say.  What
-// lies outside the array is read as zero and is not written.  So the same kernel is
+// with plane, row and column each a first one plus the sum over the digits.  Elements
+// outside the array are read as zero and are not written.  So the same kernel is
 //
-//     the input's      V = Bᵀ d B      cells of x, tiles that overlap
+//     the input's      V = Bᵀ d B      elements of x, tiles that overlap
 //     the filters'     U = G g Gᵀ      taps of w, one tile
-//     the gradient's   D = A dY Aᵀ     cells of dy
-//     the output's     Y = Aᵀ M A      to cells of y, with the bias
+//     the gradient's   D = A dY Aᵀ     elements of dy
+//     the output's     Y = Aᵀ M A      to elements of y, with the bias
 //     the taps'        dg = Gᵀ dU G    to taps of dw
 //
 // Both sides have their own steps for every digit and along the tile: any layout, any
 // view, flipped ones included.
 //
-// One thread transforms one tile in registers.  Neighbouring threads take neighbouring
-// items, and the host orders the digits as the frequencies lie, so that each of these is
-// read or written by a warp as one run.  Every cell of the target is written by exactly
-// one thread.
+// One thread transforms one tile in registers.  Neighbouring threads have neighbouring
+// items, and the host orders the digits by the memory order of the frequencies, so that
+// a warp reads or writes each of these contiguously.  Every element of the target is
+// written by exactly one thread.
 //
-// Tiles have ROWS × COLUMNS cells at most: ROWS is 1 or COLUMNS, and a matrix that is
-// smaller on a side is filled up with zeros, which are neither read for nor written.
+// Tiles have ROWS × COLUMNS elements at most: ROWS is 1 or COLUMNS, and a matrix that
+// is smaller on a side is padded with zeros, for which nothing is read or written.
 
 #ifndef ELEMENT
 #define ELEMENT float32_t
@@ -44,7 +44,7 @@ const int DIGITS = 6;
 
 struct Digit {
     INDEX source, target, bias;  // steps of addresses
-    INDEX plane, row, column;    // steps of the cell
+    INDEX plane, row, column;    // steps of the element
     Divisor by;
 };
 
@@ -57,7 +57,7 @@ struct Side {
 struct Transform {
     INDEX items;
     INDEX adds_bias;
-    INDEX plane, row, column;     // the first cell
+    INDEX plane, row, column;     // the first element
     INDEX planes, rows, columns;  // of the array
     Side source, target;
     Digit digit[DIGITS];  // the fastest first
@@ -68,13 +68,13 @@ struct Transform {
 static_assert(sizeof(Transform) == TRANSFORM_BYTES, "the host packs another Transform");
 #endif
 
-// Where one tile lies on both sides, and in the array.
+// The offsets of one tile on both sides, and its position in the array.
 struct Tile {
     INDEX source, target, bias;
     INDEX plane, row, column;
 };
 
-// The cells of a tile that exist: rows [top, bottom), columns [before, after).
+// The part of a tile inside the array: rows [top, bottom), columns [before, after).
 struct Part {
     INDEX top, bottom, before, after;
 };

@@ -2,11 +2,12 @@
 //
 //     out[n, g, j, i] = in[n, g, i, j]
 //
-// Columns j of `in` and columns i of `out` lie side by side; everything else is addressed
-// by steps in elements.  A block moves one tile of TILE × TILE elements through shared
+// Columns j of `in` and columns i of `out` are contiguous; everything else is addressed
+// by steps in elements.  A block copies one tile of TILE × TILE elements through shared
 // memory, so that it reads along one axis and writes along the other, both coalesced;
 // the tile is padded by one element against bank conflicts.  Every element of `out` is
-// written by one thread.  A copy knows no types: ELEMENT is a word of 1 to 16 bytes.
+// written by one thread.  ELEMENT is an integer type of 1 to 16 bytes: a copy needs
+// only the size.
 
 #ifndef ELEMENT
 #define ELEMENT word4_t

@@ -1,12 +1,12 @@
-// What a cell outside an axis reads, and which cells read one that is inside.
+// Padding modes: the element that is read for a coordinate outside an axis, and the
+// inverse.
 //
-// The modes of `cuconv.geometry.PADDING_MODES`: zeros (there are no cells outside),
-// reflect (mirrors at the first cell and at the last), replicate (the nearest cell), and
-// circular (the axis again and again).
+// The modes of `cuconv.geometry.PADDING_MODES`: zeros, reflect (at the first element
+// and at the last), replicate (the nearest element), and circular (the axis repeated).
 
 enum { ZEROS, REFLECT, REPLICATE, CIRCULAR };
 
-// The cell that coordinate i reads.
+// The element that is read for coordinate i.
 __device__ inline INDEX wrapped(INDEX i, INDEX size, int mode)
 {
     if ((UNSIGNED_INDEX)i < (UNSIGNED_INDEX)size) return i;
@@ -17,7 +17,7 @@ __device__ inline INDEX wrapped(INDEX i, INDEX size, int mode)
     return rest < size ? rest : period - rest;
 }
 
-// The coordinates in a window that read one cell: two rows of evenly spaced ones.
+// The coordinates in a window that read one element: two sequences of equal steps.
 struct Readers {
     INDEX first, count, other_first, other_count, step;
 };
@@ -28,13 +28,13 @@ __device__ inline INDEX reader(const Readers &r, INDEX number)
                             : r.other_first + (number - r.count) * r.step;
 }
 
-// How many of first, first + step, first + 2 * step, … lie before the end.
+// The number of first, first + step, first + 2 * step, … before the end.
 __device__ inline INDEX count_up(INDEX first, INDEX end, INDEX step)
 {
     return first < end ? (end - 1 - first) / step + 1 : 0;
 }
 
-// The least coordinate from `start` on that is i modulo the period.
+// The smallest coordinate from `start` on that is i modulo the period.
 __device__ inline INDEX from_on(INDEX start, INDEX i, INDEX period)
 {
     INDEX rest = (i - start) % period;

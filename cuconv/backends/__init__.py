@@ -1,6 +1,6 @@
-"""What differs between NumPy and CuPy, and nothing else.
+"""The operations that differ between NumPy and CuPy.
 
-Algorithms are written once against `Leaves`.  Arrays come grouped, with any strides:
+Algorithms are written once against `Backend`.  Arrays are grouped, with any strides:
 input (N, G, C, *spatial), columns (N, G, C, *kernel, *out), matrices (N, G, rows,
 columns).
 """
@@ -25,11 +25,11 @@ from cuconv.profiling import stage
 
 
 class TileTransforms(Protocol):
-    """Winograd's transforms between cells, where they lie, and frequencies.
+    """Winograd's transforms between elements, in place, and frequencies.
 
-    Cells are (N, G, C, outer, rows, last), frequencies (i, j, N, G, C, outer, tall,
+    Elements are (N, G, C, outer, rows, last), frequencies (i, j, N, G, C, outer, tall,
     wide), both with any strides.  ``matrices`` transform along rows (None where no
-    tile has several) and along the last axis; tiles lie ``steps`` apart.
+    tile has several) and along the last axis; tiles start ``steps`` apart.
     """
 
     def split(
@@ -42,7 +42,7 @@ class TileTransforms(Protocol):
     ) -> None:
         """Write the frequencies of tiles, the first of which begins at ``firsts``.
 
-        Cells outside the array are zero.
+        Elements outside the array are zero.
         """
 
     def join(
@@ -53,11 +53,11 @@ class TileTransforms(Protocol):
         steps: tuple[int, int],
         bias: Array | None,
     ) -> None:
-        """Write the cells that there are of every tile, plus a bias (1, G, C, 1)."""
+        """Write the elements that there are of every tile, plus a bias (1, G, C, 1)."""
 
 
 class DirectConv(Protocol):
-    """Convolution of few channels in a group, with every array where it lies.
+    """Direct convolution of few channels in a group.
 
     Nothing is copied or allocated.  Arrays have one type (the result may have that of
     the sums), three spatial axes, and any strides.
@@ -87,11 +87,11 @@ class DirectConv(Protocol):
 
 
 class Contraction(Protocol):
-    """Products that gather their columns as they go, with every array where it lies.
+    """Matrix products that gather their columns as they go, without copies.
 
     Arrays have one type (the result may have that of the sums) and any strides; x and
-    y are (N, G, C, *cells), weights (G, K/G, C/G, *kernel).  ``parts`` has room for as
-    many sums of every result as the plan cuts each sum into.
+    y are (N, G, C, *spatial), weights (G, K/G, C/G, *kernel).  ``parts`` has room for
+    as many partial sums of every result as the plan splits each sum into (split-K).
     """
 
     def convolve(
@@ -156,13 +156,13 @@ class PoolBackend(Protocol):
 
 
 class Backend(Protocol):
-    """The operations that know which module they serve."""
+    """The operations of one array module, on one device."""
 
     xp: Any
     # ``"cpu"``, ``"cuda:0"``, ``"cuda:1"``, …
     device: str
 
-    # Bytes of columns per block, and the limit when the user names none.
+    # Bytes of columns per block, and the limit when the user sets none.
     block_bytes: int
     rates: Rates
     default_memory_limit: int
@@ -190,7 +190,7 @@ class Backend(Protocol):
         """Pooling and its gradients."""
 
     def do(self, function: Callable[..., Any], *operands: Any) -> None:
-        """Call a function; a `Recording` puts a recorder in the place of this."""
+        """Call a function; a `Recording` replaces this method to record the call."""
 
     def each(
         self,
@@ -200,7 +200,7 @@ class Backend(Protocol):
         *,
         single_threaded: bool,
     ) -> None:
-        """Share items out: ``body(number, item, scratch of the worker)``."""
+        """Distribute items to workers: ``body(number, item, worker's scratch)``."""
 
     def stage(self, name: str, strategy: str = "", chunk: int = 0) -> stage:
         """A range that a profiler shows."""
@@ -221,7 +221,7 @@ class Backend(Protocol):
         """``target += summand``, cast to its type."""
 
     def device_of(self, array: Array) -> AbstractContextManager[object]:
-        """Make the device that holds the array the current one."""
+        """Make the device of the array the current one."""
 
     def overhead(self, workers: int, itemsize: int) -> int:
         """Bytes that a call takes beyond its buffers, sums having this item size."""
@@ -230,30 +230,30 @@ class Backend(Protocol):
         """Bytes for the buffers of one call, uninitialised."""
 
     def release(self) -> None:
-        """Give back what is kept between calls."""
+        """Free the memory that is kept between calls."""
 
     def workers(self) -> int:
-        """How many blocks may run at the same time."""
+        """The number of blocks that may run at the same time."""
 
     def is_capturing(self) -> bool:
-        """Whether the current stream records a CUDA graph instead of working."""
+        """True if the current stream records a CUDA graph instead of running."""
 
     def times(self, calls: Sequence[Callable[[], object]]) -> list[float]:
         """Make each call once, in order; how long each took, in milliseconds."""
 
     def machine(self) -> tuple[str, ...]:
-        """Words for everything that measured times depend on, beside the problem."""
+        """Everything that measured times depend on, beside the problem, as strings."""
 
     def operand_type(self, types: Types) -> DType:
         """The type of the matrices that `gemm` multiplies."""
 
     def can_store(self, types: Types, dtype: DType) -> bool:
-        """Whether `gemm` can write a finished result of this type."""
+        """True if `gemm` can write a finished result of this type."""
 
     def gather_buffers(
         self, geometry: WindowGeometry, tile: Tile, source: DType, operand: DType
     ) -> tuple[Buffer, ...]:
-        """What `gather` needs beside the columns."""
+        """The buffers that `gather` needs beside the columns."""
 
     def gather(
         self,
@@ -276,9 +276,9 @@ class Backend(Protocol):
         add: bool,
         deterministic: bool,
     ) -> None:
-        """Sum columns in the input cells they came from: ``target`` holds ``cells``.
+        """Add columns to the elements they came from: ``target`` is ``cells`` of x.
 
-        With ``add``, on top of what is there; without, all other cells become zero.
+        With ``add``, on top of what is there; without, all other elements become zero.
         """
 
     def gemm(
@@ -306,7 +306,7 @@ class Backend(Protocol):
         copied: Array,
         reading: Reading,
     ) -> None:
-        """Copy with a cast what windows read; both arrays are grouped."""
+        """Copy, with a cast, the padded input that windows read; arrays are grouped."""
 
     def pad_adjoint(
         self,
@@ -316,7 +316,7 @@ class Backend(Protocol):
         *,
         add: bool,
     ) -> None:
-        """The adjoint of `extend`, in a fixed order; ``add`` to what is there."""
+        """The adjoint of `pad_copy`, in a fixed order; ``add`` to what is there."""
 
     def parallel(
         self,
@@ -327,14 +327,14 @@ class Backend(Protocol):
     ) -> None:
         """Run ``body(0) … body(workers - 1)``, and return when all are done.
 
-        ``light``: one worker, and no product so large that BLAS would use threads.
+        ``single_threaded``: one worker, and no product for which BLAS uses threads.
         """
 
 
 def backend_of(xp: Any, array: Array | None = None) -> Backend:
-    """The leaves of an array module; CuPy's are imported when first asked for.
+    """The backend of an array module; CuPy's is imported when first needed.
 
-    They are those of the device that holds the array; of the current one without.
+    For CuPy, that of the device of the array; without an array, of the current device.
     """
     if xp is np:
         return _CPU
@@ -344,7 +344,7 @@ def backend_of(xp: Any, array: Array | None = None) -> Backend:
 
 
 def backend_on(device: str) -> Backend:
-    """The leaves of a device by its name: ``"cpu"``, ``"cuda"`` or ``"cuda:1"``."""
+    """The backend of a device by its name: ``"cpu"``, ``"cuda"`` or ``"cuda:1"``."""
     if device == "cpu":
         return _CPU
     name, *rest = device.split(":") if isinstance(device, str) else ("",)
@@ -360,16 +360,16 @@ def backend_on(device: str) -> Backend:
 def refuse_capture(
     backend: Backend, what: str, *, captured: bool | None = None
 ) -> None:
-    """Raise where a call would take memory while a CUDA graph is captured.
+    """Raise if a CUDA graph is being captured, for a call that allocates memory.
 
-    The pool would hand it to others between two launches of the graph.
+    CuPy's pool could give that memory to other calls between launches of the graph.
     """
     if backend.is_capturing() if captured is None else captured:
         raise ValueError(f"a CUDA graph is being captured, and {what}")
 
 
 def release_memory() -> None:
-    """Give back the workspaces that calls with NumPy arrays keep for one another.
+    """Free the workspaces that are kept between calls with NumPy arrays.
 
     At most 64 MiB are kept.  CuPy keeps memory in its own pool, which
     ``cupy.get_default_memory_pool().free_all_blocks()`` empties.
@@ -383,9 +383,9 @@ def release_memory() -> None:
 
 
 def default_array_module() -> Any:
-    """CuPy where a GPU really works, else NumPy.
+    """CuPy if a GPU works, else NumPy.
 
-    A device must answer and run a tiny kernel: that CuPy imports proves nothing.
+    A device must run a small kernel: CuPy can be importable without a usable GPU.
 
     Returns
     -------
@@ -410,7 +410,7 @@ def precompile(
     *,
     progress: Callable[[int, int], object] | None = None,
 ) -> int:
-    """Compile and load CUDA kernels on the current device, to spare the first call.
+    """Compile and load CUDA kernels on the current device before the first call.
 
     Parameters
     ----------
@@ -419,12 +419,12 @@ def precompile(
     ranks
         Numbers of spatial axes; the kernels of pooling are the same for all.
     progress
-        Called after each kernel with how many are ready and how many there will be.
+        Called after each kernel with the number that are ready and the total.
 
     Returns
     -------
     int
-        How many kernels are ready; 0 where no GPU works, which needs none.
+        The number of kernels that are ready; 0 if no GPU works.
 
     Raises
     ------

@@ -1,4 +1,4 @@
-"""How a product is cut into blocks of results, one for each block of threads."""
+"""The split of a product into blocks of results, one for each block of threads."""
 
 from typing import NamedTuple
 
@@ -8,7 +8,7 @@ from cuconv.arrays import DType, accumulator, is_half
 
 
 class Blocking(NamedTuple):
-    """Filters and columns of a block, and into how many parts each sum is cut.
+    """Filters and columns of a block, and the number of parts of each sum (split-K).
 
     ``conjugated`` is 1 where the dense operand is, 2 where ``x`` is; ``fast`` allows
     TF32.
@@ -29,5 +29,5 @@ def block_sizes(dtype: DType) -> tuple[tuple[int, int], ...]:
 
 
 def uses_tensor_cores(dtype: DType, *, fast: bool) -> bool:
-    """Whether products of this type run on tensor cores, where there are some."""
+    """True if products of this type run on tensor cores, if the device has them."""
     return is_half(dtype) or (fast and dtype == np.float32)

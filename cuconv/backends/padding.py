@@ -1,7 +1,7 @@
-"""Copies of what windows read, and their adjoint, run by run of neighbouring cells.
+"""Padded copies of what windows read, and their adjoint, one contiguous run at a time.
 
-Arrays are grouped: cells (N, G, C, *spatial), the copy (N, G, C, *window).  What cells
-outside the array read is said by `cuconv.geometry.Axis.runs`.
+Arrays are grouped: elements (N, G, C, *spatial), the copy (N, G, C, *window).
+`cuconv.geometry.Axis.runs` says what is read outside the array.
 """
 
 from collections.abc import Iterator, Sequence
@@ -12,7 +12,7 @@ from cuconv.geometry import Axis, Ranges, Run
 
 
 class Reading(NamedTuple):
-    """What windows read along every axis; cells outside the array as ``mode`` says."""
+    """The windows along every axis, and the padding mode outside the array."""
 
     axes: Sequence[Axis]
     windows: Ranges
@@ -25,7 +25,7 @@ def pad_copy(
     copied: Array,
     reading: Reading,
 ) -> None:
-    """Copy what the windows read, with a cast."""
+    """Copy the padded input that the windows read, with a cast."""
     for runs in _runs(*reading):
         backend.copy(*_pair(runs, cells, copied))
 
@@ -38,7 +38,7 @@ def pad_adjoint(
     *,
     add: bool,
 ) -> None:
-    """Sum in every cell what its copies hold, on top of what is there with ``add``."""
+    """Sum all copies of each element into it; with ``add``, to what is there."""
     picked = _runs(*reading, one_to_one=True)
     if not add and _reads_all(reading):
         inside, outside = _pair(next(picked), cells, copied)
@@ -51,7 +51,7 @@ def pad_adjoint(
 
 
 def _reads_all(reading: Reading) -> bool:
-    """Whether all cells are in the first run of every axis: those that repeat none."""
+    """True if the first run of every axis, which repeats nothing, has all elements."""
     each = zip(reading.axes, reading.windows, strict=True)
     return all(start <= 0 and stop >= axis.size > 0 for axis, (start, stop) in each)
 
@@ -61,7 +61,7 @@ def _runs(
 ) -> Iterator[tuple[Run, ...]]:
     """Runs along every axis, every combination, the last axis fastest.
 
-    One at a time: wide padding has more of them than there is memory for their list.
+    A generator, because wide padding can have more runs than fit into memory.
     """
     if not axes:
         yield ()

@@ -8,7 +8,7 @@ Item = TypeVar("Item")
 
 
 class Shared(Iterator[Item]):
-    """One iterator for several workers: each item goes to whoever asks first."""
+    """One iterator for several workers: each item goes to the first that asks."""
 
     def __init__(self, items: Iterable[Item]) -> None:
         self._items = iter(items)

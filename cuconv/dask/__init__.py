@@ -1,10 +1,10 @@
-"""Dask arrays: every block of a result is a call of its own, made later.
+"""Dask arrays: every block of a result is a separate call, made later.
 
 The graph is built from the shapes alone; nothing is computed here.  A block of the
-result depends on the parts of other blocks that its windows meet (`blocks`), and is
-what a public call comes to once its arguments are checked, with the geometry of that
-part: `cuconv.engine.rewrites.bind`, or the function that `cuconv.pooling` passes down.  So
-these modules lie below the public functions, and need no way back up to them.
+result depends on the parts of other blocks that its windows read (`blocks`).  It is
+computed by a `cuconv.engine.plan.Plan` with the geometry of that part, or by the
+function that `cuconv.pooling` passes in, so that nothing here imports the public
+functions.
 
-They import Dask, and are imported when the first Dask array comes in.
+The other modules import Dask, and are imported for the first Dask array.
 """

@@ -1,7 +1,7 @@
-"""Which part of its arrays each block of a result needs, and the tasks that cut it out.
+"""The part of its arrays that each block of a result needs, and the tasks to slice it.
 
-`Cut` says, by the geometry's own formulas, which cells and which outputs of an axis
-belong together; `windows` builds the tasks.
+`Tiling` says, by the formulas of the geometry, which elements of an axis belong to
+which outputs; `windows` builds the tasks.
 """
 
 import itertools
@@ -26,19 +26,19 @@ Chunks: TypeAlias = tuple[int, ...]
 
 
 def spans(chunks: Sequence[int]) -> Ranges:
-    """Where neighbouring chunks start and stop."""
+    """The ranges of neighbouring chunks."""
     return tuple(pairwise((0, *accumulate(chunks))))
 
 
 def lengths(ranges: Ranges) -> Chunks:
-    """How long every range is."""
+    """The length of every range."""
     return tuple(stop - start for start, stop in ranges)
 
 
 def output_chunks(axis: Axis, chunks: Sequence[int]) -> Chunks:
-    """How outputs are cut where the input is cut so.
+    """The chunks of outputs for chunks of the input.
 
-    Output ``o`` goes with the input cell ``o * stride``: regular chunks stay regular,
+    Output ``o`` belongs to input element ``o * stride``: regular chunks stay regular,
     and those of a convolution that keeps sizes stay the same.
     """
     if isinstance(axis, EvenAxis):
@@ -47,14 +47,14 @@ def output_chunks(axis: Axis, chunks: Sequence[int]) -> Chunks:
 
 
 def input_chunks(axis: Axis, chunks: Sequence[int]) -> Chunks:
-    """How the input is cut where outputs are cut so: `output_chunks` turned round."""
+    """The chunks of the input for chunks of outputs: the inverse of `output_chunks`."""
     if isinstance(axis, EvenAxis):
         return (axis.size,)
     return _cut_at((end * axis.stride for end in accumulate(chunks)), axis.size)
 
 
 def _cut_at(ends: Iterable[int], total: int) -> Chunks:
-    """Chunks that stop at these ends; the last ones are no longer than the others."""
+    """Chunks that stop at these ends; the last ones are split to the others' length."""
     stops = sorted({min(end, total) for end in ends} - {0})
     if len(stops) < 2:
         return (total,)
@@ -64,7 +64,7 @@ def _cut_at(ends: Iterable[int], total: int) -> Chunks:
 
 
 class Tiling(NamedTuple):
-    """One spatial axis in parts: the cells and the outputs of each."""
+    """One spatial axis in parts: the input range and the output range of each."""
 
     axis: Axis
     cells: Ranges
@@ -72,19 +72,19 @@ class Tiling(NamedTuple):
 
     @classmethod
     def by_outputs(cls, axis: Axis, chunks: Chunks) -> "Tiling":
-        """Chunks of outputs, each with the cells under its windows."""
+        """Chunks of outputs, each with the elements under its windows."""
         outputs = spans(chunks)
         return cls(axis, tuple(axis.under(*span)[0] for span in outputs), outputs)
 
     @classmethod
     def by_cells(cls, axis: Axis, chunks: Chunks) -> "Tiling":
-        """Chunks of cells, each with the outputs whose windows reach it."""
+        """Chunks of elements, each with the outputs whose windows reach it."""
         cells = spans(chunks)
         return cls(axis, cells, tuple(axis.reached_from(*span) for span in cells))
 
     @property
     def with_whole_windows(self) -> "Tiling":
-        """With all the cells under the outputs of each part added to its own."""
+        """The same tiling, each part extended to all elements under its outputs."""
         return self._replace(cells=tuple(map(self._hull, self.cells, self.outputs)))
 
     def _hull(self, cells: Range, outputs: Range) -> Range:
@@ -98,7 +98,7 @@ class Tiling(NamedTuple):
 
     @property
     def examples(self) -> set[int]:
-        """The first part, the last, and the one with the most cells and outputs."""
+        """The first part, the last, and the one with the most elements and outputs."""
         sizes = lengths(self.outputs)
         return {0, sizes.index(max(sizes)), len(sizes) - 1}
 
@@ -124,7 +124,7 @@ class Blocks:
         return replace(self.geometry, images=stop - start, axes=axes)
 
     def origin(self, block_id: Sequence[int]) -> tuple[int, ...]:
-        """The first cell of a block along every axis."""
+        """The first element of a block along every axis."""
         parts = zip(self.tilings, self.place(block_id), strict=True)
         return tuple(tiling.cells[index][0] for tiling, index in parts)
 
@@ -145,7 +145,7 @@ class Blocks:
         return tuple(map(lengths, self.outputs(spans(channels))))
 
     def cells(self, channels: Ranges) -> tuple[Ranges, ...]:
-        """The cells of every block, for each axis of x."""
+        """The elements of every block, for each axis of x."""
         return self._along([tiling.cells for tiling in self.tilings], channels)
 
     def outputs(self, channels: Ranges) -> tuple[Ranges, ...]:
@@ -157,7 +157,7 @@ class Blocks:
 
 
 class _Piece(NamedTuple):
-    """What a range takes of one chunk."""
+    """The part of a range in one chunk."""
 
     chunk: int
     cells: slice
@@ -166,7 +166,7 @@ class _Piece(NamedTuple):
 
 
 def _pieces(chunks: Chunks, ranges: Ranges) -> list[list[_Piece]]:
-    """Of every range, what it takes of each chunk that it meets."""
+    """The parts of every range in the chunks that it overlaps."""
     edges = (0, *accumulate(chunks))
     found = []
     for start, stop in ranges:
@@ -186,7 +186,7 @@ def _pieces(chunks: Chunks, ranges: Ranges) -> list[list[_Piece]]:
 def windows(array: Array, ranges: tuple[Ranges, ...]) -> Array:
     """An array whose blocks are these ranges of another one, which may overlap.
 
-    A block depends on the chunks that it meets, and on what it takes of them alone.
+    A block depends only on its parts of the chunks that it overlaps.
 
     Parameters
     ----------
@@ -228,7 +228,7 @@ def windows(array: Array, ranges: tuple[Ranges, ...]) -> Array:
 
 
 def _joined(sizes: tuple[Chunks, ...], sample: Array, pieces: list[Array]) -> Array:
-    """One array of pieces of these sizes along every axis, given in their order."""
+    """Concatenate pieces of these sizes along every axis, given in order."""
     like = pieces[0] if pieces else sample
     backend = backend_of(module_of({"a block": like}), like)
     with backend.device_of(like):
@@ -248,19 +248,19 @@ def each_block(
     chunks: tuple[Chunks, ...],
     meta: Array,
 ) -> Array:
-    """An array each block of which is made of one block of every part.
+    """An array whose blocks are computed from one block of every part.
 
     Parameters
     ----------
     name, how
-        The beginning of its name, and what the rest depends on beside the arrays.
+        The beginning of its name, and what the rest of it depends on beside the arrays.
     work
-        From the number of a block along every axis, what makes it: a task carries what
-        it needs to know of its own block alone.
+        From the index of a block, the function that computes it: a task refers to its
+        own block alone.
     parts
         Dask arrays with a block for each.
     shared
-        Dask arrays of one block, which every block is made of as well.
+        Dask arrays of one block, which every block of the result needs.
     chunks, meta
         Of the result.
     """
@@ -290,12 +290,12 @@ class DaskPlan(NamedTuple):
 
 
 def as_lazy(array: Array, chunks: Any) -> Array:
-    """The array as a Dask array; one that is none yet is cut into these chunks."""
+    """The array as a Dask array; a NumPy or CuPy array is split into these chunks."""
     return array if is_dask(array) else da.from_array(array, chunks=chunks)
 
 
 class AxisChunks(NamedTuple):
-    """The chunks of an array, told apart."""
+    """The chunks of an array: images, channels, spatial axes."""
 
     images: Chunks
     channels: Chunks
@@ -310,14 +310,14 @@ class AxisChunks(NamedTuple):
 
 
 def blocks_of_outputs(geometry: WindowGeometry, x: Array) -> Blocks:
-    """Blocks of y as x is cut."""
+    """Blocks of y for the chunks of x."""
     own = AxisChunks.of(x, geometry)
     chunks = map(output_chunks, geometry.axes, own.spatial)
     return blocks_of(Tiling.by_outputs, geometry, own.images, chunks)
 
 
 def blocks_of_cells(geometry: WindowGeometry, dy: Array, x: Array | None) -> Blocks:
-    """Blocks of dx as x is cut, if that is a Dask array, else as dy is."""
+    """Blocks of dx for the chunks of x, if that is a Dask array, else of dy."""
     own = AxisChunks.of(x if is_dask(x) else dy, geometry)
     chunks = own.spatial
     if not is_dask(x):
@@ -343,7 +343,7 @@ def blocks_of(
 def matched(
     x: Array, dy: Array, geometry: WindowGeometry, channels: tuple[Chunks, Chunks]
 ) -> tuple[Array, Array]:
-    """Both as Dask arrays; one that is none yet is cut as the other is.
+    """Both as Dask arrays with matching chunks.
 
     ``channels`` are the chunks of channels that each is then given.
     """
@@ -356,6 +356,6 @@ def matched(
 
 
 def refuse_out(out: object) -> None:
-    """Refuse an array for a result that is computed later."""
+    """Raise for an ``out``: the result is computed later."""
     if out is not None:
         raise TypeError("out cannot be given with Dask arrays: they are computed later")

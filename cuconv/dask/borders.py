@@ -1,8 +1,8 @@
 """Borders that repeat the input (``padding_mode``), and their adjoint, lazily.
 
-A convolution with such a border is a plain one over the input with the border around
-it.  Along every axis the border is runs of the input's own cells (`Axis.runs`), so that
-no block inside is touched.
+A convolution with such a border is one without padding over the input with the border
+around it.  Along every axis the border is runs of the input's elements (`Axis.runs`),
+so that inner blocks are not changed.
 """
 
 from dataclasses import replace
@@ -15,7 +15,7 @@ from cuconv.geometry import Axis, ConvGeometry, Run
 
 
 def without_border(geometry: ConvGeometry) -> ConvGeometry:
-    """The plain convolution over the input with its border."""
+    """The convolution without padding over the input with its border."""
     axes = tuple(
         axis._replace(
             size=sum(_ends(axis)) + axis.size,
@@ -52,7 +52,7 @@ def bordered(x: Array, geometry: ConvGeometry) -> Array:
 
 
 def folded(dx: Array, geometry: ConvGeometry, chunks: tuple[Chunks, ...]) -> Array:
-    """The adjoint of `bordered`: cells receive what their copies in the border have."""
+    """The adjoint of `bordered`: add the border to the elements it was copied from."""
     dx = _without_empty_chunks(dx)
     for place, axis in _placed(geometry):
         inner, *border = _runs(axis, geometry)
@@ -64,7 +64,7 @@ def folded(dx: Array, geometry: ConvGeometry, chunks: tuple[Chunks, ...]) -> Arr
 
 
 def _added(total: Array, part: Array, run: Run, place: int) -> Array:
-    """With a part of the border added to the cells that it was copied from."""
+    """Add a part of the border to the elements that it was copied from."""
     first, last = run.cells.start, run.cells.stop
     if _repeats(run):
         part = part.sum(axis=place, keepdims=True, dtype=part.dtype)
@@ -77,19 +77,19 @@ def _added(total: Array, part: Array, run: Run, place: int) -> Array:
 
 
 def _without_empty_chunks(array: Array) -> Array:
-    """Dask repeats, reverses and joins arrays with empty chunks wrongly."""
+    """Drop empty chunks: Dask repeats, reverses and joins them wrongly."""
     kept = (tuple(n for n in own if n) or (0,) for own in array.chunks)
     return array.rechunk(tuple(kept))
 
 
 def _runs(axis: Axis, geometry: ConvGeometry) -> list[Run]:
-    """The input as it is, and what every part of the border reads."""
+    """The input, and the part of it that every part of the border reads."""
     before, after = _ends(axis)
     return list(axis.runs((-before, axis.size + after), geometry.padding_mode))
 
 
 def _repeats(run: Run) -> bool:
-    """Whether all cells read the same one."""
+    """True if all elements of a run read the same one."""
     count = run.window.stop - run.window.start
     return bool(count > abs(run.cells.stop - run.cells.start))
 
@@ -103,7 +103,7 @@ def _at(place: int) -> tuple[slice, ...]:
 
 
 def _placed(geometry: ConvGeometry) -> list[tuple[int, Axis]]:
-    """Every spatial axis that has a border, with its place among those of an array."""
+    """Every spatial axis that has a border, with its index in an array."""
     first = geometry.batched + geometry.channels_first
     each = enumerate(geometry.axes, start=first)
     return [(place, axis) for place, axis in each if any(_ends(axis))]

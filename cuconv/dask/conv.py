@@ -47,7 +47,7 @@ from cuconv.options import Options
 
 
 def plan(request: Request, like: Array | None = None) -> DaskPlan:
-    """Check a convolution, or a gradient of one, and cut it into blocks.
+    """Check a convolution, or a gradient of one, and split it into blocks.
 
     A gradient for x has the blocks of ``like``, where that is a Dask array.
     """
@@ -70,7 +70,7 @@ def plan(request: Request, like: Array | None = None) -> DaskPlan:
         return DaskPlan(partial(_concatenated, each, geometry))
     conv = _CUTS[CONVOLUTION.get(call, call)](call, geometry, arrays, like)
     if conv.finish is not None:
-        # What is still to be added up.
+        # Blocks that are still to be summed.
         options = options._replace(dtype=types.accumulate)
     backend = backend_of(xp, sample_of(next(iter(arrays.values()))))
     for part in conv.blocks.examples():
@@ -83,7 +83,7 @@ def plan(request: Request, like: Array | None = None) -> DaskPlan:
 def _filter_chunks(
     call: str, geometry: ConvGeometry, arrays: dict[str, Array]
 ) -> Chunks:
-    """How the filters of y are cut: as those of w, where groups do not tie them."""
+    """The chunks of filters: those of w, unless there are groups."""
     if call != "forward" or geometry.groups > 1 or not is_dask(arrays["w"]):
         return (geometry.filters,)
     chunks: Chunks = arrays["w"].chunks[0 if geometry.channels_first else -1]
@@ -93,7 +93,7 @@ def _filter_chunks(
 def _by_filters(
     geometry: ConvGeometry, arrays: dict[str, Array], ranges: Ranges
 ) -> Iterator[tuple[ConvGeometry, dict[str, Array]]]:
-    """The convolution with some of the filters at a time."""
+    """The convolution for some of the filters at a time."""
     for start, stop in ranges:
         some = slice(start, stop)
         axes = (some, ...) if geometry.channels_first else (..., some)
@@ -118,19 +118,19 @@ def _uncut(array: Array) -> Array:
 
 
 class _Conv(NamedTuple):
-    """A convolution or gradient that has been cut.
+    """A convolution or gradient that has been split into blocks.
 
-    ``cut`` are the arrays of which every block of the result has a part of its own,
-    with the ranges of those parts; every block has all of the others, ``shared``.
+    ``tiling`` are the arrays of which every block of the result needs a part, with the
+    ranges of those parts; every block needs all of the others, ``shared``.
     """
 
     call: str
     blocks: Blocks
     tiling: dict[str, tuple[Array, tuple[Ranges, ...]]]
     shared: dict[str, Array]
-    # For every axis of what the blocks make, its chunks.
+    # The chunks of every axis of the blocks' results.
     chunks: tuple[Chunks, ...]
-    # What makes the result of it, by additions; None where it is the result.
+    # The function that sums the blocks' results; None if they are the result.
     finish: Callable[[Array], Array] | None = None
 
     def build(self, options: Options, types: Types, xp: Any) -> Array:
@@ -163,7 +163,7 @@ def _conv_block(
     names: tuple[str, ...],
     *given: Array,
 ) -> Array:
-    """One block of a result: the eager call on its parts."""
+    """Compute one block of a result from its parts."""
     arrays = dict(zip(names, given, strict=True))
     with config(num_threads=threads):
         xp = module_of(arrays)
@@ -173,21 +173,21 @@ def _conv_block(
         result = Plan(request).run(tuple(arrays.values()), None)
     if CONVOLUTION.get(call, call) != "weight_grad":
         return result
-    # In place of the channels, so that the axes are those of the blocks.
+    # Along the channel axis, so that the axes are those of the blocks.
     return result.reshape(geometry.arranged(1, -1, (1,) * geometry.rank))
 
 
 def _sum_over_blocks(
     array: Array, geometry: WindowGeometry, dtype: DType | None = None
 ) -> Array:
-    """The sum over images and positions, by Dask's tree."""
+    """The sum over images and positions, as a tree of Dask tasks."""
     channels = _channel_axis(geometry)
     axes = tuple(axis for axis in range(array.ndim) if axis != channels)
     return array.sum(axis=axes, dtype=array.dtype if dtype is None else dtype)
 
 
 def plan_bias_grad(geometry: WindowGeometry, dy: Array, options: Options) -> DaskPlan:
-    """The gradient for a bias."""
+    """Plan the gradient for a bias."""
     types = resolve_types({"dy": dy}, options.dtype)
     return DaskPlan(partial(_bias_grad, dy, geometry, types))
 
@@ -196,7 +196,7 @@ def alike_operands(
     arrays: dict[str, Array], geometry: ConvGeometry, *, transposed: bool
 ) -> dict[str, Array]:
     """The operands of gradients, with dy and x as Dask arrays."""
-    # What is x to the convolution that runs, and what its dy.
+    # The names of x and dy of the convolution that runs.
     x, dy = ("dy", "x") if transposed else ("x", "dy")
     both = alike(arrays[x], arrays[dy], geometry)
     return {**arrays, **dict(zip((x, dy), both, strict=True))}
@@ -207,7 +207,7 @@ def _bias_grad(dy: Array, geometry: WindowGeometry, types: Types) -> Array:
 
 
 def _whole_weights(shares: Array, geometry: ConvGeometry) -> Array:
-    """The gradient for w from the share of every block."""
+    """The gradient for w: the sum of the blocks' gradients."""
     return _sum_over_blocks(shares, geometry).reshape(geometry.w_shape)
 
 
@@ -245,7 +245,7 @@ def _cut_forward(
 
 
 def _around(blocks: Blocks) -> Blocks:
-    """The blocks of a gradient for the input with its border, which joins the ends."""
+    """The blocks of a gradient for the input, the outer ones extended by the border."""
     geometry: Any = blocks.geometry
     plain = without_border(geometry)
     chunks = []
@@ -302,5 +302,5 @@ _CUTS = {
 
 
 def alike(x: Array, dy: Array, geometry: ConvGeometry) -> tuple[Array, Array]:
-    """Input and gradient as Dask arrays; one that is none yet is cut as the other."""
+    """Input and gradient as Dask arrays with matching chunks."""
     return matched(x, dy, geometry, ((geometry.channels,), (geometry.filters,)))

@@ -91,8 +91,8 @@ def _plan_backward(
 ) -> DaskPlan:
     """Cut a gradient into blocks.
 
-    The windows that reach a block are taken whole, for what they divide by and where
-    their maxima lie; what they give to cells of other blocks is left out.
+    Windows that reach a block are taken whole, for their divisors and the indices of
+    their maxima; gradients for elements of other blocks are dropped.
     """
     arrays, blocks, channels = _cut(problem.geometry, named)
     whole = replace(
@@ -204,7 +204,7 @@ def _gradient_block(
     mine: tuple[Sequence[int | None], ...],
     *parts: Array,
 ) -> Array:
-    """One block of a gradient: what is its own of the cells under whole windows."""
+    """One block of a gradient: its own elements out of those under whole windows."""
     named = dict(zip(names, parts, strict=True))
     if "indices" in named:
         back = tuple(-cell for cell in start)
@@ -231,7 +231,7 @@ def _moved(
     shift: tuple[int, ...],
     wanted: tuple[int, ...],
 ) -> Array:
-    """Indices in one plane as those in another, with cells so far on; -1 if not there.
+    """Convert flat indices in one plane to those in another, shifted; -1 if outside.
 
     Examples
     --------
@@ -251,5 +251,5 @@ def _moved(
             valid &= (cells >= 0) & (cells < wide)
             result += cells * step
             step *= wide
-        # What is left is 0, or -1 for -1 and more for an index beyond the plane.
+        # The rest is 0 inside, -1 for -1, and above 0 for an index beyond the plane.
         return xp.where(valid & (rest == 0), result, -1)

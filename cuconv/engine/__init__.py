@@ -1,1 +1,1 @@
-"""From a problem to a plan, and running it."""
+"""Planning calls and running the plans."""

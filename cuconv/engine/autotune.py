@@ -1,8 +1,8 @@
-"""Which candidate was the fastest, remembered between runs.
+"""Measured times of candidates: the fastest is remembered between runs.
 
-One JSON file for each version of the library and each machine, by `Leaves.machine`:
-what was measured elsewhere is never believed.  A file that cannot be read or written
-costs nothing but the time to measure again.
+One JSON file for each version of the library and each machine (`Backend.machine`):
+times that were measured on another machine are never used.  If a file cannot be read or
+written, candidates are measured again.
 """
 
 import hashlib
@@ -52,19 +52,19 @@ def fastest(backend: Backend, calls: Sequence[Callable[[], object]]) -> int:
 def recall(
     machine: tuple[str, ...], key: Hashable, candidates: Sequence[Winner]
 ) -> Winner | None:
-    """The winner that is on record, if it still is a candidate."""
+    """The winner in the file, if it is still a candidate."""
     with _lock:
         known = _known(machine).get(_digest(key))
     return next((winner for winner in candidates if list(winner) == known), None)
 
 
 def remember(machine: tuple[str, ...], key: Hashable, winner: Winner) -> None:
-    """Put a winner on record, for this process and the next."""
+    """Save a winner, for this process and later ones."""
     with _lock:
         known = _known(machine)
         known[_digest(key)] = list(winner)
         with suppress(OSError, RuntimeError):
-            # What other processes have found since stays on record too.
+            # Keep winners that other processes have saved since.
             found = {**_read(machine), **known}
             _write(_path(machine), json.dumps(found, indent=1))
 
@@ -83,7 +83,7 @@ def _read(machine: tuple[str, ...]) -> dict[str, Any]:
 
 
 def _write(path: Path, text: str) -> None:
-    """Replace the file at once: another process may be reading it."""
+    """Replace the file in one step: another process may be reading it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile(
         "w", encoding="utf-8", dir=path.parent, delete=False

@@ -35,7 +35,7 @@ class BiasGrad:
         self.axes = tuple(axis for axis, is_summed in enumerate(summed) if is_summed)
 
     def run(self, arrays: Sequence[Array | None], out: None) -> Array:
-        """Sum dy, in the type that is exact enough, and round once."""
+        """Sum dy in the type for sums, and round once."""
         del out
         (dy,) = arrays
         sums = self.backend.sum(dy, self.axes, self.types.accumulate)

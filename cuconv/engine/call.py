@@ -1,9 +1,9 @@
-"""The road of every call: a key, its plan from one cache, a run.
+"""Every call: a key, the plan of that key from one cache, a run.
 
     public function → run → plan of the key → Plan.run → Backend.execute
                           ↘ first time: Request → lower → Plan
 
-Dask arrays leave the road here.
+Calls with Dask arrays branch off here, in `plan_convolution`.
 """
 
 import marshal
@@ -61,21 +61,21 @@ class ConvGradients(NamedTuple):
 
 
 class Runnable(Protocol):
-    """A plan as the cache keeps it."""
+    """A plan in the cache."""
 
     @property
     def threads(self) -> int:
-        """For how many threads it is; 0 where that does not matter."""
+        """The number of threads it is for; 0 if it does not depend on them."""
 
     @property
     def names(self) -> Sequence[str]:
         """The names of the arrays that it takes, for messages."""
 
     def run(self, arrays: Sequence[Array | None], out: Any) -> Any:
-        """Run it on arrays that lie as the plan assumes."""
+        """Run it on arrays with the layouts of the plan."""
 
 
-# Plans by everything that they depend on.
+# Plans by everything that they depend on; see `_key`.
 _PLANS: dict[object, Runnable] = {}
 _MOST_PLANS = 512
 
@@ -94,7 +94,7 @@ def run(
     options: Mapping[str, Any],
     more: Mapping[str, Any] = _NONE,
 ) -> Any:
-    """Run a call, by the plan of one like it if there was any.
+    """Run a call, by a cached plan if there is one.
 
     ``make(call, arrays, out, options, more)`` checks a call and plans it.
     """
@@ -120,16 +120,16 @@ def _key(
     options: Mapping[str, Any],
     more: Mapping[str, Any],
 ) -> object:
-    """Everything that a plan depends on; None where that cannot be said."""
+    """A key of everything that a plan depends on; None if there is no such key."""
     outs = out if type(out) is tuple else (out,)
     layouts = layouts_of((*arrays, *outs))
     if layouts is None:
         return None
     try:
-        # Bytes, in which 1, 1.0 and True differ.
+        # In these bytes, 1, 1.0 and True differ.
         text: object = marshal.dumps((options, more), 2)  # type: ignore[arg-type]
     except ValueError:
-        # An object that shows its address says nothing: another may have it later.
+        # A repr with an address is no key: another object may have that address later.
         text = repr((options, more))
         if " at 0x" in text:
             return None
@@ -137,7 +137,7 @@ def _key(
 
 
 def check_overlaps(names: Sequence[str], arrays: Sequence[Array], out: Any) -> None:
-    """Refuse an ``out`` that may share memory with an input."""
+    """Raise if an ``out`` may share memory with an input."""
     given = {n: a for n, a in zip(names, arrays, strict=False) if a is not None}
     xp = module_of(given)
     for each in out if type(out) is tuple else (out,):
@@ -204,7 +204,7 @@ def _request(
 
 
 def _check_rank(w: Array | None, more: Mapping[str, Any]) -> None:
-    """Refuse weights of another rank than the function's name says."""
+    """Raise if the rank of the weights is not that of the function."""
     name, rank = more.get("function", ("", None))
     if rank is not None and w is not None and w.ndim != rank + 2:
         kind = "channels, filters" if "transpose" in name else "filters, channels"
@@ -297,7 +297,7 @@ def check_needs(
     allocates: str,
     known: Sequence[str] = GRADIENTS,
 ) -> Sequence[str]:
-    """Refuse names that are no gradients; in a capture, say what ``allocates``."""
+    """Raise for names that are no gradients, and in a capture, as they allocate."""
     if not any_dask(arrays.values()):
         refuse_capture(backend_of(module_of(dict(arrays)), arrays["dy"]), allocates)
     several = isinstance(needs, (tuple, list, set, frozenset))

@@ -1,6 +1,6 @@
-"""What the steps of a strategy cost: the table from which plans are chosen.
+"""Costs of the steps of a strategy, from which plans are chosen.
 
-Strategies count their steps as `Work`; a step's price is in nanoseconds, on one
+Strategies count their steps as `Work`; `Rates` are the nanoseconds of one step, on one
 worker, for float32.
 """
 
@@ -9,9 +9,9 @@ from typing import NamedTuple
 
 
 class Work(NamedTuple):
-    """What a job does, counted in the units of `Rates`.
+    """The steps of a job, counted in the units of `Rates`.
 
-    ``tiles`` are pieces of a product that run side by side, as many at a time as there
+    ``tiles`` are pieces of a product that run in parallel, as many at a time as there
     are processors; ``pieces`` are parts of the job that can run at the same time.
     """
 
@@ -34,66 +34,68 @@ class Work(NamedTuple):
 
 
 class Rates(NamedTuple):
-    """Nanoseconds for one unit of each step, and the sizes where habits change."""
+    """Nanoseconds for one unit of each step, and thresholds."""
 
     # A multiply-add of a matrix product: at its best, and how much longer where one
     # side of the product is short (the factor is 1 + short / side).
     multiply: float
     short: float
-    # A cell of a column gathered, of a column added back, of an array copied in runs.
+    # An element gathered to columns, added back from columns, copied in contiguous
+    # runs.
     gather: float
     scatter: float
     copy: float
-    # A cell written by a Winograd transform along an outer axis, and along the last.
+    # An element written by a Winograd transform along an outer axis, and along the
+    # last.
     transform: float
     last_transform: float
     # A weight transposed; a weight read from memory once more.
     transpose: float
     reread: float
-    # A cell of a Fourier transform, for each doubling of its length.
+    # An element of a Fourier transform, for each doubling of its length.
     fourier: float
-    # A cell multiplied and added by a direct loop.
+    # An element multiplied and added by a direct loop.
     direct: float
     # A copy from device memory into that of a multiprocessor, of 1 to 16 bytes.
     loads: float
     # A matrix product, however small.
     products: float
-    # How much a second worker adds to the rate of steps that wait for memory.
+    # The gain of a second worker in steps that wait for memory, as a fraction of one.
     crowding: float
     # One block of work, and one more worker.
     block: float
     worker: float
-    # Less work than this, in nanoseconds, is not worth a second worker.
+    # Work of fewer nanoseconds than this gets one worker.
     worth_workers: float
-    # Multiprocessors, among which a kernel's blocks are shared out, and how many times
-    # as fast products of halves, or of float32 as TF32, are.
+    # Multiprocessors that share a kernel's blocks, and the speedup of products of half
+    # types, or of float32 as TF32.
     processors: int = 0
     tensor: float = 1
 
     def on_tensor_cores(self, *, wanted: bool) -> "Rates":
-        """The rates of products there, if they run there."""
+        """The rates with products on tensor cores, if they run there."""
         if not wanted or self.tensor == 1:
             return self
         return self._replace(multiply=self.multiply / self.tensor)
 
 
 class Price(NamedTuple):
-    """Nanoseconds of one worker: of steps that are shared out evenly, and of others.
+    """Nanoseconds of one worker: of steps that scale with workers, and of others.
 
-    The others wait for memory together, where a second worker adds less than its own.
+    The others wait for memory, for which workers compete.
     """
 
     even: float
     crowded: float
 
     def of(self, workers: int, rates: Rates) -> float:
-        """Nanoseconds of so many workers."""
+        """Nanoseconds with this number of workers."""
         crowd = 1 + rates.crowding * (workers - 1)
         return self.even / workers + self.crowded / crowd + (workers - 1) * rates.worker
 
 
 def price(work: Work, rates: Rates) -> Price:
-    """What the rates give for this work."""
+    """The price of this work."""
     short = 1 + rates.short / max(work.short_side, 1)
     product = work.multiply * rates.multiply * short + work.loads * rates.loads
     if work.tiles and rates.processors:
@@ -143,7 +145,7 @@ CPU_RATES = Rates(
 )
 
 # From data sheets of an H200 and not yet measured on one: float32 products at 45
-# TFLOP/s, copies at 4 TB/s, 5 µs for a launch; a direct loop reads two cells for a
+# TFLOP/s, copies at 4 TB/s, 5 µs for a launch; a direct loop reads two elements for a
 # multiply-add, of 32 in each clock of 132 processors at 1.8 GHz; a copy takes eight
 # instructions, of 128 in each clock.  Other GPUs get them in proportion.
 CUDA_RATES = Rates(
@@ -168,29 +170,29 @@ CUDA_RATES = Rates(
     tensor=8,
 )
 
-# Tables that were measured, by the GPU's name; each goes before what is derived.
+# Measured rates, by the GPU's name; they take precedence over derived ones.
 MEASURED_RATES: dict[str, Rates] = {}
 
-# The steps that wait for device memory; all others but `multiply` have no unit of it.
+# The steps that wait for device memory.
 _MEMORY_STEPS = (
     *("gather", "scatter", "copy", "transform", "last_transform"),
     *("transpose", "reread", "fourier", "direct"),
 )
 
-# Multiprocessors with half as many float32 lanes as all others have.
+# Architectures whose multiprocessors have 64 float32 lanes; all others have 128.
 _HALF_AS_WIDE = ("70", "72", "75", "80")
 
 # The first architecture whose tensor cores and asynchronous copies are used.
 MODERN = 80
 
-# Columns of one block, as a share of the L2 cache: the rest is for what is read and
-# written on the way, so that columns never travel to device memory.  Not yet measured.
+# Columns of one block, as a fraction of the L2 cache: the rest is for operands and
+# results, so that columns stay in the cache.  Not yet measured.
 _L2_SHARE = 0.5
 _UNKNOWN_L2_BLOCK = 64 * 2**20
 
 
 class Gpu(NamedTuple):
-    """What a CUDA device says of itself; 0 where it says nothing."""
+    """The properties of a CUDA device; 0 if unknown."""
 
     name: str
     compute_capability: str
@@ -203,8 +205,8 @@ class Gpu(NamedTuple):
     @property
     def multiplications(self) -> float:
         """Multiply-adds of float32 in a nanosecond, at best."""
-        splits = 64 if self.compute_capability in _HALF_AS_WIDE else 128
-        return self.multiprocessors * splits * self.kilohertz * 1e-6
+        lanes = 64 if self.compute_capability in _HALF_AS_WIDE else 128
+        return self.multiprocessors * lanes * self.kilohertz * 1e-6
 
     @property
     def bandwidth(self) -> float:
@@ -226,7 +228,7 @@ def cuda_rates(gpu: Gpu) -> Rates:
         multiply=CUDA_RATES.multiply / faster,
         loads=CUDA_RATES.loads / faster,
         processors=gpu.multiprocessors or CUDA_RATES.processors,
-        # Those of older devices are not used by the kernels of ours.
+        # Our kernels do not use the tensor cores of older devices.
         tensor=CUDA_RATES.tensor if int(gpu.compute_capability) >= MODERN else 1,
         **moved,
     )

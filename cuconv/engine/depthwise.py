@@ -155,9 +155,9 @@ def plan_depthwise(
     if flat.buffers:
         what = "w must be copied: its axes C and M do not lie in one run"
         refuse_capture(backend, what)
-    target = None if out is None else stub_of("out", out)
-    own = flat.stubs(named), target, chosen.settled(), backend
-    request = Request("forward", geometry, *own)
+    stubs, target = flat.stubs(named), None if out is None else stub_of("out", out)
+    settled = chosen.settled()
+    request = Request("forward", geometry, stubs, target, settled, backend)
     plan: Any = _planned({"y": request}, flat)["y"]
     plan.check_result(out, named, captured=plan.problem.captured)
     return plan  # type: ignore[no-any-return]

@@ -1,4 +1,4 @@
-"""Running the parts of a plan, in one workspace."""
+"""Run the parts of a plan in one workspace."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -16,7 +16,7 @@ from cuconv.strategies import Job
 
 
 class Memory:
-    """The workspace of a run: one allocation, or the stubs that stand in for it."""
+    """The workspace of a run: one allocation, or its stub while steps are recorded."""
 
     def __init__(self, raw: Array, recording: Recording | None = None) -> None:
         self.raw = raw
@@ -24,12 +24,12 @@ class Memory:
 
     @classmethod
     def recorded(cls, nbytes: int, recording: Recording) -> "Memory":
-        """Stand in for a workspace of so many bytes."""
+        """A stub of a workspace of this size."""
         raw = stub_array((nbytes,), np.dtype(np.uint8), name=SHARED)
         return cls(raw, recording)
 
     def shared(self, start: int, buffers: Sequence[Buffer]) -> dict[str, Array]:
-        """The buffers that all workers see."""
+        """The buffers that all workers share."""
         return carve(self.raw, start, buffers)
 
     def own(
@@ -50,7 +50,8 @@ class Run(NamedTuple):
     """One run of a plan's steps: on arrays, or on stubs that record it.
 
     ``arrays`` are those of the call and the buffers of a rewrite, by their names;
-    ``candidates`` run its parts, of which this run may see some, from ``first`` on.
+    ``candidates`` are those of all parts of the plan, of which this run uses those from
+    ``first`` on.
     """
 
     backend: Backend
@@ -86,7 +87,7 @@ class Run(NamedTuple):
         bias: Array | None,
         out: Array,
     ) -> None:
-        """Run a part, with the workspace that is left to the parts."""
+        """Run a part, in the workspace after the rewrite's buffers."""
         number += self.first
         candidate = self.candidates[number]
         problem, strategy = candidate.problem, candidate.strategy
@@ -111,8 +112,8 @@ def _weight_grad(
     if not candidate.problem.transposed:
         candidate.strategy.weight_grad(job, dy, x, out)
         return
-    # Σ dy · x̄ of the caller's is the conjugate of what the strategy sums, which
-    # takes the one for the other.
+    # With dy and x exchanged, the strategy sums the conjugate of the caller's Σ dy ·
+    # x̄.
     candidate.strategy.weight_grad(job, x, dy, out)
     if candidate.problem.operand.kind == "c":
         job.backend.do(job.backend.xp.conjugate, out, out)
@@ -143,7 +144,7 @@ def job_of(
 def fill(
     backend: Backend, out: Array, bias: Array | None, geometry: ConvGeometry
 ) -> None:
-    """Write the sum over nothing: zero, or the bias."""
+    """Write the empty sum: zero, or the bias."""
     out = base_array(out)
     backend.fill(out, 0)
     if bias is not None and out.size:

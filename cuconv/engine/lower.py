@@ -1,4 +1,4 @@
-"""Which rewrite a call needs: the way from a request to steps."""
+"""The choice of a rewrite: from a request to a lowering."""
 
 from cuconv.engine.lowering import Lowering
 from cuconv.engine.request import Request

@@ -1,4 +1,4 @@
-"""What a call is lowered to: steps over one workspace, some of them basic convolutions."""
+"""What a call is lowered to: steps over one workspace, and basic convolutions."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -21,7 +21,7 @@ class Lowering(ABC):
     """Steps that compute a call.
 
     ``parts`` are the basic convolutions among them: each was planned alone, and the
-    first says what strategy runs.  ``buffers`` are memory beside that of the parts.
+    first gives the plan's strategy.  ``buffers`` are memory beside that of the parts.
     """
 
     parts: tuple[PlanningResult, ...]
@@ -40,12 +40,12 @@ class Lowering(ABC):
 
     @property
     def composition(self) -> str:
-        """The parts, in a phrase; empty for one that is the whole."""
+        """A phrase for the parts; empty for a basic convolution."""
         return ""
 
     @property
     def chunks(self) -> int:
-        """How many blocks the work is cut into."""
+        """The number of blocks that the work is split into."""
         return sum(part.best.chunks for part in self.parts)
 
     @property
@@ -55,7 +55,7 @@ class Lowering(ABC):
 
     @property
     def nanoseconds(self) -> float:
-        """How long a run is estimated to take."""
+        """The estimated time of a run."""
         return sum(part.best.nanoseconds for part in self.parts)
 
     @property
@@ -69,7 +69,7 @@ class Lowering(ABC):
 
     @property
     def memory_limit(self) -> int:
-        """The limit that holds."""
+        """The memory limit that applies."""
         return workspace_bytes(self.buffers) + self.parts[0].limit
 
 
@@ -105,13 +105,13 @@ def basic_part(request: Request, *, flipped: bool = False) -> PlanningResult:
 
 
 def held(parts: Iterable[PlanningResult]) -> int:
-    """Bytes that parts take beyond inputs and results, run after each other.
+    """Bytes that parts need beyond inputs and results, run one after another.
 
-    The largest workspace serves all; another part's threads may have more overhead.
+    They share the largest workspace; the largest overhead may be another part's.
     """
-    each = [(p.best.memory_bytes, p.best.overhead_bytes) for p in parts]
-    memories, overheads = zip(*each, strict=True) if each else ((0,), (0,))
-    return max(memories) + max(overheads)
+    best = [part.best for part in parts]
+    memory = max((each.memory_bytes for each in best), default=0)
+    return memory + max((each.overhead_bytes for each in best), default=0)
 
 
 def overhead_of(parts: Iterable[PlanningResult]) -> int:
@@ -129,9 +129,10 @@ def held_by(lowerings: Iterable[Lowering]) -> int:
 def within(
     calls: Mapping[Key, Callable[[], Lowering]], limit: MemoryLimit
 ) -> dict[Key, Lowering]:
-    """Lowerings that each fit a limit, so that they do so after each other too.
+    """Lowerings that fit a limit, run one after another.
 
-    Of one thread each they have the same overhead, and the largest alone counts.
+    If they do not with all threads, each is planned for one: their overheads are equal
+    then, and only the largest workspace counts.
     """
     found = all_within(calls)
     if not isinstance(limit, int) or held_by(found.values()) <= limit:

@@ -1,4 +1,4 @@
-"""Plans: what will run, why, and running it."""
+"""Plans: the chosen steps, the reasons, and running them."""
 
 import copy
 from collections.abc import Callable, Iterable, Sequence
@@ -23,38 +23,35 @@ from cuconv.engine.lower import lower
 from cuconv.engine.lowering import Lowering
 from cuconv.engine.planner import PlanningResult
 from cuconv.engine.problem import NAMES, ROLES, Problem, check_shape, shapes_of
-from cuconv.engine.program import MOST_BYTES, Program, Recording, TooManySteps
+from cuconv.engine.recorded import MOST_BLOCKS, NEEDS_OUT, Recorded
 from cuconv.engine.request import ZERO_POINTS, Request
 from cuconv.engine.tile_search import Candidate
 from cuconv.geometry import Axis, ConvGeometry
-from cuconv.memory import ALIGNED, allocated, buffer_bytes, carve, with_start
+from cuconv.memory import allocated, buffer_bytes, carve, with_start
 from cuconv.options import Options
 
-# Why a call without `out` is refused while a CUDA graph is captured.
-NEEDS_OUT = "cannot allocate the result during CUDA graph capture: pass out="
-# The most blocks that are worth recording: the work of more takes longer by far than
-# finding out what to do.
-MOST_BLOCKS = 32
 
-
-class LoweredCall:
-    """The steps of a call: tuned if that was asked, recorded once, then replayed."""
+class LoweredCall(Recorded):
+    """A call that was lowered; ``strategy="benchmark"`` times its candidates first."""
 
     def __init__(self, lowering: Lowering, backend: Backend, options: Options) -> None:
-        self.lowering, self.backend, self.options = lowering, backend, options
+        self.lowering, self.options = lowering, options
         self.candidates: list[Candidate] = [part.best for part in lowering.parts]
         self._is_tuned = options.strategy != "benchmark"
-        self._is_recordable = lowering.chunks <= MOST_BLOCKS
-        self._program: Program | None = None
-        self._summarize()
+        super().__init__(backend, lowering.chunks)
+        self.renew()
 
-    def _summarize(self) -> None:
-        """Work out what every run asks of the candidates that run."""
-        self.is_single_threaded = all(
-            candidate.problem.single_threaded for candidate in self.candidates
-        )
+    def renew(self) -> None:
+        """Forget what was recorded, and see what the candidates that run ask for."""
+        self._is_recordable = self.lowering.chunks <= MOST_BLOCKS
+        self._program = None
         # For how many threads it is, where that matters.
         self.threads = 0 if self.is_single_threaded else self.backend.workers()
+
+    @property
+    def is_single_threaded(self) -> bool:
+        """Whether no product is worth a second thread."""
+        return all(c.problem.single_threaded for c in self.candidates)
 
     @property
     def workers(self) -> int:
@@ -64,9 +61,8 @@ class LoweredCall:
     def with_candidates(self, candidates: list[Candidate]) -> Self:
         """The same call, whose parts are run by these."""
         other = copy.copy(self)
-        other.candidates, other._program = candidates.copy(), None
-        other._is_recordable = self.lowering.chunks <= MOST_BLOCKS
-        other._summarize()
+        other.candidates = candidates.copy()
+        other.renew()
         return other
 
     def _memory_of(self, candidate: Candidate) -> int:
@@ -76,59 +72,21 @@ class LoweredCall:
         return shared + workers * buffer_bytes(needs.per_worker)
 
     @property
-    def _memory_bytes(self) -> int:
+    def nbytes(self) -> int:
         """Bytes of all buffers."""
-        each = [self._memory_of(candidate) for candidate in self.candidates]
+        each = [self._memory_of(c) if c.flops else 0 for c in self.candidates]
         return with_start(self.lowering.bytes_around(each))
+
+    @property
+    def spare_bytes(self) -> int:
+        overhead = max(candidate.overhead_bytes for candidate in self.candidates)
+        return self.lowering.memory_limit - self.nbytes - overhead
 
     def execute(self, arrays: dict[str, Array]) -> None:
         """Run it on arrays that have been checked, by their names."""
-        if self._program is None:
-            self._execute_first(arrays)
-        else:
-            self.backend.execute(self._program, arrays)
-
-    def _execute_first(self, arrays: dict[str, Array]) -> None:
-        """Run it while no program is recorded; record one if that is worth it."""
-        captured = any(candidate.problem.captured for candidate in self.candidates)
-        if not self._is_tuned and not captured:
+        if not self._is_tuned and not any(c.problem.captured for c in self.candidates):
             self._tune(arrays)
-        if self._is_recordable:
-            self._is_recordable = False
-            self._program = self._recorded(arrays)
-        if self._program is not None:
-            self.backend.execute(self._program, arrays)
-        else:
-            self._run_steps(arrays)
-
-    def _run_steps(self, arrays: dict[str, Array]) -> None:
-        """Run the steps without recording them."""
-        backend = self.backend
-
-        def body(worker: int) -> None:
-            del worker
-            with backend.memory(self._memory_bytes) as raw:
-                self._steps(backend, arrays, Memory(raw))
-
-        # As a worker, with what NumPy buffers within bounds.
-        with backend.device_of(next(iter(arrays.values()))):
-            backend.parallel(body, 1, single_threaded=True)
-
-    def _recorded(self, arrays: dict[str, Array]) -> Program | None:
-        """Record the steps for arrays of this layout, if the program is not too long."""
-        overhead = max(candidate.overhead_bytes for candidate in self.candidates)
-        nbytes = self._memory_bytes
-        if self.lowering.memory_limit - nbytes - overhead < MOST_BYTES:
-            return None
-        stubs = {name: stub_of(name, array) for name, array in arrays.items()}
-        recording = Recording(self.backend, stubs)
-        memory = Memory.recorded(max(nbytes - ALIGNED, 0), recording)
-        try:
-            self._steps(recording.backend, stubs, memory)
-        except TooManySteps:
-            return None
-        single = self.is_single_threaded
-        return Program(recording, nbytes, self.workers, single_threaded=single)
+        super().execute(arrays)
 
     def _steps(self, backend: Any, arrays: dict[str, Array], memory: Memory) -> None:
         buffers = self.lowering.buffers
@@ -152,7 +110,7 @@ class LoweredCall:
                 remember(machine, key, winner)
             self.candidates[number] = part.candidates[winners.index(winner)]
         self._is_tuned = True
-        self._summarize()
+        self.renew()
 
     def _trial(
         self, number: int, candidate: Candidate, arrays: dict[str, Array]
@@ -192,10 +150,14 @@ class Plan(LoweredCall):
         self.result_shape, self.dtype = request.result_shape, request.types.result
         self.names = (*ROLES[self.call], *ZERO_POINTS)
         self._weights: dict[str, Array] = {}
-        # Operands that are numbers.
+        # Operands that are numbers, not arrays.
         self._numbers = {n: a for n, a in arrays.items() if not is_array(a)}
-        self._others: dict[Any, Plan] = {}
         super().__init__(lowering, request.backend, request.options)
+
+    def renew(self) -> None:
+        """The same; and forget the plans for arrays that lie otherwise."""
+        super().renew()
+        self._others: dict[Any, Plan] = {}
 
     @property
     def _first(self) -> PlanningResult:
@@ -203,7 +165,7 @@ class Plan(LoweredCall):
 
     @property
     def memory_limit(self) -> int:
-        """The limit that holds: the one that was given, or what the library chose."""
+        """The limit that applies: the one that was given, or the library's default."""
         return self.lowering.memory_limit
 
     @property
@@ -218,7 +180,7 @@ class Plan(LoweredCall):
 
     @property
     def chunks(self) -> int:
-        """How many blocks the work is cut into."""
+        """The number of blocks that the work is split into."""
         return self.lowering.chunks
 
     @property
@@ -228,12 +190,12 @@ class Plan(LoweredCall):
 
     @property
     def passed_over(self) -> dict[str, str]:
-        """Every other strategy, and why it does not run."""
+        """Every other strategy, with the reason why it does not run."""
         return {**self.lowering.instead_of, **dict(self._first.passed_over)}
 
     @property
     def bytes_moved(self) -> int:
-        """The least that must be read and written: both operands and the result."""
+        """The least number of bytes to read and write: both operands and the result."""
         g = self.request.geometry
         sizes = {"x": g.images * g.channels * g.cells, "w": g.filters * g.patch}
         sizes["y"] = g.results * g.filters * g.positions
@@ -250,12 +212,12 @@ class Plan(LoweredCall):
 
     @property
     def is_prepared(self) -> bool:
-        """Whether weights are built in."""
+        """True if weights are built in."""
         return bool(self._weights)
 
     @property
     def is_capturable(self) -> bool:
-        """Whether a run launches kernels alone and allocates nothing."""
+        """True if a run launches kernels alone and allocates nothing."""
         return self.lowering.is_capturable and all(
             c.strategy.capturable and not self._memory_of(c) for c in self.candidates
         )
@@ -272,9 +234,9 @@ class Plan(LoweredCall):
         ----------
         *arrays
             ``(x, w, bias)``, ``(dy, w)`` or ``(dy, x)``, in the shapes and the type of
-            the plan.  After `prepare`, the weights are left out.  Arrays that lie in
-            memory otherwise than the plan assumed get a plan of their own, with the
-            same options.
+            the plan.  After `prepare`, the weights are left out.  Arrays with other
+            strides than those of the plan get a plan of their own, with the same
+            options.
         out
             Array of ``result_shape`` to write the result to.
 
@@ -288,7 +250,7 @@ class Plan(LoweredCall):
         ValueError, TypeError
             If shapes, types, device or the number of arrays are not those of the
             plan; while a CUDA graph is captured, without ``out``, and for a prepared
-            plan that a graph cannot hold.
+            plan that cannot be captured.
         """
         key = layouts_of((*arrays, out))
         if key is None:
@@ -321,9 +283,7 @@ class Plan(LoweredCall):
                     f"a prepared plan takes C-contiguous arrays; {', '.join(each)}"
                 )
             if not self.is_capturable:
-                what = (
-                    f"the plan was prepared for {self.strategy}, which it cannot hold"
-                )
+                what = f"the plan, prepared for {self.strategy}, cannot be part of it"
                 refuse_capture(self.backend, what, captured=captured)
             return self
         if misplaced or not self._is_tuned or (captured and not self.is_capturable):
@@ -333,7 +293,7 @@ class Plan(LoweredCall):
     def check_result(
         self, out: Array | None, arrays: dict[str, Array], *, captured: bool
     ) -> None:
-        """Refuse an ``out`` that cannot take the result, or none in a capture."""
+        """Raise if ``out`` cannot take the result, or is None in a capture."""
         if out is None:
             refuse_capture(self.backend, NEEDS_OUT, captured=captured)
             return
@@ -341,7 +301,7 @@ class Plan(LoweredCall):
         check_overlap(self.backend.xp, out, arrays)
 
     def _misplaced(self, given: dict[str, Array], out: Array | None) -> list[str]:
-        """The arrays that have another layout than the plan's, by their names."""
+        """The names of the arrays that have another layout than the plan's."""
         stubs = {**self.request.arrays, "out": self.request.result}
         arrays = given if out is None else {**given, "out": base_array(out)}
         return sorted(
@@ -356,8 +316,8 @@ class Plan(LoweredCall):
         Parameters
         ----------
         w
-            The weights, in the shape and the type of the plan.  They are copied: what
-            happens to ``w`` later does not matter.
+            The weights, in the shape and the type of the plan.  They are copied: later
+            changes of ``w`` have no effect.
 
         Returns
         -------
@@ -383,7 +343,7 @@ class Plan(LoweredCall):
             raise ValueError("the gradient of the weights has no weights to prepare")
         self._check(["w"], (w,), {"w": w})
         refuse_capture(self.backend, "prepare the weights before it")
-        # Weights that lie ready would be read where they lie: a copy lies ready too.
+        # A strategy may read the weights in place: copy them first.
         with self.backend.device_of(w):
             own = self.backend.xp.array(
                 base_array(w), dtype=self.problem.operand, order="C", copy=True
@@ -395,15 +355,10 @@ class Plan(LoweredCall):
         plan = self.with_candidates(self.candidates)
         plan.names = tuple(name for name in self.names if name != "w")
         # Prepared weights are what one candidate takes, and no other.
-        plan._is_tuned = True
+        plan._is_tuned = True  # noqa: SLF001 - a copy of itself
         each = enumerate(self.lowering.weights_of(w))
-        plan._weights = {f"weights{n}": self._prepared(n, own) for n, own in each}
-        return plan
-
-    def with_candidates(self, candidates: list[Candidate]) -> Self:
-        """The same plan, whose parts are run by these."""
-        plan = super().with_candidates(candidates)
-        plan._others = {}
+        prepared = {f"weights{n}": self._prepared(n, own) for n, own in each}
+        plan._weights = prepared  # noqa: SLF001
         return plan
 
     def _prepared(self, number: int, w: Array) -> Array:
@@ -411,14 +366,14 @@ class Plan(LoweredCall):
         if not self.flops:
             return w
         kept = allocated(backend.xp, candidate.workspace.weights)
-        with backend.memory(self._memory_bytes) as raw:
+        with backend.memory(self.nbytes) as raw:
             job, _ = job_of(
                 candidate, backend, Memory(raw), 0, number, with_weights=False
             )
             return candidate.strategy.weights(job, w, kept)
 
     def run(self, arrays: Sequence[Array | None], out: Array | None) -> Array:
-        """Run it on arrays that have been checked."""
+        """Run it on checked arrays."""
         backend = self.backend
         result = backend.empty(self.result_shape, self.dtype) if out is None else out
         named = dict(zip(self.names, arrays, strict=False))
@@ -442,7 +397,7 @@ class Plan(LoweredCall):
         given: dict[str, Array],
         out: Array | None = None,
     ) -> None:
-        """Refuse arrays that this plan was not made for."""
+        """Raise if this plan is not for these arrays."""
         has_bias = self.problem.has_bias
         needed = [name for name in names if name != "bias"]
         if has_bias and "bias" in names:
@@ -460,7 +415,7 @@ class Plan(LoweredCall):
             raise TypeError(f"the plan is for {xp.__name__} arrays")
         place = backend_of(xp, next(iter(given.values()))).device
         if place != mine:
-            raise ValueError(f"the arrays lie on {place} and the plan is for {mine}")
+            raise ValueError(f"the arrays are on {place} and the plan is for {mine}")
         shapes = shapes_of(self.call, self.request.geometry)
         planned = self.options.dtype and np.dtype(self.options.dtype)
         for name, array in given.items():
@@ -474,7 +429,7 @@ class Plan(LoweredCall):
         return "\n".join(f"{name:<14}{text}" for name, text in self.rows())
 
     def rows(self) -> Iterable[tuple[str, str]]:
-        """What `print` shows, line by line: a word and its text."""
+        """The lines of `print`: a heading and its text."""
         p, g, candidate = self.problem, self.request.geometry, self.candidates[0]
         tile = candidate.tiling.tile
         cells = "×".join(map(str, (tile.images, *tile.cells)))
@@ -503,7 +458,7 @@ class Plan(LoweredCall):
             yield "passed over", f"{name}: {reason}"
 
     def as_dict(self) -> dict[str, Any]:
-        """What `print` shows, as numbers and words that JSON can hold.
+        """The content of `print`, as numbers and strings for JSON.
 
         Returns
         -------
@@ -512,13 +467,12 @@ class Plan(LoweredCall):
             (pairs), ``dilation`` and ``input_dilation`` axis by axis,
             ``padding_mode``, ``groups``, ``batch_groups``, ``layout`` and whether
             there is a ``bias``; ``dtype`` (of the result), ``device``, ``precision``
-            and ``deterministic``; ``strategy``, with what it leaves open
-            ``strategy_label``, and the ``parts`` that run it; the number of ``chunks``
-            and of ``workers``; ``workspace_bytes``, ``memory_limit`` and
-            ``bytes_moved`` in bytes, ``flops`` in operations, ``arithmetic_intensity``
-            in operations for each byte; ``estimate_nanoseconds``, what the rates say
-            and no measurement; and ``passed_over``, the reasons by the names of the
-            other strategies.
+            and ``deterministic``; ``strategy``, with its variant ``strategy_label``,
+            and the ``parts`` that run it; the number of ``chunks`` and of ``workers``;
+            ``workspace_bytes``, ``memory_limit`` and ``bytes_moved`` in bytes,
+            ``flops`` in operations, ``arithmetic_intensity`` in operations for each
+            byte; ``estimate_nanoseconds``, which is estimated and not measured; and
+            ``passed_over``, the reasons by the names of the other strategies.
 
         Examples
         --------
@@ -564,7 +518,7 @@ class Plan(LoweredCall):
 
     @property
     def _outer_shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """The shapes of x and y as the caller knows them."""
+        """The shapes of the caller's x and y."""
         g = self.request.geometry
         both = g.x_shape, g.y_shape
         return both[::-1] if self.problem.transposed else both
@@ -584,4 +538,4 @@ def _axis_text(axis: Axis, *, transposed: bool) -> str:
     size, out = axis.size, axis.out
     if transposed:
         size, out = out, size
-    return f"{size} cells, {axis.kernel} taps, {steps}, {pads}, {out} out"
+    return f"{size} elements, {axis.kernel} taps, {steps}, {pads}, {out} out"

@@ -1,10 +1,9 @@
-"""Which strategy runs.
+"""The choice of a strategy.
 
-Pure: a plan follows from shapes, types and settings alone, and is cached.  Every
-strategy that can run a problem is searched for tiles that fit
-(`cuconv.engine.tile_search`) and priced with the rates of the array module
-(`cuconv.engine.costs`); the cheapest is chosen.  What was passed over, and why, is
-worked out when it is asked.
+The result depends on shapes, types and settings alone, and is cached.  For every
+strategy that supports a problem, `cuconv.engine.tile_search` finds tiles that fit, and
+`cuconv.engine.costs` estimates their time with the rates of the backend; the cheapest
+is chosen.  The reasons against the others are computed when they are asked for.
 """
 
 from collections.abc import Iterable
@@ -18,13 +17,13 @@ from cuconv.lazy import lazy
 from cuconv.memory import MemoryLimit, MemoryLimitError
 from cuconv.strategies import Strategy, strategies
 
-# More than 1 by what rounding may do to a sum of prices.
+# More than 1 by the rounding error of a sum of prices.
 _ROUNDED = 1 + 1e-9
 
 
 @dataclass(frozen=True)
 class PlanningResult:
-    """The best candidate; the others, and why they were passed over, when asked."""
+    """The best candidate; the others, and the reasons against them, on demand."""
 
     best: Candidate
     limit: int
@@ -61,11 +60,11 @@ class PlanningResult:
 def decide(
     problem: Problem, backend: Backend, name: str, limit: int | None, workers: int
 ) -> PlanningResult:
-    """The decision for a problem.
+    """Choose the candidate for a problem.
 
-    Without a limit of the user's, the default of the array module holds, and is lifted
-    to the smallest that will do where even that is larger.  While a CUDA graph is
-    captured, whatever the limit, nothing that needs a workspace fits.
+    Without a limit of the user's, the default of the backend applies, or the smallest
+    possible if that is larger.  While a CUDA graph is captured, whatever the limit,
+    nothing that needs a workspace fits.
 
     Raises
     ------
@@ -95,7 +94,7 @@ def floor(problem: Problem, backend: Backend, limit: MemoryLimit) -> float:
 
 
 def check_strategy_name(name: str) -> None:
-    """Refuse a word that names no strategy, and is none of the others."""
+    """Raise if a string is not the name of a strategy, "auto" or "benchmark"."""
     words = "auto", "benchmark", *strategies()
     if name not in words:
         quoted = ", ".join(map(repr, words))
@@ -117,7 +116,7 @@ def _best(
 ) -> Candidate:
     """The candidate of the lowest rank, the first of several.
 
-    Searches go by the least that they can find, and end where that is too much.
+    Searches run in the order of their lower bounds, and stop once those are too high.
     """
     searches = enumerate(_searches(problem, backend, name, limit))
     found: list[tuple[float, int, Candidate]] = []
@@ -159,7 +158,7 @@ def _every(
 def _searches(
     problem: Problem, backend: Backend, name: str, limit: int
 ) -> list[TileSearch]:
-    """A search for every strategy that can, in each form and variant."""
+    """A search for every strategy that supports the problem, by form and variant."""
     room = 0 if problem.captured else limit
     return [
         TileSearch(strategy, form, backend, variant, room)
@@ -177,15 +176,15 @@ def _named(name: str) -> Iterable[Strategy]:
 
 
 def _forms(problem: Problem) -> list[Problem]:
-    """The problem as it was put, and as the convolution that it also is."""
+    """The problem, and the forward pass that it also is, if any."""
     other = problem.as_forward
     return [problem] if other is None else [problem, other]
 
 
 def _refusal(strategy: Strategy, problem: Problem) -> str:
-    """Why a strategy runs the problem in none of its forms; empty if it can."""
+    """The reason why a strategy cannot run the problem in any form; empty if it can."""
     if problem.captured and not strategy.capturable:
-        return "a CUDA graph is being captured, which cannot hold cuBLAS or cuFFT"
+        return "a CUDA graph is being captured, which cannot contain cuBLAS or cuFFT"
     answers = [strategy.supports(form) for form in _forms(problem)]
     if any(able for able, _ in answers):
         return ""
@@ -194,7 +193,7 @@ def _refusal(strategy: Strategy, problem: Problem) -> str:
 
 def _too_large(size: int, problem: Problem) -> str:
     if problem.captured:
-        return f"needs {size} bytes of workspace, which a CUDA graph cannot hold"
+        return f"needs {size} bytes of workspace, which a CUDA graph cannot allocate"
     return f"needs {size} bytes at least"
 
 

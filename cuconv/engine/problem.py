@@ -1,4 +1,4 @@
-"""What a strategy is asked: the one hashable value that its plan depends on."""
+"""The problem of a strategy: the hashable value that its plan depends on."""
 
 from dataclasses import dataclass, fields, replace
 
@@ -8,17 +8,17 @@ from cuconv.geometry import ConvGeometry
 from cuconv.lazy import lazy
 
 OPERATIONS = ("forward", "input_grad", "weight_grad")
-# What a transposed convolution and its gradients are to the adjoint convolution: y of
+# The names of the adjoint convolution's operations for a transposed convolution: y of
 # one is x of the other, and the weights are the same.
 TRANSPOSED = {
     "input_grad": "transpose",
     "forward": "transpose_input_grad",
     "weight_grad": "transpose_weight_grad",
 }
-# Of each transposed operation, the one of the adjoint convolution.
+# The operation of the adjoint convolution for each transposed operation.
 CONVOLUTION = {call: op for op, call in TRANSPOSED.items()}
-# The arrays of each operation, in the order in which they are given, and what each is
-# to the convolution that the strategies run.
+# The arrays of each operation, in the order of its arguments, and the role of each in
+# the convolution that the strategies run.
 ROLES = {
     "forward": {"x": "x", "w": "w", "bias": "bias"},
     "input_grad": {"dy": "dy", "w": "w"},
@@ -36,7 +36,7 @@ NAMES = {
     "transpose_weight_grad": "the gradient of a transposed convolution's weights",
 }
 
-# OpenBLAS gives products up to this size to one thread, whatever it was told.
+# OpenBLAS uses one thread for products up to this size, whatever the setting.
 SINGLE_THREADED_PRODUCT = 2**18
 
 
@@ -45,15 +45,15 @@ class Problem:
     """Everything that a strategy's plan depends on; equal problems have equal plans.
 
     ``zero_copy`` names the arrays (``x``, ``w``, ``dy``, ``out``) that BLAS can read or
-    write where they lie: the right type, and strides that make a matrix; ``run`` is
-    among them where the result is one run of memory.  ``source`` is the type of the
-    array that is gathered, and ``needs_cast`` names all arrays whose type is not that
-    of the operands.  ``flipped`` marks the forward pass over dy that an input gradient
-    is: its weights are those of the caller, filters and channels exchanged, taps in
-    reverse.  ``captured``: the call is recorded into a CUDA graph, which holds launches
-    of kernels and no memory of its own.  ``transposed``: it is one of `TRANSPOSED`,
-    where the arrays have the roles of the adjoint convolution; a transposed convolution
-    is an input gradient, but for what is conjugated.
+    write in place: they have the right type, and strides of a matrix.  It contains
+    ``run`` if the result is contiguous.  ``source`` is the type of the array that is
+    gathered, and ``needs_cast`` names all arrays whose type is not that of the
+    operands.  ``flipped`` marks the forward pass over dy that an input gradient is: its
+    weights are those of the caller, filters and channels exchanged, taps in reverse.
+    ``captured``: the call is recorded into a CUDA graph, which can launch kernels but
+    not allocate.  ``transposed``: it is one of `TRANSPOSED`, where the arrays have the
+    roles of the adjoint convolution; a transposed convolution is an input gradient, but
+    for what is conjugated.
     """
 
     op: str
@@ -73,13 +73,13 @@ class Problem:
 
     @property
     def call(self) -> str:
-        """The operation by its public name."""
+        """The public name of the operation."""
         op = "input_grad" if self.flipped else self.op
         return TRANSPOSED[op] if self.transposed else op
 
     @property
     def conjugates_weights(self) -> bool:
-        """Whether weights are multiplied conjugated: complex ones, in a gradient."""
+        """True if weights are multiplied conjugated: complex ones, in a gradient."""
         backward = self.flipped or self.op == "input_grad"
         return self.operand.kind == "c" and backward != self.transposed
 
@@ -95,13 +95,13 @@ class Problem:
 
     @property
     def uniform(self) -> bool:
-        """Whether a kernel of one type can read every array and store the result."""
+        """True if a kernel of one type can read every array and store the result."""
         stored = self.types.result in (self.operand, self.types.accumulate)
         return stored and not self.needs_cast
 
     @lazy
     def is_for_tensor_cores(self) -> bool:
-        """Whether its products run on tensor cores, where a device has some."""
+        """True if its products run on tensor cores, if the device has them."""
         return uses_tensor_cores(self.operand, fast=self.fast)
 
     @property
@@ -115,14 +115,14 @@ class Problem:
 
     @property
     def single_threaded(self) -> bool:
-        """Whether every product is so small that BLAS uses no second thread."""
+        """True if every product is so small that BLAS uses no second thread."""
         return self.geometry.multiplications <= SINGLE_THREADED_PRODUCT
 
     @lazy
     def as_forward(self) -> "Problem | None":
-        """An input gradient as the forward pass over dy; None where there is none.
+        """An input gradient as the forward pass over dy; None if there is no such form.
 
-        Strides forbid it, and a general convolution has no `ConvGeometry.adjoint`.
+        It needs stride 1 and a basic convolution; see `ConvGeometry.adjoint`.
         """
         g = self.geometry
         if self.op != "input_grad" or not (g.is_unit_stride and g.is_plain):
@@ -151,7 +151,7 @@ def shapes_of(call: str, geometry: ConvGeometry) -> dict[str, tuple[int, ...]]:
 
 
 def check_shape(name: str, array: Array, shape: tuple[int, ...]) -> None:
-    """Refuse an array of another shape."""
+    """Raise if an array has another shape."""
     if array.shape != shape:
         raise ValueError(f"{name} has shape {array.shape} and must have {shape}")
 

@@ -1,13 +1,13 @@
-"""Steps recorded once and run again: what a repeated call does.
+"""Programs: steps that are recorded once and run again by repeated calls.
 
-A strategy is ordinary code that makes views of arrays and hands them to functions
-through `Backend.do`.  Which views, and which functions, follows from shapes, strides
-and types alone.  So its first run is a recording on stubs (`ArrayStub`): every function
-and every view becomes a `Step`, and running the `Program` later builds the views of the
-caller's arrays, takes those of the workspace as they are, and calls the functions.
+A strategy is ordinary code that makes views of arrays and passes them to functions
+through `Backend.do`.  The views and functions depend on shapes, strides and types
+alone. So its first run is a recording on stubs (`ArrayStub`): every function with its
+views becomes a `Step`.  Running the `Program` later builds the views of the caller's
+arrays, reuses those of the workspace, and calls the functions.
 
-Some sources of views are memory of the call: ``shared`` is the workspace as all workers
-see it, and every region of a `Recording` the part of it that is a worker's own.
+Some sources of views are memory of the call: ``shared`` is the workspace that all
+workers share, and every region of a `Recording` is the part of it that one worker uses.
 """
 
 import copy
@@ -23,7 +23,7 @@ from cuconv import profiling
 from cuconv.arrays import Array, ArrayStub, DType, offset_of, strided, stub_array
 
 SHARED = "shared"
-# Longer programs take more memory than they save time.
+# Longer programs are not kept: they take memory, and save little time.
 MOST_STEPS = 400
 # What a program of so many steps takes, with its views of a workspace: it is recorded
 # where the memory limit has room for that.
@@ -34,7 +34,7 @@ Slots: TypeAlias = list[Any]
 
 
 class TooManySteps(Exception):  # noqa: N818 - a signal, no error
-    """A recording is longer than a program may be."""
+    """A recording has more steps than a program may have."""
 
 
 class View(NamedTuple):
@@ -57,7 +57,7 @@ class View(NamedTuple):
 
 
 class Step(NamedTuple):
-    """A function, and what picks its operands from the slots."""
+    """A function, and the getter of its operands from the slots."""
 
     function: Callable[..., Any]
     operands: Callable[[Slots], Iterable[Any]]
@@ -157,15 +157,12 @@ def _is_run(stub: ArrayStub) -> bool:
 
 def _is_simple(view: View, stub: ArrayStub) -> bool:
     """Whether a view is the array itself, a part of it, or one of another shape."""
-    if view.is_address:
-        return True
-    return _maker(view, stub) is None or isinstance(
-        _maker(view, stub), (itemgetter, methodcaller)
-    )
+    make = _maker(view, stub)
+    return make is None or isinstance(make, (itemgetter, methodcaller))
 
 
 def _maker(view: View, stub: ArrayStub) -> Callable[[Array], Array] | None:
-    """What makes a view of an array that has the layout of a stub; None: itself."""
+    """The function that makes a view of an array; None if the view is the array."""
     if view.is_address:
         return None
     if not view.offset and (view.shape, view.strides) == (stub.shape, stub.strides):
@@ -207,7 +204,7 @@ def _part(view: View, stub: ArrayStub) -> tuple[slice, ...] | None:
 
 
 class Recording:
-    """Takes the place of a backend's `do` and `each`, and keeps what they are asked."""
+    """Replaces `do` and `each` of a backend, and records the calls."""
 
     def __init__(self, backend: Any, stubs: dict[str, ArrayStub]) -> None:
         self.stubs = stubs
@@ -243,7 +240,7 @@ class Recording:
         *,
         single_threaded: bool,
     ) -> None:
-        """Record a phase: the steps of every item, as the first worker would do them."""
+        """Record a phase: the steps of every item, as by the first worker."""
         del single_threaded
         phase: list[list[Step]] = []
         self._phases.append((phase, len(scratch)))
@@ -282,7 +279,7 @@ class Recording:
 
 
 def _picker(slots: list[int]) -> Callable[[Slots], Iterable[Any]]:
-    """What picks these slots, quickly."""
+    """A fast getter of these slots."""
     if len(slots) > 1:
         return itemgetter(*slots)
     first = slots[0] if slots else 0

@@ -1,5 +1,6 @@
-"""Calls whose steps are recorded at their first run, and what every plan checks."""
+"""Calls whose steps are recorded at their first run, and replayed from then on."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -16,9 +17,102 @@ from cuconv.arrays import (
 )
 from cuconv.backends import Backend, refuse_capture
 from cuconv.engine.execute import Memory
-from cuconv.engine.plan import MOST_BLOCKS, NEEDS_OUT
-from cuconv.engine.program import Program, Recording, TooManySteps
+from cuconv.engine.program import MOST_BYTES, Program, Recording, TooManySteps
 from cuconv.memory import ALIGNED, Buffer, buffer_bytes, with_start
+
+# Why a call without `out` is refused while a CUDA graph is captured.
+NEEDS_OUT = "cannot allocate the result during CUDA graph capture: pass out="
+# The most blocks that are worth recording: the work of more takes longer by far than
+# finding out what to do.
+MOST_BLOCKS = 32
+
+
+class Recorded(ABC):
+    """The steps of a call on arrays of one layout: recorded once, then replayed.
+
+    Parameters
+    ----------
+    backend
+        The backend that runs it.
+    blocks
+        Into how many blocks the work is divided; many are not worth a recording.
+    threads
+        For how many threads it is; 0 where that does not matter.
+    """
+
+    # Bytes of the arrays that NumPy may take buffers for, beside the workspace.
+    buffered = 0
+
+    def __init__(self, backend: Backend, blocks: int, threads: int = 0) -> None:
+        self.backend, self.threads = backend, threads
+        self._program: Program | None = None
+        self._is_recordable = blocks <= MOST_BLOCKS
+
+    @property
+    @abstractmethod
+    def nbytes(self) -> int:
+        """Bytes of workspace."""
+
+    @property
+    @abstractmethod
+    def workers(self) -> int:
+        """How many threads work on it."""
+
+    @property
+    def is_single_threaded(self) -> bool:
+        """Whether no step is worth a second thread."""
+        return self.workers == 1
+
+    @property
+    def spare_bytes(self) -> int:
+        """What the memory limit leaves for a program beside the workspace."""
+        return MOST_BYTES
+
+    @abstractmethod
+    def _steps(self, backend: Any, arrays: dict[str, Array], memory: Memory) -> None:
+        """Run the steps, or record them."""
+
+    def execute(self, arrays: dict[str, Array]) -> None:
+        """Run it on arrays that have been checked, by their names."""
+        if self._program is None and self._is_recordable:
+            self._is_recordable = False
+            self._program = self._recorded(arrays)
+        if self._program is not None:
+            self.backend.execute(self._program, arrays)
+        else:
+            self._run_steps(arrays)
+
+    def _run_steps(self, arrays: dict[str, Array]) -> None:
+        """Run the steps without recording them."""
+        backend = self.backend
+
+        def body(worker: int) -> None:
+            del worker
+            with backend.memory(self.nbytes) as raw:
+                self._steps(backend, arrays, Memory(raw))
+
+        # As a worker, with what NumPy buffers within bounds.
+        with backend.device_of(next(iter(arrays.values()))):
+            backend.parallel(body, 1, single_threaded=True)
+
+    def _recorded(self, arrays: dict[str, Array]) -> Program | None:
+        """Record the steps for arrays of this layout, unless they are too many."""
+        if self.spare_bytes < MOST_BYTES:
+            return None
+        stubs = {name: stub_of(name, array) for name, array in arrays.items()}
+        recording, nbytes = Recording(self.backend, stubs), self.nbytes
+        memory = Memory.recorded(max(nbytes - ALIGNED, 0), recording)
+        try:
+            self._steps(recording.backend, stubs, memory)
+        except TooManySteps:
+            return None
+        return Program(
+            recording,
+            nbytes,
+            self.workers,
+            single_threaded=self.is_single_threaded,
+            buffered=self.buffered,
+        )
 
 
 class Result(NamedTuple):
@@ -30,7 +124,7 @@ class Result(NamedTuple):
 
 
 class Workspace(NamedTuple):
-    """The buffers of every worker, and into how many pieces the work is cut."""
+    """The buffers of every worker, and into how many pieces the work is divided."""
 
     buffers: tuple[Buffer, ...] = ()
     workers: int = 1
@@ -49,13 +143,13 @@ class Steps(Protocol):
         """Do it, or record it; ``scratch`` are the buffers of every worker."""
 
 
-class RecordedPlan:
-    """The steps of a call with arrays of one layout.
+class RecordedPlan(Recorded):
+    """The plan of a call with one kind of buffers, of pooling or of columns.
 
     Parameters
     ----------
-    backend
-        The backend that runs them.
+    backend, threads
+        As for `Recorded`.
     steps
         The steps.
     names
@@ -64,8 +158,6 @@ class RecordedPlan:
         The results; where there are several, a call returns all of them.
     workspace
         What the workers need.
-    threads
-        For how many threads it is; 0 where that does not matter.
     buffered
         Bytes of the arrays that NumPy may take buffers for.
     refusal
@@ -84,15 +176,22 @@ class RecordedPlan:
         buffered: int = 0,
         refusal: str | None = None,
     ) -> None:
-        self._steps, self._refusal = steps, refusal
-        self.backend, self.names, self.results = backend, names, results
-        self.workspace, self.threads = workspace, threads
-        self._own_bytes = buffer_bytes(workspace.buffers)
-        self._nbytes = with_start(workspace.workers * self._own_bytes)
-        self._buffered = buffered
+        super().__init__(backend, workspace.pieces, threads)
+        self.names, self.results, self.workspace = names, results, workspace
+        self.steps, self.buffered, self._refusal = steps, buffered, refusal
         self._may_capture = backend.xp is not np
-        self._program: Program | None = None
-        self._is_recordable = workspace.pieces <= MOST_BLOCKS
+
+    @property
+    def workers(self) -> int:
+        return self.workspace.workers
+
+    @property
+    def nbytes(self) -> int:
+        return with_start(self.workers * buffer_bytes(self.workspace.buffers))
+
+    def _steps(self, backend: Any, arrays: dict[str, Array], memory: Memory) -> None:
+        scratch = memory.own("own", 0, self.workspace.buffers, self.workers)
+        self.steps.run(backend, arrays, scratch)
 
     def run(self, arrays: Sequence[Array | None], out: Any) -> Any:
         """Run it on arrays that have been checked."""
@@ -106,10 +205,7 @@ class RecordedPlan:
             array = backend.empty(shape, dtype) if given is None else given
             named[name] = array if given is None else base_array(array)
             found.append(array)
-        if self._program is None:
-            self._run_first(named)
-        else:
-            backend.execute(self._program, named)
+        self.execute(named)
         return tuple(found) if len(found) > 1 else array
 
     def _refuse(self, outs: tuple[Array | None, ...]) -> None:
@@ -118,42 +214,6 @@ class RecordedPlan:
             refuse_capture(self.backend, NEEDS_OUT, captured=True)
         if self._refusal is not None:
             refuse_capture(self.backend, self._refusal, captured=True)
-
-    def _run_first(self, arrays: dict[str, Array]) -> None:
-        """Run it while no program is recorded; record one if that is worth it."""
-        if self._is_recordable:
-            try:
-                self._program = self._recorded(arrays)
-            except TooManySteps:
-                self._is_recordable = False
-        if self._program is not None:
-            self.backend.execute(self._program, arrays)
-            return
-        backend = self.backend
-        with (
-            backend.device_of(arrays[self.names[0]]),
-            backend.memory(self._nbytes) as raw,
-        ):
-            self._steps.run(backend, arrays, self._scratch(Memory(raw)))
-
-    def _recorded(self, arrays: dict[str, Array]) -> Program:
-        """Record the steps for arrays of this layout."""
-        stubs = {name: stub_of(name, array) for name, array in arrays.items()}
-        recording = Recording(self.backend, stubs)
-        nbytes, workers = max(self._nbytes - ALIGNED, 0), self.workspace.workers
-        scratch = self._scratch(Memory.recorded(nbytes, recording))
-        self._steps.run(recording.backend, stubs, scratch)
-        return Program(
-            recording,
-            self._nbytes,
-            workers,
-            single_threaded=workers == 1,
-            buffered=self._buffered,
-        )
-
-    def _scratch(self, memory: Memory) -> tuple[dict[str, Array], ...]:
-        buffers, workers, _ = self.workspace
-        return memory.own("own", 0, buffers, workers)
 
 
 def check_results(

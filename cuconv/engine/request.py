@@ -1,4 +1,4 @@
-"""Calls that are to be planned: checked, and with everything that a plan depends on."""
+"""Checked calls, with everything that a plan depends on."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -34,9 +34,9 @@ _OPTIONAL = ("bias", "indices", *ZERO_POINTS)
 
 
 class Request(NamedTuple):
-    """A call that is to be planned.
+    """A checked call.
 
-    Of its arrays, by their names, only shapes, strides and types are read.
+    Only shapes, strides and types of its arrays are read.
     """
 
     call: str
@@ -53,13 +53,13 @@ class Request(NamedTuple):
 
     @property
     def zero_points(self) -> dict[str, Array]:
-        """Those that were given, by the names of the arrays whose they are."""
+        """The zero points that were given, by the names of their arrays."""
         found = {n: self.arrays.get(f"{n}_zero_point") for n in ("x", "w")}
         return {name: zero for name, zero in found.items() if zero is not None}
 
     @property
     def is_input_grad(self) -> bool:
-        """Whether the result is x, or lies where x would: transposed convolution."""
+        """True if the result is x, or has its role: transposed convolution."""
         return self.call in ("input_grad", "transpose")
 
     @property
@@ -81,7 +81,7 @@ class Request(NamedTuple):
         return stub_array(self.result_shape, self.types.result)
 
     def problem(self, *, flipped: bool = False) -> Problem:
-        """What strategies are asked; ``flipped`` as in `Problem`."""
+        """The problem for strategies; ``flipped`` as in `Problem`."""
         backend, types = self.backend, self.types
         operand = backend.operand_type(types)
         op, roles = CONVOLUTION.get(self.call, self.call), ROLES[self.call]
@@ -115,7 +115,7 @@ class Request(NamedTuple):
 
 
 def named_inputs(arrays: Mapping[str, Array | None]) -> dict[str, Array]:
-    """The arrays that were given, which must be of one module; some are optional."""
+    """The arrays that were given, by name, which must be of one module."""
     given = {n: a for n, a in arrays.items() if a is not None or n not in _OPTIONAL}
     if any_dask(given.values()):
         module_of_blocks(given)
@@ -125,7 +125,7 @@ def named_inputs(arrays: Mapping[str, Array | None]) -> dict[str, Array]:
 
 
 def chosen_options(options: Mapping[str, Any], known: Any = Options._fields) -> Options:
-    """The options with their defaults; an unknown one is refused by its name."""
+    """The options with their defaults; raise for an unknown one."""
     unknown = sorted(set(options) - set(known))
     if unknown:
         names = ", ".join(known)
@@ -136,10 +136,10 @@ def chosen_options(options: Mapping[str, Any], known: Any = Options._fields) -> 
 def geometry_of(
     call: str, arrays: Mapping[str, Array], options: Options, more: Mapping[str, Any]
 ) -> ConvGeometry:
-    """The geometry of a call, whose arrays must fit it.
+    """The geometry of a call; raise if its arrays do not fit.
 
-    ``more`` holds the shape of the result of a gradient, and what a transposed
-    convolution is told beside the options.
+    ``more`` is the shape of a gradient's result, and the arguments of a transposed
+    convolution beside the options.
     """
     shapes = {
         name: more[f"{name}_shape"] if f"{name}_shape" in more else arrays[name].shape
@@ -179,9 +179,9 @@ def request_of_shapes(
 def _zero_copy(
     problem: Problem, in_roles: dict[str, Array], out: Array | None, backend: Backend
 ) -> frozenset[str]:
-    """The arrays that can be multiplied, or written, where they lie.
+    """The names of arrays that BLAS can read or write in place.
 
-    And ``run`` where the result is one run of memory.
+    And ``run`` if the result is contiguous.
     """
     geometry, ready = problem.geometry, set()
     for role, array in in_roles.items():
@@ -203,7 +203,7 @@ def _zero_copy(
 
 
 def _is_zero_copy_out(problem: Problem, out: Array | None, backend: Backend) -> bool:
-    """Whether products can be written to the result where it lies."""
+    """True if BLAS can write products to the result in place."""
     geometry, types = problem.geometry, problem.types
     if not backend.can_store(types, types.result):
         return False

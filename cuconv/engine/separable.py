@@ -17,6 +17,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 from cuconv.arrays import (
     Array,
+    DType,
     Types,
     base_array,
     check_out,
@@ -91,6 +92,8 @@ class Piece(NamedTuple):
 
 # Of one axis: outputs, cells and pads of a piece.
 Spans: TypeAlias = tuple[Range, Range, Range]
+# Steps of a kind are lowered alike: see `Step`.
+Kind: TypeAlias = tuple[int, str, ConvGeometry, DType]
 
 
 class Traversal(NamedTuple):
@@ -145,7 +148,8 @@ class Traversal(NamedTuple):
 
     def _pieces(self, lines: Iterable[Iterable[Spans]]) -> Iterator[Piece]:
         for (images, *_), *each in product(*lines):
-            yield Piece(images, *zip(*each, strict=True), self.results)
+            outputs, cells, pads = zip(*each, strict=True)
+            yield Piece(images, outputs, cells, pads, self.results)
 
 
 def _in_steps(whole: int, step: int) -> list[Range]:
@@ -186,8 +190,7 @@ class Step(NamedTuple):
     total: Array | None = None
 
     @property
-    def kind(self) -> tuple[object, ...]:
-        """Steps of a kind are lowered alike."""
+    def kind(self) -> Kind:
         return self.number, self.call, self.geometry, self.out.dtype
 
     def later(self, arrays: dict[str, Array]) -> "Step":
@@ -290,7 +293,7 @@ class SeparableRequest(NamedTuple):
         """What is done for a piece, in this order: its buffers are used again."""
         one, results = self._first(piece), piece.results
         two = second_step(one, self.filters)
-        sums = {n: arrays.get(f"sum of {n}", arrays.get(n)) for n in _SUMMED}
+        sums: Any = {n: arrays.get(f"sum of {n}", arrays.get(n)) for n in _SUMMED}
         x = self._at(arrays["x"], piece.images, piece.cells)
         w = self.flat.view(arrays["depthwise"], arrays)
         axes = (None,) * one.rank
@@ -371,12 +374,12 @@ class Separable(Lowering):
     """The steps of every piece; ``inner`` says how those of each kind are lowered."""
 
     def __init__(
-        self, request: SeparableRequest, tiling: Tiling, inner: dict[object, Lowering]
+        self, request: SeparableRequest, tiling: Tiling, inner: dict[Kind, Lowering]
     ) -> None:
         self.request, self.tiling = request, tiling
         self.inner, self.buffers = inner, tiling.buffers
         self.parts: tuple[PlanningResult, ...] = ()
-        self._first: dict[object, int] = {}
+        self._first: dict[Kind, int] = {}
         for kind, lowering in inner.items():
             self._first[kind] = len(self.parts)
             self.parts += lowering.parts
@@ -460,7 +463,7 @@ def _within(request: SeparableRequest, limit: int, least: int) -> Separable:
 
 def _calls(
     request: SeparableRequest, tiling: Tiling, limit: int
-) -> dict[object, Callable[[], Lowering]]:
+) -> dict[Kind, Callable[[], Lowering]]:
     """What lowers the steps of every kind under a limit."""
     steps = {step.kind: step for step in request.kinds(tiling)}
     return {kind: partial(request.lowered, s, limit) for kind, s in steps.items()}

@@ -1,8 +1,8 @@
 """Find the largest tiles whose workspace fits the limit, and the best of their splits.
 
-A search is of one strategy in one variant.  Its tilings are priced for a number of
-workers that everyone has, so that neither the choice nor the bits of a result depend on
-the number of threads; how many work on it in the end is what fits the limit.
+A search is of one strategy in one variant.  Its tilings are priced for a fixed number
+of workers, so that neither the choice nor the bits of a result depend on the number of
+threads.  The number of workers is then as large as threads and memory limit allow.
 """
 
 from collections.abc import Callable
@@ -17,26 +17,27 @@ from cuconv.lazy import lazy
 from cuconv.memory import MemoryLimitError, buffer_bytes, with_start, workspace_bytes
 from cuconv.strategies import Blocks, Strategy, Tiling, Variant, Workspace
 
-# A job that is worth several workers is cut into one of these numbers of pieces, the
-# one that is cheapest for two workers: how many there really are must not matter, or
-# the bits of the result would depend on it.  Fewer pieces must save a twentieth.
+# A job for several workers is split into one of these numbers of pieces, the one that
+# is cheapest for two workers: the real number of threads must not matter, or the bits
+# of the result would depend on it.  Fewer pieces must save a twentieth.
 _PIECES = (8, 4, 2)
 _NOTIONAL_WORKERS = 2
 _WORTH_FEWER = 0.95
-# Blocks with fewer positions than this, and than a quarter of what is preferred, are
-# too small to be worth a worker's while.
+# Blocks with fewer positions than this, and than a quarter of the preferred number, are
+# too small for a second worker.
 _LEAST_POSITIONS = 64
-# Less than 1 by what rounding may do to a sum of prices.
+# Less than 1 by the rounding error of a sum of prices.
 _ALMOST = 1 - 1e-9
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A strategy, the problem as it runs it, and a tiling that fits the limit.
+    """A strategy, the problem in the form that it runs, and a tiling that fits.
 
     ``workspace_bytes`` is everything that a run allocates beyond inputs and result;
-    ``nanoseconds`` is what the rates say it takes with its workers, ``rank`` with as
-    many as everyone has: the number of threads must not decide which strategy runs.
+    ``nanoseconds`` is the estimated time with its workers; ``rank`` is that with a
+    fixed number of workers, because the number of threads must not decide which
+    strategy runs.
     """
 
     strategy: Strategy
@@ -56,7 +57,7 @@ class Candidate:
 
     @property
     def chunks(self) -> int:
-        """How many blocks the work is cut into."""
+        """The number of blocks that the work is split into."""
         return self.problem.geometry.count_blocks(self.tiling.tile)
 
     @property
@@ -67,7 +68,7 @@ class Candidate:
 
     @lazy
     def memory_bytes(self) -> int:
-        """Bytes of the buffers; 0 where nothing is multiplied."""
+        """Bytes of the buffers; 0 if nothing is multiplied."""
         workspace = self.workspace
         own = workspace.per_worker * self.tiling.workers
         buffers = (*workspace.weights, *workspace.shared, *own)
@@ -75,24 +76,24 @@ class Candidate:
 
     @property
     def overhead_bytes(self) -> int:
-        """What a run allocates beside its buffers."""
+        """The bytes that a run allocates beside its buffers."""
         return self.workspace_bytes - self.memory_bytes if self.flops else 0
 
     @property
     def label(self) -> str:
-        """The strategy's name, with what the name leaves open."""
+        """The strategy's name, with its variant."""
         words = self.strategy.describe(self.tiling.variant)
         name = self.strategy.name + (f" ({words})" if words else "")
         return f"{name} {over(self.problem)}" if self.problem.flipped else name
 
 
 def over(problem: Problem) -> str:
-    """What a forward pass for an input gradient goes over."""
+    """The phrase for a forward pass that computes an input gradient."""
     return "over x" if problem.transposed else "over dy"
 
 
 class TileSearch:
-    """The tilings of one strategy in one variant, by what they take and cost."""
+    """The search over tilings of one strategy in one variant."""
 
     def __init__(
         self,
@@ -116,12 +117,12 @@ class TileSearch:
 
     @lazy
     def _alone(self) -> "_Fit | None":
-        """The best tiling for one worker, if any has room."""
+        """The best tiling for one worker, if any fits."""
         return self._largest(1, 1, 1)
 
     @lazy
     def _is_busy(self) -> bool:
-        """Whether the job is worth several workers."""
+        """True if the job is long enough for several workers."""
         alone, worth = self._alone, self._rates.worth_workers
         if alone is None:
             return False
@@ -139,14 +140,14 @@ class TileSearch:
 
     @lazy
     def floor(self) -> float:
-        """What `Candidate.rank` is at least."""
+        """A lower bound for `Candidate.rank`."""
         alone = self._floor_alone
         if alone < self._rates.worth_workers and not self._is_busy:
             return alone
         return min(alone, self._floor_shared(2, min(2, self._tilings.splits)))
 
     def candidate(self, workers: int) -> Candidate:
-        """The tiling with the largest blocks up to the preferred, and what it costs.
+        """The candidate with the largest blocks up to the preferred size.
 
         Raises
         ------
@@ -168,7 +169,7 @@ class TileSearch:
         )
 
     def _cheapest(self) -> "_Fit | None":
-        """The best tiling for several workers; None for a job of one."""
+        """The best tiling for several workers; None for a job with one worker."""
         if not self._is_busy:
             return None
         most = self._tilings.splits
@@ -177,7 +178,7 @@ class TileSearch:
         likely = _last_worthwhile(floors)
         found = self._shared(*cuts[likely])
         if found is not None:
-            # What wins over all floors wins over what the others really cost.
+            # A cost below all lower bounds is below all costs.
             cost, before, after = (
                 self._rank(found),
                 floors[:likely],
@@ -219,9 +220,9 @@ class TileSearch:
         return price.of(_NOTIONAL_WORKERS, rates)
 
     def _shared(self, pieces: int, splits: int) -> "_Fit | None":
-        """A tiling that leaves room for a second worker, if its blocks are not tiny."""
+        """A tiling with room for a second worker, if its blocks are not too small."""
         while True:
-            # Filters apart are pieces already: each of them sees all positions.
+            # Splits by filters are pieces already: each of them has all positions.
             apart = splits if self._problem.op != "weight_grad" else 1
             blocks = -(-pieces // apart)
             found = self._largest(2, splits, blocks)
@@ -234,7 +235,7 @@ class TileSearch:
             splits //= 2
 
     def _largest(self, workers: int, splits: int, pieces: int) -> "_Fit | None":
-        """The best tiling that leaves room for this many workers, or None."""
+        """The best tiling with room for this number of workers, or None."""
 
         def fits(positions: int, cells: int) -> bool:
             return self._has_room(self._fit(positions, cells, splits), workers)
@@ -256,12 +257,13 @@ class TileSearch:
     def _preferred(self, pieces: int) -> int:
         whole, largest = max(self._everything, 1), self._tilings.positions
         if pieces > 1 and pieces * largest < whole:
-            # A multiple of the pieces, so that no worker waits for the last one.
+            # A multiple of the pieces, so that all workers have the same number of
+            # blocks.
             pieces *= -(-whole // (largest * pieces))
         return max(1, min(largest, -(-whole // pieces)))
 
     def _extreme(self) -> "_Fit":
-        """One position at a time; or everything at once, which saves partial sums."""
+        """One position at a time, or everything at once without partial sums."""
         everything = self._everything, self._problem.geometry.cells, 1
         extremes = self._fit(1, 1, 1), self._fit(*everything)
         for found in extremes:
@@ -307,7 +309,7 @@ class TileSearch:
         return self._backend.overhead(workers, self._itemsize) + with_start(buffers)
 
     def _rank(self, found: "_Fit") -> float:
-        """What a tiling costs, whoever runs it."""
+        """The cost of a tiling for the fixed number of workers."""
         several = _NOTIONAL_WORKERS if self._is_busy else 1
         workers = max(min(found.work.pieces, several), 1)
         return self._cost(found, workers if self._has_room(found, workers) else 1)
@@ -317,14 +319,14 @@ class TileSearch:
 
     def _overlap(self, found: "_Fit") -> float:
         # Fewer positions leave room for a larger region, and so for fewer windows that
-        # two regions both compute; but short matrices multiply slowly.
+        # two regions both compute; but products of short matrices are slow.
         tiling, geometry = found.tiling, self._problem.geometry
         region = max(tiling.region.positions, 1)
         return geometry.reach(tiling.region) / region * (1 + 64 / tiling.tile.positions)
 
 
 class _Fit:
-    """A tiling for one worker, with what it takes and costs when that is asked."""
+    """A tiling for one worker, with its workspace and cost, computed on demand."""
 
     def __init__(
         self,
@@ -360,7 +362,7 @@ class _Fit:
 
 
 def _last_worthwhile(costs: list[float]) -> int:
-    """Which cost to take if each must save a twentieth over those before it."""
+    """The index of the best cost, if each must save a twentieth over those before."""
     best = 0
     for index, cost in enumerate(costs):
         if cost < costs[best] * _WORTH_FEWER:

@@ -1,17 +1,17 @@
 """The shapes of one convolution: the only size formula of the project.
 
-Along one axis, output cell ``o`` and kernel tap ``t`` read the input cell
+Along one axis, output element ``o`` and kernel tap ``t`` read the input element
 
     i = o * stride + t * dilation - before
 
 where ``before`` is the padding in front of the axis (negative padding crops) and
-cells outside ``0 <= i < size`` read as zero.  Everything below follows from this line;
-a transposed convolution goes along it the other way, from ``o`` to ``i``.
+elements outside ``0 <= i < size`` read as zero.  Everything below follows from this
+line; a transposed convolution maps ``o`` to ``i``.
 
-A general convolution reads more into it: cells of x may lie ``spread`` apart (input
-dilation), cells outside may repeat those inside (`PADDING_MODES`), and the batch may be
-shared out to filters (`ConvGeometry.batch_groups`).  `ConvGeometry.phases`,
-`Axis.runs` and `ConvGeometry.part` lead back to plain ones.
+A general convolution adds three things: zeros between the elements of x
+(``input_dilation``), padding that repeats the input (`PADDING_MODES`), and groups of
+images with filters of their own (`ConvGeometry.batch_groups`).  `ConvGeometry.phases`,
+`Axis.runs` and `ConvGeometry.part` reduce them to basic ones.
 """
 
 from cuconv.geometry.axis import Axis, EvenAxis, Meeting, Range, Ranges, Run

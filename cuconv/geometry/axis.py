@@ -1,4 +1,4 @@
-"""How the cells, taps and outputs along one axis meet."""
+"""The relation of elements, taps and outputs along one axis."""
 
 import math
 from collections.abc import Iterator
@@ -17,7 +17,7 @@ def dilated_size(size: int, apart: int) -> int:
 
 
 def clip(start: int, stop: int, size: int) -> tuple[Range, Range]:
-    """The part of [start, stop) inside [0, size), and what hangs over each end."""
+    """The part of [start, stop) inside [0, size), and its lengths outside."""
     low = min(max(start, 0), size)
     high = max(low, min(stop, size))
     before = low - start if high > low else stop - start
@@ -25,9 +25,9 @@ def clip(start: int, stop: int, size: int) -> tuple[Range, Range]:
 
 
 class Meeting(NamedTuple):
-    """Cells of an input interval and the outputs of an interval that they are under.
+    """Elements of an input interval and the outputs of an interval that read them.
 
-    As many of each, or one output over all the cells.
+    The same number of each, or one output that reads all the elements.
     """
 
     cells: slice
@@ -35,16 +35,16 @@ class Meeting(NamedTuple):
 
 
 class Run(NamedTuple):
-    """Neighbouring cells of a window, and the cells of the input that they read.
+    """Neighbouring elements of a window, and the elements of the input that they read.
 
-    As many of each, in this order or in reverse, or one cell that all of them read.
+    The same number of each, in this order or reversed, or one element that all read.
     """
 
     window: slice
     cells: slice
 
     def one_to_one(self) -> "Iterator[Run]":
-        """The same cells as runs that do not repeat any."""
+        """The same elements as runs that repeat none."""
         first, last, _ = self.cells.indices(2**62)
         if abs(last - first) > 1:
             yield self
@@ -54,11 +54,12 @@ class Run(NamedTuple):
 
 
 class Axis(NamedTuple):
-    """One spatial axis: input size, kernel taps, and how they meet.
+    """One spatial axis: input size, kernel, stride, dilation and padding.
 
-    ``overhang`` are cells under the last window beyond the padding (`rounded_up`),
-    ``windows`` is how many windows an `EvenAxis` has, and ``spread`` how far apart the
-    cells of the input lie; only sizes are right where that is not 1 (`phases`).
+    ``overhang`` are elements under the last window beyond the padding (`rounded_up`),
+    ``windows`` is the number of windows of an `EvenAxis`, and ``input_dilation`` the
+    distance of neighbouring elements of the input; if that is not 1, only sizes are
+    correct (see `phases`).
     """
 
     size: int
@@ -73,7 +74,7 @@ class Axis(NamedTuple):
 
     @property
     def extent(self) -> int:
-        """Input cells from the first tap to the last, both counted."""
+        """Input elements from the first tap to the last, both included."""
         return self.dilation * (self.kernel - 1) + 1
 
     @property
@@ -87,14 +88,14 @@ class Axis(NamedTuple):
 
     @property
     def end(self) -> int:
-        """Where the cells that windows may read end: negative padding crops."""
+        """The end of the elements that windows may read: negative padding crops."""
         return max(self.size + min(self.after, 0), 0)
 
     @property
     def rounded_up(self) -> "Axis":
-        """With a window more for the cells that strides leave over at the end.
+        """The axis with one more window for the elements left over at the end.
 
-        There is none where it would start in the padding after the input.
+        There is none if it would start in the padding after the input.
         """
         rest = (self.padded - self.extent) % self.stride
         if not rest or self.out * self.stride >= self.size + self.before:
@@ -103,7 +104,7 @@ class Axis(NamedTuple):
 
     @property
     def is_identity(self) -> bool:
-        """Whether every window is the one cell of its own place."""
+        """True if every window is the one element at its own position."""
         plain = self.kernel == self.stride == 1 and not self.windows
         return plain and self.before == self.after == 0
 
@@ -112,21 +113,21 @@ class Axis(NamedTuple):
         return (self.padded - self.extent) // self.stride + 1
 
     def first(self, output: int) -> int:
-        """The input cell under tap 0 of an output cell; may lie in the padding."""
+        """The input index under tap 0 of an output; it may be in the padding."""
         return output * self.stride - self.before
 
     def window(self, start: int, stop: int) -> Range:
-        """The input interval under output cells [start, stop), padding included."""
+        """The input interval under output elements [start, stop), padding included."""
         return self.first(start), self.first(stop - 1) + self.extent
 
     def under(self, start: int, stop: int) -> tuple[Range, Range]:
-        """The cells that exist under these outputs, and the padding at either end."""
+        """The input elements under these outputs, and the padding at either end."""
         return clip(*self.window(start, stop), self.end)
 
     def between(self, cells: Range, outputs: Range) -> "Axis":
-        """An axis of these cells and these outputs alone.
+        """An axis of these elements and these outputs alone.
 
-        Other cells become padding, or negative padding where cells lie beyond the
+        Other elements become padding, or negative padding if elements are beyond the
         windows.
         """
         start, stop = self.first(outputs[0]), self.first(outputs[1] - 1) + self.extent
@@ -139,39 +140,39 @@ class Axis(NamedTuple):
         )
 
     def reached_from(self, start: int, stop: int) -> Range:
-        """The output cells with a window that meets the input interval."""
+        """The outputs whose windows overlap the input interval."""
         lowest = -((self.extent - 1 - self.before - start) // self.stride)
         highest = (stop - 1 + self.before) // self.stride
         first = min(max(lowest, 0), self.out)
         return first, max(first, min(highest + 1, self.out))
 
     def reach(self, cells: int) -> int:
-        """How many windows meet so many neighbouring cells, at most."""
+        """The most windows that overlap this many neighbouring elements."""
         return min(self.out, (cells + self.extent - 2) // self.stride + 1)
 
     def span(self, outputs: int) -> int:
-        """How many cells lie under so many neighbouring outputs, at most."""
+        """The largest number of elements under this many neighbouring outputs."""
         return min(self.size, (outputs - 1) * self.stride + self.extent)
 
     def counted(self, *, padding: bool) -> Range:
-        """The cells that a mean divides by, and the padding if that counts."""
+        """The positions that a mean counts in its divisor."""
         if not padding:
             return 0, self.end
         return -max(self.before, 0), self.size + self.after
 
     def taps_of(self, output: int, *, padding: bool) -> int:
-        """Taps of an output that meet what is `counted`."""
+        """The number of taps of an output that are `counted`."""
         low, high = self.counted(padding=padding)
         first, d = self.first(output), self.dilation
         below = max(-((first - low) // d), 0)
         return max(min((high - 1 - first) // d + 1, self.kernel) - below, 0)
 
     def goes_by_tap(self, outputs: int) -> bool:
-        """Whether `meetings` takes tap by tap, or output by output: what is fewer."""
+        """True if `meetings` iterates over taps, as they are fewer than outputs."""
         return self.kernel <= outputs
 
     def meetings(self, outputs: Range, cells: Range) -> Iterator[Meeting]:
-        """Who meets whom between an interval of outputs and one of cells."""
+        """The pairs of outputs and elements of two intervals, by tap or by output."""
         if self.goes_by_tap(outputs[1] - outputs[0]):
             for tap in range(self.kernel):
                 meeting = self.hits(tap, outputs, cells)
@@ -197,7 +198,7 @@ class Axis(NamedTuple):
         return start, stop
 
     def hits(self, tap: int, outputs: Range, cells: Range) -> Meeting:
-        """Where a tap of these outputs falls within ``cells``."""
+        """The outputs for which a tap is within ``cells``, and those elements."""
         offset = tap * self.dilation - self.before
         start = max(outputs[0], -((offset - cells[0]) // self.stride))
         stop = max(start, min(outputs[1], (cells[1] - 1 - offset) // self.stride + 1))
@@ -207,7 +208,7 @@ class Axis(NamedTuple):
         return Meeting(inside, slice(start - outputs[0], stop - outputs[0]))
 
     def runs(self, window: Range, mode: str) -> Iterator[Run]:
-        """Which cells of the input a window reads, cells outside as ``mode`` says.
+        """The elements of the input that a window reads, outside according to ``mode``.
 
         Those inside come first, if there are any.
         """
@@ -224,7 +225,7 @@ class Axis(NamedTuple):
                 first += count
 
     def cells_under(self, output: int, cells: Range) -> slice:
-        """The cells of an interval that the taps of one output meet."""
+        """The elements of an interval under the taps of one output."""
         first, step = self.first(output) - cells[0], self.dilation
         start = first + max(-(first // step), 0) * step
         stop = min(first + self.extent, cells[1] - cells[0])
@@ -234,13 +235,13 @@ class Axis(NamedTuple):
 def _repeated(
     start: int, stop: int, size: int, mode: str
 ) -> Iterator[tuple[slice, int]]:
-    """What cells [start, stop) outside an axis read, and how many in a row do."""
+    """The elements that [start, stop) outside an axis reads, as contiguous runs."""
     if mode == "replicate" or size == 1:
         if start < stop:
             edge = 0 if start < 0 else size - 1
             yield slice(edge, edge + 1), stop - start
         return
-    # Mirrors stand a period apart, at the first cell and at the last.
+    # Reflection at the first and at the last element is periodic.
     period = size if mode == "circular" else size - 1
     while start < stop:
         index, first = divmod(start, period)
@@ -253,23 +254,24 @@ def _repeated(
 
 
 class EvenAxis(Axis):
-    """Windows that share an axis out as evenly as can be: adaptive pooling.
+    """Windows that divide an axis as evenly as possible: adaptive pooling.
 
-    Window ``o`` of ``m`` over ``n`` cells goes from ``floor(o n / m)`` up to
-    ``ceil((o + 1) n / m)``; neighbours may share a cell.  ``kernel`` is the longest.
+    Window ``o`` of ``m`` over ``n`` elements goes from ``floor(o n / m)`` up to
+    ``ceil((o + 1) n / m)``; neighbours may share an element.  ``kernel`` is the
+    longest.
     """
 
     __slots__ = ()
 
     @classmethod
     def of(cls, size: int, windows: int) -> Axis:
-        """Windows with a stride where the axis can be shared out in equal parts."""
+        """Windows with a stride, if the axis can be divided into equal parts."""
         if not windows:
             return Axis(size, 1, 1, 1, 0, -size)
         if size % windows == 0:
             each = size // windows
             return Axis(size, each, each, 1, 0, 0)
-        # floor(o n / m) leaves a rest of at most m - gcd(n, m), in some window.
+        # floor(o n / m) has a remainder of at most m - gcd(n, m), in some window.
         longest = -(-(size + windows - math.gcd(size, windows)) // windows)
         return cls(size, longest, 1, 1, 0, 0, 0, windows)
 
@@ -281,16 +283,16 @@ class EvenAxis(Axis):
         return output * self.size // self.windows
 
     def last(self, output: int) -> int:
-        """One past the last cell of a window."""
+        """One past the last element of a window."""
         return -(-(output + 1) * self.size // self.windows)
 
     def window(self, start: int, stop: int) -> Range:
         return self.first(start), self.last(stop - 1)
 
     def between(self, cells: Range, outputs: Range) -> Axis:
-        """The whole axis: a part of evenly shared windows is not evenly shared."""
+        """The whole axis: a part of it has no evenly divided windows."""
         if (cells, outputs) != ((0, self.size), (0, self.windows)):
-            raise ValueError("windows that share an axis out evenly cannot be cut")
+            raise ValueError("windows of adaptive pooling cannot be split")
         return self
 
     def reached_from(self, start: int, stop: int) -> Range:
@@ -337,9 +339,9 @@ def phases_of_inputs(axis: Axis) -> Iterator[AxisPhase]:
 def _axis_phases(
     axis: Axis, results: int, sources: int, steps: tuple[int, int], offset: int
 ) -> Iterator[AxisPhase]:
-    """The phases of ``source * spread = result * step + t * dilation + offset``.
+    """The phases of ``source * apart = result * step + t * dilation + offset``.
 
-    By their first taps, of which there may be far fewer than places for a phase.
+    Found by their first taps, of which there may be far fewer than possible phases.
     """
     step, input_dilation = steps
     common, shared = (
@@ -362,7 +364,7 @@ def _axis_phases(
             before=-((first * step + offset + tap * axis.dilation) // input_dilation),
             after=0,
         )
-        # As many cells as the windows of these results reach: no more, no less.
+        # Exactly as many elements as the windows of these results reach.
         after = (len(picked) - 1) * other.stride + other.extent - other.padded
         yield _slice(picked), _slice(taps), other._replace(after=after)
 

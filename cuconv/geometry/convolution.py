@@ -27,10 +27,10 @@ from cuconv.lazy import lazy
 
 
 class Phase(NamedTuple):
-    """Cells of a result that lie some steps apart, and the convolution that gives them.
+    """A strided subset of a result, and the basic convolution that computes it.
 
-    ``results`` picks them along every axis, ``taps`` the taps that they need.  Cells
-    that need none are in no phase: they are zero.
+    ``results`` selects it along every axis, ``taps`` its taps.  Elements without taps
+    are in no phase: they are zero.
     """
 
     results: tuple[slice, ...]
@@ -58,7 +58,7 @@ class ConvGeometry(WindowGeometry):
 
     @lazy
     def _hash(self) -> int:
-        """Worked out once: geometries are looked up again and again."""
+        """Cached: geometries are hashed often."""
         return hash((self.images, self.channels, self.axes, self.filters, self.groups))
 
     @lazy
@@ -76,7 +76,7 @@ class ConvGeometry(WindowGeometry):
 
     @lazy
     def patch(self) -> int:
-        """Cells under one window in one group: the length of a dot product."""
+        """Elements under one window in one group: the length of a dot product."""
         return self.group_channels * self.taps
 
     @lazy
@@ -86,7 +86,7 @@ class ConvGeometry(WindowGeometry):
 
     @lazy
     def is_empty(self) -> bool:
-        """Whether nothing is multiplied: no cell, or none under any window."""
+        """True if nothing is multiplied: no element, or none under any window."""
         if self.multiplications == 0 or self.cells == 0:
             return True
         if self.has_input_dilation or self.padding_mode != "zeros":
@@ -116,7 +116,7 @@ class ConvGeometry(WindowGeometry):
     def adjoint(self) -> "ConvGeometry":
         """The convolution of dy, with flipped weights, that gives dx.
 
-        With stride 1, ``i = o + t · dilation - before`` turned round is ``o = i +
+        With stride 1, ``i = o + t · dilation - before`` solved for o is ``o = i +
         (kernel - 1 - t) · dilation - (extent - 1 - before)``: a convolution again.
         """
         axes = tuple(
@@ -131,23 +131,23 @@ class ConvGeometry(WindowGeometry):
 
     @lazy
     def has_input_dilation(self) -> bool:
-        """Whether cells of the input lie apart."""
+        """True if there are zeros between elements of the input."""
         return any(axis.input_dilation > 1 for axis in self.axes)
 
     @lazy
     def is_copied(self) -> bool:
-        """Whether a plain one would need a copy of the input, padded or regrouped."""
+        """True if it needs a copy of the input, padded or regrouped."""
         is_wrapped = self.padding_mode != "zeros" and self.is_padded
         return is_wrapped or self.batch_groups > 1
 
     @lazy
     def is_plain(self) -> bool:
-        """Whether it is a convolution that strategies know."""
+        """True if it is a basic convolution, which strategies support."""
         return not (self.has_input_dilation or self.is_copied)
 
     @lazy
     def padded_last(self) -> "ConvGeometry":
-        """The same with axes turned round so that more of the padding comes last."""
+        """The same with axes reversed so that more of the padding is at the end."""
         axes = tuple(
             axis._replace(before=min(pads), after=max(pads))
             for axis in self.axes
@@ -156,19 +156,20 @@ class ConvGeometry(WindowGeometry):
         return replace(self, axes=axes)
 
     def phases(self) -> Iterator[Phase]:
-        """Cut the output so that no zero between cells of x is multiplied.
+        """Split the output so that no zero between elements of x is multiplied.
 
-        In ``j * spread = o * stride + t * dilation - before``, an output fixes
-        ``t * dilation`` modulo the spread.  The taps of a phase are therefore evenly
-        spaced, and so are the cells that they meet.  No two phases share a tap.
+        In ``j * input_dilation = o * stride + t * dilation - before``, an output
+        determines ``t * dilation`` modulo the input dilation.  The taps of a phase are
+        therefore evenly spaced, and so are the elements that they read.  No two phases
+        share a tap.
         """
         return self._phases(map(phases_of_outputs, self.axes), self)
 
     def input_phases(self) -> Iterator[Phase]:
-        """Cut the input so that its gradient is plain convolutions over dy.
+        """Split the input so that its gradient is basic convolutions over dy.
 
-        The same line, the other way: a cell fixes ``t * dilation`` modulo the stride.
-        Filters and channels are exchanged, and taps come in reverse.
+        The same equation, solved for o: an element determines ``t * dilation`` modulo
+        the stride.  Filters and channels are exchanged, and taps are reversed.
         """
         backward = replace(self, channels=self.filters, filters=self.channels)
         return self._phases(map(phases_of_inputs, self.axes), backward)
@@ -183,8 +184,8 @@ class ConvGeometry(WindowGeometry):
     def rows(self, images: Range, rows: Range) -> Block:
         """The block that computes these rows along the first axis, whole in the others.
 
-        ``images`` are those of the output.  Where cells outside the input are not zero,
-        its windows go beyond the input, and nothing is left of the padding.
+        ``images`` are those of the output.  With a padding mode, windows include the
+        padding, and the block's own padding is zero.
         """
         output = (rows, *((0, out) for out in self.out[1:]))
         if self.has_input_dilation:
@@ -200,7 +201,7 @@ class ConvGeometry(WindowGeometry):
     def part(self, block: Block) -> "ConvGeometry":
         """The convolution that computes a block from a copy of what it reads.
 
-        Its padding is zeros, and it shares no batch out: that is the copy's affair.
+        It has no padding mode and no batch groups: the copy takes care of them.
         """
         axes = tuple(
             axis._replace(size=stop - start, before=before, after=after)
@@ -303,7 +304,7 @@ class ConvGeometry(WindowGeometry):
 
 
 class _Sharing(NamedTuple):
-    """Who sees whom, and what lies between and around the cells of the input."""
+    """Groups, batch groups, padding mode and input dilation."""
 
     groups: int
     batch_groups: int

@@ -1,4 +1,4 @@
-"""What callers say of sizes, strides, padding and layout, checked: all shape errors."""
+"""Checks of sizes, strides, padding and layout: all errors about shapes."""
 
 import operator
 from collections.abc import Sequence
@@ -10,8 +10,8 @@ LARGEST_PARAMETER = 2**31 - 1
 
 PADDING_WORDS = ("valid", "same", "same_lower", "causal")
 
-# What a cell outside the input reads as: zero, or the cell that it mirrors (the edge
-# itself not repeated), the nearest one, or the one as far from the other end.
+# The value of padding: zero, the element at the mirrored position (the edge is not
+# repeated), the edge, or the element that follows when the input is repeated.
 PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
 
 LAYOUTS = {
@@ -27,7 +27,7 @@ Padding: TypeAlias = int | str | Sequence[int | Sequence[int]]
 
 
 def as_index(name: str, value: object) -> int:
-    """An integer of any library's, as Python's own."""
+    """An integer of any library as Python's int."""
     if type(value) is int:
         return value
     try:
@@ -40,7 +40,7 @@ def as_index(name: str, value: object) -> int:
 
 
 def frozen(name: str, value: object) -> object:
-    """An option as a hashable value of plain integers: the key of the caches."""
+    """An option as a hashable value of Python's ints, for cache keys."""
     if type(value) is int or isinstance(value, str):
         return value
     if isinstance(value, (tuple, list)) or getattr(value, "ndim", 0) > 0:
@@ -49,7 +49,7 @@ def frozen(name: str, value: object) -> object:
 
 
 def checked_shape(name: str, shape: Sequence[int]) -> tuple[int, ...]:
-    """A shape as plain integers, none of them negative."""
+    """A shape as Python's ints, none of them negative."""
     try:
         sizes = tuple(map(operator.index, shape))
     except TypeError:
@@ -77,18 +77,18 @@ def per_axis(name: str, value: object, rank: int, least: int) -> tuple[int, ...]
         if not least <= item <= LARGEST_PARAMETER:
             raise ValueError(
                 f"{name} of spatial axis {axis} is {item}; "
-                f"it must lie in {least} … {LARGEST_PARAMETER}"
+                f"it must be in {least} … {LARGEST_PARAMETER}"
             )
     return values
 
 
 def kernel_of_rank(kernel_size: Sizes, rank: int) -> tuple[int, ...]:
-    """The taps along each of so many axes, from one number or from one for each."""
+    """The taps along each axis, from one number or from one for each."""
     return per_axis("kernel_size", frozen("kernel_size", kernel_size), rank, 1)
 
 
 def channels_are_first(layout: str) -> bool:
-    """Whether a layout word puts the channels before the spatial axes."""
+    """True if a layout has the channels before the spatial axes."""
     if not isinstance(layout, str) or layout not in LAYOUTS:
         words = ", ".join(map(repr, LAYOUTS))
         raise ValueError(f"layout must be one of {words}; got {layout!r}")
@@ -104,7 +104,7 @@ def _check_layout_rank(layout: str, rank: int) -> None:
 
 
 def check_axes(axes: int, rank: int) -> None:
-    """Refuse an x that has not one axis, or two, beside so many spatial ones."""
+    """Raise if x does not have one or two axes beside the spatial ones."""
     if axes not in (rank + 1, rank + 2):
         need = "axis needs" if rank == 1 else "axes need"
         raise ValueError(
@@ -114,7 +114,7 @@ def check_axes(axes: int, rank: int) -> None:
 
 
 class Split(NamedTuple):
-    """The shape of x, axis by axis of its meaning."""
+    """The shape of x by the meaning of its axes."""
 
     images: int
     channels: int
@@ -124,7 +124,7 @@ class Split(NamedTuple):
 
 
 def split_shape(x_shape: tuple[int, ...], rank: int, layout: str) -> Split:
-    """What the axes of x are in this layout."""
+    """The meaning of the axes of x in this layout."""
     channels_first = channels_are_first(layout)
     _check_layout_rank(layout, rank)
     check_axes(len(x_shape), rank)
@@ -142,7 +142,7 @@ def _check_word_rank(word: object, rank: int) -> None:
 
 
 def word_pads(word: str, size: int, kernel: int, stride: int, dilation: int) -> Range:
-    """Padding that makes the output ceil(size / stride) cells long, or none."""
+    """The padding of a string option: "valid", "same", "same_lower" or "causal"."""
     if word == "valid":
         return 0, 0
     if word == "causal":
@@ -194,7 +194,7 @@ def _check_fits(index: int, axis: Axis, padding: object) -> None:
         return
     raise ValueError(
         f"the kernel is larger than the padded input on spatial axis {index}: it spans "
-        f"{axis.extent} cells (kernel {axis.kernel}, dilation {axis.dilation}) and "
+        f"{axis.extent} elements (kernel {axis.kernel}, dilation {axis.dilation}) and "
         f"the input has {axis.padded} "
         f"({_cells_text(axis)} + padding {axis.before} + {axis.after})"
     )
@@ -216,7 +216,7 @@ def axes_of(
     ceil_mode: bool = False,
     input_dilation: object = 1,
 ) -> tuple[Axis, ...]:
-    """One `Axis` for each spatial axis; refused where a kernel does not fit."""
+    """One `Axis` for each spatial axis; raise if a kernel does not fit."""
     rank = len(sizes)
     per_axis("kernel_size", kernel, rank, 1)
     strides = per_axis("stride", stride, rank, 1)
@@ -243,34 +243,35 @@ def even_axis(index: int, size: int, windows: int) -> Axis:
     if not 0 <= windows <= LARGEST_PARAMETER:
         raise ValueError(
             f"output_size of spatial axis {index} is {windows}; "
-            f"it must lie in 0 … {LARGEST_PARAMETER}"
+            f"it must be in 0 … {LARGEST_PARAMETER}"
         )
     if windows and not size:
         raise ValueError(
-            f"spatial axis {index} has 0 cells, too few for output_size {windows}"
+            f"spatial axis {index} has 0 elements, too few for output_size {windows}"
         )
     return EvenAxis.of(size, windows)
 
 
 def check_padding_mode(padding_mode: str) -> None:
-    """Refuse a word that is no padding mode."""
+    """Raise if a string is not a padding mode."""
     if not isinstance(padding_mode, str) or padding_mode not in PADDING_MODES:
         words = ", ".join(map(repr, PADDING_MODES))
         raise ValueError(f"padding_mode must be one of {words}; got {padding_mode!r}")
 
 
 def check_repeats(padding_mode: str, axes: tuple[Axis, ...]) -> None:
-    """Refuse what leaves cells outside the input nothing to repeat."""
+    """Raise if a padding mode has no elements to repeat, or zeros between them."""
     if padding_mode == "zeros":
         return
     for index, axis in enumerate(axes):
         if axis.input_dilation > 1:
             raise ValueError(
-                f"padding_mode {padding_mode!r} and input_dilation {axis.input_dilation} of "
-                f"spatial axis {index} do not go together: zeros lie between the cells"
+                f"padding_mode {padding_mode!r} and input_dilation "
+                f"{axis.input_dilation} of spatial axis {index} exclude each other: "
+                "use padding_mode 'zeros'"
             )
         if not axis.size and (axis.before > 0 or axis.after > 0):
             raise ValueError(
-                f"padding_mode {padding_mode!r} needs cells to repeat; spatial axis "
+                f"padding_mode {padding_mode!r} needs elements to repeat; spatial axis "
                 f"{index} has 0 and padding {axis.before} + {axis.after}"
             )

@@ -1,4 +1,4 @@
-"""How large the result of a transposed convolution is, axis by axis."""
+"""The size of the result of a transposed convolution, axis by axis."""
 
 from typing import NamedTuple
 
@@ -13,7 +13,7 @@ from cuconv.geometry.options import (
 
 
 class Ends(NamedTuple):
-    """What says how large the result of a transposed convolution is."""
+    """The options that determine the size of the result of a transposed convolution."""
 
     padding: object
     output_padding: object
@@ -21,13 +21,13 @@ class Ends(NamedTuple):
 
     @property
     def word(self) -> str | None:
-        """The padding, if it is a word that says how large the result is."""
+        """The padding, if it is a string that determines the size of the result."""
         is_word = isinstance(self.padding, str) and self.padding in PADDING_WORDS[1:]
         return str(self.padding) if is_word else None
 
 
 class Source(NamedTuple):
-    """One axis of the input of a transposed convolution, and how it is spread."""
+    """One axis of the input of a transposed convolution, with its options."""
 
     axis: int
     size: int
@@ -37,7 +37,7 @@ class Source(NamedTuple):
 
     @property
     def reach(self) -> int:
-        """Cells from the first one that a tap writes to the last, both counted."""
+        """Elements from the first one that a tap writes to the last, both included."""
         return (self.size - 1) * self.stride + self.dilation * (self.kernel - 1) + 1
 
     @property
@@ -46,7 +46,7 @@ class Source(NamedTuple):
         return max(self.stride, self.dilation) - 1
 
     def checked(self, more: int) -> int:
-        """An output_padding that is not too large."""
+        """Raise if an output_padding is too large."""
         if more > self.most_more:
             raise ValueError(
                 f"output_padding of spatial axis {self.axis} is {more}; it must be "
@@ -56,22 +56,22 @@ class Source(NamedTuple):
         return more
 
     def padded(self, pads: Range, more: int) -> Axis:
-        """The axis of the convolution that leads back here."""
+        """The axis of the adjoint convolution."""
         before, after = pads
         size = self.reach - before - after + more
         if size < 0:
             raise ValueError(
-                f"the result has {size} cells on spatial axis {self.axis}: x has "
+                f"the result has {size} elements on spatial axis {self.axis}: x has "
                 f"{self.size}, which reach {self.reach} (kernel {self.kernel}, stride "
                 f"{self.stride}, dilation {self.dilation}), less padding {before} and "
                 f"{after}, plus output_padding {more}"
             )
-        # A whole stride more would be room for another window: it is cropped.
+        # A whole stride more would have room for another window: it is cropped.
         after -= more - more % self.stride
         return Axis(size, self.kernel, self.stride, self.dilation, before, after)
 
     def of_word(self, word: str, wanted: int | None) -> Axis:
-        """The axis whose padding a word names: ``wanted`` cells, or size · stride."""
+        """The axis for padding as a string: ``wanted`` elements, or size · stride."""
         most = self.size * self.stride
         least = max(most - self.stride + 1, 0)
         size = most if wanted is None else wanted
@@ -80,7 +80,7 @@ class Source(NamedTuple):
         return Axis(size, self.kernel, self.stride, self.dilation, *pads)
 
     def of_size(self, pads: Range, wanted: int) -> Axis:
-        """The axis with the output_padding that makes ``wanted`` cells."""
+        """The axis with the output_padding that makes ``wanted`` elements."""
         least = self.reach - sum(pads)
         self._check_size(wanted, least, least + self.most_more)
         return self.padded(pads, wanted - least)
@@ -101,8 +101,8 @@ def transposed_axes(sources: list[Source], ends: Ends) -> tuple[Axis, ...]:
     if any(more) and sized:
         other = f"padding {word!r}" if word else f"output_size {ends.output_size}"
         raise ValueError(
-            f"output_padding {ends.output_padding} and {other} both say how large the "
-            "result is: give one of them"
+            f"output_padding {ends.output_padding} and {other} both determine the "
+            "size of the result: give one of them"
         )
     more = tuple(s.checked(cells) for s, cells in zip(sources, more, strict=True))
     wanted: tuple[int | None, ...] = (None,) * rank

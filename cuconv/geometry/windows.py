@@ -1,4 +1,4 @@
-"""How windows slide over a batch of arrays, and the blocks that they are cut into."""
+"""Sliding windows over a batch of arrays, and their split into blocks."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -22,7 +22,7 @@ from cuconv.lazy import lazy
 
 
 class Tile(NamedTuple):
-    """How much of an array one block spans: images, and cells of every axis."""
+    """The size of a block: images, and elements of every axis."""
 
     images: int
     cells: tuple[int, ...]
@@ -35,9 +35,9 @@ class Tile(NamedTuple):
 class Block(NamedTuple):
     """A block of the output and the input that it needs.
 
-    ``window`` are the input cells that exist; ``padding`` counts the cells of zeros
-    before and after them, so that along each axis window and padding together are
-    ``(stop - start - 1) * stride + extent`` cells.
+    ``window`` are the elements inside the input; ``padding`` counts the zeros before
+    and after them, so that along each axis window and padding together are ``(stop -
+    start - 1) * stride + extent`` elements.
     """
 
     images: Range
@@ -47,12 +47,12 @@ class Block(NamedTuple):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Output cells along every axis."""
+        """Output elements along every axis."""
         return tuple(stop - start for start, stop in self.output)
 
 
 class Region(NamedTuple):
-    """A block of the input and the output cells whose windows meet it."""
+    """A block of the input and the outputs whose windows overlap it."""
 
     images: Range
     cells: Ranges
@@ -60,16 +60,16 @@ class Region(NamedTuple):
 
     @property
     def is_reached(self) -> bool:
-        """Whether any window meets it: strides may jump over cells."""
+        """True if any window overlaps it: strides may skip elements."""
         return all(stop > start for start, stop in self.output)
 
 
 def tile_of(images: int, sizes: tuple[int, ...], cells: int) -> Tile:
-    """The largest tile of at most ``cells`` cells (at least one).
+    """The largest tile of at most ``cells`` elements (at least one).
 
-    Inner axes fill up before outer ones, so that a tile is one run of memory in each
-    channel: only one axis is cut, those outside it have one cell, those inside are
-    whole.  The cut is balanced: 56 rows in tiles of at most 15 make 4 of 14.
+    Inner axes are filled before outer ones, so that a tile is contiguous in each
+    channel: only one axis is split, those outside it have one element, those inside are
+    whole.  The split is balanced: 56 rows in tiles of at most 15 make 4 of 14.
     """
     budget = max(cells, 1)
     steps = []
@@ -85,9 +85,9 @@ def tile_of(images: int, sizes: tuple[int, ...], cells: int) -> Tile:
 
 
 def _spans(ranges: Sequence[Range], steps: Sequence[int]) -> Iterator[Ranges]:
-    """Cut ranges into steps, every combination, the last axis fastest.
+    """Split ranges into steps, every combination, the last axis fastest.
 
-    One at a time: an image may have more blocks than there is memory for their list.
+    A generator, because an image may have more blocks than fit into memory.
     """
     if not ranges:
         yield ()
@@ -100,7 +100,7 @@ def _spans(ranges: Sequence[Range], steps: Sequence[int]) -> Iterator[Ranges]:
 
 @dataclass(frozen=True)
 class WindowGeometry:
-    """How windows slide over a batch of multi-channel arrays.
+    """Sliding windows over a batch of multi-channel arrays.
 
     Parameters
     ----------
@@ -111,7 +111,7 @@ class WindowGeometry:
     channels_first
         (N, C, *spatial) if true, (N, *spatial, C) if not.
     batched
-        Whether the arrays carry the batch axis; without it, ``images`` is 1.
+        Whether the arrays have the batch axis; without it, ``images`` is 1.
     """
 
     images: int
@@ -147,12 +147,12 @@ class WindowGeometry:
 
     @lazy
     def cells(self) -> int:
-        """Input cells in one channel of one image."""
+        """Input elements in one channel of one image."""
         return math.prod(self.size)
 
     @lazy
     def whole_region(self) -> Tile:
-        """The input in one piece; axes without cells count as one."""
+        """The whole input as a tile; axes without elements count as one."""
         return Tile(self.images, tuple(max(n, 1) for n in self.size))
 
     @lazy
@@ -161,7 +161,7 @@ class WindowGeometry:
 
     @lazy
     def is_pointwise(self) -> bool:
-        """Whether the column matrix is the input itself."""
+        """True if the column matrix is the input itself."""
         return all(axis[1:6] == (1, 1, axis.dilation, 0, 0) for axis in self.axes)
 
     @lazy
@@ -169,11 +169,11 @@ class WindowGeometry:
         return self.array_shape(self.channels, self.size)
 
     def array_shape(self, channels: int, spatial: tuple[int, ...]) -> tuple[int, ...]:
-        """The shape, in this layout, of an array with these channels and cells."""
+        """The shape, in this layout, of an array with these channels and elements."""
         return self.arranged(self.images, channels, spatial)
 
     def arranged(self, images: T, channels: T, spatial: Sequence[T]) -> tuple[T, ...]:
-        """What belongs to every axis of an array, in the order of this layout."""
+        """Values for images, channels and spatial axes, in the order of this layout."""
         inner = (channels, *spatial) if self.channels_first else (*spatial, channels)
         return (images, *inner) if self.batched else inner
 
@@ -185,7 +185,7 @@ class WindowGeometry:
     ) -> tuple[int, ...]:
         """The shape of the column matrix, or of a block of it.
 
-        ``order`` is one of those that `cuconv.im2col` knows.
+        ``order`` is one of those of `cuconv.im2col`.
 
         Examples
         --------
@@ -209,7 +209,7 @@ class WindowGeometry:
         )
 
     def column_bytes(self, itemsize: int) -> int:
-        """How many bytes the whole column matrix would take.
+        """The size of the whole column matrix, in bytes.
 
         Examples
         --------
@@ -224,29 +224,29 @@ class WindowGeometry:
         return tile_of(self.images, self.out, positions)
 
     def region_tile(self, cells: int) -> Tile:
-        """The largest input tile of at most this many cells."""
+        """The largest input tile of at most this many elements."""
         return tile_of(self.images, self.size, cells)
 
     def count_blocks(self, tile: Tile) -> int:
-        """How many blocks of this tile cover the output."""
+        """The number of blocks of this tile in the output."""
         count = -(-self.images // tile.images)
         for out, step in zip(self.out, tile.cells, strict=True):
             count *= -(-out // step)
         return count
 
     def count_regions(self, tile: Tile) -> int:
-        """How many regions of this tile cover the input."""
+        """The number of regions of this tile in the input."""
         sizes = (self.images, *self.size)
         steps = (tile.images, *tile.cells)
         return math.prod(-(-n // step) for n, step in zip(sizes, steps, strict=True))
 
     def reach(self, tile: Tile) -> int:
-        """Output positions whose windows meet a region of this tile, at most."""
+        """The most output positions whose windows overlap a region of this tile."""
         each = zip(self.axes, tile.cells, strict=True)
         return tile.images * math.prod(axis.reach(cells) for axis, cells in each)
 
     def block(self, images: Range, output: Ranges) -> Block:
-        """The block that computes these images and output cells."""
+        """The block that computes these images and output elements."""
         clipped = [
             axis.under(start, stop)
             for axis, (start, stop) in zip(self.axes, output, strict=True)
@@ -260,15 +260,15 @@ class WindowGeometry:
         images: Range | None = None,
         output: Ranges | None = None,
     ) -> Iterator[Block]:
-        """Cut the output (or the given part of it) into blocks, in memory order.
+        """Split the output (or the given part of it) into blocks, in memory order.
 
         Parameters
         ----------
         tile
-            The largest block wanted; see `tile`.  In memory, the positions of a block
-            are one run in each channel.
+            The largest block wanted; see `tile`.  The positions of a block are
+            contiguous in each channel.
         images, output
-            The part to cut; all of it by default.
+            The part to split; all of it by default.
         """
         whole = tuple((0, out) for out in self.out)
         ranges = ((0, self.images) if images is None else images, *(output or whole))
@@ -277,15 +277,15 @@ class WindowGeometry:
             yield self.block(picked, tuple(spans))
 
     def pieces(self, tile: Tile) -> Iterator[Block]:
-        """Cut the output into blocks that need not be one run of memory."""
+        """Split the output into blocks that need not be contiguous."""
         whole = [(0, size) for size in (self.images, *self.out)]
         for picked, *spans in _spans(whole, (tile.images, *tile.cells)):
             yield self.block(picked, tuple(spans))
 
     def _run_steps(self, tile: Tile, ranges: Ranges) -> tuple[int, ...]:
-        """Steps that make every block one run of positions in memory.
+        """Steps with which the positions of every block are contiguous.
 
-        Outside an axis that is not taken whole, blocks have a single cell.
+        Outside an axis that is not whole, blocks have a single element.
         """
         steps: list[int] = []
         is_whole = True
@@ -298,7 +298,7 @@ class WindowGeometry:
         return tuple(reversed(steps))
 
     def regions(self, tile: Tile) -> Iterator[Region]:
-        """Cut the input into regions, each with the output cells that reach it."""
+        """Split the input into regions, each with the outputs that read it."""
         whole = [(0, size) for size in (self.images, *self.size)]
         for picked, *cells in _spans(whole, (tile.images, *tile.cells)):
             reached = tuple(
@@ -323,7 +323,7 @@ class WindowGeometry:
 
         A ``kernel_size`` of several numbers fixes the rank, and ``x_shape`` may then
         lack the batch axis; a single number means a batched array.  ``ceil_mode`` adds
-        a window along every axis that has cells left over (`Axis.rounded_up`).
+        a window along every axis that has elements left over (`Axis.rounded_up`).
 
         Raises
         ------
@@ -349,7 +349,7 @@ class WindowGeometry:
         *,
         layout: str = "channels_first",
     ) -> "WindowGeometry":
-        """Geometry of windows that share every axis out evenly: `EvenAxis`.
+        """Geometry of windows that divide every axis evenly: `EvenAxis`.
 
         ``output_size`` has one number for each spatial axis, and None to keep a size;
         a single one means a batched array.

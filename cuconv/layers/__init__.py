@@ -1,7 +1,7 @@
-"""Layers: convolutions that hold their weights, and pooling; forward and backward.
+"""Layers: convolutions with weights, and pooling; forward and backward.
 
-A layer is nothing but arrays and the calls of the functions of the same name; training
-loops and optimisers stay the caller's.
+A layer has arrays, and calls the functions of the same name; training loops and
+optimisers are left to the caller.
 """
 
 from cuconv.layers.base import Layer

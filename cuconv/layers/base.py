@@ -1,4 +1,4 @@
-"""What every layer is: parameters, gradients, and the ways to move and keep them."""
+"""The base class of layers: parameters, gradients, moving and saving them."""
 
 import sys
 from abc import ABC, abstractmethod
@@ -12,12 +12,12 @@ from cuconv.arrays import Array, array_module
 from cuconv.devices import asarray
 from cuconv.geometry import Sizes, as_index
 
-# Longer than any kernel with its dilation, and than what padding may crop.
+# Longer than any dilated kernel, and than any cropping by padding.
 ENDLESS = 2**70
 
 
 class Layer(ABC):
-    """What every layer has: parameters, their gradients, and ways to keep both.
+    """Base class of layers: parameters, their gradients, moving and saving both.
 
     A layer without parameters adds `forward` and `backward` alone.
 
@@ -57,7 +57,7 @@ class Layer(ABC):
 
     @abstractmethod
     def backward(self, dy: Array, *, needs_input: bool = True) -> Array | None:
-        """Fill `gradients`; answer the gradient for the input, if it is needed."""
+        """Fill `gradients`; return the gradient for the input, if it is needed."""
 
     def __call__(self, x: Array) -> Array:
         return self.forward(x)
@@ -65,7 +65,7 @@ class Layer(ABC):
     def to(self, xp: Any) -> Self:
         """Move parameters and gradients to another array module, by copies.
 
-        What the last forward call kept is forgotten.
+        The input of the last forward call is dropped.
 
         Parameters
         ----------
@@ -194,12 +194,12 @@ class Layer(ABC):
             self.load_state_dict(_safetensors().load_file(path))
 
     def _channels_first(self, name: str, array: Array) -> Array:
-        """A view of a parameter as PyTorch has it; or of such an array."""
+        """View a parameter in PyTorch's layout, or the reverse."""
         del name
         return array
 
     def _kept(self) -> Any:
-        """What the last forward call left in ``_x``."""
+        """The input of the last forward call."""
         if self._x is None:
             raise RuntimeError(
                 "backward needs the input of a forward call; there was none"
@@ -208,7 +208,7 @@ class Layer(ABC):
 
 
 def positive(name: str, value: int) -> int:
-    """A size, which must be one at least."""
+    """A size; raise if it is below one."""
     number = as_index(name, value)
     if number < 1:
         raise ValueError(f"{name} must be at least 1; got {number}")
@@ -216,7 +216,7 @@ def positive(name: str, value: int) -> int:
 
 
 def kernel_of(kernel_size: Sizes, rank: int | None) -> tuple[int, ...]:
-    """One number of taps for each axis; only layers of a rank take a single one."""
+    """Taps for each axis; only layers with a fixed rank take a single number."""
     if not isinstance(kernel_size, Iterable):
         if rank is None:
             raise TypeError(
@@ -231,14 +231,14 @@ def kernel_of(kernel_size: Sizes, rank: int | None) -> tuple[int, ...]:
 
 
 def check_module(xp: Any) -> None:
-    """Refuse what is no array module of ours."""
-    # CuPy was imported by whoever has it to give.
+    """Raise if ``xp`` is neither NumPy nor CuPy."""
+    # A caller that passes CuPy has imported it.
     if xp is None or (xp is not np and xp is not sys.modules.get("cupy")):
         raise TypeError(f"xp must be the module numpy or cupy; got {xp!r}")
 
 
 def _moved(array: Array, xp: Any) -> Array:
-    """The array in another module; itself if it is there already."""
+    """Copy an array to another module; the array itself if it is there already."""
     if array_module(array) is xp:
         return array
     host = array if isinstance(array, np.ndarray) else array.get()
@@ -246,10 +246,10 @@ def _moved(array: Array, xp: Any) -> Array:
 
 
 def _fitting(name: str, value: Any, into: Array) -> Array:
-    """A value for a parameter, on the host; refused if it does not fit."""
+    """A value for a parameter, on the host; raise if it does not fit."""
     host = _moved(asarray(value), np)
     if host.dtype.kind == "V" and host.dtype.itemsize == into.dtype.itemsize:
-        # A file of NumPy's does not say that it holds bfloat16.
+        # NumPy's files do not store that a type is bfloat16.
         host = host.view(into.dtype)
     if host.shape != into.shape:
         raise ValueError(
@@ -271,7 +271,7 @@ def _checked_path(path: str | Path) -> Path:
 
 def _safetensors() -> Any:
     try:
-        from safetensors import numpy  # noqa: PLC0415 - not everyone has it
+        from safetensors import numpy  # noqa: PLC0415 - optional
     except ImportError as error:
         raise ImportError(
             "safetensors is not installed: pip install 'cuconv[safetensors]'"

@@ -1,4 +1,4 @@
-"""Convolutions that hold one bank of filters."""
+"""Convolution layers with one bank of filters."""
 
 import math
 from collections.abc import Iterable
@@ -13,34 +13,34 @@ from cuconv.engine.call import ConvGradients
 from cuconv.geometry import Sizes
 from cuconv.layers.base import positive
 from cuconv.layers.weighted import Filters
-from cuconv.options import ConvOptions, Options
+from cuconv.options import ConvOptions, Options, documented_as
 
 
 class Conv(Filters):
     """A convolution with weights and a bias, over any number of axes.
 
-    Weights begin as He et al. draw them for rectified units: normal, with standard
-    deviation √(2 / fan_in), where fan_in = in_channels / groups · taps.  Biases begin
-    as zeros.
+    Weights are initialised as in He et al. for rectified units: normal, with standard
+    deviation √(2 / fan_in), where fan_in = in_channels / groups · taps.  Biases are
+    zero.
 
     Parameters
     ----------
     in_channels, out_channels
         Channels C of the input and K of the output.
     kernel_size
-        Taps along each spatial axis; how many there are gives the rank.  `Conv1d`,
-        `Conv2d` and `Conv3d` know their rank and take a single number too.
+        Taps along each spatial axis; their number gives the rank.  `Conv1d`,
+        `Conv2d` and `Conv3d` have a fixed rank and take a single number too.
     bias
         Whether a bias is added.
     xp
-        The array module that holds the parameters; by default
+        The array module of the parameters; by default
         `cuconv.default_array_module`.
     rng
         A NumPy generator or a seed.  Weights are drawn by NumPy, so that one seed means
         the same filters in both array modules and both layouts.
     **options
         As for `cuconv.conv`.  ``dtype`` is the type of parameters, results and
-        gradients alike: a floating or complex type, float32 by default.
+        gradients: a floating or complex type, float32 by default.
 
     Attributes
     ----------
@@ -129,6 +129,7 @@ class Conv(Filters):
         return conv_backward(dy, x, weight, needs=needs, **self._options)
 
 
+@documented_as(Conv, 1)
 class Conv1d(Conv):
     """`Conv` over one spatial axis: x (N, C, L).
 
@@ -143,6 +144,7 @@ class Conv1d(Conv):
     rank = 1
 
 
+@documented_as(Conv, 2)
 class Conv2d(Conv):
     """`Conv` over two spatial axes: x (N, C, H, W).
 
@@ -158,6 +160,7 @@ class Conv2d(Conv):
     rank = 2
 
 
+@documented_as(Conv, 3)
 class Conv3d(Conv):
     """`Conv` over three spatial axes: x (N, C, D, H, W).
 
@@ -175,7 +178,7 @@ class Conv3d(Conv):
 class DepthwiseConv(Conv):
     """A depthwise convolution: every channel has filters of its own.
 
-    It is `Conv` with as many groups as channels, and begins as that does.
+    It is `Conv` with as many groups as channels, and is initialised like that.
 
     Parameters
     ----------
@@ -233,6 +236,7 @@ class DepthwiseConv(Conv):
         super().__init__(groups, filters, kernel_size, bias=bias, xp=xp, rng=rng, **own)
 
 
+@documented_as(DepthwiseConv, 1)
 class DepthwiseConv1d(DepthwiseConv):
     """`DepthwiseConv` over one spatial axis: x (N, C, L).
 
@@ -248,6 +252,7 @@ class DepthwiseConv1d(DepthwiseConv):
     rank = 1
 
 
+@documented_as(DepthwiseConv, 2)
 class DepthwiseConv2d(DepthwiseConv):
     """`DepthwiseConv` over two spatial axes: x (N, C, H, W).
 
@@ -262,6 +267,7 @@ class DepthwiseConv2d(DepthwiseConv):
     rank = 2
 
 
+@documented_as(DepthwiseConv, 3)
 class DepthwiseConv3d(DepthwiseConv):
     """`DepthwiseConv` over three spatial axes: x (N, C, D, H, W).
 
@@ -279,17 +285,17 @@ class DepthwiseConv3d(DepthwiseConv):
 class ConvTranspose(Filters):
     """A transposed convolution with weights and a bias, over any number of axes.
 
-    Weights begin as He et al. draw them for rectified units: normal, with standard
-    deviation √(2 / fan_in), where fan_in = in_channels / groups · taps / strides is how
-    many products an output cell sums, on average.  Biases begin as zeros.
+    Weights are initialised as in He et al. for rectified units: normal, with standard
+    deviation √(2 / fan_in), where fan_in = in_channels / groups · taps / strides is the
+    average number of products that an output sums.  Biases are zero.
 
     Parameters
     ----------
     in_channels, out_channels
         Channels C of the input and K of the output.
     kernel_size
-        Taps along each spatial axis; how many there are gives the rank.
-        `ConvTranspose1d`, `ConvTranspose2d` and `ConvTranspose3d` know their rank and
+        Taps along each spatial axis; their number gives the rank.
+        `ConvTranspose1d`, `ConvTranspose2d` and `ConvTranspose3d` have a fixed rank and
         take a single number too.
     bias
         Whether a bias is added.
@@ -397,12 +403,13 @@ class ConvTranspose(Filters):
         return conv_transpose_backward(dy, x, weight, needs=needs, **options)
 
     def _sizes(self, output_size: Sizes | None) -> dict[str, Any]:
-        """The options that say how large the output is: one of two."""
+        """The options for the size of the output: one of two."""
         if output_size is None:
             return {"output_padding": self._output_padding}
         return {"output_size": output_size}
 
 
+@documented_as(ConvTranspose, 1)
 class ConvTranspose1d(ConvTranspose):
     """`ConvTranspose` over one spatial axis: x (N, C, L).
 
@@ -419,6 +426,7 @@ class ConvTranspose1d(ConvTranspose):
     rank = 1
 
 
+@documented_as(ConvTranspose, 2)
 class ConvTranspose2d(ConvTranspose):
     """`ConvTranspose` over two spatial axes: x (N, C, H, W).
 
@@ -434,6 +442,7 @@ class ConvTranspose2d(ConvTranspose):
     rank = 2
 
 
+@documented_as(ConvTranspose, 3)
 class ConvTranspose3d(ConvTranspose):
     """`ConvTranspose` over three spatial axes: x (N, C, D, H, W).
 
@@ -449,7 +458,7 @@ class ConvTranspose3d(ConvTranspose):
 
 
 def group_channels(in_channels: int, out_channels: int, groups: int) -> tuple[int, int]:
-    """Channels of the input and of the output in a group, which the groups divide."""
+    """Channels of the input and of the output in a group."""
     groups = positive("groups", groups)
     sizes = {"in_channels": in_channels, "out_channels": out_channels}
     for name, channels in sizes.items():

@@ -1,4 +1,4 @@
-"""Pooling as layers: without parameters, and with what their gradients need."""
+"""Pooling layers: no parameters, but arrays that gradients need."""
 
 from abc import abstractmethod
 from collections.abc import Callable, Iterable
@@ -16,6 +16,7 @@ from cuconv.engine.pool_plan import MOST_AXES
 from cuconv.geometry import Sizes, WindowGeometry, channels_are_first
 from cuconv.layers.base import ENDLESS, Layer, kernel_of
 from cuconv.memory import MemoryLimit, parse_memory_limit
+from cuconv.options import documented_as
 from cuconv.pooling import (
     adaptive_avg_pool,
     adaptive_avg_pool_backward,
@@ -33,7 +34,7 @@ from cuconv.pooling import (
 
 
 class _Pool(Layer):
-    """A function of `cuconv.pooling` and its gradient, and what both take."""
+    """A function of `cuconv.pooling`, its gradient, and the options of both."""
 
     _pool: ClassVar[Callable[..., Any]]
     _backward: ClassVar[Callable[..., Any]]
@@ -47,12 +48,12 @@ class _Pool(Layer):
 
     @abstractmethod
     def _results(self, x: Array) -> tuple[Array, ...]:
-        """What is pooled, and arrays that the gradient needs."""
+        """The result, and the arrays that the gradient needs."""
 
     def forward(self, x: Array) -> Array:
         """Pool, and keep what `backward` needs, which is not ``x``.
 
-        Of maxima that is where they are, and of means the shape of ``x``.
+        For maxima these are their indices, for means the shape of ``x``.
 
         Parameters
         ----------
@@ -104,7 +105,7 @@ class _Pool(Layer):
 
 
 class _Maxima(_Pool):
-    """Largest values: the gradient goes where they were."""
+    """Maxima: the gradient is added at their indices."""
 
     def _results(self, x: Array) -> tuple[Array, ...]:
         options = {"return_indices": True, **self._options}
@@ -113,7 +114,7 @@ class _Maxima(_Pool):
 
 
 class _Means(_Pool):
-    """Means: the gradient is shared out."""
+    """Means: the gradient is divided among the elements of the window."""
 
     def _results(self, x: Array) -> tuple[Array, ...]:
         return (self._pool(x, *self._sizes, **self._options),)
@@ -125,8 +126,8 @@ class MaxPool(_Maxima):
     Parameters
     ----------
     kernel_size
-        Taps along each spatial axis; how many there are gives the rank.  `MaxPool1d`,
-        `MaxPool2d` and `MaxPool3d` know their rank and take a single number too.
+        Taps along each spatial axis; their number gives the rank.  `MaxPool1d`,
+        `MaxPool2d` and `MaxPool3d` have a fixed rank and take a single number too.
     memory_limit, **options
         As for `cuconv.max_pool`: stride, which is the kernel size by default, padding,
         dilation, ceil_mode and layout.
@@ -134,7 +135,7 @@ class MaxPool(_Maxima):
     Raises
     ------
     ValueError, TypeError
-        For sizes or options that suit no input.
+        For sizes or options that are valid for no input.
 
     Examples
     --------
@@ -165,6 +166,7 @@ class MaxPool(_Maxima):
         super().__init__(kernel, memory_limit=memory_limit, **options)
 
 
+@documented_as(MaxPool, 1)
 class MaxPool1d(MaxPool):
     """`MaxPool` over one spatial axis: x (N, C, L).
 
@@ -179,6 +181,7 @@ class MaxPool1d(MaxPool):
     rank = 1
 
 
+@documented_as(MaxPool, 2)
 class MaxPool2d(MaxPool):
     """`MaxPool` over two spatial axes: x (N, C, H, W).
 
@@ -193,6 +196,7 @@ class MaxPool2d(MaxPool):
     rank = 2
 
 
+@documented_as(MaxPool, 3)
 class MaxPool3d(MaxPool):
     """`MaxPool` over three spatial axes: x (N, C, D, H, W).
 
@@ -213,8 +217,8 @@ class AvgPool(_Means):
     Parameters
     ----------
     kernel_size
-        Taps along each spatial axis; how many there are gives the rank.  `AvgPool1d`,
-        `AvgPool2d` and `AvgPool3d` know their rank and take a single number too.
+        Taps along each spatial axis; their number gives the rank.  `AvgPool1d`,
+        `AvgPool2d` and `AvgPool3d` have a fixed rank and take a single number too.
     memory_limit, **options
         As for `cuconv.avg_pool`: stride, which is the kernel size by default, padding,
         dilation, ceil_mode, count_include_pad, divisor_override and layout.
@@ -222,7 +226,7 @@ class AvgPool(_Means):
     Raises
     ------
     ValueError, TypeError
-        For sizes or options that suit no input.
+        For sizes or options that are valid for no input.
 
     Examples
     --------
@@ -251,6 +255,7 @@ class AvgPool(_Means):
         super().__init__(kernel, memory_limit=memory_limit, **options)
 
 
+@documented_as(AvgPool, 1)
 class AvgPool1d(AvgPool):
     """`AvgPool` over one spatial axis: x (N, C, L).
 
@@ -265,6 +270,7 @@ class AvgPool1d(AvgPool):
     rank = 1
 
 
+@documented_as(AvgPool, 2)
 class AvgPool2d(AvgPool):
     """`AvgPool` over two spatial axes: x (N, C, H, W).
 
@@ -279,6 +285,7 @@ class AvgPool2d(AvgPool):
     rank = 2
 
 
+@documented_as(AvgPool, 3)
 class AvgPool3d(AvgPool):
     """`AvgPool` over three spatial axes: x (N, C, D, H, W).
 
@@ -294,7 +301,7 @@ class AvgPool3d(AvgPool):
 
 
 class AdaptiveMaxPool(_Maxima):
-    """`cuconv.adaptive_max_pool` as a layer: maxima of as many windows as asked for.
+    """`cuconv.adaptive_max_pool` as a layer: maxima of a given number of windows.
 
     Parameters
     ----------
@@ -307,7 +314,7 @@ class AdaptiveMaxPool(_Maxima):
     Raises
     ------
     ValueError, TypeError
-        For sizes or options that suit no input.
+        For sizes or options that are valid for no input.
 
     Examples
     --------
@@ -332,7 +339,7 @@ class AdaptiveMaxPool(_Maxima):
 
 
 class AdaptiveAvgPool(_Means):
-    """`cuconv.adaptive_avg_pool` as a layer: means of as many windows as asked for.
+    """`cuconv.adaptive_avg_pool` as a layer: means of a given number of windows.
 
     Parameters
     ----------
@@ -345,7 +352,7 @@ class AdaptiveAvgPool(_Means):
     Raises
     ------
     ValueError, TypeError
-        For sizes or options that suit no input.
+        For sizes or options that are valid for no input.
 
     Examples
     --------
@@ -382,7 +389,7 @@ class GlobalMaxPool(_Maxima):
     Raises
     ------
     ValueError, TypeError
-        For options that suit no input.
+        For options that are valid for no input.
 
     Examples
     --------
@@ -420,7 +427,7 @@ class GlobalAvgPool(_Means):
     Raises
     ------
     ValueError, TypeError
-        For options that suit no input.
+        For options that are valid for no input.
 
     Examples
     --------
@@ -446,7 +453,7 @@ class GlobalAvgPool(_Means):
 
 
 def _check_windows(kernel: tuple[int, ...], options: Any, kind: type) -> None:
-    """Refuse windows that lie in no input, however large it is."""
+    """Raise if windows fit into no input, however large it is."""
     _check_rank("kernel_size", kernel)
     window_geometry((ENDLESS,) * (len(kernel) + 1), kernel, options, kind)
 

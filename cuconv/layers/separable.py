@@ -1,4 +1,4 @@
-"""Separable convolutions that hold the weights of both steps."""
+"""Separable convolution layers, with the weights of both steps."""
 
 import math
 from typing import Any, ClassVar, Unpack
@@ -7,32 +7,33 @@ import numpy as np
 
 from cuconv.arrays import Array
 from cuconv.backends import default_array_module
+from cuconv.engine.separable import SeparableGradients
 from cuconv.geometry import Sizes
 from cuconv.layers.base import check_module, kernel_of, positive
 from cuconv.layers.weighted import Weighted, drawn
-from cuconv.options import check_bias
-from cuconv.separable import (
-    SeparableGradients,
+from cuconv.options import (
+    SEPARABLE_OPTIONS,
     SeparableOptions,
-    separable_conv,
-    separable_conv_backward,
+    check_bias,
+    documented_as,
 )
+from cuconv.separable import separable_conv, separable_conv_backward
 
 
 class SeparableConv(Weighted):
-    """A separable convolution: every channel alone, then all channels cell by cell.
+    """A separable convolution: depthwise, then pointwise.
 
-    Weights begin normal: those of the first step with standard deviation √(2 / taps),
-    as He et al. draw them for inputs that are rectified, and those of the second, whose
-    inputs are not, with √(1 / (in_channels · multiplier)).  Biases begin as zeros.
+    Weights are initialised normal: those of the first step with standard deviation √(2
+    / taps), as in He et al. for rectified inputs, and those of the second, whose inputs
+    are not rectified, with √(1 / (in_channels · multiplier)).  Biases are zero.
 
     Parameters
     ----------
     in_channels, out_channels
         Channels C of the input and K of the output.
     kernel_size
-        Taps along each spatial axis; how many there are gives the rank.
-        `SeparableConv1d`, `SeparableConv2d` and `SeparableConv3d` know their rank and
+        Taps along each spatial axis; their number gives the rank.
+        `SeparableConv1d`, `SeparableConv2d` and `SeparableConv3d` have a fixed rank and
         take a single number too.
     multiplier
         Filters M of each channel in the first step.
@@ -72,7 +73,7 @@ class SeparableConv(Weighted):
     _found: ClassVar[dict[str, str]] = {
         name: name for name in ("depthwise", "pointwise", "bias")
     }
-    _known = tuple(SeparableOptions.__annotations__)
+    _known = SEPARABLE_OPTIONS
 
     def __init__(
         self,
@@ -153,6 +154,7 @@ class SeparableConv(Weighted):
         return array.reshape(-1, 1, *array.shape[2:])
 
 
+@documented_as(SeparableConv, 1)
 class SeparableConv1d(SeparableConv):
     """`SeparableConv` over one spatial axis: x (N, C, L).
 
@@ -168,6 +170,7 @@ class SeparableConv1d(SeparableConv):
     rank = 1
 
 
+@documented_as(SeparableConv, 2)
 class SeparableConv2d(SeparableConv):
     """`SeparableConv` over two spatial axes: x (N, C, H, W).
 
@@ -183,6 +186,7 @@ class SeparableConv2d(SeparableConv):
     rank = 2
 
 
+@documented_as(SeparableConv, 3)
 class SeparableConv3d(SeparableConv):
     """`SeparableConv` over three spatial axes: x (N, C, D, H, W).
 

@@ -1,4 +1,4 @@
-"""What layers with weights share: their options, how weights begin, and `backward`."""
+"""Shared code of layers with weights: options, initialisation, `backward`."""
 
 import math
 from abc import abstractmethod
@@ -20,7 +20,7 @@ class Weighted(Layer):
     """A layer with weights, and the options of a convolution."""
 
     rank: int | None = None
-    # The gradient of each parameter, by its name in what the function gives.
+    # The field of each parameter's gradient in the function's result.
     _found: ClassVar[dict[str, str]] = {"weight": "w", "bias": "bias"}
     _known: ClassVar[Iterable[str]] = tuple(ConvOptions.__annotations__)
 
@@ -43,7 +43,7 @@ class Weighted(Layer):
         dy
             Gradient for the output, in its shape.
         needs_input
-            Whether to compute the gradient for the input; a first layer has no use for
+            Whether to compute the gradient for the input; a first layer does not need
             it.
 
         Returns
@@ -65,14 +65,14 @@ class Weighted(Layer):
         return found.x
 
     def _settled(self) -> Options:
-        """All options, checked as far as they are words."""
+        """All options; strings are checked."""
         chosen = chosen_options(self._options).settled()
         check_strategy_name(chosen.strategy)
         self._is_channels_first = channels_are_first(chosen.layout)
         return chosen
 
     def _endless(self, channels: int, rank: int) -> tuple[int, ...]:
-        """The shape of an input to which no kernel is too long."""
+        """The shape of an input that is longer than any kernel."""
         size = (ENDLESS,) * rank
         return (channels, *size) if self._is_channels_first else (*size, channels)
 
@@ -114,22 +114,22 @@ class Filters(Weighted):
     def _channels(
         self, in_channels: int, out_channels: int, groups: int
     ) -> tuple[int, int]:
-        """The two axes of the weights that are no taps, checked."""
+        """The two axes of the weights that are not spatial, checked."""
 
     @abstractmethod
     def _check_options(
         self, options: Options, in_channels: int, w_shape: tuple[int, ...]
     ) -> None:
-        """Refuse options that suit no input at all."""
+        """Raise for options that are valid for no input."""
 
     def _terms(
         self, options: Options, in_channels: int, kernel: tuple[int, ...]
     ) -> float:
-        """How many products an output sums: He's fan_in."""
+        """The number of products that an output sums: fan_in of He et al."""
         return in_channels // options.groups * math.prod(kernel)
 
     def _in_layout(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """The shape of weights that PyTorch would have in this one."""
+        """The shape of PyTorch's weights for this layer."""
         if self._is_channels_first:
             return shape
         return (*shape[2:], shape[1], shape[0])
@@ -163,7 +163,7 @@ def drawn(
 
 def _parameter_type(dtype: Any) -> DType:
     resolved = as_dtype(np.float32 if dtype is None else dtype)
-    # bfloat16 is no kind of NumPy's own: it calls itself "V".
+    # bfloat16 is not one of NumPy's own types: its kind is "V".
     if resolved.kind not in "fc" and resolved.name != "bfloat16":
         raise TypeError(f"a layer needs a floating or complex dtype; got {resolved}")
     check_type("dtype", resolved)

@@ -1,4 +1,4 @@
-"""The ways to compute a convolution, one a file, under one normalised name each."""
+"""The strategies: ways to compute a convolution, one in each file."""
 
 from cuconv.strategies.base import (
     Blocks,

@@ -1,4 +1,4 @@
-"""What a strategy is asked, and the views that all of them share."""
+"""The protocol of a strategy, and views that all strategies share."""
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
@@ -16,15 +16,16 @@ from cuconv.engine.problem import Problem
 from cuconv.geometry import Axis, Block, ConvGeometry, Tile
 from cuconv.memory import Buffer
 
-# Why a strategy refuses an input gradient as such.
-OVER_DY = "it runs forward alone, as an input gradient does at stride 1"
+# The reason of strategies that have no input gradient of their own.
+OVER_DY = "it only runs the forward pass; at stride 1 an input gradient is one"
 
-# Weights are turned this many filters at a time: 512×512×9 take 2.4 ms so, 4.7 at once.
+# Weights are transposed this many filters at a time: 512×512×9 take 2.4 ms, 4.7 at
+# once.
 _STRIP = 16
-# Below this many cells a second worker costs more than it saves in sums and copies.
+# Below this many elements a second worker costs more than it saves in sums and copies.
 _WORTH_SHARING = 2**17
 _PARTIAL_ROWS, _PARTIAL_CELLS, _PARTIAL_POSITIONS = 64, 2**17, 16
-# Blocks worth keeping with a plan: each is a kibibyte of Python's objects.
+# The most blocks to keep with a plan: each is a kibibyte of Python objects.
 _FEW = 16
 
 Item = TypeVar("Item")
@@ -33,12 +34,12 @@ Variant: TypeAlias = Any
 
 
 class Tiling(NamedTuple):
-    """How a job is divided: blocks of output, regions of input, lanes, workers.
+    """The tiling of a job: blocks of output, regions of input, splits, workers.
 
-    Regions only matter to `input_grad`, which writes one region at a time.  Lanes are
-    parts of a sum: in `weight_grad` each sums blocks of its own, or all blocks for
-    filters of its own; in `forward` the latter, where positions are few.  ``variant``
-    is one of the ways of the strategy.  None of them depends on the number of workers,
+    Regions are used by `input_grad` alone, which writes one region at a time.  Splits
+    are parts of the work: in `weight_grad` each sums its own blocks, or all blocks for
+    its own filters; in `forward` the latter, if there are few positions.  ``variant``
+    is one of the strategy's variants.  None of them depends on the number of workers,
     so that results do not either.
     """
 
@@ -62,7 +63,7 @@ class Tilings(NamedTuple):
 
 
 class Job(NamedTuple):
-    """One call: the problem, how it is cut, who carries it out, and where."""
+    """One call: the problem, its tiling, the backend, and the buffers."""
 
     problem: Problem
     tiling: Tiling
@@ -76,7 +77,7 @@ class Job(NamedTuple):
         items: Iterable[Item],
         body: Callable[[int, Item, dict[str, Array]], None],
     ) -> None:
-        """Share items out to the workers: ``body(number, item, worker's buffers)``."""
+        """Distribute items to the workers: ``body(number, item, worker's buffers)``."""
         single = self.problem.single_threaded
         self.backend.each(items, body, self.own, single_threaded=single)
 
@@ -88,7 +89,7 @@ def verdict(refusals: Iterator[str]) -> tuple[bool, str]:
 
 
 class Blocks:
-    """The blocks of a cut, again and again: a few are kept, many are made anew."""
+    """The blocks of a tiling; a few are kept, many are generated each time."""
 
     def __init__(self, make: Callable[[], Iterator[Block]], count: int) -> None:
         self._make = make
@@ -101,8 +102,9 @@ class Blocks:
 class Workspace(NamedTuple):
     """The buffers of a job.
 
-    ``weights`` hold the weights as the strategy wants them, for as long as they are
-    prepared; ``shared`` serve one call, and ``per_worker`` one worker of it.
+    ``weights`` are for the weights in the form that the strategy uses, and stay
+    allocated in a prepared plan; ``shared`` are for one call, ``per_worker`` for each
+    of its workers.
     """
 
     weights: tuple[Buffer, ...] = ()
@@ -114,8 +116,8 @@ class Strategy(Protocol):
     """One way to compute the three operations."""
 
     name: str
-    # Whether a run on CUDA launches kernels and nothing else, so that a graph can hold
-    # it: CuPy refuses cuBLAS and cuFFT while one is captured.
+    # Whether a run on CUDA only launches kernels, so that a graph can contain it: CuPy
+    # refuses cuBLAS and cuFFT while one is captured.
     capturable: bool
     # Whether one block of everything costs no more than any other tiling, and several
     # no less than that and the start of each.
@@ -124,7 +126,7 @@ class Strategy(Protocol):
     by_runs: bool
 
     def supports(self, problem: Problem) -> tuple[bool, str]:
-        """Whether it can, and the reason if it cannot."""
+        """Whether it can run the problem, and the reason if it cannot."""
 
     def variants(self, problem: Problem) -> tuple[Variant, ...]:
         """The ways in which it can do it."""
@@ -141,10 +143,10 @@ class Strategy(Protocol):
         """The buffers of a job with this tiling."""
 
     def work(self, problem: Problem, tiling: Tiling) -> Work:
-        """What there is to do, all workers together."""
+        """The work of all workers together."""
 
     def weights(self, job: Job, w: Array, kept: dict[str, Array]) -> Array:
-        """The weights as `forward` wants them, in ``kept`` where they are copied."""
+        """The weights in the form for `forward`, in ``kept`` if they are copied."""
 
     def forward(
         self, job: Job, x: Array, weights: Array, bias: Array | None, out: Array
@@ -161,7 +163,7 @@ class Strategy(Protocol):
 
 
 class OneWay:
-    """The answers of a strategy that has one way of doing it."""
+    """The answers of a strategy with a single variant."""
 
     gains_from_size = True
     by_runs = False
@@ -196,7 +198,7 @@ def weight_matrix(w: Array, geometry: ConvGeometry) -> Array:
 
 
 def take_weights(job: Job, w: Array, kept: dict[str, Array]) -> Array:
-    """The weights as `weight_matrix`: where they lie if they can, else copied."""
+    """The weights as `weight_matrix`: a view if possible, else a copy."""
     problem, geometry = job.problem, job.problem.geometry
     if "w" in problem.zero_copy:
         return weight_matrix(w, geometry)
@@ -227,7 +229,7 @@ def copy_transposed(job: Job, source: Array, target: Array) -> None:
 
 
 def weight_buffer(problem: Problem) -> tuple[Buffer, ...]:
-    """Room for `take_weights`."""
+    """The buffer of `take_weights`."""
     if "w" in problem.zero_copy:
         return ()
     geometry = problem.geometry
@@ -244,7 +246,7 @@ def take_bias(job: Job, bias: Array | None) -> Array | None:
 
 
 def bias_buffer(problem: Problem) -> tuple[Buffer, ...]:
-    """Room for `take_bias`."""
+    """The buffer of `take_bias`."""
     if not problem.has_bias:
         return ()
     return (Buffer("bias", problem.result_channels, problem.types.accumulate),)
@@ -257,7 +259,7 @@ def output_cells(array: Array, block: Block) -> Array:
 
 
 def output_buffer(problem: Problem, name: str, tile: Tile) -> Buffer:
-    """Room for one block of y or dy."""
+    """The buffer for one block of y or dy."""
     dtype = problem.types.accumulate if name == "y" else problem.operand
     return Buffer(name, tile.positions * problem.geometry.filters, dtype)
 
@@ -290,7 +292,7 @@ def take_dy(
     *,
     wide: bool = False,
 ) -> Array:
-    """A block of dy as (N, G, K/G, positions): where it lies if it can, else copied."""
+    """A block of dy as (N, G, K/G, positions): a view if possible, else a copy."""
     geometry = job.problem.geometry
     if "dy" not in buffers:
         return flattened(cells, geometry.rank)
@@ -300,23 +302,23 @@ def take_dy(
 
 
 def sums_in_place(problem: Problem) -> bool:
-    """Whether the result itself can hold a running sum."""
+    """True if the result itself can be the running sum."""
     return (
         "out" in problem.zero_copy and problem.types.result == problem.types.accumulate
     )
 
 
 def parts_of(count: int, parts: int) -> list[slice]:
-    """Cut a range into parts as even as can be."""
+    """Split a range into parts that are as even as possible."""
     step = -(-count // parts)
     return [slice(i, min(i + step, count)) for i in range(0, count, step)]
 
 
 def partial_cells(cells: int, row: int, positions: int) -> int:
-    """How large a buffer for a product is, before it is added to a sum.
+    """The size of the buffer for a product that is added to a sum.
 
-    Some rows of it do, as many as fill a cache; at least one, where memory is so tight
-    that blocks are tiny.
+    It has some rows of the product, as many as fill a cache; at least one, if the
+    memory limit makes blocks small.
     """
     if positions < _PARTIAL_POSITIONS:
         return min(cells, row * max(positions, 1))
@@ -324,7 +326,7 @@ def partial_cells(cells: int, row: int, positions: int) -> int:
 
 
 def add_splits(job: Job, sums: list[Array]) -> None:
-    """Add what every lane has summed to the first one's sum, in the lanes' order."""
+    """Add the sums of all splits to the first, in order."""
     first, *others = sums
     step = -(-first.shape[0] // 8)
     if not others:
@@ -345,7 +347,7 @@ def outer_view(array: Array, tiled: int) -> Array:
     """View the spatial axes, after three others, as (outer, rows, last).
 
     The last ``tiled`` of them (at most three) are the last of the view; axes that the
-    array lacks have one cell.
+    array lacks have one element.
     """
     spatial = array.ndim - 3
     if tiled == 1 and spatial == 2:

@@ -1,9 +1,8 @@
 """Few channels in a group: direct loops over one plane at a time, compiled.
 
-The sums of the definition, with nothing gathered and nothing multiplied by BLAS.  On
-NumPy arrays, loops of `cuconv.backends.cpu.loops` over planes that are copied with their
-padding; on CuPy arrays, kernels that take every array where it lies
-(`cuconv.backends.Direct`).
+The sums of the definition, without columns and without BLAS.  For NumPy arrays, loops
+of `cuconv.backends.cpu.loops` over planes that are copied with their padding; for CuPy
+arrays, kernels without copies (`cuconv.backends.DirectConv`).
 """
 
 import math
@@ -37,7 +36,7 @@ _OPERANDS = {
 }
 _MOST_CHANNELS = 4
 _TASKS = 8
-# Cells of the planes that are taken together: with their sums, half of an L1 cache.
+# Elements of the planes that are taken together: with their sums, half of an L1 cache.
 _RUN = 8192
 
 
@@ -140,7 +139,7 @@ class Depthwise(OneWay):
         job.backend.copy(sums, view)
 
     def _run(self, job: Job, name: str, arguments: tuple[Any, ...]) -> None:
-        """Share the channels out, a run of them at a time."""
+        """Distribute the channels to workers, a range of them at a time."""
         from cuconv.backends.cpu import loops as jit  # noqa: PLC0415 - Numba, when first needed
 
         loop = getattr(jit, name)
@@ -168,11 +167,11 @@ def _refusals(problem: Problem) -> Iterator[str]:
     own = _loops_refuse if problem.module == "numpy" else _kernels_refuse
     yield from own(problem)
     if problem.flipped:
-        yield "it spreads dy out for every stride"
+        yield "it would insert zeros into dy for a stride"
 
 
 def _loops_refuse(problem: Problem) -> Iterator[str]:
-    """What the loops over NumPy arrays cannot do."""
+    """The reasons against the loops over NumPy arrays."""
     if not jit_is_installed():
         yield "Numba is not installed, which compiles its loops (extra jit)"
     if problem.operand.char not in "fd":
@@ -183,7 +182,7 @@ def _loops_refuse(problem: Problem) -> Iterator[str]:
 
 
 def _kernels_refuse(problem: Problem) -> Iterator[str]:
-    """What the kernels over CuPy arrays cannot do."""
+    """The reasons against the kernels over CuPy arrays."""
     g = problem.geometry
     # A kernel adds up a few such lengths; products of strides are the longest.
     far = max(
@@ -196,11 +195,11 @@ def _kernels_refuse(problem: Problem) -> Iterator[str]:
     if not problem.uniform:
         yield "the arrays have several types"
     if far >= 2**30:
-        yield f"lengths of {far} cells, less than 2^30 at most"
+        yield f"lengths of {far} elements, less than 2^30 at most"
 
 
 def _channels(problem: Problem) -> int:
-    """How many independent pieces there are."""
+    """The number of independent pieces."""
     g = problem.geometry
     if problem.op == "weight_grad":
         return g.filters * g.group_channels
@@ -208,7 +207,7 @@ def _channels(problem: Problem) -> int:
 
 
 def _offset(job: Job, bias: Array | None) -> Array:
-    """What every sum begins with: (G, K/G), or (G, C/G) for the input gradient."""
+    """The initial value of sums: (G, K/G), or (G, C/G) for the input gradient."""
     offset = job.shared["bias"]
     if bias is None:
         job.backend.fill(offset, 0)
@@ -227,7 +226,7 @@ def _scratch_shape(problem: Problem) -> tuple[int, int, int, int]:
     axes: tuple[Axis, ...] = three_axes(problem.geometry)
     adjoint = problem.op == "input_grad"
     lengths = (a.size + a.extent - 1 if adjoint else a.padded for a in axes)
-    # None is left of an axis without cells, and nothing is computed then.
+    # An axis without elements has none, and nothing is computed then.
     depth, height, width = (max(length, 1) for length in lengths)
     several = max(1, _RUN // (depth * height * width))
     return min(several, problem.geometry.images), depth, height, width
@@ -238,12 +237,12 @@ def _rows(geometry: ConvGeometry, row: Callable[[Axis], tuple[int, ...]]) -> Any
 
 
 def _input_axes(geometry: ConvGeometry) -> Any:
-    """Places of x in the scratch, as windows see it."""
+    """Positions of x in the scratch, in padded coordinates."""
     return _rows(geometry, lambda a: (a.kernel, a.dilation, a.before, 1, a.stride))
 
 
 def _adjoint_axes(geometry: ConvGeometry) -> Any:
-    """Places of dy, a stride apart, as the windows of the flipped kernel see it."""
+    """Positions of dy, a stride apart, in padded coordinates of the flipped kernel."""
     return _rows(
         geometry,
         lambda a: (a.kernel, a.dilation, a.extent - 1 - a.before, a.stride, 1),
@@ -251,5 +250,5 @@ def _adjoint_axes(geometry: ConvGeometry) -> Any:
 
 
 def _spread_axes(geometry: ConvGeometry) -> Any:
-    """Places of dy, every cell where its window over x begins."""
+    """Positions of dy, every element at the first element of its window over x."""
     return _rows(geometry, lambda a: (1, 1, 0, a.stride, 1))

@@ -5,10 +5,10 @@ Correlation becomes, at every frequency f,
     forward        Y_f = X_f · conj(W_f)     summed over channels: a matrix product
     weight_grad    dW_f = X_f · conj(dY_f)   summed over images and blocks
 
-The output is cut into tiles; each reads a window of the input as long as the tile and
-the kernel together (overlap and save), so that the spectra of the weights serve all
-tiles.  The input gradient is the forward pass over dy with flipped weights.  Strides
-are taken from the result, dilations spread the taps.
+The output is split into tiles; each reads a window of the input as long as the tile and
+the kernel together (overlap and save), so that all tiles use the same spectra of the
+weights.  The input gradient is the forward pass over dy with flipped weights.  With
+strides, the result is subsampled; with dilation, zeros are inserted between taps.
 
 Layout: spectra are (frequencies, G, images or filters, channels), so that a frequency
 is one matrix product.
@@ -46,19 +46,19 @@ from cuconv.strategies.base import (
     verdict,
 )
 
-# Kernels of fewer taps are faster by columns, whatever the channels.
+# Kernels of fewer taps are faster by im2col, whatever the channels.
 _LEAST_TAPS = 25
 _SMOOTH = (2, 3, 5)
-# Output cells of a tile along each axis, at least, if the output is that long.
+# The least output elements of a tile along each axis, if the output is that long.
 _LEAST_TILE = 32
-# Unscaled, NumPy 2.4 transforms float32 by way of whole copies in float64.
+# Without scaling, NumPy 2.4 transforms float32 through whole copies in float64.
 _NORM: Literal["ortho"] = "ortho"
 _COMPLEX: dict[str, DType] = {"f": np.dtype(np.complex64), "d": np.dtype(np.complex128)}
 
 
 @lru_cache(maxsize=1024)
 def _smooth(length: int) -> int:
-    """The smallest length from this on that is quick to transform."""
+    """The smallest length, at least this, with a fast transform."""
     while True:
         rest = length
         for factor in _SMOOTH:
@@ -70,7 +70,7 @@ def _smooth(length: int) -> int:
 
 
 def _lengths(geometry: ConvGeometry, tile: Tile) -> tuple[int, ...]:
-    """How long the transforms are: the input window of a tile, rounded up."""
+    """The length of the transforms: the input window of a tile, rounded up."""
     return tuple(
         _smooth((cells - 1) * axis.stride + axis.extent)
         for axis, cells in zip(geometry.axes, tile.cells, strict=True)
@@ -86,7 +86,7 @@ class Fft(OneWay):
 
     name = "fft"
     capturable = False
-    gains_from_size = False  # the cost of a cell grows with the transform's length
+    gains_from_size = False  # the cost of an element grows with the transform's length
 
     def supports(self, problem: Problem) -> tuple[bool, str]:
         return verdict(_refusals(problem))
@@ -117,7 +117,7 @@ class Fft(OneWay):
         weights = g.filters * g.group_channels
         most = max(images * g.channels, images * g.filters, _strip(problem))
         real = Buffer("real", most * cells, dtype)
-        # Two to go to and fro between: NumPy copies what it should transform in place.
+        # Two buffers, used in turn: NumPy copies operands of transforms in place.
         pair = 2 if g.rank > 1 else 1
         between = Buffer("between", pair * most * spectrum, wide)
         x = Buffer("x", images * g.channels * spectrum, wide)
@@ -165,7 +165,7 @@ class Fft(OneWay):
             job.backend.copy(part, cells[places])
             into = spectra[..., start : start + step]
             into = into.swapaxes(-1, -2)
-            job.backend.do(_transform, cells, into, own["between"], True)
+            job.backend.do(_transform, cells, into, own["between"], _scale(lengths))
 
         with job.backend.stage("weights", self.name):
             job.each(range(0, g.group_filters, step), body)
@@ -208,7 +208,7 @@ class Fft(OneWay):
     def input_grad(
         self, job: Job, dy: Array, weights: Array, bias: Array | None, out: Array
     ) -> None:
-        raise NotImplementedError  # refused by `supports`
+        raise NotImplementedError  # `supports` excludes it
 
     def weight_grad(self, job: Job, dy: Array, x: Array, out: Array) -> None:
         g, splits = job.problem.geometry, job.tiling.splits
@@ -265,9 +265,9 @@ def _refusals(problem: Problem) -> Iterator[str]:
     if problem.op == "input_grad":
         yield OVER_DY
     if problem.precision != "fast":
-        yield "precision='fast' alone allows it"
+        yield "it needs precision='fast'"
     if problem.module != "numpy":
-        yield "its buffers are NumPy's so far"
+        yield "it is for NumPy arrays"
     if problem.operand.char not in _COMPLEX:
         yield f"there is no transform of {problem.operand}"
     if taps < _LEAST_TAPS:
@@ -275,13 +275,13 @@ def _refusals(problem: Problem) -> Iterator[str]:
 
 
 def _strip(problem: Problem) -> int:
-    """Weights that are transformed together: no more planes than a block has."""
+    """The number of weights to transform at once: at most the planes of a block."""
     g = problem.geometry
     return max(g.channels, min(g.filters * g.group_channels, g.filters + g.channels))
 
 
 def _spread(geometry: ConvGeometry) -> tuple[Any, ...]:
-    """Where the taps lie among the cells of a transform."""
+    """The positions of the taps in a transform."""
     return (..., *(slice(0, axis.extent, axis.dilation) for axis in geometry.axes))
 
 
@@ -308,7 +308,7 @@ def _window_spectra(
     count = cells.shape[0]
     shape = (*_frequencies(lengths), g.groups, count, g.group_channels)
     spectra = own["x"][: math.prod(shape)].reshape(shape)
-    job.backend.do(_transform, cells.swapaxes(0, 1), spectra, own["between"], False)
+    job.backend.do(_transform, cells.swapaxes(0, 1), spectra, own["between"], None)
     return spectra
 
 
@@ -332,17 +332,27 @@ def _spread_spectra(
     job.backend.copy(part, cells[(..., *places)])
     shape = (*_frequencies(lengths), g.groups, cells.shape[0], g.group_filters)
     spectra = own["y"][: math.prod(shape)].reshape(shape)
-    job.backend.do(_transform, cells.swapaxes(0, 1), spectra, own["between"], True)
+    job.backend.do(
+        _transform, cells.swapaxes(0, 1), spectra, own["between"], _scale(lengths)
+    )
     return spectra
+
+
+def _scale(lengths: tuple[int, ...]) -> float:
+    """Three transforms, each divided by √n; the product must be divided by n."""
+    return math.sqrt(math.prod(lengths))
 
 
 def _transform(
     cells: Array,
     spectra: Array,
     between: Array,
-    conjugate: bool,  # noqa: FBT001 - steps of a program are called by position
+    scale: float | None,
 ) -> None:
-    """Spectra (frequencies, a, b, c) of real cells (a, b, c, *lengths)."""
+    """Spectra (frequencies, a, b, c) of real elements (a, b, c, *lengths).
+
+    With a scale, their conjugates times that.
+    """
     rank = cells.ndim - 3
     frequencies = _frequencies(cells.shape[3:])
     part, other = _pair(between, (*cells.shape[:3], *frequencies))
@@ -350,10 +360,8 @@ def _transform(
     for axis in range(3, 2 + rank):
         np.fft.fft(part, axis=axis, norm=_NORM, out=other)
         part, other = other, part
-    if conjugate:
+    if scale is not None:
         np.conjugate(part, out=part)
-        # Three transforms, each divided by √n; the product wants 1/n in all.
-        scale = math.sqrt(math.prod(cells.shape[3:]))
         np.multiply(part, part.real.dtype.type(scale), out=part)
     np.copyto(spectra, part.transpose(*range(3, 3 + rank), 0, 1, 2))
 
@@ -367,7 +375,7 @@ def _back(
     *,
     swap: bool = True,
 ) -> Array:
-    """Real cells (a, b, c, *lengths) of spectra (frequencies, b, a, c)."""
+    """Real elements (a, b, c, *lengths) of spectra (frequencies, b, a, c)."""
     rank = len(lengths)
     order = (rank + 1, rank, rank + 2) if swap else (rank, rank + 1, rank + 2)
     cells = _cells(own["real"], head, lengths)
@@ -377,7 +385,7 @@ def _back(
 
 
 def _transform_back(spectra: Array, between: Array, cells: Array) -> None:
-    """Real cells (a, b, c, *lengths) of spectra (a, b, c, *frequencies)."""
+    """Real elements (a, b, c, *lengths) of spectra (a, b, c, *frequencies)."""
     part, other = _pair(between, spectra.shape)
     np.copyto(part, spectra)
     for axis in range(3, cells.ndim - 1):
@@ -387,7 +395,7 @@ def _transform_back(spectra: Array, between: Array, cells: Array) -> None:
 
 
 def _pair(flat: Array, shape: tuple[int, ...]) -> tuple[Array, Array]:
-    """Two arrays of this shape in one buffer; the second empty if there is one axis."""
+    """Two arrays of this shape in one buffer; with one axis the second is empty."""
     size = math.prod(shape)
     second = flat[size : 2 * size]
     return flat[:size].reshape(shape), (

@@ -1,4 +1,4 @@
-"""Chunked im2col and GEMM: runs every convolution, in as little memory as asked.
+"""Chunked im2col and GEMM: any convolution, within any feasible memory limit.
 
 With W the weights as a matrix (filters × patch) and X a block's columns (patch ×
 positions), group by group:
@@ -45,17 +45,17 @@ from cuconv.strategies.base import (
     weight_matrix,
 )
 
-# Sums of weight gradients kept as (patch × filters): BLAS is a fifth faster where the
-# patch is the longer side, and the turning at the end is paid back by this many
-# positions.
+# Sums of weight gradients are kept as (patch × filters) if the patch is the longer
+# side: BLAS is a fifth faster then.  The transposed copy at the end pays off with this
+# many positions.
 _WORTH_TURNING = 1024
-# Bytes of sums in all lanes, beyond the two that two workers need.
+# The most bytes of sums in all splits, beyond the two that two workers need.
 _SPLIT_BYTES = 4 * 2**20
-# Below so many positions, workers take filters rather than positions; the least filters
-# in a part.
+# Below this many positions, workers compute different filters, not positions; and the
+# least filters in a part.
 FEW_POSITIONS, PART = 1024, 32
-# The cells that beginning a run costs: columns of 7×7 outputs take 0.87 ns a cell, of
-# 112×112 0.2.
+# The cost of starting a contiguous run, in elements: columns of 7×7 outputs take 0.87
+# ns an element, of 112×112 0.2.
 _RUN = 32
 # A product for each image, or one for several side by side, which must be copied out;
 # for the weight gradient, lanes that sum blocks (each too), or that own filters.
@@ -140,7 +140,8 @@ class Im2col:
                 pieces=regions,
             )
         if problem.op == "weight_grad":
-            # Lanes own filters, each with all columns, or blocks, each with a sum.
+            # Splits are of filters, each with all columns, or of blocks, each with a
+            # sum.
             apart = splits if tiling.variant == FILTERS else 1
             return Work(
                 multiply=g.multiplications,
@@ -167,7 +168,7 @@ class Im2col:
     def column_buffers(
         self, problem: Problem, tiling: Tiling, backend: Backend
     ) -> tuple[Buffer, ...]:
-        """What `columns` needs."""
+        """The buffers that `columns` needs."""
         tile = tiling.tile
         types = problem.source, problem.operand
         gather = backend.gather_buffers(problem.geometry, tile, *types)
@@ -235,8 +236,8 @@ class Im2col:
 
         def body(number: int, split: int, buffers: dict[str, Array]) -> None:
             del number
-            # Lane i sums blocks i, i + lanes, …, or all for its own filters: the same
-            # sums, whoever does it.
+            # Split i sums blocks i, i + splits, …, or all blocks for its own filters:
+            # the same sums for every number of workers.
             first, step = (0, 1) if own_filters else (split, splits)
             part = parts[split] if own_filters else parts[0]
             total, add = totals[0 if own_filters else split][:, :, part], False
@@ -256,7 +257,7 @@ class Im2col:
 
 
 def run_cost(geometry: ConvGeometry) -> float:
-    """How much more a gathered cell costs because its run of memory is short."""
+    """The relative cost of a gathered element, higher for short contiguous runs."""
     run = geometry.out[-1] if geometry.channels_first else geometry.group_channels
     return 1 + _RUN / max(run, 1)
 
@@ -301,7 +302,7 @@ def _stored_columns(
 
 
 def _dy_buffer(problem: Problem, tile: Tile) -> tuple[Buffer, ...]:
-    # The weight gradient sums over images too: several of them make one wide matrix
+    # The weight gradient sums over images too: several images are one wide matrix
     # only after a copy.
     wide = problem.op == "weight_grad" and tile.images > 1
     if "dy" in problem.zero_copy and not wide:
@@ -317,7 +318,7 @@ def _dx_buffer(problem: Problem, region: Tile) -> tuple[Buffer, ...]:
 
 
 def _is_turned(problem: Problem) -> bool:
-    """Whether sums are kept as (patch × filters); `stored` has no such order."""
+    """True if sums are kept as (patch × filters)."""
     g = problem.geometry
     long = g.images * g.positions >= _WORTH_TURNING
     return (
@@ -331,7 +332,7 @@ def _is_turned(problem: Problem) -> bool:
 def _sum_buffers(
     problem: Problem, tiling: Tiling, backend: Backend
 ) -> tuple[tuple[Buffer, ...], tuple[Buffer, ...]]:
-    """One running sum for each lane, the first in the result where it can be."""
+    """One running sum for each split, the first in the result where it can be."""
     geometry = problem.geometry
     cells = geometry.filters * geometry.patch
     in_place = sums_in_place(problem) and not _is_turned(problem)
@@ -349,7 +350,7 @@ def _sum_buffers(
 
 
 def _sums(job: Job, out: Array) -> tuple[list[Array], list[Array]]:
-    """Each lane's running sum: as an array, and as the (1, G, K/G, patch) it is."""
+    """Each split's running sum: as an array, and as the (1, G, K/G, patch) it is."""
     problem, geometry = job.problem, job.problem.geometry
     flat = job.shared["sums"]
     if _is_turned(problem):

@@ -1,18 +1,18 @@
 """One kernel that gathers columns while it multiplies them, and never writes them.
 
-The sums of `cuconv.strategies.im2col` without its buffer, on CUDA: a tile of the
-columns lives in the memory of a multiprocessor while it is needed there.
+The sums of `cuconv.strategies.im2col` without its buffer, on CUDA: tiles of the columns
+are gathered to shared memory only.
 
     forward        Y  = W · X
     input_grad     a forward pass over dy for each phase of the strides
     weight_grad    dW = dY · Xᴴ
 
-Nothing is allocated, unless a sum is cut into parts because there are too few results
-to keep the device busy, or operands are turned: tensor cores want halves eight at a
-time, which lie side by side where channels come last.  Results are written where they
-lie in either case.
+Nothing is allocated, unless a sum is split into parts because there are too few results
+to occupy the device (split-K), or operands are copied to channels last: tensor cores
+need vectors of eight halves, which are contiguous along channels.  Results are written
+in place in either case.
 
-The kernel's text, ``implicit_gemm.cu``, says how one product serves all three.
+``implicit_gemm.cu`` documents how one kernel computes all three.
 """
 
 import itertools
@@ -37,7 +37,7 @@ from cuconv.strategies.base import (
     verdict,
 )
 
-# The kernel counts cells along an axis in 32 bits, with room to add two of them; and
+# The kernel counts elements along an axis in 32 bits, with room to add two of them; and
 # images, channels and filters, with room for a block of results.
 _LARGEST_REACH = 2**29
 _LARGEST_COUNT = 2**30
@@ -45,11 +45,11 @@ _LARGEST_COUNT = 2**30
 _MOST_TERMS = 2**33
 # Of a grid, along its first axis.
 _MOST_BLOCKS = 2**31 - 1
-# Into how many parts a sum may be cut, how many blocks are enough without, and the
+# The most parts of a sum, the number of blocks above which sums are not split, and the
 # least terms of a part; not yet measured on a GPU.
 _PARTS = (1, 4, 16, 64)
 _ENOUGH_BLOCKS, _LEAST_TERMS = 512, 256
-# What turning two operands costs beside the copies, in blocks of im2col; not measured.
+# The overhead of copying two operands, in blocks of im2col; not measured.
 _TURNING = 0.5
 _WORD = 16  # bytes of the widest copy
 
@@ -111,7 +111,7 @@ class ImplicitGemm:
         if parts > 1:
             words.append(f"sums in {parts} parts")
         if lie == TURNED:
-            words.append("channels turned last")
+            words.append("operands copied to channels last")
         return ", ".join(words)
 
     def tilings(
@@ -158,7 +158,7 @@ class ImplicitGemm:
         )
 
     def weights(self, job: Job, w: Array, kept: dict[str, Array]) -> Array:
-        """(G, K/G, C/G, *kernel), or its exchange: the terms' channels come third."""
+        """(G, K/G, C/G, *kernel); the channels that are summed are the third axis."""
         view = filters_of(w, job.problem)
         if job.problem.op == "input_grad":
             view = view.swapaxes(1, 2)
@@ -197,7 +197,7 @@ class ImplicitGemm:
         reverse = (slice(None, None, -1),) * g.rank
         phases = list(g.input_phases())
         if sum(phase.geometry.positions for phase in phases) < g.cells:
-            # Where no tap reaches, a sum is its beginning: channels beside their cells.
+            # The initial value for results without taps, with an axis of channels.
             ones = (1,) * g.rank
             if bias is None:
                 job.backend.fill(dx, 0)
@@ -229,12 +229,12 @@ def _refusals(problem: Problem) -> Iterator[str]:
     if g.rank > 3:
         yield f"{g.rank} axes, 3 at most"
     if problem.flipped and g.is_unit_stride:
-        yield "its input gradient goes phase by phase"
+        yield "its input gradient runs phase by phase"
     if not problem.uniform:
         yield f"not all arrays are {problem.operand}, and it casts none"
     reach, count = max(map(_reach, g.axes)), max(g.images, g.channels, g.filters)
     if reach >= _LARGEST_REACH:
-        yield f"an axis spans {reach} cells, {_LARGEST_REACH} are too many"
+        yield f"an axis spans {reach} elements, {_LARGEST_REACH} are too many"
     if count >= _LARGEST_COUNT:
         yield f"{count} images, channels or filters, {_LARGEST_COUNT} are too many"
     terms = _extents(problem)[-1]
@@ -253,13 +253,13 @@ def _kernels(job: Job) -> Contraction:
 
 
 def _operand(job: Job, name: str, array: Array) -> Array:
-    """An array (N, G, C, *cells) where it lies, or a copy whose channels come last."""
+    """The array (N, G, C, *spatial), or a copy of it with channels last."""
     if job.tiling.variant[-1] == IN_PLACE:
         return array
     images, groups, channels, *cells = array.shape
     source = flattened(array, len(cells))
     if source.shape[-1] > 1 and source.strides[-1] != source.itemsize:
-        return array  # a view whose channels lie last already
+        return array  # channels are last already
     copy = job.shared[name].reshape(images, groups, *cells, channels)
     with job.backend.stage("gather", ImplicitGemm.name):
         _kernels(job).transpose(source, _rows_of(copy))
@@ -267,13 +267,13 @@ def _operand(job: Job, name: str, array: Array) -> Array:
 
 
 def _rows_of(array: Array) -> Array:
-    """View (N, G, *cells, C) as (N, G, positions, C)."""
+    """View (N, G, *spatial, C) as (N, G, positions, C)."""
     images, groups, *cells, channels = array.shape
     return array.reshape(images, groups, math.prod(cells), channels)
 
 
 def _can_turn(problem: Problem) -> bool:
-    """Whether channels lie apart, would fill whole copies, and feed tensor cores."""
+    """True if a copy to channels last allows vector loads for tensor cores."""
     g = problem.geometry
     needed = {"forward": {"x", "w"}, "input_grad": {"dy", "w"}}
     direct = needed.get(problem.op, {"dy", "x"}) <= problem.zero_copy
@@ -299,7 +299,7 @@ def _how(job: Job, conjugated: int = 0) -> Blocking:
 
 
 def _reach(axis: Axis) -> int:
-    """The largest coordinate that the kernel forms, padding and gradients included."""
+    """The largest coordinate that the kernel computes, padding included."""
     pads = abs(axis.before) + abs(axis.after)
     return int(axis.size + pads + axis.extent + axis.stride)
 
@@ -312,7 +312,7 @@ def _extents(problem: Problem) -> tuple[int, int, int]:
         return g.group_filters, positions, g.patch
     if problem.op == "weight_grad":
         return g.group_filters, g.patch, positions
-    # Over all phases: as many columns as cells, each with its share of the taps.
+    # Over all phases: one column for each element, each with some of the taps.
     jumps = math.prod(axis.stride for axis in g.axes)
     return (
         g.group_channels,

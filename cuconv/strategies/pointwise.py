@@ -1,8 +1,7 @@
-"""Kernels of one tap: the input, or every so many of its cells, is the column matrix.
+"""Kernels of one tap: the input, or a strided view of it, is the column matrix.
 
-The sums of `cuconv.strategies.im2col`, with nothing gathered where stride is 1 and
-there is no padding; the input gradient is then the forward pass with the weights
-transposed.
+The sums of `cuconv.strategies.im2col`, without gathering if stride is 1 and there is no
+padding; the input gradient is then the forward pass with the weights transposed.
 """
 
 from cuconv.arrays import Array, flattened
@@ -43,7 +42,7 @@ def _lies_ready(problem: Problem, variant: Sharing = EACH) -> bool:
     if variant != EACH:
         return False
     if problem.op == "weight_grad" and problem.operand.kind == "c":
-        return False  # x would have to be conjugated where it lies
+        return False  # x would have to be conjugated in place
     ready = all(name in problem.zero_copy for name in _OPERANDS[problem.op])
     return problem.geometry.is_pointwise and ready
 

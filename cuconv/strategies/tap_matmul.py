@@ -1,16 +1,15 @@
 """One matrix product for every tap, added up: columns of a single tap at a time.
 
-With W_t the weights of tap t as a matrix (filters × channels) and X_t the cells that it
-meets (channels × positions), group by group:
+With W_t the weights of tap t as a matrix (filters × channels) and X_t the elements that
+it reads (channels × positions), group by group:
 
     forward        Y += W_t · X_t
-    input_grad     dX at X_t's cells += W_tᴴ · dY
+    input_grad     dX at X_t's elements += W_tᴴ · dY
     weight_grad    dW_t += dY · X_tᴴ
 
-Only positions where the tap meets the input take part, so that padding is never
-multiplied, and the buffer is as many times smaller than the columns of
-`cuconv.strategies.im2col` as there are taps; every product is one more sum to read and
-write.
+Only positions where the tap reads the input are multiplied, never padding.  The buffer
+is smaller than the columns of `cuconv.strategies.im2col` by the number of taps; every
+tap reads and writes the sums once more.
 """
 
 import math
@@ -222,7 +221,7 @@ class TapMatmul(OneWay):
 
 
 def _begin(job: Job, total: Array, offset: Array | None) -> None:
-    """Fill a sum with what it begins with: zero, or the bias."""
+    """Initialise a sum with zero, or the bias."""
     if offset is None:
         job.backend.fill(total, 0)
     else:
@@ -230,7 +229,7 @@ def _begin(job: Job, total: Array, offset: Array | None) -> None:
 
 
 def _start(job: Job, bias: Array | None) -> Array | None:
-    """The bias beside (N, G, C, *spatial), if there is one."""
+    """The bias, broadcastable to (N, G, C, *spatial), if there is one."""
     offset = take_bias(job, bias)
     if offset is None:
         return None
@@ -238,7 +237,7 @@ def _start(job: Job, bias: Array | None) -> Array | None:
 
 
 class _Meeting(NamedTuple):
-    """Where a tap meets the input: cells of x, and outputs within the block."""
+    """The elements of x that a tap reads, and the outputs within the block."""
 
     tap: tuple[int, ...]
     inputs: tuple[slice, ...]
@@ -247,7 +246,7 @@ class _Meeting(NamedTuple):
 
 
 def _meetings(geometry: ConvGeometry, block: Block) -> Iterator[_Meeting]:
-    """Every tap that meets the input under a block, the last axis fastest."""
+    """Every tap that reads the input in a block, the last axis fastest."""
     for tap in product(*map(range, geometry.kernel)):
         found = [_met(geometry, i, t, block.output[i]) for i, t in enumerate(tap)]
         sizes = tuple(span[1] - span[0] for span, _ in found)
@@ -262,7 +261,7 @@ def _meetings(geometry: ConvGeometry, block: Block) -> Iterator[_Meeting]:
 def _met(
     geometry: ConvGeometry, index: int, tap: int, span: Range
 ) -> tuple[Range, slice]:
-    """Outputs of a span whose window has this tap inside the input, and those cells."""
+    """Outputs of a range whose tap is inside the input, and the elements it reads."""
     axis = geometry.axes[index]
     offset = tap * axis.dilation - axis.before
     start = max(span[0], -(offset // axis.stride))
@@ -274,7 +273,7 @@ def _met(
 
 
 def _share_met(geometry: ConvGeometry) -> float:
-    """Which part of all products has a cell of the input, not of the padding."""
+    """The fraction of products with the input, not the padding."""
     return math.prod(map(_axis_share_met, geometry.axes), start=1.0)
 
 
@@ -304,7 +303,7 @@ def _staged(
 def _copied(
     job: Job, flat: Array, geometry: ConvGeometry, block: Block, source: Array
 ) -> Stored:
-    """Cells (N, G, C, *spatial) side by side in a buffer."""
+    """A C-contiguous array (N, G, C, *spatial) in a buffer."""
     copy = _staged(flat, geometry, block, source.shape[2], source.shape[3:])
     job.backend.copy(source, copy.cells)
     return copy

@@ -1,7 +1,7 @@
 """Winograd's minimal filtering: small kernels of stride 1 with fewer multiplications.
 
-Along one axis, a tile of n = m + r - 1 input cells d gives the m outputs of a filter g
-of r taps as
+Along one axis, a tile of n = m + r - 1 input elements d gives the m outputs of a filter
+g of r taps as
 
     y = Aᵀ [(G g) ⊙ (Bᵀ d)]
 
@@ -19,8 +19,8 @@ The transform runs over the last axis, and over the one before it where that ker
 stride 1 and several taps too.  One axis further out may have any kernel and stride: its
 taps lengthen the dot products, as in im2col.
 
-On NumPy the transforms are small matrix products (`tile_products`), on CUDA kernels
-(`tile_kernels`).
+On NumPy the transforms are small matrix products (`winograd_products`), on CUDA kernels
+(`winograd_kernels`).
 
 Source: A. Lavin, S. Gray, "Fast algorithms for convolutional neural networks", 2016;
 the matrices are those of Toom and Cook (S. Winograd, "Arithmetic complexity of
@@ -67,7 +67,7 @@ _POINTS = {
 }
 _KERNELS = range(2, 6)
 _LEAST_CHANNELS = 8
-# Bytes of sums of weight gradients in all lanes.
+# The most bytes of sums of weight gradients in all splits.
 _SPLIT_BYTES = 24 * 2**20
 
 
@@ -76,9 +76,8 @@ def matrices(m: int, r: int, dtype: DType) -> Matrices:
     """The transforms of F(m, r) after Toom and Cook, in exact small fractions.
 
     With points p_0 … p_{n-2} and infinity, Aᵀ evaluates the powers up to m - 1 at the
-    points; G those up to r - 1, divided by Π (p_i - p_l); and Bᵀ holds the
-    coefficients of the Lagrange numerators, so that Aᵀ [(G g) ⊙ (Bᵀ d)] is the
-    correlation.
+    points; G those up to r - 1, divided by Π (p_i - p_l); and Bᵀ has the coefficients
+    of the Lagrange numerators, so that Aᵀ [(G g) ⊙ (Bᵀ d)] is the correlation.
     """
     n = m + r - 1
     points = _POINTS[n]
@@ -102,7 +101,7 @@ def _coefficients(roots: tuple[float, ...] | list[float]) -> Array:
 
 
 def _tiled_axes(geometry: ConvGeometry) -> int:
-    """How many of the last axes can be transformed: 0, 1 or 2."""
+    """The number of last axes that can be transformed: 0, 1 or 2."""
     count = 0
     for axis in reversed(geometry.axes[-2:]):
         if axis.kernel not in _KERNELS or axis.stride != 1 or axis.dilation != 1:
@@ -274,13 +273,13 @@ def _refusals(problem: Problem) -> Iterator[str]:
     if problem.op == "input_grad":
         yield OVER_DY
     if problem.precision == "strict":
-        yield "precision='strict' allows plain sums of products alone"
+        yield "precision='strict' allows only direct sums of products"
     if problem.operand.char not in "fd":
         yield f"its transforms would round {problem.operand}"
     if not tiled:
         yield "the last axis needs 2 to 5 taps, stride 1 and dilation 1"
     if len(outer) > 1:
-        yield "only one axis may stay outside the transforms"
+        yield "only one axis may be outside the transforms"
     if any(axis.kernel > 1 and axis.dilation > 1 for axis in outer):
         yield "the outer axis needs dilation 1"
     if min(g.group_channels, g.group_filters) < _LEAST_CHANNELS:
@@ -288,7 +287,7 @@ def _refusals(problem: Problem) -> Iterator[str]:
 
 
 def _transforms(backend: Backend) -> Transforms:
-    """By kernels where the array module has them, else by products."""
+    """Transforms by kernels if the backend has them, else by products."""
     return Products() if backend.tiles is None else TileKernels(backend.tiles)
 
 

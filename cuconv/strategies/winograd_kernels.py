@@ -1,14 +1,14 @@
-"""Winograd's transforms as kernels, which read and write arrays where they lie.
+"""Winograd's transforms as kernels, which read and write arrays of any strides.
 
-One launch transforms all tiles of a block, so that V and M are the only buffers.  They
-lie as the arrays do, so that neighbouring threads have neighbours on both sides:
+One launch transforms all tiles of a block, so that V and M are the only buffers.  Their
+axes have the order of the arrays', so that memory accesses are coalesced on both sides:
 
-    tiles near one another     V (f; g, d, c, tile)   M (f; g, o, k, tile)
-    channels nearer than they  V (f; g, tile, d, c)   M (f; g, tile, o, k)
+    spatial axes innermost     V (f; g, d, c, tile)   M (f; g, o, k, tile)
+    channels innermost  V (f; g, tile, d, c)   M (f; g, tile, o, k)
 
-with the tiles of all images in one row.  U is the same with filters for tiles.  Either
-way the taps and channels that a product sums over run as one, and the frequencies of
-all groups are one batch.
+with the tiles of all images in one row.  U is the same with filters for tiles.  In
+either order the taps and channels that a product sums over are one axis, and the
+frequencies of all groups are one batch.
 """
 
 import math
@@ -30,7 +30,7 @@ from cuconv.strategies.base import (
 )
 from cuconv.strategies.winograd_tiles import Matrices, Piece, Shape, three_ranges
 
-# Launches that `cuconv.engine.costs.Rates.block` stands for.
+# The launches in one `cuconv.engine.costs.Rates.block`.
 _LAUNCHES = 3
 
 
@@ -151,13 +151,13 @@ class TileKernels:
 def kernels_work(
     problem: Problem, tiling: Tiling, shape: Shape, blocks: int
 ) -> dict[str, float]:
-    """What these transforms cost: a cell read and a cell written are one unit."""
+    """The cost of these transforms, in elements read and written."""
     g, sizes = problem.geometry, _sizes(problem, tiling, shape)
     cells = g.images * (g.channels * g.cells + g.filters * g.positions)
     weights = shape.weight_cells + g.filters * g.patch
     products = tiling.tile.cells[0] if g.rank > len(tiling.variant) else 1
     if problem.op == "forward":
-        # A batch along whichever is longer: the outer axis, or frequencies and groups.
+        # A batch along the longer of the outer axis, and frequencies and groups.
         products = min(products, shape.frequencies * g.groups)
     return {
         "transform": (blocks * (sizes["v"] + sizes["m"]) + cells + weights) / 2,
@@ -166,7 +166,7 @@ def kernels_work(
 
 
 class _Laid(NamedTuple):
-    """Frequencies in a buffer, seen twice.
+    """Frequencies in a buffer, in two views.
 
     ``tiles`` is (i, j, n, g, c, d, th, tw), and ``matrices`` (f, g, o, tile, taps·c)
     where a window of so many taps slides over d.
@@ -185,7 +185,7 @@ def _laid(
     by_channel: bool,
     window: tuple[int, int] = (1, 1),
 ) -> _Laid:
-    """Lay frequencies out; ``sizes`` are (n, g, c, d, th, tw)."""
+    """View a buffer as frequencies; ``sizes`` are (n, g, c, d, th, tw)."""
     images, groups, channels, planes, tall, wide = sizes
     count = images * tall * wide
     plane, channel, tile = channels * count, count, 1
@@ -199,27 +199,22 @@ def _laid(
     outer = (planes - taps) // stride + 1
     return _Laid(
         _strided(
-            job,
             flat,
             (rows, columns, *sizes),
             (columns * frequency, frequency, *places),
         ),
-        _strided(
-            job, flat, (rows * columns, groups, outer, count, taps * channels), rolled
-        ),
+        _strided(flat, (rows * columns, groups, outer, count, taps * channels), rolled),
     )
 
 
-def _strided(
-    job: Job, flat: Array, shape: tuple[int, ...], steps: tuple[int, ...]
-) -> Array:
+def _strided(flat: Array, shape: tuple[int, ...], steps: tuple[int, ...]) -> Array:
     strides = tuple(step * flat.dtype.itemsize for step in steps)
     view: Array = strided(flat, shape, strides)
     return view
 
 
 def _is_by_channel(cells: Array) -> bool:
-    """Whether channels of (n, g, c, d, h, w) lie closer together than cells."""
+    """True if channels of (n, g, c, d, h, w) have a smaller stride than columns."""
     return bool(abs(cells.strides[2]) < abs(cells.strides[5]))
 
 
@@ -231,7 +226,7 @@ def _outputs(job: Job, cells: Array, piece: Piece, buffers: dict[str, Array]) ->
 
 
 def _filters(job: Job, view: Array, flat: Array, shape: Shape) -> tuple[_Laid, Array]:
-    """U for weights (G, K, C, *kernel), and those as cells (K, G, C, outer, h, w)."""
+    """U for weights (G, K, C, *kernel), and their view (K, G, C, outer, h, w)."""
     taps = outer_view(view.swapaxes(0, 1), len(job.tiling.variant))
     sizes = (*taps.shape[:4], 1, 1)
     by_channel = abs(taps.strides[2]) < abs(taps.strides[0])
@@ -253,7 +248,7 @@ def _weights_of(u: _Laid) -> Array:
 
 
 def _cast(job: Job, cells: Array, flat: Array | None) -> Array:
-    """The cells, by way of a buffer of the operands' type where there is one."""
+    """The array, copied to a buffer of the operands' type if there is one."""
     if flat is None:
         return cells
     copy = _staged(job, cells, flat)
@@ -275,7 +270,7 @@ def _staged_filters(job: Job) -> Array:
 
 
 def _sizes(problem: Problem, tiling: Tiling, shape: Shape) -> dict[str, int]:
-    """Cells of V and M for the largest block."""
+    """Elements of V and M for the largest block."""
     g, tiled = problem.geometry, len(tiling.variant)
     height, width = shape.outputs
     rows = tiling.tile.cells[-2] if tiled == 2 else 1
@@ -288,7 +283,7 @@ def _sizes(problem: Problem, tiling: Tiling, shape: Shape) -> dict[str, int]:
 
 
 def _window_cells(problem: Problem, tiling: Tiling) -> int:
-    """Cells of x under the largest block."""
+    """Elements of x under the largest block."""
     g = problem.geometry
     under = (
         (min(cells, axis.out) - 1) * axis.stride + axis.extent

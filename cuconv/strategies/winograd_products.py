@@ -1,7 +1,7 @@
 """Winograd's transforms as small matrix products, over NumPy.
 
 Layout, with i and j the frequencies along the two axes, tw and th the tiles, d the
-cells of the outer axis:
+elements of the outer axis:
 
     Q (a; n, th, g, d, c, w)      rows of x: th-th tile's a-th, copied in whole runs
     R (i; n, th, g, d, c, w)      transformed along the rows' axis: one product
@@ -103,7 +103,7 @@ class Products:
 def products_work(
     problem: Problem, tiling: Tiling, shape: Shape, blocks: int
 ) -> dict[str, float]:
-    """What these transforms cost, as fields of `cuconv.engine.costs.Work`."""
+    """The cost of these transforms, as fields of `cuconv.engine.costs.Work`."""
     g, ways = problem.geometry, 2 if problem.op == "weight_grad" else 1
     sizes = _sizes(problem, tiling, shape)
     rows = blocks * (sizes["q"] + sizes["y"])
@@ -112,13 +112,13 @@ def products_work(
         "transform": rows + shape.weight_cells * 1.5,
         "last_transform": blocks * (sizes["v"] + sizes["z"] * ways),
         "transpose": g.filters * g.patch,
-        # Dozens of short steps each, which workers contend for.
+        # Dozens of short steps each, which compete for the interpreter's lock.
         "blocks": blocks * (1 + len(tiling.variant)) * ways,
     }
 
 
 def _sizes(problem: Problem, tiling: Tiling, shape: Shape) -> dict[str, int]:
-    """Cells of every buffer of a worker, for the largest block."""
+    """The number of elements of every buffer of a worker, for the largest block."""
     g, (images, cells) = problem.geometry, tiling.tile
     (rows_out, last_out), (rows_in, last_in) = shape.outputs, shape.inputs
     tiled = len(tiling.variant)
@@ -141,14 +141,14 @@ def _sizes(problem: Problem, tiling: Tiling, shape: Shape) -> dict[str, int]:
 
 
 def _band_cells(shape: Shape) -> int:
-    """Room for a strip of weights transformed along rows."""
+    """The buffer for a strip of weights transformed along rows."""
     taps = shape.tiles[1].filter.shape[1]
     cells: int = shape.inputs[0] * taps * (_COLUMNS // shape.frequencies)
     return cells
 
 
 def _within(first: int, step: int, count: int, size: int) -> tuple[int, int]:
-    """Which of ``first + step · i``, i < count, lie in [0, size)."""
+    """The range of i < count for which ``first + step · i`` is in [0, size)."""
     start = min(max(-(first // step), 0), count)
     stop = min(max(-((first - size) // step), start), count)
     return start, stop
@@ -191,7 +191,7 @@ def _rows_shape(
 
 
 def _copy_rows(job: Job, x: Array, q: Array, firsts: list[int], step: int) -> None:
-    """Copy x (N, G, C, outer, rows, last) to Q, zeros where tiles leave it."""
+    """Copy x (N, G, C, outer, rows, last) to Q, with zeros outside x."""
     rows, _, tall, _, outer, _, width = q.shape
     height = x.shape[4]
     d0, d1 = _within(firsts[0], 1, outer, x.shape[3])
@@ -203,11 +203,11 @@ def _copy_rows(job: Job, x: Array, q: Array, firsts: list[int], step: int) -> No
     x = x[:, :, :, firsts[0] + d0 : firsts[0] + d1]
     x = x[..., firsts[2] + w0 : firsts[2] + w1].transpose(0, 4, 1, 3, 2, 5)
     into = q[:, :, :, :, d0:d1, :, w0:w1]
-    # Tiles whose rows all exist are one copy; one that leaves x is a copy of its own.
+    # Tiles inside x are one copy; each tile that crosses its border is another.
     t0 = min(max(-(firsts[1] // step), 0), tall)
     t1 = min(max((height - rows - firsts[1]) // step + 1, t0), tall)
     if t1 > t0 and into.size:
-        tiles = _tiles_of(job, x[:, firsts[1] + step * t0 :], t1 - t0, rows, step)
+        tiles = _tiles_of(x[:, firsts[1] + step * t0 :], t1 - t0, rows, step)
         job.backend.copy(tiles, into[:, :, t0:t1])
     for t in (*range(t0), *range(t1, tall)):
         first = firsts[1] + step * t
@@ -219,7 +219,7 @@ def _copy_rows(job: Job, x: Array, q: Array, firsts: list[int], step: int) -> No
             job.backend.copy(part, into[a0:a1, :, t])
 
 
-def _tiles_of(job: Job, x: Array, tall: int, rows: int, step: int) -> Array:
+def _tiles_of(x: Array, tall: int, rows: int, step: int) -> Array:
     """View x (n, rows, …) as (a, n, th, …): row a of every tile."""
     image, row, *rest = x.strides
     shape = (rows, x.shape[0], tall, *x.shape[2:])
@@ -243,14 +243,14 @@ def _transformed(
         q = _product_of(job, rows, q.reshape(q.shape[0], -1), between)
     count = q.shape[0]
     q = q.reshape(count, lines, width)
-    windows = _windows_of(job, q, wide, last.shape[1], step)
+    windows = _windows_of(q, wide, last.shape[1], step)
     v = into[: last.shape[0] * count * wide * lines]
     v = v.reshape(last.shape[0], count, wide, lines)
     job.backend.do(np.matmul, last, windows, v.transpose(1, 2, 0, 3))
     return v
 
 
-def _windows_of(job: Job, rows: Array, wide: int, size: int, step: int) -> Array:
+def _windows_of(rows: Array, wide: int, size: int, step: int) -> Array:
     """View (i, lines, w) as (i, tw, size, lines): the tiles of every line."""
     i, line, cell = rows.strides
     shape = (rows.shape[0], wide, size, rows.shape[1])
@@ -259,9 +259,9 @@ def _windows_of(job: Job, rows: Array, wide: int, size: int, step: int) -> Array
 
 
 def _product_of(job: Job, matrix: Array, cells: Array, into: Array) -> Array:
-    """``matrix @ cells``, so many columns at a time that BLAS need not pack them.
+    """``matrix @ cells``, in blocks of columns that BLAS multiplies without packing.
 
-    In one call if the columns can be parted evenly: each call takes the interpreter's
+    In one call if the columns can be split evenly: each call takes the interpreter's
     lock, for which workers wait.
     """
     columns = cells.shape[1]
@@ -299,7 +299,7 @@ def _stacked(job: Job, v: Array, piece: Piece) -> Array:
 
 
 def _room(job: Job, piece: Piece, buffers: dict[str, Array]) -> Array:
-    """The buffer for M, as much of it as a block needs."""
+    """The part of the buffer for M that a block needs."""
     tiles = piece.wide * piece.images * piece.tall
     cells = piece.shape.frequencies * tiles * piece.outer_out
     return buffers["m"][: cells * job.problem.geometry.filters]
@@ -330,7 +330,7 @@ def _outputs(
     sizes = _rows_shape(piece, y, piece.outer_out, height, piece.wide * width)
     cells = cells.reshape(sizes)
     if bias is not None:
-        # (1, G, K, 1) beside (a, n, th, g, d, k, w).
+        # (1, G, K, 1), broadcast to (a, n, th, g, d, k, w).
         do(np.add, cells, bias[0][:, None], cells)
     cells = cells[..., : y.shape[5]]
     whole = y.shape[4] // height
@@ -350,7 +350,7 @@ def _strips(cells: int, shape: Shape) -> Iterator[slice]:
 
 
 def _bands(job: Job, taps: Array, u: Array, shape: Shape) -> None:
-    """U from weights (last taps, row taps, cells): two small products a strip."""
+    """U from weights (last taps, row taps, elements): two small products a strip."""
     do = job.backend.do
     rows, last = shape.tiles
     (count, size) = shape.inputs

@@ -1,14 +1,14 @@
-"""What Winograd's transforms are asked, and what they are told of tiles.
+"""The protocol of Winograd's transforms, and the sizes of tiles.
 
-Along one axis a tile is n cells of x and m = n - r + 1 of y.  Two ways lead from cells
-to frequencies and back: products of matrices (`tile_products`), and kernels that read
-and write the arrays where they lie (`tile_kernels`).  Both speak of
+Along one axis a tile is n elements of x and m = n - r + 1 of y.  There are two
+implementations of the transforms between elements and frequencies: products of matrices
+(`winograd_products`), and kernels (`winograd_kernels`).  Both use
 
     V  (f, g, o, tile, taps·c)  frequencies of x under output o of the outer axis
     U  (f, g, taps·c, k)        frequencies of the weights, or of their gradient
     M  (f, g, o, tile, k)       frequencies of y, or of dy
 
-as views of whatever layout suits them; f counts the frequencies of a tile.
+as views in a layout of their own; f counts the frequencies of a tile.
 """
 
 import math
@@ -33,10 +33,10 @@ class Matrices(NamedTuple):
 
 @dataclass(frozen=True)
 class Shape:
-    """One convolution seen by the transforms: an outer axis, and one or two tiled.
+    """One convolution for the transforms: an outer axis, and one or two tiled axes.
 
     ``axes`` are always three (outer, rows, last); one that the convolution lacks has a
-    single cell and a single tap, and so has the tile along it.
+    single element and a single tap, and so has the tile along it.
     """
 
     axes: tuple[Axis, Axis, Axis]
@@ -62,19 +62,19 @@ class Shape:
 
     @lazy
     def counts(self) -> tuple[int, int, int]:
-        """Cells along the outer axis, and tiles along the two others."""
+        """Elements along the outer axis, and tiles along the two others."""
         outer, rows, last = (axis.out for axis in self.axes)
         height, width = self.outputs
         return outer, -(-rows // height), -(-last // width)
 
     @lazy
     def weight_cells(self) -> int:
-        """Cells of U."""
+        """Elements of U."""
         return self.frequencies * self.lines
 
 
 class Piece(NamedTuple):
-    """One block, with its sizes: images, tiles and the cells of the outer axis."""
+    """One block, with its sizes: images, tiles and the elements of the outer axis."""
 
     shape: Shape
     block: Block
@@ -93,7 +93,7 @@ def three_ranges(ranges: Ranges, tiled: int) -> tuple[Range, Range, Range]:
 
 
 def piece_of(shape: Shape, block: Block, tiled: int) -> Piece:
-    """A block as the transforms see it."""
+    """A block for the transforms."""
     outer, rows, last = spans = three_ranges(block.output, tiled)
     height, width = shape.outputs
     count = outer[1] - outer[0]
@@ -111,10 +111,10 @@ def piece_of(shape: Shape, block: Block, tiled: int) -> Piece:
 
 
 class Transforms(Protocol):
-    """From cells to frequencies and back, a block at a time."""
+    """The transforms from elements to frequencies and back, a block at a time."""
 
     def shared(self, problem: Problem) -> tuple[Buffer, ...]:
-        """The buffers of a call, beside bias and sums."""
+        """The buffers of a call, except those for bias and sums."""
 
     def own(self, problem: Problem, tiling: Tiling, shape: Shape) -> tuple[Buffer, ...]:
         """The buffers of a worker."""
@@ -130,12 +130,12 @@ class Transforms(Protocol):
     def gradients(
         self, job: Job, dy: Array, piece: Piece, buffers: dict[str, Array]
     ) -> Array:
-        """M of a block of dy (N, G, K, *cells), by the adjoint of `outputs`."""
+        """M of a block of dy (N, G, K, *spatial), by the adjoint of `outputs`."""
 
     def room(
         self, job: Job, y: Array, piece: Piece, buffers: dict[str, Array]
     ) -> Array:
-        """Where the products of a block of y are written: M."""
+        """The buffer for the products of a block of y: M."""
 
     def outputs(
         self,
@@ -145,10 +145,10 @@ class Transforms(Protocol):
         piece: Piece,
         buffers: dict[str, Array],
     ) -> None:
-        """Transform what is in that room to the block of y (N, G, K, *cells)."""
+        """Transform that buffer to the block of y (N, G, K, *spatial)."""
 
     def sums(self, job: Job, flat: Array, out: Array, shape: Shape) -> Array:
-        """A running sum of U for the gradient ``out``: ``flat``, seen as its layout."""
+        """A running sum of U for the gradient ``out``: a view of ``flat``."""
 
     def taps(self, job: Job, flat: Array, out: Array, shape: Shape) -> None:
         """Transform such a sum, and write the gradient for the weights."""

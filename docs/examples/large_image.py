@@ -120,7 +120,7 @@ def check(source: zarr.Array, weights: np.ndarray, result: zarr.Array) -> int:
     for top, left in ((0, 0), middle, (rows - side, columns - side)):
         crop, padding = [], []
         for first, size in zip((top, left), source.shape[1:], strict=True):
-            # Output o reads the cells from o * STRIDE - 1 on.
+            # Output o reads elements from o * STRIDE - 1 on.
             start, stop = first * STRIDE - 1, (first + side - 1) * STRIDE + 2
             crop.append(slice(max(start, 0), min(stop, size)))
             padding.append((max(-start, 0), max(stop - size, 0)))

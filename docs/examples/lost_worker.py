@@ -1,7 +1,7 @@
 """A worker process dies in the middle of a convolution, and the result is the same.
 
 Two processes convolve an image block by block; when a quarter of the blocks is there,
-one of them is killed without warning.  Dask computes again what was lost with it, and
+one of them is killed without warning.  Dask computes the lost blocks again, and
 the result must equal an eager call.
 
     python docs/examples/lost_worker.py

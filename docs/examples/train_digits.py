@@ -81,7 +81,7 @@ def softmax(xp, scores):
 
 
 def shifted(xp, images, rng):
-    """Each image moved by up to one cell along both axes."""
+    """Each image moved by up to one pixel along both axes."""
     wide = xp.pad(images, ((0, 0), (0, 0), (1, 1), (1, 1)))
     down, right = (xp.asarray(rng.integers(0, 3, size=len(images))) for _ in "yx")
     # Every 8×8 patch is a place that the image can be moved to: (N, 1, 3, 3, 8, 8).

@@ -3,7 +3,7 @@
     python docs/tutorials/graph.py --plot graph.png
 
 Each node keeps what its backward pass needs.  The maximum is taken over columns too,
-with windows that hang over at the end (`ceil_mode`), so that no cell is left out.
+with windows that extend beyond the end (`ceil_mode`), so that no element is left out.
 """
 
 import argparse
@@ -64,7 +64,7 @@ class MaxPool:
         self.kernel, self.stride = kernel, stride
 
     def _overhang(self, size):
-        """Cells that the last window needs beyond the end; none begins there."""
+        """Elements that the last window needs beyond the end; none begins there."""
         windows = -(-(size - self.kernel) // self.stride) + 1
         windows -= (windows - 1) * self.stride >= size
         return max((windows - 1) * self.stride + self.kernel - size, 0)
@@ -82,7 +82,7 @@ class MaxPool:
         return np.take_along_axis(columns, self.best, axis=1).reshape(len(y), *out)
 
     def backward(self, dz):
-        """Each maximum hands its gradient to the cell it came from."""
+        """Add the gradient of each maximum to the element it came from."""
         d_columns = np.zeros((len(dz), self.kernel**2, dz[0].size))
         dz = dz.reshape(len(dz), 1, -1)
         np.put_along_axis(d_columns, self.best, dz, axis=1)

@@ -4,7 +4,7 @@
 
 Forward: a product with a view that copies nothing, or with a block of columns at a
 time.  Backward: both gradients are convolutions once more, for every stride: dy is
-spread out by the stride, and for the input's gradient the weights are flipped.
+dilated by the stride, and for the input's gradient the weights are flipped.
 """
 
 import argparse
@@ -36,7 +36,7 @@ def by_blocks(x, w, *, stride=1, memory_limit="64 KiB"):
 
 
 def input_dilation(dy, stride, tails):
-    """Zeros between the cells, and one for each cell that strides left over."""
+    """Zeros between elements, and one for each element left over at the end."""
     *head, rows, columns = dy.shape
     inner = [(n - 1) * stride + 1 for n in (rows, columns)]
     wide = np.zeros((*head, *(n + tail for n, tail in zip(inner, tails, strict=True))))
@@ -45,7 +45,7 @@ def input_dilation(dy, stride, tails):
 
 
 def input_gradient(dy, w, x_shape, *, stride=1):
-    """Convolve the spread dy, padded by k - 1, with flipped weights (C, K, k, k)."""
+    """Convolve the dilated dy, padded by k - 1, with flipped weights (C, K, k, k)."""
     sizes = zip(x_shape[2:], w.shape[2:], strict=True)
     tails = [(size - kernel) % stride for size, kernel in sizes]
     flipped = w[:, :, ::-1, ::-1].swapaxes(0, 1)
@@ -56,7 +56,7 @@ def input_gradient(dy, w, x_shape, *, stride=1):
 
 
 def weight_gradient(dy, x, w_shape, *, stride=1):
-    """Convolve x with dy, whose cells lie a stride apart; images are what is summed."""
+    """Convolve x with dy, dilated by the stride; the sum is over images."""
     x, dy = x.swapaxes(0, 1), dy.swapaxes(0, 1)
     dw = cuconv.conv2d(x, dy, dilation=stride, precision="strict")
     return dw.swapaxes(0, 1)[:, :, : w_shape[2], : w_shape[3]]

@@ -2,8 +2,8 @@
 
     python docs/tutorials/loops.py --plot loops.png
 
-Times are taken on the machine that runs this, for images of 8 × 8 to 256 × 256 cells.
-Loops stop where one run would take longer than a second.
+Times are taken on the machine that runs this, for images of 8 × 8 to 256 × 256
+elements.  Loops stop where one run would take longer than a second.
 """
 
 import argparse
@@ -23,7 +23,7 @@ LEAST = 0.05  # seconds over which the others are repeated
 
 
 def by_loops(x, w):
-    """Six loops: over filters and positions, and over what each position sums."""
+    """Six loops: over filters and positions, and over the terms of each sum."""
     c, rows, columns = x.shape
     filters, _, height, width = w.shape
     y = np.zeros((filters, rows - height + 1, columns - width + 1), dtype=x.dtype)
@@ -94,8 +94,8 @@ def draw(figure, times=None):
         if name != "loops":
             ratios = [loops[size] / taken[size] for size in loops]
             right.loglog(loops.keys(), ratios, "o-", label=name)
-    left.set(title="time", xlabel="cells along an axis", ylabel="milliseconds")
-    right.set(title="speed-up over loops", xlabel="cells along an axis")
+    left.set(title="time", xlabel="elements along an axis", ylabel="milliseconds")
+    right.set(title="speed-up over loops", xlabel="elements along an axis")
     for panel in (left, right):
         panel.set_xticks(SIZES, SIZES)
         panel.minorticks_off()

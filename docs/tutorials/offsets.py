@@ -2,9 +2,9 @@
 
     python docs/tutorials/offsets.py --plot offsets.png
 
-With the layout NHWC and weights HWIO, all cells that meet one offset of the kernel are
-a strided slice of the input, and its weights are a matrix (I, O).  A convolution is the
-sum of one product for each offset.
+With the layout NHWC and weights HWIO, all pixels that one offset of the kernel reads
+are a strided slice of the input, and its weights are a matrix (I, O).  A convolution is
+the sum of one product for each offset.
 """
 
 import argparse
@@ -22,7 +22,7 @@ def out_size(size, kernel, stride, dilation):
 
 
 def slices(x_shape, w_shape, stride, dilation):
-    """For each offset of the kernel: the offset, and the cells of x that meet it."""
+    """For each offset of the kernel: the offset, and the pixels of x that it reads."""
     sizes, kernel = x_shape[1:3], w_shape[:2]
     out = [out_size(n, k, stride, dilation) for n, k in zip(sizes, kernel, strict=True)]
     for offset in product(*map(range, kernel)):
@@ -47,7 +47,7 @@ def forward(x, w, *, stride=1, padding=0, dilation=1):
 
 
 def backward(dy, x, w, *, stride=1, padding=0, dilation=1):
-    """Each product turned around: to the cells by wᵀ, to the weights by xᵀ."""
+    """Each product transposed: with wᵀ for x, with xᵀ for the weights."""
     x = padded(x, padding)
     dx, dw = np.zeros_like(x), np.zeros_like(w)
     for offset, cells in slices(x.shape, w.shape, stride, dilation):
@@ -81,7 +81,7 @@ def check():
 
 
 def draw(figure):
-    """The cells that each offset of a 3 × 3 kernel reads at stride 2."""
+    """The pixels that each offset of a 3 × 3 kernel reads at stride 2."""
     x_shape, w_shape = (1, 9, 9, 1), (3, 3, 1, 1)
     panels = figure.subplots(3, 3)
     for offset, cells in slices(x_shape, w_shape, stride=2, dilation=1):

@@ -1,9 +1,10 @@
-"""Columns by an index, and back by adding: stride, padding, dilation and groups.
+"""Columns by an index, and the adjoint by adding: stride, padding, dilation and groups.
 
     python docs/tutorials/scatter.py --plot scatter.png
 
-Three arrays of indices say which cell of the padded input every cell of the columns
-came from.  Reading by them is im2col; adding by them, with `numpy.add.at`, is col2im.
+Three arrays of indices say which element of the padded input every element of the
+columns came from.  Reading by them is im2col; adding by them, with `numpy.add.at`, is
+col2im.
 """
 
 import argparse
@@ -21,7 +22,7 @@ def out_size(size, kernel, stride, padding, dilation):
 
 
 def sources(x_shape, kernel, *, stride=1, padding=0, dilation=1):
-    """Channel, row and column of the source of each cell of (C·taps, positions)."""
+    """Channel, row and column of the source of each element of (C·taps, positions)."""
     c, *sizes = x_shape[1:]
     out = [
         out_size(n, k, stride, padding, dilation)
@@ -44,7 +45,7 @@ def im2col(x, kernel, *, padding=0, **options):
 
 
 def col2im(columns, x_shape, kernel, *, padding=0, **options):
-    """Every cell of the columns is added to the cell that it came from."""
+    """Add every element of the columns to the element that it came from."""
     x = padded(np.zeros(x_shape, dtype=columns.dtype), padding)
     where = sources(x_shape, kernel, padding=padding, **options)
     np.add.at(x, (slice(None), *where), columns)
@@ -96,7 +97,7 @@ def check():
 
 
 def draw(figure):
-    """How often each cell of 12 × 12 is read: windows of 3 × 3."""
+    """How often each of 12 × 12 elements is read by windows of 3 × 3."""
     settings = [
         {"stride": 1, "dilation": 1},
         {"stride": 2, "dilation": 1},

@@ -19,9 +19,10 @@ from support import (
 )
 
 import cuconv
-from cuconv import separable, testing
-from cuconv.engine import separable as lowered
+from cuconv import testing
+from cuconv.engine import separable
 from cuconv.memory import MemoryLimitError
+from cuconv.options import SEPARABLE_OPTIONS
 
 
 class Net(NamedTuple):
@@ -116,7 +117,7 @@ def on(xp: Any, arrays: Arrays, layout: str) -> Arrays:
     return Arrays(*moved, {"precision": "strict", "layout": layout, **options})
 
 
-def gradients(arrays: Arrays) -> separable.SeparableGradients:
+def gradients(arrays: Arrays) -> cuconv.SeparableGradients:
     """By loops over the composition; channels first."""
     x, w, points, _, dy, options = arrays
     rank = w.ndim - 2
@@ -126,7 +127,7 @@ def gradients(arrays: Arrays) -> separable.SeparableGradients:
     dh = testing.conv_input_grad_reference(dy, p, h.shape)
     dw = testing.conv_weight_grad_reference(dh, x, flat(w).shape, **own)
     channels = x.ndim - rank - 1
-    return separable.SeparableGradients(
+    return cuconv.SeparableGradients(
         testing.conv_input_grad_reference(dh, flat(w), x.shape, **own),
         dw.reshape(w.shape),
         testing.conv_weight_grad_reference(dy, h, p.shape).reshape(points.shape),
@@ -271,7 +272,7 @@ def pieces_of(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int], None]
     def choose(positions: int) -> None:
         forget_plans()
         counts = [positions]
-        monkeypatch.setattr(lowered.SeparableRequest, "counts", lambda self: counts)
+        monkeypatch.setattr(separable.SeparableRequest, "counts", lambda self: counts)
 
     yield choose
     forget_plans()
@@ -281,9 +282,9 @@ def pieces_of(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int], None]
 def steps(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Every step that ran, or was recorded to run."""
     ran: list[str] = []
-    convolve = lowered.Separable._convolve
+    convolve = separable.Separable._convolve
     monkeypatch.setattr(
-        lowered.Separable,
+        separable.Separable,
         "_convolve",
         lambda self, step, run: (ran.append(step.call), convolve(self, step, run)),
     )
@@ -510,7 +511,7 @@ def test_a_graph_cannot_hold_what_lies_between(xp) -> None:
 
 def test_signatures_show_the_options() -> None:
     shown = inspect.signature(cuconv.separable_conv).parameters
-    assert set(separable.SeparableOptions.__annotations__) < set(shown)
+    assert set(SEPARABLE_OPTIONS) < set(shown)
     for call in (cuconv.depthwise_conv, cuconv.depthwise_conv_backward):
         names = set(inspect.signature(call).parameters)
         assert {"stride", "memory_limit"} < names

@@ -153,7 +153,7 @@ def test_strict_strategies_are_exact_for_any_geometry(
 
 
 @pytest.mark.parametrize("name", ROUNDED)
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("dtype", ["float32", *slowly("float64")])
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("op", OPERATIONS)
 def test_the_others_are_within_their_bound(op, layout, dtype, name) -> None:

@@ -1,4 +1,4 @@
-"""The leaves over NumPy: strided copies, BLAS through matmul, a pool of threads."""
+"""The backend for NumPy: strided copies, BLAS through matmul, a pool of threads."""
 
 import math
 import os
@@ -33,14 +33,14 @@ from cuconv.profiling import stage
 # and 106, but 512×1024×392 104 and 87.
 _SMALL_PRODUCT = 10**6
 _LEAST_INNER, _MOST_INNER, _PART_ROWS = 48, 640, 32
-# … and reads many times: the rows of the right side must lie close enough to stay in
-# the cache.  512×128×3136 in place, 784 columns apart: 92 whole, 80 in parts.
+# It reads them many times: the rows of the right side must be close enough in memory to
+# stay in the cache.  512×128×3136 in place, 784 columns apart: 92 whole, 80 in parts.
 _MOST_SPAN = 2**19
 _AVX512 = ("SkylakeX", "Cooperlake", "SapphireRapids")
-# The largest workspace of programs that run as they are: NumPy's own buffers for arrays
+# The largest workspace of programs that set no buffer size: NumPy's buffers for arrays
 # that fit into it are less than what `CpuBackend.overhead` counts, whatever their size.
 _SMALL_BYTES = 2**16
-# The most programs that an arena keeps views for.
+# The largest number of programs that an arena keeps views for.
 _MOST_PROGRAMS = 256
 
 
@@ -48,7 +48,7 @@ Do: TypeAlias = Callable[..., None]
 
 
 class CpuBackend:
-    """See `cuconv.backends.Leaves`."""
+    """See `cuconv.backends.Backend`."""
 
     xp: Any = np
     device = "cpu"
@@ -163,7 +163,7 @@ class CpuBackend:
         buffer: Array,
         step: int,
     ) -> None:
-        """Gather by way of (N, G, C, *outer, phase, cells / step)."""
+        """Gather by way of (N, G, C, *outer, phase, elements / step)."""
         *outer, last = geometry.axes
         sizes = [
             before + size + after
@@ -263,7 +263,7 @@ class CpuBackend:
             del worker
             sums.append(np.add.reduce(array, axes, dtype))
 
-        # With what NumPy buffers for the cast within bounds.
+        # This limits the buffers that NumPy uses for the cast.
         self.parallel(body, 1, single_threaded=True)
         return sums[0]
 
@@ -401,7 +401,7 @@ def _milliseconds(call: Callable[[], object]) -> float:
 class _Arena:
     """Memory for buffers, from an aligned place on, and the programs' views of it.
 
-    The views live as long as the arena, and no longer.
+    The views are freed with the arena.
     """
 
     def __init__(self, nbytes: int) -> None:
@@ -421,11 +421,11 @@ class _Arena:
 
 
 class _Arenas:
-    """Workspaces that calls use again and again.
+    """Workspaces that calls reuse.
 
     Fresh memory is mapped page by page as it is first written, which costs more than
     the copies made in it.  A call takes an arena from here, or a new one if those here
-    are too small, and gives it back; what is kept never passes ``most`` bytes.
+    are too small, and returns it; at most ``most`` bytes are kept.
     """
 
     def __init__(self, most: int) -> None:
@@ -454,7 +454,7 @@ class _Arenas:
                 self._held -= arena.nbytes
                 if arena.nbytes >= nbytes:
                     return arena
-                del arena  # its memory goes back before more is asked for
+                del arena  # frees its memory before more is allocated
         return _Arena(nbytes)
 
     def give_back(self, arena: _Arena) -> None:
@@ -465,7 +465,7 @@ class _Arenas:
 
 
 class _Stopping(threading.local):
-    """In each thread, the event that tells its worker to stop."""
+    """The event that tells the worker of a thread to stop."""
 
     event: threading.Event | None = None
 
@@ -482,7 +482,7 @@ _STOPPING = _Stopping()
 
 
 def _work(body: Callable[[int], None], stop: threading.Event, worker: int) -> None:
-    """Run a body, with NumPy's buffers for strided operands at a known size."""
+    """Run a body with a known size of NumPy's buffers for strided operands."""
     outer, _STOPPING.event = _STOPPING.event, stop
     before = np.setbufsize(BUFFER_ITEMS)
     try:
@@ -498,7 +498,7 @@ def _work(body: Callable[[int], None], stop: threading.Event, worker: int) -> No
 
 
 def _submit(run: Callable[[int], None], worker: int) -> "Future[None]":
-    """Hand a worker to the pool, in the caller's context: `numpy.errstate` is there."""
+    """Submit a worker to the pool, in the caller's context (for `numpy.errstate`)."""
     try:
         return _POOL.submit(copy_context().run, run, worker)
     except RuntimeError as error:
@@ -525,7 +525,7 @@ def _wait(futures: "list[Future[None]]") -> None:
 
 
 def _add_product(do: Do, a: Array, b: Array, out: Array, partial: Array) -> None:
-    """``out += a @ b``, as much at a time as the buffer for the product holds."""
+    """``out += a @ b``, in parts that fit into the buffer for the product."""
     if out.size <= partial.size:
         product = partial[: out.size].reshape(out.shape)
         _multiply(do, a, b, product)
@@ -533,7 +533,7 @@ def _add_product(do: Do, a: Array, b: Array, out: Array, partial: Array) -> None
         return
     each, picks = out[0].size, list[int | slice](range(len(out)))
     if out.ndim == 2 and len(out) == 1:
-        # A row that is longer than the buffer: its columns are as many short rows.
+        # A row that is longer than the buffer is split as a column of the transpose.
         _add_product(do, b.swapaxes(-1, -2), a.swapaxes(-1, -2), out.T, partial)
         return
     if each <= partial.size or out.ndim == 2:
@@ -546,14 +546,14 @@ def _add_product(do: Do, a: Array, b: Array, out: Array, partial: Array) -> None
 
 
 def _picked(matrices: Array, pick: int | slice) -> Array:
-    """Some of several matrices; where there is only one, it serves for all."""
+    """Select matrices of a batch; a batch of one is broadcast."""
     if len(matrices) > 1:
         return matrices[pick]
     return matrices[0] if isinstance(pick, int) else matrices
 
 
 def _multiply(do: Do, a: Array, b: Array, out: Array) -> None:
-    """``out = a @ b``, cut into products that BLAS multiplies without packing."""
+    """``out = a @ b``, split into products that BLAS multiplies without packing."""
     rows, columns = _part(a, b, out)
     if not rows:
         do(np.matmul, a, b, out)
@@ -571,7 +571,7 @@ def _multiply(do: Do, a: Array, b: Array, out: Array) -> None:
 def _multiply_parts(
     do: Do, a: Array, b: Array, out: Array, rows: int, columns: int
 ) -> None:
-    """Multiply rows by columns; what is larger is read once, the other again."""
+    """Multiply blocks of rows by blocks of columns; the larger operand is read once."""
     left, right = _rows_apart(a, rows), _columns_apart(b, columns)
     into = _columns_apart(_rows_apart(out, rows), columns)
     if a.shape[-2] > b.shape[-1]:
@@ -583,7 +583,7 @@ def _multiply_parts(
 
 
 def _part(a: Array, b: Array, out: Array) -> tuple[int, int]:
-    """Rows and columns of one part of a product, or zeros to leave it whole."""
+    """Rows and columns of one part of a product, or zeros to leave it unsplit."""
     inner, item = a.shape[-1], out.itemsize
     if out.shape[-2] * inner * out.shape[-1] <= _SMALL_PRODUCT:
         return 0, 0
@@ -614,11 +614,11 @@ def _columns_apart(matrix: Array, columns: int) -> Array:
 
 
 def _phases(geometry: WindowGeometry) -> int:
-    """How many phases the last axis is split into before it is gathered.
+    """The number of phases that the last axis is split into before it is gathered.
 
-    Windows a stride apart would be read cell by cell, once for every tap; split into
-    the cells that taps of one phase meet, they are read in runs.  The 7×7 windows of
-    stride 2 of ResNet-50 take 0.12 ns a cell so, and 0.31 as they lie.
+    With a stride, each tap would read single elements.  Split by phase of the stride,
+    the elements that a tap reads are contiguous.  The 7×7 windows of stride 2 of
+    ResNet-50 take 0.12 ns an element so, and 0.31 without phases.
     """
     if not geometry.axes or not geometry.channels_first:
         return 1
@@ -663,7 +663,7 @@ def _apart(
 
 
 def _taps(kernel: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
-    """Every tap of a kernel, the last axis fastest; none of them listed beforehand."""
+    """Every tap of a kernel, the last axis fastest, one at a time."""
     if not kernel:
         yield ()
         return
@@ -673,7 +673,7 @@ def _taps(kernel: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
 
 
 class _Blas:
-    """The threads of NumPy's BLAS, and calls that must have only one of them.
+    """The threads of NumPy's BLAS, and calls that limit it to one.
 
     The limit is a property of the process, so overlapping calls share it: the first
     to enter sets it and the last to leave restores what was there.
@@ -685,7 +685,7 @@ class _Blas:
         self._lock = threading.Lock()
         self._users = 0
         self._before: list[int] = []
-        # OpenBLAS for AVX-512 multiplies up to a million multiply-adds as they lie.
+        # OpenBLAS for AVX-512 multiplies up to a million multiply-adds without packing.
         self.has_small_products = bool(self._libraries) and all(
             getattr(library, "architecture", "") in _AVX512
             for library in self._libraries
@@ -714,24 +714,26 @@ class _Blas:
                     self._before = []
 
     def restore(self) -> None:
-        """Set back what a call has set that will never end: its thread is no more."""
+        """Restore the number of threads after a fork ended a call's thread."""
         if self._before:
             self._set(self._before)
 
     def _set(self, threads: list[int]) -> None:
         for library, count in zip(self._libraries, threads, strict=True):
             library.set_num_threads(count)
-            # threadpoolctl lets one thread alone set OpenBLAS's number until that
-            # thread gives way; the last of several calls to leave may be another.
+            # threadpoolctl lets only one thread set OpenBLAS's number of threads until
+            # that thread gives it up; the last of several calls to leave may be
+            # another.
             give_way = getattr(library, "clear_controlling_thread", None)
             if give_way:
                 give_way()
 
 
 def _begin() -> None:
-    """Set up the state that all calls share; again in a forked child.
+    """Set up the state that all calls share, also in a forked child.
 
-    A child has none of its parent's threads, and a lock of theirs may be held forever.
+    A child has none of its parent's threads, and a lock of theirs may never be
+    released.
     """
     global _ARENAS, _BLAS, _POOL  # noqa: PLW0603 - one state for the process
     if "_BLAS" in globals():

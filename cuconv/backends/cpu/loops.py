@@ -1,23 +1,23 @@
-"""Loops over planes, compiled by Numba where it is installed.
+"""Loops over planes, compiled by Numba if it is installed.
 
-`add_in_planes` is NumPy's ``add.at`` for workers: that one keeps Python's lock.
+`add_in_planes` replaces NumPy's ``add.at``, which does not release Python's lock.
 
-All others serve depthwise convolution, which multiplies too little to feed BLAS, and
-for which NumPy passes over every output twice for each tap: at best 1.7 ns an output on
-one core of an AMD EPYC (Zen 4), 3×3, where PyTorch takes 0.7.  These loops keep the
-planes of one channel in cache.
+All others are for depthwise convolution, which has too few multiplications for BLAS,
+and for which NumPy passes over every output twice for each tap: at best 1.7 ns an
+output on one core of an AMD EPYC (Zen 4), 3×3, where PyTorch takes 0.7.  These loops
+keep the planes of one channel in cache.
 
-A few images' planes lie one after another in ``scratch``, each with its padding, so
-that one run of memory holds them all and no loop asks where a plane or a row ends:
+The planes of a few images are stored one after another in ``scratch``, each with its
+padding.  They are one contiguous array, and no loop tests where a plane or a row ends:
 
     sums[i] = Σ over taps of weights[tap] · scratch[i + offset(tap)]
 
-for every i, as if the stride were 1; what lies between outputs is never read.  A cell
-more for each 8 or so costs less than loops too short for vectors.
+for every i, as if the stride were 1; sums between outputs are never read.  A few more
+elements cost less than loops that are too short for vector instructions.
 
 Arrays are (N, G, C/G, outer, rows, last), with any strides.  ``axes`` has a row for
-each of the three axes: taps, dilation, where the first cell lies in the scratch, how
-far apart cells lie there, stride of the outputs.
+each of the three axes: taps, dilation, index of the first element in the scratch,
+distance of neighbouring elements there, stride of the outputs.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 else:
     from numba import njit
 
-    # Sums may be reordered, which vectors need; nothing else is relaxed.
+    # Sums may be reordered, for vector instructions; nothing else is relaxed.
     compiled = njit(nogil=True, cache=True, fastmath={"reassoc", "contract"})
 
 Cells = Any
@@ -40,9 +40,9 @@ Cells = Any
 
 @compiled
 def add_in_planes(cells: Cells, places: Cells, values: Cells) -> None:
-    """Every plane's values summed at its places, in order, and zero elsewhere.
+    """Sum the values of every plane at their indices, in order; zero elsewhere.
 
-    Places are unsigned; those beyond the plane name no cell.
+    Indices are unsigned; those beyond the plane are ignored.
     """
     size = np.uint64(cells.shape[1])
     for p in range(cells.shape[0]):
@@ -55,7 +55,7 @@ def add_in_planes(cells: Cells, places: Cells, values: Cells) -> None:
 
 @compiled
 def place(x: Cells, axes: Cells, scratch: Cells) -> None:
-    """Copy a plane (outer, rows, last) to its cells of a scratch, likewise."""
+    """Copy a plane (outer, rows, last) to its elements of a scratch, likewise."""
     depth, height, width = scratch.shape
     first, apart = axes[2, 2], axes[2, 3]
     begin = max(0, -(first // apart))
@@ -68,7 +68,7 @@ def place(x: Cells, axes: Cells, scratch: Cells) -> None:
             at_h = axes[1, 2] + h * axes[1, 3]
             if at_h < 0 or at_h >= height or end <= begin:
                 continue
-            # Slices first: an index that might be negative keeps a loop from vectors.
+            # Slices first: an index that may be negative prevents vector instructions.
             row = x[d, h][begin:end]
             into = scratch[at_d, at_h][first + begin * apart :]
             if apart == 1:
@@ -151,7 +151,7 @@ def convolve(
     begin: int,
     end: int,
 ) -> None:
-    """Filters begin … end of the result; several planes lie in ``scratch``."""
+    """Compute filters begin … end of the result; ``scratch`` has several planes."""
     images, filters = scratch.shape[0], out.shape[2]
     height, width = scratch.shape[2], scratch.shape[3]
     flat, totals = scratch.reshape(-1), sums.reshape(-1)
@@ -188,7 +188,7 @@ def convolve(
 def correlate_exactly(
     dy: Cells, x: Cells, into: Cells, x_axes: Cells, dy_axes: Cells
 ) -> None:
-    """``into[t] = Σ dy[o] · x[o · stride + t]``, cell by cell."""
+    """``into[t] = Σ dy[o] · x[o · stride + t]``, element by element."""
     into[...] = 0
     size = x.shape
     for n in range(dy.shape[0]):
@@ -218,7 +218,7 @@ def correlate(
     """Weight gradients begin … end, counted over groups, filters, channels.
 
     ``dw[t] = Σ dy[o] · x[o · stride + t]``, with dy laid out in ``sums`` as x is in
-    ``scratch``, its cells a stride apart and zeros between.
+    ``scratch``, its elements a stride apart with zeros in between.
     """
     images, filters, channels = scratch.shape[0], out.shape[1], out.shape[2]
     height, width = scratch.shape[2], scratch.shape[3]
@@ -247,5 +247,6 @@ def correlate(
                             total += one[p] * two[p]
                         into[i, j, t] = total
         if not np.isfinite(into.sum()):
-            # Zeros between met a NaN or an infinity: only cells that meet may.
+            # Zeros in between were multiplied by a NaN or an infinity: sum without
+            # them.
             correlate_exactly(dy[:, g, k], x[:, g, c], into, x_axes, dy_axes)

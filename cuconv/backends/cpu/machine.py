@@ -27,7 +27,7 @@ def call_overhead(workers: int, itemsize: int) -> int:
 def cpu_machine() -> tuple[str, ...]:
     """The version of NumPy, its BLAS, and the processors.
 
-    What was timed on another machine says nothing.
+    Times that were measured on another machine must not be used.
     """
     blas = np.show_config(mode="dicts")["Build Dependencies"]["blas"]
     return (
@@ -50,5 +50,5 @@ def _processor() -> str:
 
 @cache
 def jit_is_installed() -> bool:
-    """Whether Numba is there; it is imported when one of its loops first runs."""
+    """True if Numba is installed; it is imported when one of its loops first runs."""
     return find_spec("numba") is not None

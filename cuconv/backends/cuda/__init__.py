@@ -1,4 +1,4 @@
-"""Everything that touches CuPy; this module alone may be imported without it."""
+"""The backend for CuPy; this module can be imported without CuPy."""
 
 from functools import cache
 from typing import TYPE_CHECKING
@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 
 def cuda_backend(device: int | None = None) -> "CudaBackend":
-    """The leaves over CuPy for a device, by default the current one.
+    """The backend of a CUDA device, by default the current one.
 
     Raises
     ------
@@ -33,4 +33,4 @@ def _backend(device: int) -> "CudaBackend":
     return CudaBackend(device)
 
 
-__all__ = ["cuda_leaves", "why_not", "working_cupy"]
+__all__ = ["cuda_backend", "why_not", "working_cupy"]

@@ -1,4 +1,4 @@
-"""The leaves over CuPy: kernels of ours for columns, cuBLAS for products."""
+"""The backend for CuPy: our kernels for columns, cuBLAS for products."""
 
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -60,7 +60,7 @@ from cuconv.geometry import (
     Tile,
     WindowGeometry,
 )
-from cuconv.memory import Buffer
+from cuconv.memory import ALIGNED, Buffer
 from cuconv.profiling import stage
 
 _THREADS = 256
@@ -144,7 +144,7 @@ class PoolKernels:
 
 
 class CudaBackend:
-    """See `cuconv.backends.Leaves`; one for each device."""
+    """See `cuconv.backends.Backend`; one for each device."""
 
     xp: Any = cupy
     default_memory_limit = 256 * 2**20
@@ -206,7 +206,7 @@ class CudaBackend:
         slots = program.slots.copy()
         places = {n: a.data for n, a in arrays.items() if hasattr(a, "data")}
         if program.nbytes:
-            memory = cupy.empty(program.nbytes, cupy.uint8).data
+            memory = cupy.empty(program.nbytes - ALIGNED, cupy.uint8).data
             for name, (start, *_) in program.regions.items():
                 places[name] = memory + start
         addresses = {name: place.ptr for name, place in places.items()}
@@ -274,8 +274,8 @@ class CudaBackend:
     def memory(self, nbytes: int) -> AbstractContextManager[Array]:
         if not nbytes:
             return nullcontext(np.empty(0, dtype=np.uint8))
-        # CuPy's pool keeps memory for reuse already, stream by stream.
-        return nullcontext(cupy.empty(nbytes, dtype=cupy.uint8))
+        # CuPy's pool keeps memory for reuse already, stream by stream, and aligns it.
+        return nullcontext(cupy.empty(nbytes - ALIGNED, dtype=cupy.uint8))
 
     def operand_type(self, types: Types) -> DType:
         return types.operand if is_half(types.operand) else types.accumulate
@@ -329,7 +329,7 @@ class CudaBackend:
         if atomic and not add:
             self.fill(target, 0)
         if add and not atomic:
-            # Only cells under these windows change; the others keep their sums.
+            # Only elements under these windows change.
             under = tuple(map(_common, cells, block.window))
             target = target[(..., *map(_within, under, cells))]
             cells = under
@@ -360,7 +360,7 @@ class CudaBackend:
     ) -> None:
         del partial
         if bias is not None:
-            # The bias goes first and the product is added: one rounding, not two.
+            # The product is added to the bias: one rounding, not two.
             self.copy(bias, out)
         gemm(self.do, a, b, out, add=add or bias is not None, fast=fast)
 

@@ -1,9 +1,8 @@
-"""The struct of ``direct.cuh``, packed on the host, and how launches are shared out.
+"""The struct of ``direct.cuh``, packed on the host, and the sizes of launches.
 
 Arrays come grouped, with three spatial axes: x (N, G, C/G, …), y (N, G, K/G, …), and w
 (G, own, inner, …): own channels are those of the result, inner ones of the source.
-Everything here follows from shapes, strides and types alone, so that the order of a sum
-does too.
+Everything here, and so the order of a sum, depends on shapes, strides and types alone.
 """
 
 import math
@@ -30,35 +29,35 @@ _THREADS = 256
 _WARP, _MOST_IN_BLOCK = 32, 512
 MOST_BLOCKS = 2**20
 _SECTOR = 32
-# Threads that keep a large GPU busy, and blocks; not yet measured on one.
+# Threads and blocks that occupy a large GPU; not yet measured on one.
 _BUSY_THREADS, _BUSY_BLOCKS = 2**17, 264
-# Items of a sum that are worth a block of their own; not yet measured either.
+# The least items of a sum for a block of its own; not yet measured either.
 _WORTH_A_BLOCK = 2**12
 
 
 def images_at_once(sums: DType) -> int:
-    """``IMAGES``: images that a thread takes side by side."""
+    """``IMAGES``: images that a thread computes at once."""
     return 16 // sums.itemsize
 
 
 def taps_at_once(sums: DType) -> int:
-    """``TAPS``: sums of weights that a thread keeps."""
+    """``TAPS``: sums of weights that a thread keeps in registers."""
     return 9 if sums.itemsize <= 8 else 3
 
 
 class Share(NamedTuple):
-    """How a launch is shared out; see ``struct Direct``."""
+    """The items, blocks and threads of a launch; see ``struct Direct``."""
 
     each: int
     items: int
     blocks: int
     threads: int
-    splits: int = 1
+    block_filters: int = 1
     taps_each: int = 1
 
 
 class DirectLaunch(NamedTuple):
-    """What a kernel without columns is launched with."""
+    """The arguments of a direct kernel."""
 
     packed: Array
     wide: bool
@@ -71,7 +70,7 @@ def DIRECT(*, wide: bool) -> DType:  # noqa: N802 - names the C struct
     index = "i8" if wide else "i4"
     cells = (
         *("images", "groups", "own", "inner"),
-        *("each", "fastest", "adjoint", "conjugated", "taps_each", "lanes"),
+        *("each", "fastest", "adjoint", "conjugated", "taps_each", "block_filters"),
     )
     steps = (
         *("source_image", "source_group", "source_channel"),
@@ -81,7 +80,7 @@ def DIRECT(*, wide: bool) -> DType:  # noqa: N802 - names the C struct
     return np.dtype(
         [
             *((name, "i4") for name in cells),
-            *((name, divisor_type("i4")) for name in ("by_lanes", "by_own")),
+            *((name, divisor_type("i4")) for name in ("by_channels", "by_own")),
             *((name, index) for name in steps),
             ("axis", axis_type(index, "i4"), (RANK,)),
         ],
@@ -90,9 +89,9 @@ def DIRECT(*, wide: bool) -> DType:  # noqa: N802 - names the C struct
 
 
 def share_cells(images: int, cells: int, at_once: int) -> Share:
-    """Share out the cells of a result, those of all channels counted together.
+    """Divide the elements of a result, of all channels together, among blocks.
 
-    Images are taken several at a time where that leaves enough threads.
+    A thread computes several images if enough threads remain.
     """
     several = images >= at_once and images * cells >= at_once * _BUSY_THREADS
     each = at_once if several else 1
@@ -110,17 +109,17 @@ def share_sums(
     *,
     at_once: int,
     most_taps: int,
-    splits: int,
+    block_filters: int,
 ) -> Share:
-    """Share out the gradient of ``filters`` × ``channels`` × ``taps`` weights.
+    """Divide the gradient of filters × channels × taps weights among blocks.
 
-    A block takes as many taps as it can, but for long sums of few filters: then it
-    takes fewer, down to one, and has more threads.
+    A block computes as many taps as it can; for long sums of few filters fewer taps,
+    down to one, with more threads.
     """
     several = images >= at_once and images * positions >= at_once * _WORTH_A_BLOCK
     each = at_once if several else 1
     items = -(-images // each) * positions
-    groups = -(-filters // splits) * channels
+    groups = -(-filters // block_filters) * channels
     taps_each = min(taps, most_taps)
     while (
         items >= _WORTH_A_BLOCK
@@ -131,9 +130,9 @@ def share_sums(
     blocks = groups * -(-taps // taps_each)
     most = _MOST_IN_BLOCK if blocks < 2 * _BUSY_BLOCKS else _THREADS
     threads = _WARP
-    while threads < most and threads < items * splits:
+    while threads < most and threads < items * block_filters:
         threads *= 2
-    return Share(each, items, blocks, threads, splits, taps_each)
+    return Share(each, items, blocks, threads, block_filters, taps_each)
 
 
 def pack_cells(
@@ -149,10 +148,10 @@ def pack_cells(
 ) -> DirectLaunch:
     """For `depthwise.cu`: y from x or, adjoint, dx from dy."""
     images, groups, own, *cells = out.shape
-    splits = groups * own
-    share = share_cells(images, splits * math.prod(cells), images_at_once(sums))
+    channels = groups * own
+    share = share_cells(images, channels * math.prod(cells), images_at_once(sums))
     flags = _channels_are_closer(out), adjoint, conjugated
-    by = divisor(splits), divisor(own)
+    by = divisor(channels), divisor(own)
     return _packed((source, w, out), axes, share, flags, by, bias_step)
 
 
@@ -162,7 +161,7 @@ def pack_sums(
     """For `depthwise_weights.cu`: w from x and dy."""
     groups, filters, channels, *kernel = w.shape
     images, _, _, *cells = dy.shape
-    splits = _SECTOR // dy.dtype.itemsize if _channels_are_closer(dy) else 1
+    block_filters = _SECTOR // dy.dtype.itemsize if _channels_are_closer(dy) else 1
     share = share_sums(
         groups * filters,
         channels,
@@ -171,14 +170,14 @@ def pack_sums(
         math.prod(cells),
         at_once=images_at_once(sums),
         most_taps=taps_at_once(sums),
-        splits=splits,
+        block_filters=block_filters,
     )
     by = divisor(1), divisor(1)
-    return _packed((x, w, dy), axes, share, (splits > 1, False, False), by)
+    return _packed((x, w, dy), axes, share, (block_filters > 1, False, False), by)
 
 
 def _channels_are_closer(array: Array) -> bool:
-    """Whether neighbouring channels, of all groups, are nearer than cells."""
+    """True if channels, of all groups, have a smaller stride than spatial axes."""
     channel = array.strides[2] if array.shape[2] > 1 else array.strides[1]
     pairs = zip(array.shape[3:], array.strides[3:], strict=True)
     cells = [abs(stride) for size, stride in pairs if size > 1]
@@ -203,7 +202,7 @@ def _packed(
     counts = (*out.shape[:3], source.shape[2], share.each, *map(int, flags))
     heads = [step for each in steps for step in each[:3]]
     value: Any = (
-        *(*counts, share.taps_each, share.splits, *by),
+        *(*counts, share.taps_each, share.block_filters, *by),
         *(*heads, bias_step, share.items, share.blocks, packed_axes),
     )
     return DirectLaunch(np.array([value], dtype=DIRECT(wide=wide)), wide, share)
@@ -222,7 +221,7 @@ def _reach(
         reach_of((*array.shape[:3], *map(max, array.shape[3:], spans)), steps_of(array))
         for array in arrays
     )
-    splits = arrays[2].shape[1] * arrays[2].shape[2]
+    channels = arrays[2].shape[1] * arrays[2].shape[2]
     counts = share.items + MOST_THREADS, share.blocks + MOST_BLOCKS
-    largest: int = max(*offsets, *counts, splits * abs(bias_step))
+    largest: int = max(*offsets, *counts, channels * abs(bias_step))
     return largest

@@ -1,4 +1,4 @@
-"""Whether a GPU works: that CuPy imports proves nothing."""
+"""The test that a GPU works: CuPy can be importable without one."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ from cuconv.engine.costs import Gpu
 _KERNEL = 'extern "C" __global__ void answer(int *out) { *out = 42; }'
 
 
-# What a probe found: the module that works.  A failure may pass, and is not kept.
+# The module that a probe found to work.  A failure may be temporary and is not kept.
 _working: list[Any] = []
 
 
@@ -21,7 +21,7 @@ def _probe() -> tuple[Any, str]:
         if cupy.cuda.runtime.getDeviceCount() == 0:
             return None, "there is no CUDA device"
         if is_capturing(cupy):
-            # A device is there, and the probe would have to wait for it.
+            # There is a device, but a probe would wait for it, which a capture forbids.
             return cupy, ""
         out = cupy.zeros(1, dtype=cupy.int32)
         cupy.RawKernel(_KERNEL, "answer")((1,), (1,), (out,))
@@ -34,7 +34,7 @@ def _probe() -> tuple[Any, str]:
 
 
 def working_cupy() -> Any:
-    """The module ``cupy`` if a device answers and a tiny kernel runs, else None."""
+    """The module ``cupy`` if a device runs a small kernel, else None."""
     return _probe()[0]
 
 
@@ -44,16 +44,16 @@ def why_not() -> str:
 
 
 def is_capturing(cupy: Any, device: int = -1) -> bool:
-    """Whether the current stream of a device (the current one) records a graph."""
+    """True if the current stream of a device (the current one) records a graph."""
     stream = cupy.cuda.get_current_stream(device)
-    # The default stream cannot, and must not be asked while another one does.
+    # The default stream cannot capture, and must not be queried while another does.
     return stream.ptr != 0 and bool(stream.is_capturing())
 
 
 def gpu_of(cupy: Any, device: int) -> Gpu:
-    """What a device says of itself.
+    """The properties of a device.
 
-    By attributes: CUDA 13 has no clock rates among the properties.
+    Read as attributes: CUDA 13 has no clock rates among the properties.
     """
     runtime = cupy.cuda.runtime
 

@@ -1,4 +1,4 @@
-"""The names that kernels know element types by, and a kernel specialised."""
+"""The kernels' names of element types, and specialised kernels."""
 
 from typing import NamedTuple
 
@@ -6,7 +6,7 @@ import numpy as np
 
 from cuconv.arrays import SUPPORTED_TYPES
 
-# Signed and unsigned integers of one width add and multiply alike.
+# Signed and unsigned integers of one width add and multiply the same way.
 ELEMENTS = {
     "bool": "boolean_t",
     **{
@@ -26,7 +26,7 @@ SUMS = {"float16_t": "float32_t", "bfloat16_t": "float32_t"}
 class Variant(NamedTuple):
     """One kernel, specialised: a name and the macros that it is compiled with.
 
-    ``shared`` are the bytes of shared memory that a launch asks for.
+    ``shared`` is the shared memory of a launch, in bytes.
     """
 
     kernel: str

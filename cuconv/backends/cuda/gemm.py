@@ -1,4 +1,4 @@
-"""Matrix products into place: cuBLAS for floats, a kernel of ours for integers."""
+"""Matrix products with ``out``: cuBLAS for floats, our kernel for integers."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import product
@@ -31,7 +31,7 @@ _DISALLOW_REDUCED_PRECISION_REDUCTION = 16
 
 
 class _Matrix(NamedTuple):
-    """A matrix as cuBLAS takes it: columns first, so a C-ordered one is transposed."""
+    """A matrix for cuBLAS, column-major: a C-ordered one is transposed."""
 
     dtype: int
     operation: int
@@ -40,7 +40,7 @@ class _Matrix(NamedTuple):
 
     @property
     def how(self) -> tuple[int, int, int]:
-        """What follows the address in cuBLAS's arguments."""
+        """The arguments of cuBLAS after the address."""
         return self.dtype, self.step, self.batch
 
 
@@ -49,7 +49,7 @@ def gemm(
 ) -> None:
     """``out = a @ b``, or ``out += a @ b``, over (…, rows, columns).
 
-    ``a`` or ``b`` may have one image, which then serves all; integers and booleans have
+    ``a`` or ``b`` may have one image, which is broadcast; integers and booleans have
     images and groups before the matrix, floats any number of axes.  Nothing is copied:
     each matrix needs one contiguous axis.
     """
@@ -64,10 +64,10 @@ def gemm(
 
 
 def _merged(*matrices: Array) -> list[Array]:
-    """The matrices with as few axes before the last two as can be, the same for all.
+    """Merge the axes before the last two as far as possible, the same for all matrices.
 
-    Where one serves all along an axis, its step there is 0.  The last of the matrices
-    has the sizes.
+    Along an axis where one is broadcast, its stride is 0.  The last matrix has the
+    sizes.
     """
     sizes = matrices[-1].shape[:-2]
     steps = (
@@ -95,7 +95,7 @@ def _merged(*matrices: Array) -> list[Array]:
 
 
 def _batches(a: Array, b: Array, out: Array) -> Iterator[tuple[Array, Array, Array]]:
-    """Cut the products into batches along one axis, as few as cuBLAS allows."""
+    """Split the products into batches along one axis, as few as cuBLAS allows."""
     sizes = out.shape[:-2]
     axis = sizes.index(max(sizes))
     picks: list[list[int | slice]] = [list(range(size)) for size in sizes]
@@ -112,7 +112,7 @@ def _is_row_major(matrix: Array) -> bool:
 
 
 def _fit(matrices: Sequence[Array], strides: Iterable[int]) -> bool:
-    """Whether matrices this far apart may be one batch.
+    """True if matrices with these strides may be one batch.
 
     cuBLAS chooses a kernel by the alignment of the first pointer, so that every matrix
     of halves must be aligned as the first is.
@@ -159,7 +159,7 @@ def _multiply(do: Do, a: Array, b: Array, out: Array, *, add: bool, fast: bool) 
 
 
 class _Product(NamedTuple):
-    """All that a call of cuBLAS is told beside addresses."""
+    """All arguments of a call of cuBLAS beside addresses."""
 
     mode: int
     sizes: tuple[int, ...]

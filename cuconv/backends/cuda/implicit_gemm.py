@@ -1,7 +1,7 @@
 """Convolutions as products whose columns are never written: `implicit_gemm.cu`.
 
-Everything about a launch follows from shapes, strides, types and the alignment of the
-pointers, and is worked out once for all calls alike.
+A launch depends on shapes, strides, types and the alignment of the pointers, and is
+computed once for all calls that share them.
 """
 
 import math
@@ -41,8 +41,8 @@ class _View(NamedTuple):
     is_aligned: bool
 
 
-class _Walk(NamedTuple):
-    """One index of the product; see ``struct Walk``."""
+class _MixedRadix(NamedTuple):
+    """One index of the product; see ``struct MixedRadix``."""
 
     radix: Steps
     x_step: Steps
@@ -78,19 +78,19 @@ class _Walk(NamedTuple):
         )
 
 
-class _Walks(NamedTuple):
+class _Indices(NamedTuple):
     """Both indices: ``p`` is that of the results, ``r`` that of the sum."""
 
-    positions: _Walk
-    terms: _Walk
+    positions: _MixedRadix
+    terms: _MixedRadix
     sums_terms: bool
 
     @property
-    def p(self) -> _Walk:
+    def p(self) -> _MixedRadix:
         return self.positions if self.sums_terms else self.terms
 
     @property
-    def r(self) -> _Walk:
+    def r(self) -> _MixedRadix:
         return self.terms if self.sums_terms else self.positions
 
 
@@ -201,11 +201,11 @@ def _forward(
     how: Blocking,
     architecture: int,
 ) -> _Launch:
-    walks = _Walks(_positions(x, out, axes), _terms(x, w, axes), sums_terms=True)
+    indices = _Indices(_positions(x, out, axes), _terms(x, w, axes), sums_terms=True)
     groups = (x.steps[1], w.steps[0], out.steps[1])
     rows = (w.steps[1], out.steps[2], 0 if bias is None else bias.steps[0])
     sides = _Sides(w, x, out, groups, rows, bias is not None)
-    return _launch(walks, sides, w.shape[:2], how, architecture)
+    return _launch(indices, sides, w.shape[:2], how, architecture)
 
 
 @lru_cache(maxsize=4096)
@@ -217,11 +217,11 @@ def _backward(
     how: Blocking,
     architecture: int,
 ) -> _Launch:
-    walks = _Walks(_positions(x, dy, axes), _terms(x, out, axes), sums_terms=False)
+    indices = _Indices(_positions(x, dy, axes), _terms(x, out, axes), sums_terms=False)
     groups = (x.steps[1], dy.steps[1], out.steps[0])
     rows = (dy.steps[2], out.steps[1], 0)
     sides = _Sides(dy, x, out, groups, rows, has_bias=False)
-    return _launch(walks, sides, out.shape[:2], how, architecture)
+    return _launch(indices, sides, out.shape[:2], how, architecture)
 
 
 def _three(values: Steps, missing: int) -> Steps:
@@ -229,11 +229,11 @@ def _three(values: Steps, missing: int) -> Steps:
     return (*(missing,) * (3 - len(values)), *values)
 
 
-def _positions(x: _View, y: _View, axes: tuple[Axis, ...]) -> _Walk:
+def _positions(x: _View, y: _View, axes: tuple[Axis, ...]) -> _MixedRadix:
     steps = x.steps[3:]
     strided = tuple(a.stride * s for a, s in zip(axes, steps, strict=True))
     base = sum(-a.before * s for a, s in zip(axes, steps, strict=True))
-    return _Walk(
+    return _MixedRadix(
         (y.shape[0], *_three(y.shape[3:], 1)),
         (x.steps[0], *_three(strided, 0)),
         (y.steps[0], *_three(y.steps[3:], 0)),
@@ -244,10 +244,10 @@ def _positions(x: _View, y: _View, axes: tuple[Axis, ...]) -> _Walk:
     )
 
 
-def _terms(x: _View, w: _View, axes: tuple[Axis, ...]) -> _Walk:
+def _terms(x: _View, w: _View, axes: tuple[Axis, ...]) -> _MixedRadix:
     steps = x.steps[3:]
     dilated = tuple(a.dilation * s for a, s in zip(axes, steps, strict=True))
-    return _Walk(
+    return _MixedRadix(
         (w.shape[2], *_three(w.shape[3:], 1)),
         (x.steps[2], *_three(dilated, 0)),
         (w.steps[2], *_three(w.steps[3:], 0)),
@@ -259,13 +259,13 @@ def _terms(x: _View, w: _View, axes: tuple[Axis, ...]) -> _Walk:
 
 
 def _launch(
-    walks: _Walks,
+    indices: _Indices,
     sides: _Sides,
     rows: tuple[int, ...],
     how: Blocking,
     architecture: int,
 ) -> _Launch:
-    p, r, dtype = walks.p, walks.r, sides.x.dtype
+    p, r, dtype = indices.p, indices.r, sides.x.dtype
     groups, filters = rows
     modern = architecture >= MODERN
     tensor = modern and uses_tensor_cores(dtype, fast=how.fast)
@@ -273,7 +273,7 @@ def _launch(
     parts, length = _cut(r.length, how.parts, tiling.terms, sides.out)
     tiles_p, tiles_f = -(-p.length // how.columns), -(-filters // how.filters)
     tiles = tiles_p * tiles_f * groups * parts
-    # Neighbours along p are a step of its fastest digit apart.
+    # Neighbours along p differ by one in its fastest digit.
     by_filters = abs(sides.rows[1]) < abs(p.in_order(p.own_step)[-1])
     packed = (
         *(p.packed(tiling.terms), r.packed(tiling.terms)),
@@ -283,8 +283,8 @@ def _launch(
     )
     variant = contraction_variant(
         *(dtype, sides.out.dtype, tiling),
-        _dense_operand(walks, sides, filters, tensor=tensor),
-        _x_operand(walks, sides, tensor=tensor),
+        _dense_operand(indices, sides, filters, tensor=tensor),
+        _x_operand(indices, sides, tensor=tensor),
         is_partial=parts > 1,
         conjugated=how.conjugated,
         stages=3 if modern else 2,
@@ -294,7 +294,7 @@ def _launch(
 
 
 def _cut(terms: int, parts: int, tile: int, out: _View) -> tuple[int, int]:
-    """How many parts, and how long: only for results that fill a run of memory."""
+    """The number of parts and their length; several only for contiguous results."""
     if not _is_dense(out):
         parts = 1
     length = -(-terms // (parts * tile)) * tile
@@ -302,7 +302,7 @@ def _cut(terms: int, parts: int, tile: int, out: _View) -> tuple[int, int]:
 
 
 def _is_dense(view: _View) -> bool:
-    """Whether the cells lie in one run of memory, in whichever order of axes."""
+    """True if the elements are contiguous, in any order of axes."""
     reach = 1
     pairs = zip(view.steps, view.shape, strict=True)
     for step, size in sorted((s, n) for s, n in pairs if n > 1):
@@ -312,10 +312,10 @@ def _is_dense(view: _View) -> bool:
     return True
 
 
-def _x_operand(walks: _Walks, sides: _Sides, *, tensor: bool) -> Operand:
-    """How tiles of ``x`` are loaded: along its channels if these lie close together."""
-    terms, positions = walks.terms, walks.positions
-    along_r = terms.first_fastest == walks.sums_terms
+def _x_operand(indices: _Indices, sides: _Sides, *, tensor: bool) -> Operand:
+    """The loads of tiles of ``x``: along its channels if those are contiguous."""
+    terms, positions = indices.terms, indices.positions
+    along_r = terms.first_fastest == indices.sums_terms
     fits = terms.first_fastest and terms.x_step[0] == 1 and sides.x.is_aligned
     if not fits or (along_r and not tensor):
         return Operand(along_r, 1)
@@ -324,10 +324,10 @@ def _x_operand(walks: _Walks, sides: _Sides, *, tensor: bool) -> Operand:
 
 
 def _dense_operand(
-    walks: _Walks, sides: _Sides, filters: int, *, tensor: bool
+    indices: _Indices, sides: _Sides, filters: int, *, tensor: bool
 ) -> Operand:
-    """How tiles of the other operand are loaded: along filters, or along the sum."""
-    r, group, step, dtype = walks.r, sides.groups[1], sides.rows[0], sides.dense.dtype
+    """The loads of tiles of the dense operand: along filters, or along the sum."""
+    r, group, step, dtype = indices.r, sides.groups[1], sides.rows[0], sides.dense.dtype
     if step == 1 and filters > 1:
         if not sides.dense.is_aligned:
             return Operand(along_terms=False, vector=1)
@@ -340,9 +340,9 @@ def _dense_operand(
     return Operand(along_terms=True, vector=_vector(dtype, run, group, step, *others))
 
 
-def _run_of(walk: _Walk) -> tuple[int, Steps]:
-    """How many elements lie side by side, and the steps of the digits further out."""
-    radix, steps = walk.in_order(walk.radix), walk.in_order(walk.own_step)
+def _run_of(index: _MixedRadix) -> tuple[int, Steps]:
+    """The number of contiguous elements, and the steps of the outer digits."""
+    radix, steps = index.in_order(index.radix), index.in_order(index.own_step)
     run = 1
     for i in reversed(range(4)):
         if radix[i] > 1 and steps[i] != run:
@@ -352,7 +352,7 @@ def _run_of(walk: _Walk) -> tuple[int, Steps]:
 
 
 def _vector(dtype: DType, *divided: int) -> int:
-    """The most elements, of a power of two, that divide all of these."""
+    """The largest power of two, up to a copy's elements, that divides all of these."""
     vector = max(_WORD // dtype.itemsize, 1)
     while any(number % vector for number in divided):
         vector //= 2

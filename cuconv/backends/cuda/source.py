@@ -1,4 +1,4 @@
-"""The kernels' text, with its headers in place."""
+"""The source text of the kernels, with headers included."""
 
 import re
 from functools import cache
@@ -8,7 +8,7 @@ _INCLUDE = re.compile(r'^#include "([\w.]+)"$', re.MULTILINE)
 
 
 def kernel_folder() -> Path:
-    """Where the ``.cu`` files lie: in the package, or beside it in a checkout."""
+    """The folder of the ``.cu`` files: in the package, or beside it in a checkout."""
     package = Path(__file__).resolve().parents[2]
     for folder in (package / "kernels", package.parent / "kernels"):
         if (folder / "index.cuh").is_file():
@@ -20,8 +20,8 @@ def kernel_folder() -> Path:
 def kernel_source(name: str) -> str:
     """The text of a kernel with its headers included.
 
-    CuPy keys its cache of binaries by this text and not by the headers it names, so
-    the headers are written into it; ``#line`` keeps the compiler's line numbers true.
+    CuPy keys its cache of binaries by this text and not by the headers it includes, so
+    the headers are pasted into it; ``#line`` keeps the compiler's line numbers correct.
     """
     folder = kernel_folder()
     text = (folder / f"{name}.cu").read_text(encoding="utf-8")

@@ -16,7 +16,7 @@ from cuconv.backends.cuda.vector_width import VectorWidth
 from cuconv.backends.padding import Reading
 from cuconv.geometry import Axis
 
-# Threads of a launch at most: the grid stride must not carry an index past 2^31.
+# The most threads of a launch: an index plus the grid stride must stay below 2^31.
 MOST_THREADS = 2**24
 # Images, groups, channels, planes, and tiles along two axes.
 DIGITS = 6
@@ -34,7 +34,7 @@ _STEPS_OF_MATRICES = tuple(
 MATRICES = np.dtype(
     [(name, "i8") for name in (*_COUNTS_OF_MATRICES, *_STEPS_OF_MATRICES)]
 )
-_WALK = np.dtype(
+_MIXED_RADIX = np.dtype(
     [
         *[
             ("count", "i8"),
@@ -54,7 +54,7 @@ _STEPS = (
 _COUNTS = "tiles_f", "tiles_p", "groups", "filters", "has_bias"
 CONTRACTION = np.dtype(
     [
-        *[("p", _WALK), ("r", _WALK)],
+        *[("p", _MIXED_RADIX), ("r", _MIXED_RADIX)],
         *[(name, "i8") for name in _STEPS],
         *[(name, "u4") for name in _COUNTS],
         *[("size", "i4", 3), ("along_filters", "i4"), ("reserved", "i4")],
@@ -123,7 +123,7 @@ def TRANSFORM(element: DType, rows: int, columns: int, *, wide: bool) -> DType: 
 
 
 class Launch(NamedTuple):
-    """What a kernel between x and its columns is launched with."""
+    """The arguments of a kernel between x and its columns."""
 
     geometry: Array
     items: int
@@ -158,11 +158,11 @@ def pack(
     over_output: bool,
     words: VectorWidth = _SINGLE,
 ) -> Launch:
-    """Pack the geometry of x (N, G, C, *cells) and columns (N, G, C, *kernel, *out).
+    """Pack the geometry of x (N, G, C, *spatial) and columns (N, G, C, *kernel, *out).
 
-    ``firsts`` is, along each axis, the cell of ``x`` under tap 0 of the first output
-    of ``columns``.  One item per word of channels and output positions, or per cell of
-    x.  With a wide index, items go one by one: no kernel is built for more.
+    ``firsts`` is, along each axis, the element of ``x`` under tap 0 of the first output
+    of ``columns``.  One item per vector of channels and output positions, or per
+    element of x.  With a wide index there are no vectors.
     """
     rank = len(axes)
     cells, out = x.shape[3:], columns.shape[3 + rank :]
@@ -197,9 +197,9 @@ def pack_windows(
     *,
     over_output: bool,
 ) -> Launch:
-    """Pack cells (N, G, C, *spatial) and a copy of what windows read of them.
+    """Pack an array (N, G, C, *spatial) and the padded copy that windows read.
 
-    One item per cell of the copy, or of the array.
+    One item per element of the copy, or of the array.
     """
     each = tuple(Axis(axis.size, 1, 1, 1, 0, 0) for axis in reading.axes)
     firsts = tuple(start for start, _ in reading.windows)
@@ -220,7 +220,7 @@ def packed_axis(
     steps: tuple[int, int, int],
     at_once: int = 1,
 ) -> tuple[Any, ...]:
-    """``struct Axis``, for this many cells and outputs and this first cell.
+    """``struct Axis`` for these lengths: input, output, index of the first element.
 
     An item is several outputs ``at_once``.
     """
@@ -245,10 +245,10 @@ def spans_of(
     sizes: Sequence[int],
     outs: Sequence[int],
 ) -> list[int]:
-    """The largest coordinate of x along each axis that a kernel computes on the way.
+    """The largest coordinate of x along each axis that a kernel computes.
 
-    Coordinates run through the padding, on either side of the cells; a residue of the
-    stride is multiplied by an inverse below the stride.
+    Coordinates include the padding on either side; a residue of the stride is
+    multiplied by an inverse below the stride.
     """
     spans = []
     for axis, first, size, out in zip(axes, firsts, sizes, outs, strict=True):
@@ -266,7 +266,7 @@ def reach_of(shape: Sequence[int], steps: Sequence[int]) -> int:
 def _reach(
     x: Array, columns: Array, axes: tuple[Axis, ...], firsts: tuple[int, ...]
 ) -> int:
-    """The largest number that a kernel computes on the way to an address."""
+    """The largest number that a kernel computes for an address."""
     outs = columns.shape[3 + len(axes) :]
     spans = spans_of(axes, firsts, x.shape[3:], outs)
     return max(

@@ -1,4 +1,4 @@
-"""The variants of `implicit_gemm`: what a block computes, and how it loads."""
+"""The variants of `implicit_gemm`: the tile of a block, and its loads."""
 
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -10,19 +10,19 @@ from cuconv.backends.cuda.structs import CONTRACTION
 
 # Of `struct Place` and `struct Digits` in `implicit_gemm.cu`.
 _PLACE_BYTES, _DIGITS_BYTES = 32, 16
-# Such a block has many copies for each thread.
+# A block of so few threads has many copies for each of them.
 _FEW_THREADS = 64
 
 
 class Operand(NamedTuple):
-    """How tiles of an operand are loaded: along the sum or not, elements by a copy."""
+    """The loads of an operand's tiles: along the sum or not, and elements in a copy."""
 
     along_terms: bool
     vector: int
 
 
 class Tiling(NamedTuple):
-    """What a block of `implicit_gemm` computes, and how its warps share it."""
+    """The tile of a block of `implicit_gemm`, and the tiles of its warps."""
 
     filters: int
     columns: int
@@ -33,7 +33,7 @@ class Tiling(NamedTuple):
 
     @classmethod
     def of(cls, dtype: DType, filters: int, columns: int, *, tensor: bool) -> "Tiling":
-        """The way to compute this many results at a time."""
+        """The tiling for this many results at a time."""
         if tensor:
             tall = 64 if columns == 128 and filters >= 64 else 32
             terms = 64 // dtype.itemsize
@@ -47,9 +47,9 @@ class Tiling(NamedTuple):
         return 32 * (self.filters // self.warp_filters) * across
 
     def threads_at_once(self, *, alone: bool) -> int:
-        """Threads that share a multiprocessor: as many as registers allow unspilled.
+        """Threads on a multiprocessor: as many as registers allow without spills.
 
-        A copy that runs by itself needs none for what it copies.
+        An asynchronous copy (``alone``) needs no registers for its data.
         """
         if not alone:
             return 256
@@ -57,7 +57,7 @@ class Tiling(NamedTuple):
         return 512 if self.threads > few else 384
 
     def shared(self, dtype: DType, sides: tuple[Operand, Operand], stages: int) -> int:
-        """Bytes of shared memory: tiles of both operands, the ring, the places."""
+        """Bytes of shared memory: all stages of both operands' tiles, offset tables."""
         item, tiles = dtype.itemsize, 0
         for free, side in zip((self.filters, self.columns), sides, strict=True):
             lies_along = self.tensor and side.along_terms
@@ -71,7 +71,7 @@ class Tiling(NamedTuple):
 
 
 def _is_alone(dtype: DType, side: Operand) -> bool:
-    """Whether the hardware copies an operand into shared memory without registers."""
+    """True if the hardware copies an operand into shared memory without registers."""
     return side.vector * dtype.itemsize in (4, 8, 16) and dtype.itemsize < 16
 
 
@@ -141,7 +141,7 @@ def usual_variants(
 def _usual_operands(
     dtype: DType, *, tensor: bool
 ) -> Iterator[tuple[int, tuple[Operand, Operand]]]:
-    """What is conjugated, and how both operands are loaded."""
+    """The conjugated operand, and the loads of both operands."""
     wide = max(16 // dtype.itemsize, 1)
     by_terms = Operand(along_terms=True, vector=wide if tensor else 1)
     by_rows, single = (

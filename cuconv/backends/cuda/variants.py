@@ -1,4 +1,4 @@
-"""Which variants of each kernel exist: element type × index width × rank."""
+"""The variants of each kernel: element type × index width × rank."""
 
 from collections.abc import Iterator, Sequence
 
@@ -13,12 +13,12 @@ from cuconv.backends.cuda.tilings import parts_variant, usual_variants
 from cuconv.backends.cuda.vector_width import VectorWidth
 from cuconv.engine.costs import MODERN
 
-# What the depthwise kernels take, and what they sum it in.
+# The types of the depthwise kernels, and the type that each is summed in.
 _DIRECT_SUMS = {
     **dict.fromkeys(("float16", "bfloat16"), "float32"),
     **{name: name for name in ("float32", "float64", "complex64", "complex128")},
 }
-# Item sizes, and words of several items for which there are kernels of their own.
+# Item sizes and vector widths that have a kernel of their own.
 _SEVERAL = (
     *(
         (8, VectorWidth(channels=2)),
@@ -44,16 +44,16 @@ TILE_TYPES = ("float32", "float64")
 
 
 def has_atomics(dtype: DType) -> bool:
-    """Whether the scatter kernel can add this type atomically."""
+    """True if the scatter kernel can add this type atomically."""
     return ELEMENTS[dtype.name] in _HAS_ATOMICS
 
 
 def copy_variant(
     itemsize: int, rank: int, *, wide: bool, words: VectorWidth = _SINGLE
 ) -> Variant:
-    """`im2col` for items of this many bytes, moved in such words."""
+    """`im2col` for items of this many bytes, copied in vectors of this width."""
     size = itemsize * words.channels
-    # An item of 16 bytes may lie at any multiple of 8.
+    # An item of 16 bytes may be aligned to 8 bytes only.
     element = "quadword_t" if size > max(itemsize, 8) else f"word{size}_t"
     macros = f"ELEMENT={element}", f"VECTOR={words.positions}"
     return Variant("im2col", (*macros, *_index_macros(rank, wide=wide)))
@@ -82,7 +82,7 @@ def product_variant(dtype: DType) -> Variant:
 
 
 def tile_variant(dtype: DType, rows: int, columns: int, *, wide: bool) -> Variant:
-    """`transform_tiles` for tiles of rows × columns cells of this type."""
+    """`transform_tiles` for tiles of rows × columns elements of this type."""
     macros = (
         *(f"ELEMENT={dtype.name}_t", f"ROWS={rows}", f"COLUMNS={columns}"),
         f"WIDE_INDEX={int(wide)}",
@@ -141,7 +141,7 @@ def _index_macros(rank: int, *, wide: bool) -> tuple[str, ...]:
 
 
 def all_variants(architecture: int = 90) -> Iterator[Variant]:
-    """Every variant that the library can ask for on a device.
+    """Every variant that the library can use on a device.
 
     Of `implicit_gemm`, those that arrays without gaps lead to; of pooling, those
     whose results have the type that they have by default.

@@ -1,18 +1,18 @@
-"""How many items of a copy move at once: as wide a word as memory allows.
+"""The number of items that a copy moves at once: as many as alignment allows.
 
-A copy knows no types.  Pure: from shapes, steps and addresses alone.
+The result depends on item size, shapes, steps and addresses alone.
 """
 
 from typing import NamedTuple
 
-# Bytes of a word, the widest first; narrower ones are not worth a kernel of their own.
+# Bytes of a vector, the widest first; there are no kernels for narrower ones.
 _WORDS = (16, 8)
-# Item sizes with a kernel for several positions in a word; bytes go one by one.
+# Item sizes with a kernel for vectors of positions; bytes are copied one by one.
 _ITEMS = (2, 4, 8)
 
 
 class ArrayLayout(NamedTuple):
-    """How an array (N, G, C, …) lies in memory: steps in items, address in bytes."""
+    """The layout of an array (N, G, C, …): steps in items, address in bytes."""
 
     shape: tuple[int, ...]
     steps: tuple[int, ...]
@@ -31,10 +31,10 @@ class VectorWidth(NamedTuple):
 
 
 def vector_width(x: ArrayLayout, columns: ArrayLayout, itemsize: int) -> VectorWidth:
-    """The widest words in which columns (N, G, C, *kernel, *out) can be written.
+    """The widest vectors in which columns (N, G, C, *kernel, *out) can be written.
 
-    A word needs neighbours in memory, a multiple of it along their axis, and steps and
-    an address that keep all words aligned.
+    A vector needs a contiguous axis whose length is a multiple of the vector's, and
+    steps and an address that keep all vectors aligned.
     """
     for size in _WORDS:
         count = size // itemsize
@@ -48,7 +48,7 @@ def vector_width(x: ArrayLayout, columns: ArrayLayout, itemsize: int) -> VectorW
 
 
 def _fits(lie: ArrayLayout, axis: int, count: int, size: int) -> bool:
-    """Whether words of this many items along an axis are whole and aligned."""
+    """True if vectors of this many items divide an axis and are aligned."""
     others = [
         step
         for i, (n, step) in enumerate(zip(lie.shape, lie.steps, strict=True))

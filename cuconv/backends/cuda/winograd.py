@@ -1,4 +1,4 @@
-"""Winograd's transforms on CUDA: one kernel, told which side are the cells."""
+"""Winograd's transforms on CUDA: one kernel for both directions."""
 
 import math
 from functools import lru_cache
@@ -59,7 +59,7 @@ class _Side(NamedTuple):
 
 
 class _Matrix(NamedTuple):
-    """A matrix that can be a key."""
+    """A hashable matrix."""
 
     shape: tuple[int, int]
     dtype: DType
@@ -70,7 +70,7 @@ class _Matrix(NamedTuple):
         return max(self.shape)
 
     def square(self) -> Array:
-        """Filled up with zeros on its shorter side."""
+        """The matrix as a square one, padded with zeros."""
         whole = np.zeros((self.extent, self.extent), self.dtype)
         rows, columns = self.shape
         whole[:rows, :columns] = np.frombuffer(self.cells, self.dtype).reshape(
@@ -80,7 +80,7 @@ class _Matrix(NamedTuple):
 
 
 class _Launch(NamedTuple):
-    """All that ``struct Transform`` follows from."""
+    """All that ``struct Transform`` depends on."""
 
     sizes: tuple[int, int, int]  # of the array: planes, rows, columns
     counts: tuple[int, ...]  # of the digits
@@ -96,7 +96,7 @@ class _Launch(NamedTuple):
         return math.prod(self.counts)
 
     def digits(self) -> list[tuple[Any, ...]]:
-        """``struct Digit`` for each, in the order in which the frequencies lie."""
+        """``struct Digit`` for each, in the memory order of the frequencies."""
         rows, columns = self.steps
         bias = 0, self.counts[2], 1, 0, 0, 0
         moves = [(0, 0, 0)] * 3 + [(1, 0, 0), (0, rows, 0), (0, 0, columns)]
@@ -109,7 +109,7 @@ class _Launch(NamedTuple):
         ]
 
     def reach(self) -> int:
-        """The largest number that the kernel computes on the way to an address."""
+        """The largest number that the kernel computes for an address."""
         tall, wide = self.left.extent, self.right.extent
         addresses = [
             abs(side.first)
@@ -118,7 +118,7 @@ class _Launch(NamedTuple):
             + sum(n * abs(s) for n, s in zip(self.counts, side.digits, strict=True))
             for side in self.sides
         ]
-        # Cells are compared with the array's sizes, from padding on either side.
+        # Coordinates, padding included, are compared with the array's sizes.
         pitches = 1, *self.steps
         spans = zip(self.sizes, self.firsts, self.counts[3:], pitches, strict=True)
         coordinates = [

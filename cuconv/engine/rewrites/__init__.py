@@ -1,9 +1,9 @@
-"""Convolutions that are made of basic ones: general ones, and phases of strided ones.
+"""Rewrites of a convolution to basic ones.
 
     polyphase     input dilation: phases of the output, no zero is multiplied;
                   a strided input gradient: phases of the input, where that is faster
     padded_copy   padding modes and batch groups: blocks over a padded copy
-    zero_points   integers of 8 bits: blocks over a copy in floats, less zero points
+    zero_points   int8 and uint8: blocks over a copy in floats, minus zero points
 
-Every part is planned as if it had been asked for alone: any strategy may run it.
+Every part is planned by itself: any strategy may run it.
 """

@@ -1,8 +1,8 @@
 """Padding modes and batch groups: copy a block's padded input, then convolve the copy.
 
-The copy has what lies around the input where that is not zero, and groups of images
-beside each other as channels.  It is made for some images and rows at a time, so that
-it and the basic convolution stay within the memory limit together.
+The copy contains the padding if that is not zero, and groups of images as channels.  It
+is made for some images and rows at a time, so that the copy and the convolution fit the
+memory limit together.
 """
 
 import math
@@ -30,29 +30,29 @@ _NEEDS_COPY = (
 
 
 class Tiling(NamedTuple):
-    """How many images, and rows of the output, a block has."""
+    """The images, and rows of the output, of a block."""
 
     images: int
     rows: int
 
     def halved(self) -> "Tiling | None":
-        """The next smaller cut: fewer images first, then fewer rows."""
+        """The next smaller tiling: fewer images first, then fewer rows."""
         if self.images > 1:
             return self._replace(images=-(-self.images // 2))
         return self._replace(rows=-(-self.rows // 2)) if self.rows > 1 else None
 
     def blocks(self, geometry: ConvGeometry) -> Iterator[Block]:
-        """The blocks, those of the same images after each other."""
+        """The blocks, those of the same images one after another."""
         for images in _in_steps(geometry.results, self.images):
             for rows in _in_steps(geometry.out[0], self.rows):
                 yield geometry.rows(images, rows)
 
     def samples(self, geometry: ConvGeometry) -> dict[ConvGeometry, Block]:
-        """A block for each basic convolution that there is among the blocks."""
+        """A sample block for each different basic convolution."""
         rest = geometry.results % self.images or self.images
         rows = list(_in_steps(geometry.out[0], self.rows))
         if geometry.padding_mode != "zeros":
-            # Their windows are equally long, but for the last.
+            # All windows but the last have the same length.
             rows = rows[:1] + rows[-1:]
         shapes: dict[ConvGeometry, Block] = {}
         for images in dict.fromkeys((self.images, rest)):
@@ -68,9 +68,9 @@ def _in_steps(whole: int, step: int) -> Iterator[Range]:
 
 
 class PaddedCopy(Lowering):
-    """Blocks of a convolution over copies of what their windows read.
+    """Blocks of a convolution over padded copies of their input.
 
-    ``inner`` says how the convolution of each shape of copies is lowered.
+    ``inner`` are the lowerings of the convolution of each shape of copies.
     """
 
     is_capturable = False
@@ -94,10 +94,10 @@ class PaddedCopy(Lowering):
     def buffers_of(
         cls, request: Request, tiling: Tiling, shapes: dict[ConvGeometry, Block]
     ) -> tuple[Buffer, ...]:
-        """The memory that copies take, and sums over blocks."""
+        """The buffers for copies, and for sums over blocks."""
         geometry, arrays, types = request.geometry, request.arrays, request.types
         is_whole = types.result == types.accumulate
-        # A cell where no block reads any: no bytes would be no array of a device.
+        # At least one element: CuPy has no views of an empty allocation.
         largest = max(1, *(math.prod(part.x_shape) for part in shapes))
         if request.is_input_grad:
             cells = math.prod(geometry.x_shape) // geometry.results * tiling.images
@@ -210,7 +210,7 @@ class PaddedCopy(Lowering):
             backend.copy(total, dw)
 
     def _copied(self, run: Run, number: int, block: Block) -> Array:
-        """Copy what a block reads."""
+        """Copy the padded input of a block."""
         g, backend = self.geometry, run.backend
         copied = in_buffer(run.arrays["copy"], g.part(block).x_shape)
         cells = _cells(run.arrays["x"], g, block.images)
@@ -233,7 +233,7 @@ class PaddedCopy(Lowering):
 def lower(request: Request, kind: type[PaddedCopy] = PaddedCopy) -> PaddedCopy:
     """Lower to the largest blocks that leave half of the limit to the convolutions.
 
-    Where none do, to the smallest that fit.
+    If there are none, to the smallest that fit.
 
     Raises
     ------
@@ -265,9 +265,9 @@ def _fitting(request: Request, kind: type[PaddedCopy], limit: int) -> PaddedCopy
 def _attempts(
     request: Request, kind: type[PaddedCopy], limit: int
 ) -> Iterator[Callable[[], PaddedCopy]]:
-    """What lowers with each tiling, those that are wanted most first.
+    """Functions that lower with each tiling, the preferred ones first.
 
-    A small tiling may need more than a large one: sums over blocks have buffers too.
+    A smaller tiling may need more memory: sums over blocks have buffers too.
     """
     too_large = []
     for tiling in _tilings(request.geometry):
@@ -295,7 +295,7 @@ def _attempts(
 
 
 def _tilings(geometry: ConvGeometry) -> Iterator[Tiling]:
-    """From the whole to a row of an image, or an image whose rows cannot be cut."""
+    """Tilings from the whole to one row, or to one image with input dilation."""
     tiling: Tiling | None = Tiling(geometry.results, geometry.out[0])
     while tiling is not None:
         yield tiling
@@ -309,7 +309,7 @@ def _inner(
     shapes: dict[ConvGeometry, Block],
     limit: int,
 ) -> dict[ConvGeometry, Lowering]:
-    """How the convolution of every shape is lowered."""
+    """The lowering of the convolution of every shape."""
 
     def lowered(part: ConvGeometry, block: Block) -> Lowering:
         own = kind.request_of(request, part, block)
@@ -321,7 +321,7 @@ def _inner(
 
 
 def _is_ready(result: Array) -> bool:
-    """Whether a plan for a fresh buffer can write here too."""
+    """True if a plan for a fresh buffer can write here too."""
     return bool(result.flags.c_contiguous) and is_aligned(result)
 
 
@@ -331,19 +331,19 @@ def _is_whole(geometry: ConvGeometry, block: Block) -> bool:
 
 
 def in_buffer(buffer: Array, shape: tuple[int, ...]) -> Array:
-    """The first cells of a buffer, in this shape."""
+    """View the first elements of a buffer in this shape."""
     return buffer[: math.prod(shape)].reshape(shape)
 
 
 def index_of_y(geometry: ConvGeometry, block: Block) -> Index:
-    """The index of a block in y, with an axis for images whether y has it or not."""
+    """The index of a block in y; the result always has an axis for images."""
     images = slice(*block.images) if geometry.batched else None
     rows = slice(*block.output[0])
     return (images, slice(None), rows) if geometry.channels_first else (images, rows)
 
 
 def _cells(x: Array, geometry: ConvGeometry, images: Range) -> Array:
-    """The images of x that these of y are made of: (images, groups, C, *spatial)."""
+    """The images of x for these images of y: (images, groups, C, *spatial)."""
     g = geometry
     each = grouped(x, 1, g.rank, channels_first=g.channels_first, batched=g.batched)[
         :, 0
@@ -353,7 +353,7 @@ def _cells(x: Array, geometry: ConvGeometry, images: Range) -> Array:
 
 
 def _grouped(copied: Array, geometry: ConvGeometry) -> Array:
-    """A copy as `_cells` has the input: (images, groups, C, *window)."""
+    """View a copy as (images, groups, C, *window)."""
     return grouped(
         *(copied, geometry.batch_groups, geometry.rank),
         channels_first=geometry.channels_first,

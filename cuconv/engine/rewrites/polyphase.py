@@ -1,8 +1,8 @@
-"""Parts of a result that lie between each other, and share no sum.
+"""Phases: subsets of a result with the same taps, each a basic convolution.
 
-Where strides or input dilation make a window meet zeros, or every cell of x only some
-of the taps, the cells of the result that have the same taps are a plain convolution
-with those taps.
+With input dilation, a window reads zeros for some taps; with a stride, every element of
+x is read by some of the taps.  The elements of the result that have the same taps are a
+basic convolution with those taps.
 """
 
 import math
@@ -22,13 +22,13 @@ from cuconv.memory import MemoryLimitError
 
 Index: TypeAlias = tuple[Any, ...]
 
-# An input gradient goes by phases where that is estimated to take less than this part
-# of the time of the whole, with so much for the call of every phase.
+# An input gradient is computed by phases if that is estimated to take less than this
+# fraction of the time of the whole; each phase has this overhead.
 _WORTH_PHASES, _MOST_PHASES, _CALL_NANOSECONDS = 0.9, 64, 30_000
 
 
 class _Place(NamedTuple):
-    """The parts of the operands that a phase takes, and of the result."""
+    """The indices of a phase in the operands and in the result."""
 
     first: Index
     second: Index
@@ -51,7 +51,7 @@ class Polyphase(Lowering):
 
     @property
     def rank(self) -> float:
-        """What decides whether it runs, whoever runs it: `Candidate.rank` of all."""
+        """The sum of all `Candidate.rank`, independent of the number of threads."""
         return sum(part.best.rank for part in self.parts)
 
     @property
@@ -72,7 +72,7 @@ class Polyphase(Lowering):
 
 
 def lower(request: Request) -> Lowering:
-    """The convolution as it is, or by phases where it must be or that is faster."""
+    """The convolution itself, or by phases if it must be or that is faster."""
     if request.geometry.is_empty:
         return Basic(basic_part(request), request.geometry)
     if request.geometry.has_input_dilation:
@@ -100,7 +100,7 @@ def _by_phases(request: Request) -> Polyphase:
 
 
 def _is_covered(request: Request, phases: list[Phase]) -> bool:
-    """Whether the phases give all of the result; what they leave out is zero."""
+    """True if the phases compute all of the result; the rest is zero."""
     geometry, parts = request.geometry, [phase.geometry for phase in phases]
     if request.is_weight_grad:
         return sum(part.taps for part in parts) == geometry.taps
@@ -109,7 +109,7 @@ def _is_covered(request: Request, phases: list[Phase]) -> bool:
 
 
 def _faster_by_phases(request: Request, whole: PlanningResult) -> Polyphase | None:
-    """The phases of a strided input gradient, where they are worth it."""
+    """The phases of a strided input gradient, if they are faster."""
     geometry, options, best = request.geometry, request.options, whole.best
     apart = request.is_input_grad and not geometry.is_unit_stride
     count = math.prod(axis.stride for axis in geometry.axes)
@@ -132,9 +132,9 @@ def _faster_by_phases(request: Request, whole: PlanningResult) -> Polyphase | No
 
 
 def _may_take_less(request: Request, most: float) -> bool:
-    """Whether the phases of an input gradient may take less, before they are planned.
+    """True if the phases of an input gradient may take less, by lower bounds.
 
-    Those that are alike but for which end of an axis is padded cost the same.
+    Phases that differ only in the padded end of an axis cost the same.
     """
     alike: dict[ConvGeometry, list[Phase]] = {}
     for phase in request.geometry.input_phases():
@@ -150,7 +150,7 @@ def _may_take_less(request: Request, most: float) -> bool:
 
 
 def _place(request: Request, phase: Phase) -> _Place:
-    """What of the arrays a phase takes."""
+    """The indices of a phase."""
     geometry, everything = request.geometry, (...,)
     results = _index(geometry, phase.results)
     taps = _index(geometry, phase.taps, of_weights=True)
@@ -184,7 +184,7 @@ def _index(
 
 
 def _nothing(request: Request) -> PlanningResult:
-    """A part that multiplies nothing, where no tap meets a cell."""
+    """A part without multiplications, if no tap reads an element."""
     axes = tuple(
         axis._replace(size=axis.dilated_size, input_dilation=1)
         for axis in request.geometry.axes

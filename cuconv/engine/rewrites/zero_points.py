@@ -1,10 +1,10 @@
-"""Integers of 8 bits, less their zero points, as floats that hold every sum exactly.
+"""int8 and uint8 minus their zero points, as floats in which every sum is exact.
 
     y = Σ (x - x_zero_point) · (w - w_zero_point)
 
 where padding is the zero point of x, and so adds nothing.  BLAS multiplies floats and
-no integers: float32 where no sum can pass 2^24, else float64, which is exact too.
-Where a sum might leave the result's type, integers are multiplied, which wrap.
+no integers: float32 if no sum can exceed 2^24, else float64, which is exact too.  If a
+sum might exceed the range of the result's type, integers are multiplied, which wrap.
 """
 
 import math
@@ -31,7 +31,7 @@ _RANGES = {"int8": (-128, 127), "uint8": (0, 255)}
 
 
 class ZeroPoints(PaddedCopy):
-    """Blocks over copies of x and w less their zero points."""
+    """Blocks over copies of x and w minus their zero points."""
 
     @classmethod
     def buffers_of(
@@ -72,8 +72,8 @@ class ZeroPoints(PaddedCopy):
             own = {"x": copied, "w": weights, "bias": None, "out": sums}
             self._convolve(run, block, own)
             target = arrays["out"][index_of_y(g, block)]
-            # Sums in the type that everything is added in take the bias before they
-            # are rounded; exact ones may have no room for it.
+            # If the sums have the accumulation type, the bias is added before they are
+            # rounded; in a narrower float the bias might not be exact.
             is_wide = sums.dtype == self.request.types.accumulate
             if bias is not None and is_wide:
                 _add(run, bias, part, sums)
@@ -83,14 +83,14 @@ class ZeroPoints(PaddedCopy):
 
 
 def _add(run: Run, bias: Array, part: ConvGeometry, cells: Array) -> None:
-    """Add the bias to cells of y."""
+    """Add the bias to elements of y."""
     by_group = in_groups(cells, part)
     offset = bias.reshape(1, part.groups, -1, *(1,) * part.rank)
     run.backend.do(run.backend.add_unsafely, by_group, offset)
 
 
 def is_faster(request: Request) -> bool:
-    """Whether integers without zero points are worth turning into floats."""
+    """True if integers without zero points are faster as floats."""
     geometry, types = request.geometry, request.types
     if request.call != "forward" or request.backend.xp is not np:
         return False
@@ -103,7 +103,7 @@ def is_faster(request: Request) -> bool:
 def check_zero_points(
     zeros: dict[str, Any], arrays: dict[str, Array], geometry: ConvGeometry
 ) -> dict[str, Any]:
-    """The zero points as numbers, or arrays of the type of what they belong to."""
+    """The zero points as numbers, or as arrays of the type of their array."""
     for name in ("x", "w"):
         if arrays[name].dtype.name not in _RANGES:
             raise TypeError(
@@ -127,7 +127,7 @@ def _checked(name: str, zero: Any, array: Array, most: int) -> Any:
         low, high = np.iinfo(own).min, np.iinfo(own).max
         if not low <= number <= high:
             raise ValueError(
-                f"{name}_zero_point is {number}; in {own} it lies in {low} … {high}"
+                f"{name}_zero_point is {number}; for {own} it must be in {low} … {high}"
             )
         return number
     module_of({name: array, f"{name}_zero_point": zero})
@@ -145,7 +145,7 @@ def _checked(name: str, zero: Any, array: Array, most: int) -> Any:
 
 
 def _operand(request: Request) -> DType:
-    """The type in which cells less zero points are multiplied and summed."""
+    """The type in which elements minus zero points are multiplied and summed."""
     types, largest = request.types, request.geometry.patch
     if types.result.kind != "i":
         return types.accumulate
