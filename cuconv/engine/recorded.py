@@ -160,6 +160,8 @@ class RecordedPlan(Recorded):
         What the workers need.
     buffered
         Bytes of the arrays that NumPy may take buffers for.
+    spare
+        What the memory limit leaves for a program beside the workspace.
     refusal
         Why it cannot run in a capture, though it is given its results.
     """
@@ -174,12 +176,17 @@ class RecordedPlan(Recorded):
         *,
         threads: int = 0,
         buffered: int = 0,
+        spare: int = MOST_BYTES,
         refusal: str | None = None,
     ) -> None:
         super().__init__(backend, workspace.pieces, threads)
         self.names, self.results, self.workspace = names, results, workspace
         self.steps, self.buffered, self._refusal = steps, buffered, refusal
-        self._may_capture = backend.xp is not np
+        self._spare, self._may_capture = spare, backend.xp is not np
+
+    @property
+    def spare_bytes(self) -> int:
+        return self._spare
 
     @property
     def workers(self) -> int:

@@ -252,7 +252,7 @@ class CpuBackend:
     def copy(self, source: Array, target: Array) -> None:
         self.do(np.ndarray.__setitem__, target, ..., source)
 
-    empty = staticmethod(np.empty)
+    empty: Any = staticmethod(np.empty)
 
     def sum(self, array: Array, axes: tuple[int, ...], dtype: DType) -> Array:
         if array.dtype == dtype:
