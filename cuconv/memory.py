@@ -8,7 +8,6 @@ that a plan promises and the memory that it takes cannot differ.
 import operator
 import re
 from collections.abc import Callable, Hashable, Iterable, Mapping
-from decimal import Decimal
 from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 from cuconv.arrays import Array, DType
@@ -73,6 +72,8 @@ def parse_memory_limit(limit: int | str) -> int:
             raise ValueError(
                 f'memory_limit must be bytes or a str such as "64 MiB"; got {limit!r}'
             )
+        from decimal import Decimal  # noqa: PLC0415 - strings alone need it
+
         return int(Decimal(match[1]) * _UNITS[match[2].lower()])
     try:
         number = operator.index(limit)

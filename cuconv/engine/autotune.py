@@ -5,10 +5,8 @@ times that were measured on another machine are never used.  If a file cannot be
 written, candidates are measured again.
 """
 
-import hashlib
 import json
 import os
-import tempfile
 import threading
 from collections.abc import Callable, Hashable, Sequence
 from contextlib import suppress
@@ -85,6 +83,8 @@ def _read(machine: tuple[str, ...]) -> dict[str, Any]:
 def _write(path: Path, text: str) -> None:
     """Replace the file in one step: another process may be reading it."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    import tempfile  # noqa: PLC0415 - needed for records alone
+
     with tempfile.NamedTemporaryFile(
         "w", encoding="utf-8", dir=path.parent, delete=False
     ) as file:
@@ -101,8 +101,14 @@ def _path(machine: tuple[str, ...]) -> Path:
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     folder = Path(own) if own else Path(base) / "cuconv"
     words = "\n".join((__version__, _RECORDS, *machine))
-    return folder / f"winners-{hashlib.sha256(words.encode()).hexdigest()[:12]}.json"
+    return folder / f"winners-{_sha256(words)[:12]}.json"
 
 
 def _digest(key: Hashable) -> str:
-    return hashlib.sha256(repr(key).encode()).hexdigest()[:24]
+    return _sha256(repr(key))[:24]
+
+
+def _sha256(text: str) -> str:
+    import hashlib  # noqa: PLC0415 - needed for records alone
+
+    return hashlib.sha256(text.encode()).hexdigest()

@@ -45,8 +45,9 @@ class LoweredCall(Recorded):
         """Forget what was recorded, and see what the candidates that run ask for."""
         self._is_recordable = self.lowering.chunks <= MOST_BLOCKS
         self._program = None
-        # For how many threads it is, where that matters.
-        self.threads = 0 if self.is_single_threaded else self.backend.workers()
+        # For how many threads it is, where that matters: a device has none.
+        is_free = self.is_single_threaded or self.backend.device != "cpu"
+        self.threads = 0 if is_free else self.backend.workers()
 
     @property
     def is_single_threaded(self) -> bool:

@@ -4,12 +4,11 @@ import math
 import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import copy_context
 from functools import partial
 from time import perf_counter
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 from threadpoolctl import ThreadpoolController
@@ -26,6 +25,9 @@ from cuconv.engine.program import Item, Phase, Program, Slots
 from cuconv.geometry import Axis, Block, Ranges, Tile, WindowGeometry
 from cuconv.memory import ALIGNED, Buffer, aligned_start
 from cuconv.profiling import stage
+
+if TYPE_CHECKING:
+    from concurrent.futures import Future, ThreadPoolExecutor
 
 # Products of at most this many multiply-adds OpenBLAS takes as they lie; larger ones it
 # packs first.  One core of an AMD EPYC (Zen 4), float32, GFLOP/s, whole and in parts:
@@ -497,14 +499,26 @@ def _work(body: Callable[[int], None], stop: threading.Event, worker: int) -> No
         _STOPPING.event = outer
 
 
+def _pool() -> "ThreadPoolExecutor":
+    """The threads of all calls, made when the first call has several workers."""
+    global _POOL  # noqa: PLW0603 - one state for the process
+    if _POOL is None:
+        from concurrent.futures import ThreadPoolExecutor  # noqa: PLC0415 - imports logging
+
+        _POOL = ThreadPoolExecutor(thread_name_prefix="cuconv")
+    return _POOL
+
+
 def _submit(run: Callable[[int], None], worker: int) -> "Future[None]":
     """Submit a worker to the pool, in the caller's context (for `numpy.errstate`)."""
     try:
-        return _POOL.submit(copy_context().run, run, worker)
+        return _pool().submit(copy_context().run, run, worker)
     except RuntimeError as error:
         if "shutdown" not in str(error):
             raise
         # The interpreter is ending and takes no more threads: do the work here.
+        from concurrent.futures import Future  # noqa: PLC0415
+
         done: Future[None] = Future()
         run(worker)
         done.set_result(None)
@@ -516,7 +530,8 @@ def _wait(futures: "list[Future[None]]") -> None:
     interruption: BaseException | None = None
     while True:
         try:
-            wait(futures)
+            for future in futures:
+                future.exception()
             break
         except KeyboardInterrupt as error:
             interruption = error
@@ -739,13 +754,13 @@ def _begin() -> None:
     if "_BLAS" in globals():
         _BLAS.restore()
     _BLAS = _Blas()
-    _POOL = ThreadPoolExecutor(thread_name_prefix="cuconv")
+    _POOL = None
     _ARENAS = _Arenas(CpuBackend.default_memory_limit)
 
 
 _ARENAS: _Arenas
 _BLAS: _Blas
-_POOL: ThreadPoolExecutor
+_POOL: "ThreadPoolExecutor | None"
 _begin()
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_begin)

@@ -204,7 +204,7 @@ class CudaBackend:
 
     def _execute(self, program: Program, arrays: dict[str, Array]) -> None:
         slots = program.slots.copy()
-        places = {n: a.data for n, a in arrays.items() if hasattr(a, "data")}
+        places = {name: arrays[name].data for name in program.sources}
         if program.nbytes:
             memory = cupy.empty(program.nbytes - ALIGNED, cupy.uint8).data
             for name, (start, *_) in program.regions.items():
