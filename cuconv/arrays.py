@@ -290,7 +290,8 @@ def strided(
     if type(array) is np.ndarray and array.flags.c_contiguous and array.size:
         return np.ndarray(shape, array.dtype, array, offset, strides)
     if offset:
-        array = np.asarray(_Shifted(array, offset))
+        # The interface has no word for bfloat16.
+        array = np.asarray(_Shifted(array, offset)).view(array.dtype)
     is_stub = isinstance(array, ArrayStub)
     return np.lib.stride_tricks.as_strided(array, shape, strides, subok=is_stub)
 

@@ -8,14 +8,16 @@ from typing import ParamSpec, TypeVar
 P = ParamSpec("P")
 R = TypeVar("R")
 
-_MARK = re.compile(r"^( *)\{([\w, :]+)\}$", re.MULTILINE)
+_MARK = re.compile(r"^( *)\{([\w*, :]+)\}$", re.MULTILINE)
 
 
 def shares(sections: Mapping[str, str]) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """Fill in the lines of a docstring that are a name in braces.
 
-    ``{stride}`` becomes the name and, indented below it, ``sections["stride"]``.
-    What follows a colon chooses among several texts of one name: ``{padding: zeros}``.
+    ``{stride}`` becomes the name and, indented below it, ``sections["stride"]``.  What
+    follows a colon chooses among several texts of one name: ``{padding: zeros}``.
+    ``{*windows}`` becomes ``sections["*windows"]`` alone, in which there may be more
+    such lines.
 
     Examples
     --------
@@ -35,8 +37,11 @@ def shares(sections: Mapping[str, str]) -> Callable[[Callable[P, R]], Callable[P
 
     def filled(match: re.Match[str]) -> str:
         indent, key = match.groups()
-        text = textwrap.indent(sections[key].strip("\n"), indent + "    ")
-        return f"{indent}{key.partition(':')[0]}\n{text}"
+        text = sections[key].strip("\n")
+        if key.startswith("*"):
+            return _MARK.sub(filled, textwrap.indent(text, indent))
+        name = key.partition(":")[0]
+        return f"{indent}{name}\n{textwrap.indent(text, indent + '    ')}"
 
     def decorate(function: Callable[P, R]) -> Callable[P, R]:
         if function.__doc__ is not None:

@@ -72,8 +72,9 @@ def im2col(
         "padding": padding,
         "dilation": dilation,
         "layout": layout,
+        "order": order,
     }
-    return run(plan_columns, "im2col", (x,), out, options, {"order": order})
+    return run(plan_columns, "im2col", (x,), out, options)
 
 
 def col2im(
@@ -131,8 +132,9 @@ def col2im(
         "padding": padding,
         "dilation": dilation,
         "layout": layout,
+        "order": order,
     }
-    more = {"order": order, "x_shape": x_shape, "deterministic": deterministic}
+    more = {"x_shape": x_shape, "deterministic": deterministic}
     return run(plan_columns, "col2im", (cols,), out, options, more)
 
 

@@ -70,41 +70,27 @@ real type; means take complex ones too.
 (N, C, *spatial), or (N, *spatial, C) with ``layout="channels_last"``, of one to three
 spatial axes.  Any real type; means take complex ones too.
 """,
-    "x: input": """
-Input of `lp_pool`, of the type of ``dy``.
-""",
-    "y": """
-Its output.
-""",
+    "x: input": "Input of `lp_pool`, of the type of ``dy``.",
+    "y": "Its output.",
     "x: found": """
 The input, where ``indices`` are None: the cells are then found once more.
 """,
-    "dy": """
-Gradient for the output, of its shape.
-""",
+    "dy": "Gradient for the output, of its shape.",
     "indices": """
 What the forward call returned with ``return_indices=True`` for the same options; an
 index outside the plane, such as -1, gives its share to no cell.  Or None.
 """,
-    "x_shape": """
-Shape of the input.
-""",
-    "x_shape: optional": """
-Shape of the input; None where ``x`` is given.
-""",
+    "x_shape": "Shape of the input.",
+    "x_shape: optional": "Shape of the input; None where ``x`` is given.",
     "kernel_size": """
 Taps along each axis: one number for a batched ``x``, or one for each axis.
 """,
-    "norm_type": """
-The power p, positive and finite: 1 gives sums, 2 Euclidean norms.
-""",
+    "norm_type": "The power p, positive and finite: 1 gives sums, 2 Euclidean norms.",
     "output_size": """
 Windows along each axis: one number for a batched ``x``, or one for each axis; None
 keeps the size of an axis.
 """,
-    "batched": """
-Whether the input has a batch axis.
-""",
+    "batched": "Whether the input has a batch axis.",
     "stride": """
 Step between windows: an integer, or one for each axis; None is the kernel size, so that
 windows lie side by side.
@@ -119,9 +105,7 @@ Cells around the input that count as zero: an integer, one for each axis, (befor
 after) pairs, or one of the words of `cuconv.conv`.  Negative numbers crop.  More than
 half a kernel is allowed.
 """,
-    "dilation": """
-Step between taps.
-""",
+    "dilation": "Step between taps.",
     "ceil_mode": """
 Whether cells that strides leave over at the end get a window of their own, which hangs
 over; none starts in the padding after the input.
@@ -133,19 +117,13 @@ over; none starts in the padding after the input.
 Whether a mean divides by the cells of the padding too.  What hangs over beyond it
 (``ceil_mode``) is never counted.
 """,
-    "divisor_override": """
-A number to divide every sum by instead.
-""",
-    "return_indices": """
-Whether to say where each maximum lies too.
-""",
+    "divisor_override": "A number to divide every sum by instead.",
+    "return_indices": "Whether to say where each maximum lies too.",
     "dtype": """
 Type of the result, real or complex; by default that of ``x``, and float64 for integers
 and booleans, as for `numpy.mean`.  Half types are summed in float32.
 """,
-    "out": """
-Array to write to, of the result's shape and type.
-""",
+    "out": "Array to write to, of the result's shape and type.",
     "out: pair": """
 Array to write to, of the result's shape and type; with ``return_indices`` a pair of
 them, the second of int64.
@@ -153,6 +131,67 @@ them, the second of int64.
     "memory_limit": """
 Upper bound on what is allocated beyond the arrays and the result: bytes, or a word such
 as ``"64 MiB"``.  Kernels on CUDA need none.
+""",
+    "*windows: least": """
+{stride}
+{padding: least}
+{dilation}
+{ceil_mode}
+{layout}
+""",
+    "*windows: zero": """
+{stride}
+{padding: zero}
+{dilation}
+{ceil_mode}
+{layout}
+""",
+    "*divisors": """
+{count_include_pad}
+{divisor_override}
+""",
+    "*outside": """
+{out}
+{memory_limit}
+""",
+    "*returns: pooled max": """
+Returns
+-------
+array
+    (N, C, *out) in the type and layout of ``x``.  A NaN under a window is its
+    maximum.  A window over padding alone gives the least value of the type: minus
+    infinity, the smallest integer, or False.
+indices
+    With ``return_indices``, as the second of a pair: int64, of the same shape.  The
+    cell of each maximum, counted in its plane as if that lay row by row; the first
+    of several that are equal, or of several NaN; -1 for a window over padding
+    alone.
+""",
+    "*returns: gradient max": """
+Returns
+-------
+array
+    Of the input's shape and the type of ``dy``: what several windows give to one
+    cell is added up, in float32 for half types.
+""",
+    "*returns: pooled mean": """
+Returns
+-------
+array
+    (N, C, *out) in the layout of ``x``.  A window over padding alone gives 0.
+""",
+    "*returns: gradient mean": """
+Returns
+-------
+array
+    Of shape ``x_shape`` and the type of ``dy``, or float64 for integers.  Half
+    types are summed in float32.
+""",
+    "*raises": """
+Raises
+------
+{ValueError, TypeError}
+{MemoryLimitError}
 """,
     "ValueError, TypeError": """
 For shapes or options that do not fit, before anything is allocated.
@@ -191,31 +230,14 @@ def max_pool(x: Array, kernel_size: Sizes, **options: Unpack[_MaxPool]) -> Array
     ----------
     {x: real}
     {kernel_size}
-    {stride}
-    {padding: least}
-    {dilation}
-    {ceil_mode}
-    {layout}
+    {*windows: least}
     {return_indices}
     {out: pair}
     {memory_limit}
 
-    Returns
-    -------
-    array
-        (N, C, *out) in the type and layout of ``x``.  A NaN under a window is its
-        maximum.  A window over padding alone gives the least value of the type: minus
-        infinity, the smallest integer, or False.
-    indices
-        With ``return_indices``, as the second of a pair: int64, of the same shape.  The
-        cell of each maximum, counted in its plane as if that lay row by row; the first
-        of several that are equal, or of several NaN; -1 for a window over padding
-        alone.
+    {*returns: pooled max}
 
-    Raises
-    ------
-    {ValueError, TypeError}
-    {MemoryLimitError}
+    {*raises}
 
     Examples
     --------
@@ -250,24 +272,12 @@ def max_pool_backward(
     {x_shape: optional}
     {kernel_size}
     {x: found}
-    {stride}
-    {padding: least}
-    {dilation}
-    {ceil_mode}
-    {layout}
-    {out}
-    {memory_limit}
+    {*windows: least}
+    {*outside}
 
-    Returns
-    -------
-    array
-        Of the input's shape and the type of ``dy``: what several windows give to one
-        cell is added up, in float32 for half types.
+    {*returns: gradient max}
 
-    Raises
-    ------
-    {ValueError, TypeError}
-    {MemoryLimitError}
+    {*raises}
 
     Examples
     --------
@@ -290,26 +300,14 @@ def avg_pool(x: Array, kernel_size: Sizes, **options: Unpack[_MeanPool]) -> Arra
     ----------
     {x: any}
     {kernel_size}
-    {stride}
-    {padding: zero}
-    {dilation}
-    {ceil_mode}
-    {layout}
-    {count_include_pad}
-    {divisor_override}
+    {*windows: zero}
+    {*divisors}
     {dtype}
-    {out}
-    {memory_limit}
+    {*outside}
 
-    Returns
-    -------
-    array
-        (N, C, *out) in the layout of ``x``.  A window over padding alone gives 0.
+    {*returns: pooled mean}
 
-    Raises
-    ------
-    {ValueError, TypeError}
-    {MemoryLimitError}
+    {*raises}
 
     Examples
     --------
@@ -341,26 +339,13 @@ def avg_pool_backward(
     {dy}
     {x_shape}
     {kernel_size}
-    {stride}
-    {padding: zero}
-    {dilation}
-    {ceil_mode}
-    {layout}
-    {count_include_pad}
-    {divisor_override}
-    {out}
-    {memory_limit}
+    {*windows: zero}
+    {*divisors}
+    {*outside}
 
-    Returns
-    -------
-    array
-        Of shape ``x_shape`` and the type of ``dy``, or float64 for integers.  Half
-        types are summed in float32.
+    {*returns: gradient mean}
 
-    Raises
-    ------
-    {ValueError, TypeError}
-    {MemoryLimitError}
+    {*raises}
 
     Examples
     --------
@@ -388,23 +373,15 @@ def lp_pool(
     {x: float}
     {norm_type}
     {kernel_size}
-    {stride}
-    {padding: zero}
-    {dilation}
-    {ceil_mode}
-    {layout}
-    {out}
-    {memory_limit}
+    {*windows: zero}
+    {*outside}
 
     Returns
     -------
     array
         (N, C, *out) in the type and layout of ``x``; half types are summed in float32.
 
-    Raises
-    ------
-    {ValueError, TypeError}
-    {MemoryLimitError}
+    {*raises}
 
     Examples
     --------
@@ -435,13 +412,8 @@ def lp_pool_backward(
     {y}
     {norm_type}
     {kernel_size}
-    {stride}
-    {padding: zero}
-    {dilation}
-    {ceil_mode}
-    {layout}
-    {out}
-    {memory_limit}
+    {*windows: zero}
+    {*outside}
 
     Returns
     -------
@@ -449,10 +421,7 @@ def lp_pool_backward(
         Of the shape and type of ``x``.  Zero where x is zero, and under windows whose
         norm is zero, where there is no derivative.
 
-    Raises
-    ------
-    {ValueError, TypeError}
-    {MemoryLimitError}
+    {*raises}
 
     Examples
     --------
@@ -491,22 +460,9 @@ def adaptive_max_pool(
     {out: pair}
     {memory_limit}
 
-    Returns
-    -------
-    array
-        (N, C, *out) in the type and layout of ``x``.  A NaN under a window is its
-        maximum.  A window over padding alone gives the least value of the type: minus
-        infinity, the smallest integer, or False.
-    indices
-        With ``return_indices``, as the second of a pair: int64, of the same shape.  The
-        cell of each maximum, counted in its plane as if that lay row by row; the first
-        of several that are equal, or of several NaN; -1 for a window over padding
-        alone.
+    {*returns: pooled max}
 
-    Raises
-    ------
-    {ValueError, TypeError}
-    {MemoryLimitError}
+    {*raises}
 
     Examples
     --------
@@ -547,19 +503,11 @@ def adaptive_max_pool_backward(
     {output_size}
     {x: found}
     {layout}
-    {out}
-    {memory_limit}
+    {*outside}
 
-    Returns
-    -------
-    array
-        Of the input's shape and the type of ``dy``: what several windows give to one
-        cell is added up, in float32 for half types.
+    {*returns: gradient max}
 
-    Raises
-    ------
-    {ValueError, TypeError}
-    {MemoryLimitError}
+    {*raises}
 
     Examples
     --------
@@ -592,18 +540,11 @@ def adaptive_avg_pool(
     {output_size}
     {layout}
     {dtype}
-    {out}
-    {memory_limit}
+    {*outside}
 
-    Returns
-    -------
-    array
-        (N, C, *out) in the layout of ``x``.  A window over padding alone gives 0.
+    {*returns: pooled mean}
 
-    Raises
-    ------
-    {ValueError, TypeError}
-    {MemoryLimitError}
+    {*raises}
 
     Examples
     --------
@@ -640,19 +581,11 @@ def adaptive_avg_pool_backward(
     {x_shape}
     {output_size}
     {layout}
-    {out}
-    {memory_limit}
+    {*outside}
 
-    Returns
-    -------
-    array
-        Of shape ``x_shape`` and the type of ``dy``, or float64 for integers.  Half
-        types are summed in float32.
+    {*returns: gradient mean}
 
-    Raises
-    ------
-    {ValueError, TypeError}
-    {MemoryLimitError}
+    {*raises}
 
     Examples
     --------
@@ -687,22 +620,9 @@ def global_max_pool(
     {out: pair}
     {memory_limit}
 
-    Returns
-    -------
-    array
-        (N, C, 1, …) in the type and layout of ``x``.  A NaN under a window is its
-        maximum.  A window over padding alone gives the least value of the type: minus
-        infinity, the smallest integer, or False.
-    indices
-        With ``return_indices``, as the second of a pair: int64, of the same shape.  The
-        cell of each maximum, counted in its plane as if that lay row by row; the first
-        of several that are equal, or of several NaN; -1 for a window over padding
-        alone.
+    {*returns: pooled max}
 
-    Raises
-    ------
-    {ValueError, TypeError}
-    {MemoryLimitError}
+    {*raises}
 
     Examples
     --------
@@ -748,19 +668,11 @@ def global_max_pool_backward(
     {x: found}
     {batched}
     {layout}
-    {out}
-    {memory_limit}
+    {*outside}
 
-    Returns
-    -------
-    array
-        Of the input's shape and the type of ``dy``: what several windows give to one
-        cell is added up, in float32 for half types.
+    {*returns: gradient max}
 
-    Raises
-    ------
-    {ValueError, TypeError}
-    {MemoryLimitError}
+    {*raises}
 
     Examples
     --------
@@ -793,18 +705,11 @@ def global_avg_pool(
     {batched}
     {layout}
     {dtype}
-    {out}
-    {memory_limit}
+    {*outside}
 
-    Returns
-    -------
-    array
-        (N, C, 1, …) in the layout of ``x``.  A window over padding alone gives 0.
+    {*returns: pooled mean}
 
-    Raises
-    ------
-    {ValueError, TypeError}
-    {MemoryLimitError}
+    {*raises}
 
     Examples
     --------
@@ -842,19 +747,11 @@ def global_avg_pool_backward(
     {x_shape}
     {batched}
     {layout}
-    {out}
-    {memory_limit}
+    {*outside}
 
-    Returns
-    -------
-    array
-        Of shape ``x_shape`` and the type of ``dy``, or float64 for integers.  Half
-        types are summed in float32.
+    {*returns: gradient mean}
 
-    Raises
-    ------
-    {ValueError, TypeError}
-    {MemoryLimitError}
+    {*raises}
 
     Examples
     --------
@@ -893,9 +790,8 @@ def _of_rank(general: Callable[P, R], rank: int) -> Callable[P, R]:
         pool.__doc__ = (
             f"`{call}` over {axes}: x {shape}, or without N.\n\n{parts[1]}"
             "    Examples\n    --------\n    >>> import numpy as np\n"
-            f"    >>> import cuconv\n"
-            f"    >>> cuconv.{name}(np.zeros({before}), 2).shape\n"
-            f"    {after}\n    "
+            "    >>> import cuconv\n"
+            f"    >>> cuconv.{name}(np.zeros({before}), 2).shape\n    {after}\n    "
         )
     return cast("Callable[P, R]", pool)
 

@@ -39,4 +39,5 @@ class BiasGrad:
         del out
         (dy,) = arrays
         sums = self.backend.sum(dy, self.axes, self.types.accumulate)
-        return sums.astype(self.types.result, copy=False)
+        with self.backend.device_of(dy):
+            return sums.astype(self.types.result, copy=False)

@@ -102,18 +102,20 @@ def plan_columns(
 ) -> RecordedPlan:
     """Check ``"im2col"`` or ``"col2im"``, and plan it.
 
-    ``more`` has the ``order``; for col2im ``x_shape`` and ``deterministic`` too.
+    ``options`` are those of the windows and the ``order``; for col2im, ``more`` has
+    ``x_shape`` and ``deterministic``.
     """
-    (array,), order = arrays, more["order"]
+    windows = dict(options)
+    (array,), order = arrays, windows.pop("order")
     if call == "im2col":
-        geometry, xp = checked_windows(array, options)
+        geometry, xp = checked_windows(array, windows)
         geometry.column_shape(order)
         backend = backend_of(xp, array)
         plan = _gather(backend, geometry, order, array.dtype)
     else:
         xp = module_of({"cols": array})
         check_type("cols", array.dtype)
-        geometry = WindowGeometry.of(more["x_shape"], **options)
+        geometry = WindowGeometry.of(more["x_shape"], **windows)
         shape = geometry.column_shape(order)
         if array.shape != shape:
             raise ValueError(f"cols has shape {array.shape} and must have {shape}")

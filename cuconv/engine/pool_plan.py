@@ -9,9 +9,15 @@ from cuconv.backends import Backend, backend_of
 from cuconv.backends.pools import INDICES, RESULT, PoolSteps
 from cuconv.config import settings
 from cuconv.engine.pool_problem import PoolProblem, PoolTiling
+from cuconv.engine.program import MOST_BYTES
 from cuconv.engine.recorded import RecordedPlan, Result, Workspace, check_results
 from cuconv.geometry import WindowGeometry
-from cuconv.memory import MemoryLimit, MemoryLimitError, parse_memory_limit
+from cuconv.memory import (
+    MemoryLimit,
+    MemoryLimitError,
+    parse_memory_limit,
+    workspace_bytes,
+)
 
 INDEX = np.dtype(np.int64)
 MOST_AXES = 3
@@ -49,8 +55,12 @@ def plan_of(
         raise TypeError("with return_indices, out must be a pair of arrays")
     backend, results = pool_backend(problem, arrays), results_of(problem)
     check_results(backend, arrays, results, outs)
-    tiling = tiling_within(problem, backend, limit_of(memory_limit))
+    limit = limit_of(memory_limit)
+    tiling = tiling_within(problem, backend, limit)
     buffers = backend.pools.buffers(problem, tiling)
+    own = tiling.workers * workspace_bytes(buffers)
+    item = max(problem.accumulate.itemsize, INDEX.itemsize)
+    own += backend.overhead(tiling.workers, item)
     return RecordedPlan(
         backend,
         PoolSteps(problem, tiling),
@@ -59,6 +69,7 @@ def plan_of(
         Workspace(buffers, tiling.workers, tiling.pieces),
         threads=tiling.threads,
         buffered=_buffered(problem, next(iter(arrays.values()))),
+        spare=MOST_BYTES if limit is None else limit - own,
     )
 
 

@@ -263,6 +263,8 @@ class RecordedPlan(Recorded):
         What the workers need.
     buffered
         Bytes of the arrays that NumPy may take buffers for.
+    spare
+        What the memory limit leaves for a program beside the workspace.
     """
 
     def __init__(
@@ -275,10 +277,15 @@ class RecordedPlan(Recorded):
         *,
         threads: int = 0,
         buffered: int = 0,
+        spare: int = MOST_BYTES,
     ) -> None:
         super().__init__(backend, workspace.pieces, threads)
         self.names, self.results, self.workspace = names, results, workspace
-        self.steps, self.buffered = steps, buffered
+        self.steps, self.buffered, self._spare = steps, buffered, spare
+
+    @property
+    def spare_bytes(self) -> int:
+        return self._spare
 
     @property
     def workers(self) -> int:

@@ -184,6 +184,19 @@ class Axis(NamedTuple):
             if under.stop > under.start:
                 yield Meeting(under, slice(index, index + 1))
 
+    def apart(self, outputs: Range, cells: Range) -> Range | None:
+        """The part of an interval of cells that is under windows which share none.
+
+        None where windows of these outputs share cells, or do not lie within it.
+        """
+        start = self.first(outputs[0]) - cells[0]
+        stop = start + (outputs[1] - outputs[0] - 1) * self.stride + self.kernel
+        is_apart = self.dilation == 1 and self.kernel <= self.stride
+        fits = start >= 0 and stop <= cells[1] - cells[0]
+        if self.windows or not is_apart or not fits or outputs[1] <= outputs[0]:
+            return None
+        return start, stop
+
     def hits(self, tap: int, outputs: Range, cells: Range) -> Meeting:
         """The outputs for which a tap is within ``cells``, and those elements."""
         offset = tap * self.dilation - self.before

@@ -4,6 +4,7 @@ On a machine without a GPU, CuPy's side is the kernels' own text on the CPU.
 """
 
 import inspect
+import sys
 from functools import partial
 from typing import Any
 
@@ -18,6 +19,7 @@ from support import (
     arrays_of,
     assert_refused,
     device_allocations,
+    forget_plans,
     integers,
     large,
     peak,
@@ -546,6 +548,7 @@ def test_a_limit_for_all_calls() -> None:
 def test_without_a_limit_the_least_that_will_do(monkeypatch) -> None:
     x = integers((2, 3, 41, 90))
     monkeypatch.setattr(host.CpuBackend, "default_memory_limit", 1000)
+    forget_plans()
     equal(CALLS["mean"](x), CALLS["mean"](x, memory_limit="1 MiB"))
 
 
@@ -564,6 +567,7 @@ def test_kernels_take_no_memory(name) -> None:
 def test_workers_change_nothing(name, monkeypatch) -> None:
     x = integers((3, 4, 20, 31), "float32")
     wanted = CALLS[name](x)
+    forget_plans()
     monkeypatch.setattr(host_pools, "_WORTH_WORKERS", 0)
     monkeypatch.setattr(host_pools, "_PIECE", 2**9)
     monkeypatch.setattr(host.CpuBackend, "workers", lambda _: 3)
@@ -587,6 +591,7 @@ def test_workers_change_no_bit_of_a_mean_of_long_windows(monkeypatch) -> None:
 def test_wide_offsets(dtype, monkeypatch) -> None:
     """64-bit offsets, by pretending that launches are huge."""
     cupy = pytest.importorskip("cupy")
+    forget_plans()
     monkeypatch.setattr(packing, "MOST_THREADS", 2**31)
     check_max(cupy, POOL, dtype)
     check_mean(cupy, POOL, dtype)
@@ -786,6 +791,7 @@ def test_places_of_maxima_are_added_up_alike_without_numba(dtype, monkeypatch) -
     gradient = partial(cuconv.max_pool_backward, dy, indices, x.shape, 3, stride=1)
     found = gradient(padding=1)
     monkeypatch.setattr(host_pools, "jit_is_installed", lambda: False)
+    forget_plans()
     np.testing.assert_array_equal(found, gradient(padding=1))
 
 
@@ -799,3 +805,55 @@ def test_channels_that_lie_last_are_summed_alike_by_any_number(channels) -> None
             found.append(cuconv.avg_pool(x, (118, 168), layout="channels_last"))
     for other in found[1:]:
         np.testing.assert_array_equal(found[0], other)
+
+
+def test_parts_of_a_halves_array_keep_their_type() -> None:
+    """NumPy's interface has no word for bfloat16."""
+    x = integers((2, 9, 8, 10), "bfloat16")[..., ::2]
+    for _ in range(2):  # recorded, then run
+        y = cuconv.avg_pool(x, 2, layout="channels_last")
+        equal(y, cuconv.avg_pool(x.copy(), 2, layout="channels_last"))
+
+
+@pytest.mark.parametrize("padding", [0, 1])
+def test_a_repeated_call_is_short(padding) -> None:
+    """No more than some twenty calls of Python's."""
+    x = integers((1, 3, 8, 8), "float32")
+    calls = [
+        lambda: cuconv.max_pool2d(x, 2, padding=padding),
+        lambda: cuconv.avg_pool2d(x, 2, padding=padding),
+        lambda: cuconv.global_avg_pool(x),
+        lambda: cuconv.im2col(x, 3, padding=padding),
+        lambda: cuconv.col2im(cuconv.im2col(x, 2, stride=2), x.shape, 2, stride=2),
+    ]
+    for call in calls:
+        call()
+        entered = frames(call)
+        assert entered <= 35, entered
+
+
+def frames(call) -> int:
+    """How many functions of Python's a call enters."""
+    count = 0
+
+    def watch(frame, event, argument) -> None:
+        nonlocal count
+        count += event == "call"
+
+    sys.setprofile(watch)
+    try:
+        call()
+    finally:
+        sys.setprofile(None)
+    return count
+
+
+@pytest.mark.parametrize("dtype", ["float32", "int32", "complex64", "bool"])
+def test_negative_zeros_are_sums_too(dtype) -> None:
+    """One term is added to zero, though it could be copied."""
+    columns = -np.zeros((4, 4), dtype) if dtype != "bool" else np.zeros((4, 4), dtype)
+    x = cuconv.col2im(columns, (1, 1, 4, 4), 2, stride=2)
+    assert x.tobytes() == bytes(x.nbytes)
+    if dtype != "bool":
+        dx = cuconv.avg_pool_backward(-np.zeros((1, 1, 2, 2), dtype), (1, 1, 4, 4), 2)
+        assert dx.tobytes() == bytes(dx.nbytes)

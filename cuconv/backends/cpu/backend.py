@@ -199,11 +199,7 @@ class CpuBackend:
             self._copy_windows(windows, part)
 
     def _copy_windows(self, source: Array, target: Array) -> None:
-        """Copy without the axes of length 1: NumPy takes a microsecond for two."""
-        kept = tuple(0 if n == 1 else slice(None) for n in target.shape)
-        if 0 in kept:
-            source, target = source[(*kept, ...)], target[(*kept, ...)]
-        self.copy(source, target)
+        self.copy(_without_ones(source), _without_ones(target))
 
     def scatter(
         self,
@@ -218,7 +214,14 @@ class CpuBackend:
     ) -> None:
         del deterministic  # NumPy adds in the order of the taps, always.
         if not add:
-            self.fill(target, 0)
+            under = _apart(target, columns, geometry, block, cells)
+            if under is None or under.size < target.size:
+                self.fill(target, 0)
+            if under is not None:
+                # A sum, of which there is no other term: -0 becomes 0.
+                zero = np.zeros((), target.dtype)
+                self.do(np.add, _without_ones(columns), zero, _without_ones(under))
+                return
         for tap in _taps(geometry.kernel):
             met = list(map(Axis.hits, geometry.axes, tap, block.output, cells))
             into = target[(..., *(each.cells for each in met))]
@@ -251,8 +254,7 @@ class CpuBackend:
     def copy(self, source: Array, target: Array) -> None:
         self.do(np.ndarray.__setitem__, target, ..., source)
 
-    def empty(self, shape: tuple[int, ...], dtype: DType) -> Array:
-        return np.empty(shape, dtype)
+    empty: Any = staticmethod(np.empty)
 
     def sum(self, array: Array, axes: tuple[int, ...], dtype: DType) -> Array:
         if array.dtype == dtype:
@@ -655,6 +657,33 @@ def _windows(source: Array, axes: tuple[Axis, ...], shape: tuple[int, ...]) -> A
     taps = (s * axis.dilation for s, axis in zip(spatial, axes, strict=True))
     steps = (s * axis.stride for s, axis in zip(spatial, axes, strict=True))
     return strided(source, shape, (*head, *taps, *steps))
+
+
+def _without_ones(array: Array) -> Array:
+    """View an array without its axes of length 1: NumPy takes a microsecond for two."""
+    return array[(*(0 if n == 1 else slice(None) for n in array.shape), ...)]
+
+
+def _apart(
+    target: Array,
+    columns: Array,
+    geometry: WindowGeometry,
+    block: Block,
+    cells: Ranges,
+) -> Array | None:
+    """View the target as the columns of a block; None where windows share cells.
+
+    Or where they do not lie within it, or bits cannot be kept so.
+    """
+    if target.dtype != columns.dtype or target.dtype.kind in "bV":
+        return None
+    place: list[slice] = []
+    for axis, output, span in zip(geometry.axes, block.output, cells, strict=True):
+        inside = axis.apart(output, span)
+        if inside is None:
+            return None
+        place.append(slice(*inside))
+    return _windows(target[(..., *place)], geometry.axes, columns.shape)
 
 
 def _taps(kernel: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
