@@ -97,7 +97,7 @@ def backward(
         each = zip(blocks.tilings, place, start, strict=True)
         mine = [[cell - low for cell in tiling.cells[i]] for tiling, i, low in each]
         how = tuple(arrays), start, sizes, geometry.arranged((None,), (None,), mine)
-        return partial(_spread_block, run, own, threads, *how)
+        return partial(_gradient_block, run, own, threads, *how)
 
     ranges = whole.outputs(spans(channels)), whole.cells(spans(channels))
     return each_block(
@@ -168,7 +168,7 @@ def _reduce_block(
     return y, _moved(indices, pooling.geometry.size, start, sizes)
 
 
-def _spread_block(
+def _gradient_block(
     run: Callable[..., Array],
     pooling: PoolProblem,
     threads: int | None,

@@ -47,8 +47,8 @@ class PoolProblem:
         if self.divisor is not None:
             return self.divisor
         same = self.counts_padding or not self.geometry.is_padded
-        plain = not any(axis.overhang or axis.windows for axis in axes)
-        return self.geometry.taps if same and plain else None
+        uniform = not any(axis.overhang or axis.windows for axis in axes)
+        return self.geometry.taps if same and uniform else None
 
     def count(self, axis: int, output: int) -> int:
         """Elements along an axis that the divisor of an output counts, at least one."""

@@ -173,10 +173,10 @@ class TileSearch:
         if not self._is_busy:
             return None
         most = self._most_splits
-        cuts = [(n, m) for n in _PIECES for m in dict.fromkeys((min(most, n), 1))]
-        floors = [self._floor_shared(*cut) for cut in cuts]
+        choices = [(n, m) for n in _PIECES for m in dict.fromkeys((min(most, n), 1))]
+        floors = [self._floor_shared(*choice) for choice in choices]
         likely = _last_worthwhile(floors)
-        found = self._shared(*cuts[likely])
+        found = self._shared(*choices[likely])
         if found is not None:
             # A cost below all lower bounds is below all costs.
             cost, before, after = (
@@ -191,9 +191,9 @@ class TileSearch:
             ):
                 return found
         best, least = None, float("inf")
-        for cut, floor in zip(cuts, floors, strict=True):
+        for choice, floor in zip(choices, floors, strict=True):
             if floor * _ALMOST < least * _WORTH_FEWER:
-                found = self._shared(*cut)
+                found = self._shared(*choice)
                 cost = float("inf") if found is None else self._rank(found)
                 if cost < least * _WORTH_FEWER:
                     best, least = found, cost

@@ -100,8 +100,8 @@ class Axis(NamedTuple):
     @property
     def is_identity(self) -> bool:
         """True if every window is the one element at its own position."""
-        plain = self.kernel == self.stride == 1 and not self.windows
-        return plain and self.before == self.after == 0
+        single = self.kernel == self.stride == 1 and not self.windows
+        return single and self.before == self.after == 0
 
     @property
     def out(self) -> int:

@@ -177,9 +177,11 @@ class TapMatmul(OneWay):
                     buffers["product"], g, block, g.group_channels, met.shape
                 )
                 with job.backend.stage("gemm", self.name, chunk):
-                    turned = weights[met.tap][None].swapaxes(-1, -2)
+                    transposed = weights[met.tap][None].swapaxes(-1, -2)
                     fast = job.problem.fast
-                    job.backend.gemm(turned, columns.matrix, summand.matrix, fast=fast)
+                    job.backend.gemm(
+                        transposed, columns.matrix, summand.matrix, fast=fast
+                    )
                 with job.backend.stage("scatter", self.name, chunk):
                     into = total[(..., *met.inputs)]
                     job.backend.do(job.backend.xp.add, into, summand.cells, into)

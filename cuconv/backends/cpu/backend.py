@@ -15,7 +15,7 @@ import numpy as np
 from threadpoolctl import ThreadpoolController
 
 from cuconv.arrays import Array, DType, Types, stored, strided
-from cuconv.backends import padding as wrapping
+from cuconv.backends import padding
 from cuconv.backends.cpu.machine import cpu_machine
 from cuconv.backends.cpu.pooling import CpuPools
 from cuconv.backends.padding import Reading
@@ -196,11 +196,11 @@ class CpuBackend:
                 cells = window[..., first * step + phase - before :: step]
                 run = slice(first, first + cells.shape[-1])
                 self.copy(cells, split[(..., *inside, phase, run)])
-        plain = (*outer, last._replace(stride=1))
+        single_step = (*outer, last._replace(stride=1))
         rank = geometry.rank
         for phase in range(step):
             part = columns[(slice(None),) * (2 + rank) + (slice(phase, None, step),)]
-            self.copy(_windows(split[..., phase, :], plain, part.shape), part)
+            self.copy(_windows(split[..., phase, :], single_step, part.shape), part)
 
     def scatter(
         self,
@@ -276,7 +276,7 @@ class CpuBackend:
         copied: Array,
         reading: Reading,
     ) -> None:
-        wrapping.pad_copy(self, cells, copied, reading)
+        padding.pad_copy(self, cells, copied, reading)
 
     def pad_adjoint(
         self,
@@ -286,7 +286,7 @@ class CpuBackend:
         *,
         add: bool,
     ) -> None:
-        wrapping.pad_adjoint(self, copied, cells, reading, add=add)
+        padding.pad_adjoint(self, copied, cells, reading, add=add)
 
     def stage(self, name: str, strategy: str = "", chunk: int = 0) -> stage:
         return stage(name, strategy, chunk, self.do)

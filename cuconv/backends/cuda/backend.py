@@ -17,7 +17,7 @@ from cuconv.arrays import (
     is_half,
     strided,
 )
-from cuconv.backends import padding as wrapping
+from cuconv.backends import padding
 from cuconv.backends.cuda.compiler import Do, kernel, launch
 from cuconv.backends.cuda.depthwise import (
     MOST_BLOCKS,
@@ -295,10 +295,10 @@ class CudaBackend:
             for axis, (start, _) in zip(geometry.axes, block.output, strict=True)
         )
         size = x.dtype.itemsize
-        words = vector_width(_layout(x), _layout(uncast), size)
-        packed = pack(x, uncast, geometry.axes, firsts, over_output=True, words=words)
+        width = vector_width(_layout(x), _layout(uncast), size)
+        packed = pack(x, uncast, geometry.axes, firsts, over_output=True, width=width)
         variant = copy_variant(
-            size, geometry.rank, wide=packed.wide, words=packed.words
+            size, geometry.rank, wide=packed.wide, width=packed.width
         )
         _launch(self.do, variant, packed, x, uncast)
         if uncast is not columns:
@@ -364,7 +364,7 @@ class CudaBackend:
         reading: Reading,
     ) -> None:
         if cells.dtype != copied.dtype:
-            wrapping.pad_copy(self, cells, copied, reading)
+            padding.pad_copy(self, cells, copied, reading)
             return
         packed = pack_windows(cells, copied, reading, over_output=True)
         variant = pad_copy_variant(
