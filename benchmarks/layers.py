@@ -1,8 +1,8 @@
-"""What a layer is: the shapes of its arrays, its options, and its name."""
+"""A layer: the shapes of its arrays, its options, its operations and its name."""
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from math import prod
-from typing import Any, Self
+from typing import Any, ClassVar
 
 Sizes = tuple[int, ...]
 
@@ -10,6 +10,16 @@ Sizes = tuple[int, ...]
 @dataclass(frozen=True)
 class Layer:
     """One convolution, for any batch: x (N, C, *size), w (K, C / groups, *kernel)."""
+
+    # The operands of each operation, in every peer's order, and last the array that
+    # has the shape of the result.
+    operations: ClassVar[dict[str, tuple[str, ...]]] = {
+        "forward": ("x", "w", "dy"),
+        "input_grad": ("dy", "w", "x"),
+        "weight_grad": ("dy", "x", "w"),
+    }
+    # The array with an element for each window.
+    windows: ClassVar[str] = "dy"
 
     channels: int
     size: Sizes
@@ -21,18 +31,6 @@ class Layer:
     groups: int = 1
     label: str = ""
 
-    @classmethod
-    def from_json(cls, found: dict[str, Any]) -> Self:
-        """From `to_json`, whose tuples JSON has made lists."""
-        fields: dict[str, Any] = {
-            name: tuple(value) if isinstance(value, list) else value
-            for name, value in found.items()
-        }
-        return cls(**fields)
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
-
     @property
     def kind(self) -> str:
         if self.groups == self.channels > 1:
@@ -42,72 +40,58 @@ class Layer:
     @property
     def name(self) -> str:
         """Such as ``64-128 3x3/2 @56``: channels, filters, kernel, stride and size."""
-        return " ".join(filter(None, (self.label, *self._words(), self._place())))
+        window = times(self.kernel) + flag("/", self.stride, above=1)
+        place = times(self.size) if len(set(self.size)) > 1 else self.size[0]
+        words = (self.label, *self._words(window), f"@{place}")
+        return " ".join(filter(None, words))
 
-    def _words(self) -> tuple[str, ...]:
-        dilated = f"d{self.dilation[0]}" if max(self.dilation) > 1 else ""
-        grouped = f"g{self.groups}" if self.groups > 1 else ""
-        return f"{self.channels}-{self.filters}", self._window(), dilated, grouped
-
-    def _window(self) -> str:
-        step = f"/{self.stride[0]}" if max(self.stride) > 1 else ""
-        return times(self.kernel) + step
-
-    def _place(self) -> str:
-        cube = len(set(self.size)) == 1
-        return f"@{self.size[0] if cube else times(self.size)}"
+    def _words(self, window: str) -> tuple[str, ...]:
+        dilated = flag("d", self.dilation, above=1)
+        grouped = flag("g", (self.groups,), above=1)
+        return f"{self.channels}-{self.filters}", window, dilated, grouped
 
     @property
     def options(self) -> dict[str, Any]:
         """Keywords that cuconv and PyTorch share."""
-        return {
-            "stride": self.stride,
-            "padding": self.padding,
-            "dilation": self.dilation,
-            "groups": self.groups,
-        }
+        names = ("stride", "padding", "dilation", "groups")
+        return {name: getattr(self, name) for name in names}
+
+    @property
+    def padded(self) -> Sizes:
+        """The spatial sizes of the padded input."""
+        return tuple(n + 2 * p for n, p in zip(self.size, self.padding, strict=True))
+
+    @property
+    def inside(self) -> tuple[slice, ...]:
+        """The input within the padded input."""
+        axes = zip(self.size, self.padding, strict=True)
+        return tuple(slice(p, p + n) for n, p in axes)
 
     @property
     def out(self) -> Sizes:
-        axes = zip(
-            self.size,
-            self.kernel,
-            self.stride,
-            self.padding,
-            self.dilation,
-            strict=True,
-        )
-        return tuple((n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in axes)
+        axes = zip(self.padded, self.kernel, self.stride, self.dilation, strict=True)
+        return tuple((n - d * (k - 1) - 1) // s + 1 for n, k, s, d in axes)
 
     @property
     def patch(self) -> int:
-        """Products in one output cell."""
-        return self.channels // self.groups * prod(self.kernel)
-
-    @property
-    def w_shape(self) -> Sizes:
-        return (self.filters, self.channels // self.groups, *self.kernel)
-
-    def x_shape(self, batch: int) -> Sizes:
-        return (batch, self.channels, *self.size)
-
-    def y_shape(self, batch: int) -> Sizes:
-        return (batch, self.filters, *self.out)
+        """Products in each element of the array `windows`."""
+        return prod(self.shapes(1)["w"][1:])
 
     def shapes(self, batch: int) -> dict[str, Sizes]:
-        """Of every array, by its name in `benchmarks.definitions`."""
+        """Of every array that an operation takes or gives, by its name."""
         return {
-            "x": self.x_shape(batch),
-            "w": self.w_shape,
-            "dy": self.y_shape(batch),
+            "x": (batch, self.channels, *self.size),
+            "w": (self.filters, self.channels // self.groups, *self.kernel),
+            "dy": (batch, self.filters, *self.out),
         }
 
     def multiplications(self, batch: int) -> int:
-        """The same for all its operations; padding counts as cells."""
-        return prod(self.y_shape(batch)) * self.patch
+        """The same for all its operations; padding counts; none where there is no w."""
+        shapes = self.shapes(batch)
+        return prod(shapes[self.windows]) * self.patch if "w" in shapes else 0
 
     def under(self, tap: Sizes) -> tuple[slice, ...]:
-        """The cells of the padded input that one tap meets, window after window."""
+        """The elements of the padded input that one tap meets, window after window."""
         axes = zip(tap, self.dilation, self.stride, self.out, strict=True)
         return tuple(slice(t * d, t * d + s * (n - 1) + 1, s) for t, d, s, n in axes)
 
@@ -116,25 +100,23 @@ class Layer:
 class Transposed(Layer):
     """One transposed convolution: x (N, C, *size), w (C, K / groups, *kernel)."""
 
+    operations: ClassVar[dict[str, tuple[str, ...]]] = {
+        "transpose": ("x", "w", "dy"),
+        "transpose_input_grad": ("dy", "w", "x"),
+        "transpose_weight_grad": ("dy", "x", "w"),
+    }
+
+    windows = "x"
     output_padding: Sizes = field(kw_only=True)
 
     @property
-    def back(self) -> Layer:
-        """The convolution that leads back, from the result to the input."""
-        return Layer(
-            self.filters,
-            self.out,
-            self.channels,
-            self.kernel,
-            self.stride,
-            self.padding,
-            self.dilation,
-            self.groups,
-        )
+    def adjoint(self) -> Layer:
+        """The convolution from the result to the input."""
+        window = (self.kernel, self.stride, self.padding, self.dilation)
+        return Layer(self.filters, self.out, self.channels, *window, self.groups)
 
-    def _words(self) -> tuple[str, ...]:
-        more = f"o{self.output_padding[0]}" if max(self.output_padding) else ""
-        return *super()._words(), more
+    def _words(self, window: str) -> tuple[str, ...]:
+        return *super()._words(window), flag("o", self.output_padding)
 
     @property
     def options(self) -> dict[str, Any]:
@@ -142,61 +124,84 @@ class Transposed(Layer):
 
     @property
     def out(self) -> Sizes:
-        axes = zip(
-            self.size,
-            self.kernel,
-            self.stride,
-            self.padding,
-            self.dilation,
-            self.output_padding,
-            strict=True,
-        )
-        return tuple(
-            (n - 1) * s - 2 * p + d * (k - 1) + o + 1 for n, k, s, p, d, o in axes
-        )
+        window = (self.kernel, self.stride, self.padding, self.dilation)
+        axes = zip(self.size, *window, self.output_padding, strict=True)
+        sizes = ((n - 1) * s - 2 * p + d * (k - 1) + o + 1 for n, k, s, p, d, o in axes)
+        return tuple(sizes)
 
-    @property
-    def patch(self) -> int:
-        """Products that each input cell takes part in."""
-        return self.back.patch
-
-    @property
-    def w_shape(self) -> Sizes:
-        return self.back.w_shape
-
-    def multiplications(self, batch: int) -> int:
-        return self.back.multiplications(batch)
+    def shapes(self, batch: int) -> dict[str, Sizes]:
+        found = self.adjoint.shapes(batch)
+        return {"x": found["dy"], "w": found["w"], "dy": found["x"]}
 
 
 @dataclass(frozen=True)
 class Pool(Layer):
     """One pooling, each channel by itself: x (N, C, *size)."""
 
-    @property
-    def kind(self) -> str:
-        return "pooling"
+    operations: ClassVar[dict[str, tuple[str, ...]]] = {
+        "max_pool": ("x", "dy"),
+        "max_pool_backward": ("dy", "indices", "x"),
+        "avg_pool": ("x", "dy"),
+        "avg_pool_backward": ("dy", "x"),
+    }
 
-    def _words(self) -> tuple[str, ...]:
-        padded = f"p{self.padding[0]}" if max(self.padding) else ""
-        return str(self.channels), self._window(), padded
+    kind = "pooling"
+
+    def _words(self, window: str) -> tuple[str, ...]:
+        return str(self.channels), window, flag("p", self.padding)
 
     @property
     def options(self) -> dict[str, Any]:
-        return {
-            "kernel_size": self.kernel,
-            "stride": self.stride,
-            "padding": self.padding,
-        }
+        window = {"stride": self.stride, "padding": self.padding}
+        return {"kernel_size": self.kernel, **window}
 
     def shapes(self, batch: int) -> dict[str, Sizes]:
-        y_shape = self.y_shape(batch)
-        return {"x": self.x_shape(batch), "dy": y_shape, "indices": y_shape}
+        found = super().shapes(batch)
+        return {"x": found["x"], "dy": found["dy"], "indices": found["dy"]}
 
-    def multiplications(self, batch: int) -> int:
-        """None: its time is that of the cells it moves."""
-        del batch
-        return 0
+
+OPERATIONS = {**Layer.operations, **Transposed.operations, **Pool.operations}
 
 
 def times(sizes: Sizes) -> str:
     return "x".join(map(str, sizes))
+
+
+def flag(letter: str, sizes: Sizes, above: int = 0) -> str:
+    return f"{letter}{sizes[0]}" if max(sizes) > above else ""
+
+
+def layer(
+    *sizes: int,
+    rank: int = 2,
+    padding: int | None = None,
+    dilation: int = 1,
+    groups: int = 1,
+    label: str = "",
+) -> Layer:
+    """Channels, size, filters, kernel and stride, if not 1; equal along every axis.
+
+    By default padded as networks do for stride 1.
+    """
+    channels, size, filters, kernel, stride = (*sizes, 1)[:5]
+    before = dilation * (kernel - 1) // 2 if padding is None else padding
+    along, *window = ((n,) * rank for n in (size, kernel, stride, before, dilation))
+    everything: Any = (channels, along, filters, *window, groups, label)
+    return Layer(*everything)
+
+
+def depthwise(channels: int, size: int, *window: int) -> Layer:
+    return layer(channels, size, channels, *window, groups=channels)
+
+
+def doubling(
+    *sizes: int, padding: int = 0, output_padding: int = 0, label: str = ""
+) -> Transposed:
+    """A transposed convolution of stride 2: channels, size, filters and kernel."""
+    plain = layer(*sizes, 2, padding=padding, label=label)
+    return Transposed(**vars(plain), output_padding=(output_padding,) * 2)
+
+
+def pool(channels: int, size: int, *window: int, padding: int = 0, **more: Any) -> Pool:
+    sizes = (channels, size, channels, *window)
+    return Pool(**vars(layer(*sizes, padding=padding, groups=channels, **more)))

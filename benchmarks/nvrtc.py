@@ -6,8 +6,7 @@ from typing import Any, NamedTuple
 import ml_dtypes  # noqa: F401 - gives NumPy the name bfloat16
 from cuda.bindings import nvrtc
 
-from cuconv.backends.cuda.elements import Variant
-from cuconv.backends.cuda.source import kernel_source
+from benchmarks.internals import Variant, kernel_source
 
 ARCHITECTURES = (75, 80, 90, 100, 120)
 # What ptxas says of a kernel; a quantity that it leaves out is zero.

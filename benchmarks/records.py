@@ -1,8 +1,22 @@
-"""What a run leaves behind: one JSON file for each suite, under ``results/``."""
+"""JSON under ``results/``: a record for each suite, and what else a run finds.
+
+A record has the name of its ``suite``, the ``device``, the ``batch``, the ``wishes`` of
+the command line, ``rounds`` and ``seconds`` of each peer on each case, the versions of
+its ``peers``, the ``machine``, the ``commit``, whether it was ``dirty``, the ``date``
+and its ``cases``.
+
+A case has a ``layer``, an ``operation``, a ``batch``, an ``arithmetic``, the ``name``
+and the ``kind`` of the layer, its ``multiplications``, ``moved_bytes`` (of operands and
+result; early records lack them) and ``findings`` by peer.
+
+A finding has a ``status``: ok, wrong, refused, failed or missing.  If it is ok it has
+``calls``, ``milliseconds``, ``quartiles``, ``extra_bytes`` and ``weighed_by``, else a
+``reason``.  It may have an ``error``, a ``strategy`` and ``promised_bytes``.
+"""
 
 import json
 from pathlib import Path
-from typing import Any, NotRequired, TypedDict
+from typing import Any
 
 from benchmarks.suites import SUITES
 
@@ -10,71 +24,19 @@ RESULTS = Path(__file__).parent / "results"
 # The checks and probes of a run on a GPU, beside the suites it measured.
 GPU = "gpu"
 
-
-class Finding(TypedDict, total=False):
-    """One peer on one case.
-
-    ``status`` is ok, wrong, refused, failed or missing; the times are there if it is
-    ok, and the reason if it is not.
-    """
-
-    status: str
-    reason: str
-    error: float | None
-    strategy: str | None
-    promised_bytes: int
-    calls: int
-    milliseconds: float
-    quartiles: list[float]
-    extra_bytes: int | None
-    weighed_by: str
-
-
-class CaseRecord(TypedDict):
-    """One layer and operation; the findings by peer.
-
-    The arithmetic is float32 where nothing else is said.  Operands and result have so
-    many bytes, which counts where nothing is multiplied.
-    """
-
-    layer: dict[str, Any]
-    operation: str
-    batch: int
-    arithmetic: NotRequired[str]
-    name: str
-    kind: str
-    multiplications: int
-    moved_bytes: NotRequired[int]
-    findings: dict[str, Finding]
-
-
-class Record(TypedDict):
-    """One suite."""
-
-    suite: str
-    device: str
-    batch: int
-    wishes: dict[str, Any]
-    rounds: int
-    seconds: float
-    peers: dict[str, dict[str, Any]]
-    machine: dict[str, Any]
-    commit: str
-    dirty: bool
-    date: str
-    cases: list[CaseRecord]
+Record = dict[str, Any]
+CaseRecord = dict[str, Any]
+Finding = dict[str, Any]
 
 
 def stem_of(record: Record) -> str:
-    return record["suite"] + ("-cuda" if record["device"] == "cuda" else "")
+    return str(record["suite"]) + ("-cuda" if record["device"] == "cuda" else "")
 
 
-def write(found: Any, name: str, folder: Path = RESULTS) -> Path:
+def write(found: Any, name: str, folder: Path = RESULTS) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{name}.json"
     text = json.dumps(found, indent=1, ensure_ascii=False, allow_nan=False)
-    path.write_text(text + "\n", encoding="utf-8")
-    return path
+    (folder / f"{name}.json").write_text(text + "\n", encoding="utf-8")
 
 
 def read(name: str, folder: Path = RESULTS) -> Any:
@@ -86,5 +48,8 @@ def read(name: str, folder: Path = RESULTS) -> Any:
 def read_suites(folder: Path = RESULTS) -> list[Record]:
     """Those that were measured, on the CPU first, in the order of `SUITES`."""
     names = [f"{suite}{tail}" for tail in ("", "-cuda") for suite in SUITES]
-    found = (read(name, folder) for name in names)
-    return [record for record in found if record is not None]
+    found = [record for name in names if (record := read(name, folder)) is not None]
+    for case in (case for record in found for case in record["cases"]):
+        # Early records lack it.
+        case.setdefault("arithmetic", "float32")
+    return found

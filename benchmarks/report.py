@@ -1,12 +1,14 @@
 """Tables of a record: ratios, geometric means, and what went wrong."""
 
-import statistics
+import importlib
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from operator import itemgetter
+from statistics import geometric_mean
+from typing import Any, NamedTuple
 
-from benchmarks.floors import floor
-from benchmarks.records import CaseRecord, Finding, Record
+from benchmarks.records import CaseRecord, Record
+
+Cell = str | float | None
 
 LEGEND = (
     "Milliseconds; in brackets the time of {subject} ÷ that of the peer: below 1, "
@@ -14,20 +16,44 @@ LEGEND = (
 )
 
 
-@dataclass(frozen=True)
-class Table:
-    """Cells as text, the first column to the left; notes follow."""
+class Table(NamedTuple):
+    """Cells as text, numbers or None; the first column to the left; notes follow."""
 
     title: str
-    header: list[str]
-    rows: list[list[str]]
-    summary: list[list[str]] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
+    header: Sequence[str]
+    rows: Sequence[Sequence[Cell]]
+    summary: Sequence[Sequence[Cell]] = ()
+    notes: Sequence[str] = ()
 
-    def markdown(self) -> list[str]:
+    def markdown(self) -> str:
         marks = ["---", *["---:"] * (len(self.header) - 1)]
         lines = [self.header, marks, *self.rows, *self.summary]
-        return [f"| {' | '.join(line)} |" for line in lines]
+        return "\n".join(f"| {' | '.join(map(text, line))} |" for line in lines)
+
+    def section(self) -> str:
+        """A title, the table and its notes."""
+        notes = "\n".join(f"- {note}" for note in self.notes)
+        parts = (f"### {self.title}", self.markdown(), notes)
+        return "\n\n".join(filter(None, parts))
+
+    def show(self) -> None:
+        """Print it: by rich on a terminal where it is installed, else as Markdown."""
+        try:
+            console: Any = importlib.import_module("rich.console").Console()
+            rendered = importlib.import_module("rich.markdown").Markdown(self.section())
+        except ImportError:
+            console = None
+        if console is None or not console.is_terminal:
+            print(f"{self.section()}\n")
+        else:
+            console.print(rendered)
+
+
+def text(cell: Cell) -> str:
+    """A number with three digits."""
+    return (
+        digits(cell) if isinstance(cell, float) else str("" if cell is None else cell)
+    )
 
 
 def digits(number: float) -> str:
@@ -40,33 +66,65 @@ def quotient(number: float) -> str:
     return f"{number:.2f}" if number >= 0.1 else f"{number:.2g}"
 
 
+# What a record holds.
+
+
 def subject_of(record: Record) -> str:
     """The peer that the others are compared with: the first that is cuconv."""
-    peers = list(record["peers"])
-    return next((name for name in peers if name.split("@")[0] == "cuconv"), peers[0])
+    peers: list[str] = list(record["peers"])
+    own = (name for name in peers if name.partition("@")[0] == "cuconv")
+    return next(own, peers[0])
 
 
-def others_of(record: Record) -> list[str]:
+def others_of(record: Record, *, strategies: bool = False) -> list[str]:
     """The peers that the subject is compared with.
 
-    Not those on a GPU that are its own strategies by name: they have a table apart.
+    On a GPU, cuconv with a strategy by name has a table apart.
     """
-    apart = strategies_of(record)
+    peers = [name for name in record["peers"] if name != subject_of(record)]
+    apart = [
+        name
+        for name in peers
+        if record["device"] == "cuda"
+        and name.startswith("cuconv@")
+        and name != "cuconv@channels_last"
+    ]
+    return apart if strategies else [name for name in peers if name not in apart]
+
+
+def values_of(record: Record, *names: str) -> list[Any]:
+    """What the cases have under a name, or under several, each once."""
+    return list(dict.fromkeys(map(itemgetter(*names), record["cases"])))
+
+
+def kinds_of(record: Record) -> list[str | None]:
+    """All layers; and each kind by itself where some are depthwise and some not."""
+    kinds = values_of(record, "kind")
+    several = len(kinds) > 1 and "depthwise" in kinds
+    return [None, *kinds] if several else [None]
+
+
+def cases_of(
+    record: Record,
+    operation: str,
+    arithmetic: str | None = None,
+    kind: str | None = None,
+) -> list[CaseRecord]:
     return [
-        name for name in record["peers"] if name not in (subject_of(record), *apart)
+        case
+        for case in record["cases"]
+        if case["operation"] == operation
+        and arithmetic in (None, case["arithmetic"])
+        and kind in (None, case["kind"])
     ]
 
 
-def strategies_of(record: Record) -> list[str]:
-    """On a GPU, cuconv with a strategy of its own choice or by name."""
-    if record["device"] != "cuda":
-        return []
-    own = (name for name in record["peers"] if name.startswith("cuconv@"))
-    return [name for name in own if name != "cuconv@channels_last"]
+# Numbers.
 
 
 def milliseconds(case: CaseRecord, peer: str) -> float | None:
-    return case["findings"].get(peer, {}).get("milliseconds")
+    found: float | None = case["findings"].get(peer, {}).get("milliseconds")
+    return found
 
 
 def ratio(case: CaseRecord, subject: str, peer: str) -> float | None:
@@ -81,195 +139,106 @@ def ratios(cases: Iterable[CaseRecord], subject: str, peer: str) -> dict[str, fl
     return {name: each for name, each in found.items() if each is not None}
 
 
-def geometric_mean(values: Iterable[float]) -> float | None:
-    each = list(values)
-    return statistics.geometric_mean(each) if each else None
-
-
-def rate(case: CaseRecord, peer: str) -> float | None:
-    """GFLOP/s, two operations for each multiplication of the definition.
-
-    GB/s of operands and result, each moved once, where it has none.
-    """
-    time = milliseconds(case, peer)
-    done = 2 * case["multiplications"] or case.get("moved_bytes", 0)
-    return None if time is None else 1e-6 * done / time
-
-
-def multiplies(cases: Iterable[CaseRecord]) -> bool:
-    return any(case["multiplications"] for case in cases)
+def mean_cell(cases: Sequence[CaseRecord], subject: str, peer: str) -> str:
+    """The geometric mean of ratios, and of how many layers if not of all."""
+    found = ratios(cases, subject, peer)
+    if not found:
+        return ""
+    some = "" if len(found) == len(cases) else f" of {len(found)}"
+    return quotient(geometric_mean(found.values())) + some
 
 
 def rate_unit(cases: Iterable[CaseRecord]) -> str:
-    """Of `rate`."""
-    return "GFLOP/s" if multiplies(cases) else "GB/s"
+    """Of `rate`: products, or bytes where nothing is multiplied."""
+    return "GFLOP/s" if any(case["multiplications"] for case in cases) else "GB/s"
 
 
-def cases_of(
-    record: Record,
-    operation: str,
-    kind: str | None = None,
-    arithmetic: str | None = None,
-) -> list[CaseRecord]:
-    return [
-        case
-        for case in record["cases"]
-        if case["operation"] == operation
-        and kind in (None, case["kind"])
-        and arithmetic in (None, arithmetic_of(case))
-    ]
+def rate(case: CaseRecord, peer: str) -> float | None:
+    """Two operations for each multiplication, or operands and result moved once."""
+    time = milliseconds(case, peer)
+    done = 2 * case["multiplications"] or case["moved_bytes"]
+    return None if time is None else 1e-6 * done / time
 
 
-def arithmetic_of(case: CaseRecord) -> str:
-    return case.get("arithmetic", "float32")
+def floor(case: CaseRecord, machine: dict[str, Any]) -> tuple[float, str] | None:
+    """Milliseconds that no implementation of the definition gets below, and why.
+
+    Products at the rate of large matrix products, or bytes at that of a copy, where
+    both were measured.  Winograd needs fewer products, and may get below the first.
+    """
+    products = machine.get("rates", {}).get(case["arithmetic"])
+    if not products or "copy_gbytes" not in machine:
+        return None
+    arithmetic = 2e-6 * case["multiplications"] / products
+    memory = 1e-6 * case["moved_bytes"] / machine["copy_gbytes"]
+    return max((arithmetic, "arithmetic"), (memory, "memory"))
 
 
-def arithmetics_of(record: Record) -> list[str]:
-    return list(dict.fromkeys(map(arithmetic_of, record["cases"])))
-
-
-def parts_of(record: Record) -> list[tuple[str, str]]:
-    """Each operation and arithmetic that was measured, in that order."""
-    return list(
-        dict.fromkeys(
-            (case["operation"], arithmetic_of(case)) for case in record["cases"]
-        )
-    )
-
-
-def kinds_of(record: Record) -> list[str | None]:
-    """All layers; and each kind by itself where some are depthwise and some not."""
-    kinds = list(dict.fromkeys(case["kind"] for case in record["cases"]))
-    several = len(kinds) > 1 and "depthwise" in kinds
-    return [None, *kinds] if several else [None]
-
-
-def operations_of(record: Record) -> list[str]:
-    return list(dict.fromkeys(case["operation"] for case in record["cases"]))
+# Tables.
 
 
 def layer_table(record: Record, operation: str, arithmetic: str | None = None) -> Table:
+    """The layers of one operation, with the times of all peers."""
     subject, others = subject_of(record), others_of(record)
-    cases = cases_of(record, operation, arithmetic=arithmetic)
-    means = [mean_row(record, operation, kind, arithmetic) for kind in kinds_of(record)]
-    floors = has_floors(record)
-    peak = ["most memory, MiB", most_memory(cases, subject), *[""] * (1 + floors)]
-    peak += [most_memory(cases, peer) for peer in others]
-    return Table(
-        title(record, operation, arithmetic),
-        ["layer", subject, *["floor"] * floors, rate_unit(cases), *others],
-        [layer_row(case, record, others) for case in cases],
-        [*(means if others else []), peak],
-        [*worst_notes(cases, subject, others), *trouble(cases, [subject, *others])],
-    )
-
-
-def title(record: Record, operation: str, arithmetic: str | None) -> str:
-    words = [record["suite"], operation, *([arithmetic] if arithmetic else [])]
-    return f"{', '.join(words)}, batch {record['batch']}"
-
-
-def has_floors(record: Record) -> bool:
-    """Whether the rates of every arithmetic were measured in the same run."""
-    return "rates" in record["machine"]
+    cases = cases_of(record, operation, arithmetic)
+    # Where the rates of every arithmetic were measured in the same run.
+    floors = ["floor"] * ("rates" in record["machine"])
+    rows: list[list[Cell]] = []
+    for case in cases:
+        least = floor(case, record["machine"])
+        bound = [f"{digits(least[0])} {least[1]}" if least else ""] * len(floors)
+        times = [time_cell(case, peer, ratio(case, subject, peer)) for peer in others]
+        own = [case["name"], time_cell(case, subject), *bound]
+        rows.append([*own, rate(case, subject), *times])
+    summary: list[list[Cell]] = []
+    for kind in kinds_of(record) if others else []:
+        part = cases_of(record, operation, arithmetic, kind)
+        means = [mean_cell(part, subject, peer) for peer in others]
+        name = f"geometric mean{f', {kind}' if kind else ''}"
+        brackets = [f"({mean})" if mean else "" for mean in means]
+        summary.append([name, *[""] * len(floors), "", "", *brackets])
+    peaks = []
+    for peer in (subject, *others):
+        found = (case["findings"][peer].get("extra_bytes") for case in cases)
+        known = [nbytes / 2**20 for nbytes in found if nbytes is not None]
+        peaks.append(max(known, default=None))
+    summary.append(["most memory, MiB", peaks[0], *[""] * len(floors), "", *peaks[1:]])
+    notes = []
+    for peer in others:
+        if each := ratios(cases, subject, peer):
+            layer = max(each, key=each.__getitem__)
+            worst = f"{quotient(each[layer])}, on {layer}"
+            notes.append(f"{subject} ÷ {peer}: at most {worst}")
+    header = ["layer", subject, *floors, rate_unit(cases), *others]
+    notes += trouble(cases, [subject, *others])
+    return Table(title(record, operation, arithmetic), header, rows, summary, notes)
 
 
 def strategy_table(record: Record, operation: str, arithmetic: str) -> Table:
     """Each strategy of cuconv's by name; in brackets its time ÷ that of the choice."""
-    subject, peers = subject_of(record), strategies_of(record)
-    cases = cases_of(record, operation, arithmetic=arithmetic)
-    tried = [
-        peer
-        for peer in peers
-        if any(milliseconds(case, peer) is not None for case in cases)
-    ]
-    rows = [
-        [
-            case["name"],
-            time_cell(case["findings"][subject]),
-            case["findings"][subject].get("strategy") or "",
-            *(compared_cell(case, peer, subject) for peer in tried),
-        ]
-        for case in cases
-    ]
-    return Table(
-        f"Strategies: {title(record, operation, arithmetic)}",
-        ["layer", subject, "chosen", *tried],
-        rows,
-        notes=trouble(cases, peers),
-    )
+    subject, peers = subject_of(record), others_of(record, strategies=True)
+    cases = cases_of(record, operation, arithmetic)
+    tried = [p for p in peers if any(milliseconds(c, p) is not None for c in cases)]
+    rows = []
+    for case in cases:
+        chosen = case["findings"][subject].get("strategy")
+        times = [time_cell(case, peer, ratio(case, peer, subject)) for peer in tried]
+        rows.append([case["name"], time_cell(case, subject), chosen, *times])
+    name = f"Strategies: {title(record, operation, arithmetic)}"
+    header = ["layer", subject, "chosen", *tried]
+    return Table(name, header, rows, notes=trouble(cases, peers))
 
 
-def compared_cell(case: CaseRecord, peer: str, subject: str) -> str:
-    compared = ratio(case, peer, subject)
-    cell = time_cell(case["findings"][peer])
+def title(record: Record, operation: str, arithmetic: str | None) -> str:
+    words = filter(None, (record["suite"], operation, arithmetic))
+    return f"{', '.join(words)}, batch {record['batch']}"
+
+
+def time_cell(case: CaseRecord, peer: str, compared: float | None = None) -> str:
+    """The time, or why there is none; in brackets a ratio."""
+    time = milliseconds(case, peer)
+    cell = case["findings"][peer]["status"] if time is None else digits(time)
     return cell if compared is None else f"{cell} ({quotient(compared)})"
-
-
-def floor_cell(case: CaseRecord, machine: dict[str, Any]) -> str:
-    """The floor, and by which of the two bounds."""
-    found = floor(case, machine)
-    return "" if found is None else f"{digits(found.milliseconds)} {found.bound}"
-
-
-def layer_row(case: CaseRecord, record: Record, others: Sequence[str]) -> list[str]:
-    subject = subject_of(record)
-    reached = rate(case, subject)
-    cells = [case["name"], time_cell(case["findings"][subject])]
-    cells += [floor_cell(case, record["machine"])] * has_floors(record)
-    cells.append("" if reached is None else digits(reached))
-    for peer in others:
-        cell = time_cell(case["findings"][peer])
-        compared = ratio(case, subject, peer)
-        cells.append(cell if compared is None else f"{cell} ({quotient(compared)})")
-    return cells
-
-
-def time_cell(finding: Finding) -> str:
-    time = finding.get("milliseconds")
-    return finding["status"] if time is None else digits(time)
-
-
-def mean_row(
-    record: Record, operation: str, kind: str | None, arithmetic: str | None
-) -> list[str]:
-    subject = subject_of(record)
-    cases = cases_of(record, operation, kind, arithmetic)
-    cells = [f"geometric mean{', ' + kind if kind else ''}", "", ""]
-    cells += [""] * has_floors(record)
-    found = (ratios(cases, subject, peer) for peer in others_of(record))
-    means = (mean_cell(each, len(cases)) for each in found)
-    return cells + [f"({mean})" if mean else "" for mean in means]
-
-
-def mean_cell(found: dict[str, float], layers: int) -> str:
-    """The geometric mean, and of how many layers if not of all."""
-    mean = geometric_mean(found.values())
-    if mean is None:
-        return ""
-    some = "" if len(found) == layers else f" of {len(found)}"
-    return f"{quotient(mean)}{some}"
-
-
-def most_memory(cases: Sequence[CaseRecord], peer: str) -> str:
-    """The largest peak beyond inputs and result, over the layers."""
-    found = (case["findings"][peer].get("extra_bytes") for case in cases)
-    known = [nbytes for nbytes in found if nbytes is not None]
-    return digits(max(known) / 2**20) if known else ""
-
-
-def worst_notes(
-    cases: Sequence[CaseRecord], subject: str, others: Sequence[str]
-) -> list[str]:
-    notes = []
-    for peer in others:
-        found = ratios(cases, subject, peer)
-        if found:
-            layer = max(found, key=found.__getitem__)
-            notes.append(
-                f"{subject} ÷ {peer}: at most {quotient(found[layer])}, on {layer}"
-            )
-    return notes
 
 
 def trouble(cases: Sequence[CaseRecord], peers: Sequence[str]) -> list[str]:
@@ -281,26 +250,29 @@ def trouble(cases: Sequence[CaseRecord], peers: Sequence[str]) -> list[str]:
             if finding["status"] != "ok":
                 key = peer, finding["status"], finding["reason"]
                 layers.setdefault(key, []).append(case["name"])
-    return [
-        f"{peer} {status}{where(names, cases)}: {reason}"
-        for (peer, status, reason), names in layers.items()
-    ]
+    notes = []
+    for (peer, status, reason), names in layers.items():
+        where = "" if len(names) == len(cases) else f" on {', '.join(names)}"
+        notes.append(f"{peer} {status}{where}: {reason}")
+    return notes
 
 
-def where(names: Sequence[str], cases: Sequence[CaseRecord]) -> str:
-    return "" if len(names) == len(cases) else f" on {', '.join(names)}"
+# Sentences.
 
 
 def machine_line(record: Record) -> str:
-    """What a figure needs to mean anything."""
-    machine, versions = record["machine"], versions_of(record)
-    place = machine.get("gpu", f"{machine['cpu']}, {machine['cores']} cores")
+    """Where, with what and when: what a figure needs to mean anything."""
+    machine = record["machine"]
+    place = machine.get("gpu") or f"{machine['cpu']}, {machine['cores']} cores"
+    # Of all peers; where two differ in one, that of the first.
+    found: dict[str, str] = {}
+    for peer in reversed(record["peers"].values()):
+        found |= peer.get("versions", {})
+    order = ("cuconv", "python", "numpy", "blas", "torch", "cudnn", "cupy", "scipy")
+    versions = ", ".join(f"{name} {found[name]}" for name in order if name in found)
+    types = ", ".join(values_of(record, "arithmetic")) or "float32"
     commit = record["commit"] + (" with changes" if record["dirty"] else "")
-    return (
-        f"{place}; {', '.join(f'{k} {v}' for k, v in versions.items())}; "
-        f"{', '.join(arithmetics_of(record)) or 'float32'}; {record['date']}, "
-        f"commit {commit}"
-    )
+    return f"{place}; {versions}; {types}; {record['date']}, commit {commit}"
 
 
 def ceiling_line(record: Record) -> str:
@@ -310,28 +282,16 @@ def ceiling_line(record: Record) -> str:
         return "The rates of this machine were not measured"
     rates = machine.get("rates") or {"": machine["gemm_gflops"]}
     words = (f"{digits(rate)} GFLOP/s {name}".strip() for name, rate in rates.items())
-    return (
-        f"Large matrix products reach {', '.join(words)} and "
-        f"copies {digits(machine['copy_gbytes'])} GB/s"
-    )
-
-
-def versions_of(record: Record) -> dict[str, str]:
-    """Of all peers; where two differ in one, that of the first."""
-    found: dict[str, str] = {}
-    for peer in reversed(list(record["peers"].values())):
-        found |= peer.get("versions", {})
-    order = ("cuconv", "python", "numpy", "blas", "torch", "cudnn", "cupy", "scipy")
-    return {name: found[name] for name in order if name in found}
+    copies = f"copies {digits(machine['copy_gbytes'])} GB/s"
+    return f"Large matrix products reach {', '.join(words)} and {copies}"
 
 
 def small_call_text(found: dict[str, float]) -> str:
     call, ranges = digits(found["call_microseconds"]), found["ranges_microseconds"]
-    prepared = found.get("prepared_microseconds")
-    plan = "" if prepared is None else f", with a prepared plan {digits(prepared)} µs"
     return (
-        f"A call on (1, 3, 8, 8) with 8 filters of 3×3, padding 1, takes {call} µs"
-        f"{plan}; {ranges:.1f} µs of it are NVTX ranges that nobody listens to. "
+        f"A call on (1, 3, 8, 8) with 8 filters of 3×3, padding 1, takes {call} µs, "
+        f"with a prepared plan {digits(found['prepared_microseconds'])} µs; "
+        f"{ranges:.1f} µs of it are NVTX ranges that nobody listens to. "
         f"`import cuconv` takes {digits(found['import_milliseconds'])} ms beyond "
         "NumPy's."
     )

@@ -1,27 +1,73 @@
-"""Convolutions in float64, a tap of the kernel at a time, for any array module.
+"""Every operation in float64, a tap of the kernel at a time, for any array module.
 
-A sum of matrix products over shifted views: short, independent of the library, and fast
-enough to check whole results on a GPU.  Arrays of NumPy, CuPy and PyTorch will do.
+A convolution is a sum of matrix products over shifted views: short, independent of the
+library, and fast enough to check whole results on a GPU.  Arrays of NumPy, CuPy and
+PyTorch will do; pooling has NumPy alone.
 """
 
-from collections.abc import Callable
-from math import isfinite
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from math import isfinite, prod
+from typing import Any
 
 import numpy as np
 
-from benchmarks.cases import Array, Case
 from benchmarks.layers import Layer, Sizes, Transposed
 
-Zeros = Callable[[Sizes], Array]
+Array = Any  # of NumPy, CuPy or PyTorch
+Operands = Sequence[Array]
+Zeros = Callable[[Sizes], Array]  # in float64
+
+# The same operation of the adjoint convolution; a weight gradient swaps its operands.
+ADJOINT = {
+    "transpose": "input_grad",
+    "transpose_input_grad": "forward",
+    "transpose_weight_grad": "weight_grad",
+}
 
 
-def reference(case: Case, first: Array, second: Array, zeros: Zeros) -> Array:
-    """The true result of a case, from its operands in float64, channels first.
+def reference(
+    layer: Layer, operation: str, operands: Operands, zeros: Zeros = np.zeros
+) -> Array:
+    """The true result, from operands in float64, channels first."""
+    layer, operation, operands = as_convolution(layer, operation, operands)
+    return REFERENCES[operation](layer, *operands, zeros)
 
-    ``zeros`` makes an array of that module, type and shape.
-    """
-    compute = REFERENCES[case.operation]
-    return compute(case.layer, first, second, zeros).reshape(case.result_shape)
+
+def as_convolution(
+    layer: Layer, operation: str, operands: Operands
+) -> tuple[Layer, str, Operands]:
+    """A transposed convolution by its adjoint; everything else as it is."""
+    if not isinstance(layer, Transposed):
+        return layer, operation, operands
+    name = ADJOINT[operation]
+    return layer.adjoint, name, operands[:: -1 if name == "weight_grad" else 1]
+
+
+def plane(layer: Layer, operation: str, operands: Operands, a: int, b: int) -> Array:
+    """Compute ``reference(...)[a, b]`` from the parts of NumPy arrays that it needs."""
+    layer, operation, operands = as_convolution(layer, operation, operands)
+    channels, filters = layer.channels // layer.groups, layer.filters // layer.groups
+    group = (a if operation == "weight_grad" else b) // filters
+    if operation == "input_grad":
+        group = b // channels
+    first = group * channels
+    n, c = slice(a, a + 1), slice(first, first + channels)
+    k = slice(group * filters, (group + 1) * filters)
+    if operation == "forward":
+        k = slice(b, b + 1)
+    elif operation == "input_grad":
+        c = slice(b, b + 1)
+    elif operation == "weight_grad":
+        n, k, c = slice(None), n, slice(first + b, first + b + 1)
+    parts = {"x": (n, c), "w": (k, slice(c.start - first, c.stop - first))}
+    names = layer.operations[operation]
+    cut = [
+        array[parts.get(name, (n, k))].astype(int if name == "indices" else float)
+        for name, array in zip(names, operands, strict=False)
+    ]
+    part = replace(layer, channels=c.stop - c.start, filters=k.stop - k.start, groups=1)
+    return reference(part, operation, cut)[0, 0]
 
 
 def norm_error(result: Array, true: Array) -> float:
@@ -31,87 +77,91 @@ def norm_error(result: Array, true: Array) -> float:
     return error if isfinite(error) else float("inf")
 
 
-def _forward(layer: Layer, x: Array, w: Array, zeros: Zeros) -> Array:
-    cells, filters = _framed(layer, x, zeros), _split(layer, w)
-    y = zeros((*_heads(layer, len(x))[1], int(np.prod(layer.out))))
+def forward(layer: Layer, x: Array, w: Array, zeros: Zeros) -> Array:
+    """y[n, k, o] = Σ over c, t of x[n, c, o · stride + t · dilation - padding] · w."""
+    padded, filters = pad(layer, x, zeros), split(layer, w)
+    y = zeros((len(x), layer.groups, filters.shape[1], prod(layer.out)))
     for tap in np.ndindex(layer.kernel):
-        window = cells[(..., *layer.under(tap))]
+        window = padded[(..., *layer.under(tap))]
         y += filters[(..., *tap)] @ window.reshape(*window.shape[:3], -1)
-    return y
+    return y.reshape(len(x), layer.filters, *layer.out)
 
 
-def _input_grad(layer: Layer, dy: Array, w: Array, zeros: Zeros) -> Array:
-    heads, into = _heads(layer, len(dy))
-    dy, filters = dy.reshape(*into, -1), _split(layer, w)
-    dx = zeros((*heads, *_frame(layer)))
+def input_grad(layer: Layer, dy: Array, w: Array, zeros: Zeros) -> Array:
+    """dx[n, c, i]: Σ over k, t of dy · w where tap t of a window lies on element i."""
+    filters = split(layer, w)
+    dy = dy.reshape(len(dy), layer.groups, filters.shape[1], -1)
+    dx = zeros((len(dy), layer.groups, w.shape[1], *layer.padded))
     for tap in np.ndindex(layer.kernel):
         window = dx[(..., *layer.under(tap))]
         window += (filters[(..., *tap)].swapaxes(-1, -2) @ dy).reshape(window.shape)
-    return dx[(..., *_inner(layer))]
+    return dx[(..., *layer.inside)].reshape(len(dy), layer.channels, *layer.size)
 
 
-def _weight_grad(layer: Layer, dy: Array, x: Array, zeros: Zeros) -> Array:
-    cells = _framed(layer, x, zeros)
-    dy = dy.reshape(*_heads(layer, len(x))[1], -1)
-    each, channels = layer.filters // layer.groups, layer.channels // layer.groups
-    dw = zeros((layer.groups, each, channels, *layer.kernel))
+def weight_grad(layer: Layer, dy: Array, x: Array, zeros: Zeros) -> Array:
+    """dw[k, c, t]: Σ over n, o of dy[n, k, o] · x where window o has its tap t."""
+    padded = pad(layer, x, zeros)
+    dy = dy.reshape(len(dy), layer.groups, layer.filters // layer.groups, -1)
+    dw = zeros((layer.groups, dy.shape[2], padded.shape[2], *layer.kernel))
     for tap in np.ndindex(layer.kernel):
-        window = cells[(..., *layer.under(tap))]
+        window = padded[(..., *layer.under(tap))]
         columns = window.reshape(*window.shape[:3], -1).swapaxes(-1, -2)
         dw[(..., *tap)] = (dy @ columns).sum(0)
-    return dw
+    return dw.reshape(layer.filters, -1, *layer.kernel)
 
 
-def _transpose(layer: Transposed, x: Array, w: Array, zeros: Zeros) -> Array:
-    return _input_grad(layer.back, x, w, zeros)
+def max_pool_backward(layer: Layer, dy: Array, indices: Array, zeros: Zeros) -> Array:
+    """dx[n, c, i]: Σ of dy over the windows whose maximum lies on element i."""
+    planes = prod(dy.shape[:2])
+    dx = zeros((planes, prod(layer.size)))
+    places = np.arange(planes)[:, None], indices.reshape(planes, -1)
+    np.add.at(dx, places, dy.reshape(planes, -1))
+    return dx.reshape(*dy.shape[:2], *layer.size)
 
 
-def _transpose_input_grad(
-    layer: Transposed, dy: Array, w: Array, zeros: Zeros
-) -> Array:
-    return _forward(layer.back, dy, w, zeros)
+def mean_filters(layer: Layer) -> Array:
+    """A mean is a depthwise convolution; padding counts as elements."""
+    return np.full((layer.filters, 1, *layer.kernel), 1 / prod(layer.kernel))
 
 
-def _transpose_weight_grad(
-    layer: Transposed, dy: Array, x: Array, zeros: Zeros
-) -> Array:
-    return _weight_grad(layer.back, x, dy, zeros)
-
-
-# What is checked as a whole; everything else is not measured on a GPU.
 REFERENCES: dict[str, Callable[..., Array]] = {
-    "forward": _forward,
-    "input_grad": _input_grad,
-    "weight_grad": _weight_grad,
-    "transpose": _transpose,
-    "transpose_input_grad": _transpose_input_grad,
-    "transpose_weight_grad": _transpose_weight_grad,
+    "forward": forward,
+    "input_grad": input_grad,
+    "weight_grad": weight_grad,
+    "max_pool": lambda layer, x, _: maxima(layer, x)[0],
+    "max_pool_backward": max_pool_backward,
+    "avg_pool": lambda p, x, zeros: forward(p, x, mean_filters(p), zeros),
+    "avg_pool_backward": lambda p, dy, zeros: input_grad(p, dy, mean_filters(p), zeros),
 }
 
 
-def _heads(layer: Layer, batch: int) -> tuple[Sizes, Sizes]:
-    """(N, G, C / G) and (N, G, K / G)."""
-    g = layer.groups
-    return (batch, g, layer.channels // g), (batch, g, layer.filters // g)
+def maxima(layer: Layer, x: Array) -> tuple[Array, Array]:
+    """The maximum of each window, and its place in its plane, counted row by row.
+
+    The first of equals; -1 where a window lies on padding alone.
+    """
+    around = ((0, 0), (0, 0), *((p, p) for p in layer.padding))
+    padded: Any = np.pad(x, around, constant_values=-np.inf)
+    places = np.arange(prod(layer.size)).reshape(layer.size)
+    places = np.pad(places, around[2:], constant_values=-1)
+    most = np.full((*x.shape[:2], *layer.out), -np.inf, x.dtype)
+    found = np.full(most.shape, -1)
+    for tap in np.ndindex(layer.kernel):
+        window = layer.under(tap)
+        larger = padded[..., *window] > most
+        np.copyto(most, padded[..., *window], where=larger)
+        np.copyto(found, places[window], where=larger)
+    return most, found
 
 
-def _split(layer: Layer, w: Array) -> Array:
+def split(layer: Layer, w: Array) -> Array:
+    """The filters by group, (G, K / G, C / G, *kernel)."""
     return w.reshape(layer.groups, -1, *w.shape[1:])
 
 
-def _frame(layer: Layer) -> Sizes:
-    pairs = zip(layer.size, layer.padding, strict=True)
-    return tuple(n + 2 * p for n, p in pairs)
-
-
-def _inner(layer: Layer) -> tuple[slice, ...]:
-    pairs = zip(layer.size, layer.padding, strict=True)
-    return tuple(slice(p, p + n) for n, p in pairs)
-
-
-def _framed(layer: Layer, x: Array, zeros: Zeros) -> Array:
-    """The input in its frame of zeros, (N, G, C / G, *cells)."""
-    heads, _ = _heads(layer, len(x))
-    cells = zeros((*heads, *_frame(layer)))
-    cells[(..., *_inner(layer))] = x.reshape(*heads, *layer.size)
-    return cells
+def pad(layer: Layer, x: Array, zeros: Zeros) -> Array:
+    """The padded input by group, (N, G, C / G, *padded)."""
+    heads = (len(x), layer.groups, layer.channels // layer.groups)
+    padded = zeros((*heads, *layer.padded))
+    padded[(..., *layer.inside)] = x.reshape(*heads, *layer.size)
+    return padded

@@ -25,6 +25,7 @@ from cuconv.conv_transpose import (
 from cuconv.devices import asarray
 from cuconv.engine.call import ConvGradients
 from cuconv.engine.plan import Plan
+from cuconv.engine.separable import SeparableGradients
 from cuconv.im2col import col2im, im2col, iter_im2col, patches
 from cuconv.memory import MemoryLimitError
 from cuconv.pooling import (
@@ -50,7 +51,6 @@ from cuconv.pooling import (
     max_pool_backward,
 )
 from cuconv.separable import (
-    SeparableGradients,
     depthwise_conv,
     depthwise_conv_backward,
     separable_conv,

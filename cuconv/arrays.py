@@ -191,9 +191,9 @@ class ArrayStub(np.ndarray):
 
     @property
     def layout(self) -> tuple[object, ...]:
-        """Everything that a plan may read; no strides of axes of length 1."""
+        """Everything that a plan may read of the array."""
         moves = tuple(
-            stride if size > 1 else 0
+            stride if size > 1 and self.size else 0
             for size, stride in zip(self.shape, self.strides, strict=True)
         )
         return self.shape, moves, self.dtype, alignment_of(self)
@@ -242,6 +242,7 @@ def stub_of(name: str, array: Array) -> Any:
 def layouts_of(arrays: Iterable[Array | None]) -> tuple[object, ...] | None:
     """A key for shapes, strides, types and alignment; None for other arrays."""
     key: list[object] = []
+    array: Any
     for array in arrays:
         kind = type(array)
         if kind is np.ndarray:

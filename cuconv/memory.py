@@ -8,7 +8,6 @@ that a plan promises and the memory that it takes cannot differ.
 import operator
 import re
 from collections.abc import Callable, Hashable, Iterable, Mapping
-from decimal import Decimal
 from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 from cuconv.arrays import Array, DType
@@ -73,6 +72,8 @@ def parse_memory_limit(limit: int | str) -> int:
             raise ValueError(
                 f'memory_limit must be bytes or a str such as "64 MiB"; got {limit!r}'
             )
+        from decimal import Decimal  # noqa: PLC0415 - strings alone need it
+
         return int(Decimal(match[1]) * _UNITS[match[2].lower()])
     try:
         number = operator.index(limit)
@@ -99,6 +100,15 @@ def all_within(calls: Mapping[Key, Callable[[], R]]) -> dict[Key, R]:
     if errors:
         raise max(errors, key=lambda error: error.smallest)
     return results
+
+
+def least_limit(calls: Mapping[Key, Callable[[], object]]) -> int:
+    """The smallest limit that would do for calls that are made under a limit of 0."""
+    try:
+        all_within(calls)
+    except MemoryLimitError as error:
+        return error.smallest
+    return 0
 
 
 class Buffer(NamedTuple):

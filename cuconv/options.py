@@ -98,12 +98,29 @@ class ConvOptions(TypedDict, total=False):
     memory_limit: MemoryLimit
 
 
+class SeparableOptions(TypedDict, total=False):
+    """The keyword options of separable convolutions; see `cuconv.separable_conv`."""
+
+    stride: Sizes
+    padding: Padding
+    dilation: Sizes
+    layout: str
+    dtype: Any
+    strategy: str
+    precision: Precision | None
+    deterministic: bool | None
+    memory_limit: MemoryLimit
+
+
 # The spatial axes in shapes of functions of one rank.
 _NAMES_OF_AXES = {
     1: {"*spatial": "L", "*kernel": "kernel", "*out": "out"},
     2: {"*spatial": "H, W", "*kernel": "kh, kw", "*out": "oh, ow"},
     3: {"*spatial": "D, H, W", "*kernel": "kd, kh, kw", "*out": "od, oh, ow"},
 }
+
+DEPTHWISE_OPTIONS = tuple(n for n in ConvOptions.__annotations__ if n != "groups")
+SEPARABLE_OPTIONS = tuple(SeparableOptions.__annotations__)
 
 
 def spells_out(

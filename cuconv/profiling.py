@@ -1,22 +1,31 @@
 """NVTX ranges, which a profiler shows for each stage of a call.
 
 One domain, ``cuconv``, and a range for each stage (plan, pad, gather, gemm, scatter),
-whose message names the strategy and whose payload counts the chunk.  Without a profiler
-`nvtx` gives a domain that does nothing; where `nvtx` has no build, there are no ranges.
+whose message names the strategy and whose payload counts the chunk.  A profiler sets
+``NVTX_INJECTION64_PATH`` for the process that it observes: without that, and where
+`nvtx` has no build, there are no ranges.
 """
 
+import os
 from collections.abc import Callable
 from types import TracebackType
 from typing import Any
 
-try:
-    import nvtx
-except ImportError:
-    nvtx = None
-
 DOMAIN = "cuconv"
 
-_domain: Any = nvtx.get_domain(DOMAIN) if nvtx else None
+
+def _find_domain() -> Any:
+    """The domain of `nvtx`; None without a profiler, which a process is told of."""
+    if "NVTX_INJECTION64_PATH" not in os.environ:
+        return None
+    try:
+        import nvtx  # noqa: PLC0415 - importing it takes longer than all of ours
+    except ImportError:
+        return None
+    return nvtx.get_domain(DOMAIN)
+
+
+_domain = _find_domain()
 
 
 def is_listening() -> bool:

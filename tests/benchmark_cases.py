@@ -1,14 +1,16 @@
-"""Layers, references and records that tests of the benchmarks share."""
+"""Layers, references and records that several tests of the benchmarks share."""
 
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 
 from benchmarks import records
 from benchmarks.cases import Case
-from benchmarks.layers import Layer
-from benchmarks.runner import summary
-from benchmarks.suites import layer
+from benchmarks.layers import Layer, Pool, Transposed, doubling, layer, pool
+from benchmarks.runner import (
+    summary,
+)
 from cuconv.testing import (
     conv_input_grad_reference,
     conv_reference,
@@ -16,6 +18,8 @@ from cuconv.testing import (
     conv_transpose_reference,
     conv_transpose_weight_grad_reference,
     conv_weight_grad_reference,
+    pool_grad_reference,
+    pool_reference,
 )
 
 PLAIN = layer(3, 6, 4, 3)
@@ -33,17 +37,44 @@ TINY = {
 }
 
 
+# Of other kinds of layer, with the operations of each.
+TINY_OTHERS = {
+    "doubling": doubling(3, 4, 2, 4, padding=1),
+    "side by side": doubling(2, 3, 4, 2),
+    "output padding": doubling(2, 4, 3, 3, padding=1, output_padding=1),
+    "uneven": Transposed(
+        *(4, (4, 3), 6, (3, 2), (2, 3), (1, 0), (1, 2), 2), output_padding=(1, 2)
+    ),
+    "pool": pool(3, 7, 3, 2, padding=1),
+    "loose pool": pool(2, 8, 2, 3),
+    "uneven pool": Pool(2, (7, 6), 2, (3, 2), (1, 2), (1, 0), (1, 1), groups=2),
+    "whole pool": pool(2, 5, 5, 5),
+    "line pool": pool(3, 11, 4, 2, padding=1, rank=1),
+    "volume pool": pool(2, 5, 2, 2, rank=3),
+}
+
+
+OPERATIONS = tuple(Layer.operations)
+
+
 def reference(case: Case) -> np.ndarray:
-    function, wanted = {
-        "forward": (conv_reference, None),
-        "input_grad": (conv_input_grad_reference, "x"),
-        "weight_grad": (conv_weight_grad_reference, "w"),
-        "transpose": (conv_transpose_reference, None),
-        "transpose_input_grad": (conv_transpose_input_grad_reference, "x"),
-        "transpose_weight_grad": (conv_transpose_weight_grad_reference, "w"),
+    """What the loops of `cuconv.testing` say, which share no line with benchmarks."""
+    if kind := {"max": "max", "avg": "mean"}.get(case.operation[:3]):
+        (x,) = Case(case.layer, "max_pool", case.batch).operands()
+        if case.operation.endswith("_backward"):
+            dy = case.operands()[0]
+            return pool_grad_reference(dy, x, kind=kind, **case.layer.options)
+        return pool_reference(x, kind=kind, **case.layer.options).y
+    function = {
+        "forward": conv_reference,
+        "input_grad": conv_input_grad_reference,
+        "weight_grad": conv_weight_grad_reference,
+        "transpose": conv_transpose_reference,
+        "transpose_input_grad": conv_transpose_input_grad_reference,
+        "transpose_weight_grad": conv_transpose_weight_grad_reference,
     }[case.operation]
-    shapes = [case.shapes[wanted]] if wanted else []
-    return function(*case.operands(), *shapes, **case.options)
+    shapes = [case.result_shape] if case.result_name != "dy" else []
+    return function(*case.operands(), *shapes, **case.layer.options)
 
 
 def planted(times: dict[str, list[float | None]], **changes: Any) -> records.Record:
@@ -55,10 +86,14 @@ def planted(times: dict[str, list[float | None]], **changes: Any) -> records.Rec
         case = Case(each, "forward", 2)
         cases.append(
             {
-                **case.to_json(),
+                "layer": asdict(each),
+                "operation": "forward",
+                "batch": 2,
+                "arithmetic": "float32",
                 "name": each.name,
                 "kind": each.kind,
                 "multiplications": 10**6,
+                "moved_bytes": case.nbytes(),
                 "findings": findings,
             }
         )

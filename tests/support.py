@@ -4,7 +4,7 @@ import contextlib
 import gc
 import sys
 import tracemalloc
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Sized
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,7 +19,7 @@ import cuconv
 from cuconv import testing
 from cuconv.arrays import SUPPORTED_TYPES
 from cuconv.backends.cpu import backend as host
-from cuconv.engine import autotune, planner
+from cuconv.engine import autotune
 from cuconv.engine import call as calls
 from cuconv.engine import plan as planning
 from cuconv.memory import MemoryLimitError
@@ -35,6 +35,9 @@ HALVES = ("float16", "bfloat16")
 # What computes plain sums of products, and what does not.
 STRICT = ("im2col", "pointwise", "tap_matmul", "depthwise")
 ROUNDED = ("winograd", "fft")
+
+
+# Arrays
 
 
 def to_host(array: Any) -> np.ndarray:
@@ -67,6 +70,9 @@ def integers(
     if kind == "c":
         values = values + 1j * rng.integers(least, largest + 1, tuple(shape))
     return values.astype(dtype)
+
+
+# Convolutions, and what the loops say
 
 
 class Case(NamedTuple):
@@ -130,6 +136,13 @@ def operands(case: Case, dtype: Any = "float64", seed: int = 0) -> Operands:
     return Operands(*(integers(s, dtype, seed + i) for i, s in enumerate(shapes)))
 
 
+def normal(case: Case, dtype: Any = "float32", seed: int = 0) -> Operands:
+    """Random arrays that rounding shows on."""
+    rng = np.random.default_rng((seed, *case.x_shape))
+    shapes = (case.x_shape, case.w_shape, case.y_shape())
+    return Operands(*(rng.standard_normal(s).astype(dtype) for s in shapes))
+
+
 def reference(op: str, arrays: Operands, case: Case) -> np.ndarray:
     """What the independent loops say."""
     x, w, dy = arrays
@@ -138,6 +151,34 @@ def reference(op: str, arrays: Operands, case: Case) -> np.ndarray:
     if op == "input_grad":
         return testing.conv_input_grad_reference(dy, w, case.x_shape, **case.options)
     return testing.conv_weight_grad_reference(dy, x, case.w_shape, **case.options)
+
+
+def widest(dtype: Any) -> str:
+    """The type that holds the same small integers, and their sums."""
+    same = {"b": "bool", "u": "uint64", "c": "complex128"}
+    return same.get(np.dtype(dtype).kind, "int64")
+
+
+_KNOWN: dict[Any, np.ndarray] = {}
+
+
+def wanted_of(op: str, case: Case, dtype: Any = "float64", seed: int = 0) -> np.ndarray:
+    """`reference` for `operands`, looped over once for all types that hold the same."""
+    kind = widest(dtype)
+    key = op, repr(case), kind, seed
+    if key not in _KNOWN:
+        _KNOWN[key] = reference(op, operands(case, kind, seed), case)
+    return _KNOWN[key].astype(dtype)
+
+
+def add_bias(y: np.ndarray, bias: np.ndarray, case: Case) -> np.ndarray:
+    """A result of either layout with a number added for each filter."""
+    if case.layout == "channels_first":
+        bias = bias.reshape(-1, *(1,) * (len(case.w_shape) - 2))
+    return y + bias
+
+
+# Calls and plans
 
 
 def run(op: str, arrays: Operands, case: Case, **options: Any) -> Any:
@@ -149,6 +190,32 @@ def run(op: str, arrays: Operands, case: Case, **options: Any) -> Any:
     if op == "input_grad":
         return cuconv.conv_input_grad(dy, w, case.x_shape, **options)
     return cuconv.conv_weight_grad(dy, x, case.w_shape, **options)
+
+
+def call_into(op: str, arrays: Operands, case: Case, out: Any, **options: Any) -> Any:
+    x, w, dy = arrays
+    options = {**case.options, **options}
+    if op == "forward":
+        return cuconv.conv(x, w, out=out, **options)
+    if op == "input_grad":
+        return cuconv.conv_input_grad(dy, w, case.x_shape, out=out, **options)
+    return cuconv.conv_weight_grad(dy, x, case.w_shape, out=out, **options)
+
+
+def wanted_shape(op: str, case: Case) -> tuple[int, ...]:
+    shapes = case.y_shape(), case.x_shape, case.w_shape
+    return dict(zip(OPERATIONS, shapes, strict=True))[op]
+
+
+def of(op: str, arrays: Operands) -> tuple[Any, Any]:
+    """The two arrays that an operation takes, in the order of a plan."""
+    x, w, dy = arrays
+    return {"forward": (x, w), "input_grad": (dy, w), "weight_grad": (dy, x)}[op]
+
+
+def device_of(xp: Any) -> str:
+    """The word of a plan for a module."""
+    return "cpu" if xp is np else "cuda"
 
 
 def plan_of(
@@ -165,19 +232,6 @@ def plan_of(
         return None
 
 
-def of(op: str, arrays: Operands) -> tuple[Any, Any]:
-    """The two arrays that an operation takes, in the order of a plan."""
-    x, w, dy = arrays
-    return {"forward": (x, w), "input_grad": (dy, w), "weight_grad": (dy, x)}[op]
-
-
-def normal(case: Case, dtype: Any = "float32", seed: int = 0) -> Operands:
-    """Random arrays that rounding shows on."""
-    rng = np.random.default_rng((seed, *case.x_shape))
-    shapes = (case.x_shape, case.w_shape, case.y_shape())
-    return Operands(*(rng.standard_normal(s).astype(dtype) for s in shapes))
-
-
 def with_buffers_on(xp: Any) -> dict[str, str]:
     """Options with which calls need buffers: on a device, few strategies do."""
     return {} if xp is np else {"strategy": "im2col"}
@@ -192,14 +246,93 @@ def smallest_limit(call: Callable[..., Any]) -> int:
     return 0
 
 
-def host_peak(call: Callable[[], Any]) -> int:
+def arrays_of(result: Any) -> list[Any]:
+    results = result if isinstance(result, tuple) else (result,)
+    return [array for array in results if array is not None]
+
+
+# Nearness
+
+
+def assert_near(actual: Any, wanted: np.ndarray, bound: float) -> None:
+    """No farther off than this part of the largest number; NaN is never near."""
+    largest = float(np.abs(wanted).max(initial=0))
+    assert_within(actual, wanted, bound * largest)
+
+
+def assert_within(actual: Any, wanted: np.ndarray, bound: float) -> None:
+    actual = to_host(actual)
+    assert actual.shape == wanted.shape
+    error = float(np.abs(actual.astype(np.float64) - wanted).max(initial=0))
+    assert error <= bound, f"off by {error:.3g}, and {bound:.3g} is allowed"
+
+
+# Where arrays are stored
+
+
+def _spread(xp: Any, array: np.ndarray) -> Any:
+    """Every second cell of a larger array."""
+    big = xp.full([2 * n + 1 for n in array.shape], 55, dtype=array.dtype)
+    view = big[tuple(slice(1, None, 2) for _ in array.shape)]
+    view[...] = to_device(xp, array)
+    return view
+
+
+def _turned(xp: Any, array: np.ndarray) -> Any:
+    """Negative strides along every axis."""
+    back = tuple(slice(None, None, -1) for _ in array.shape)
+    return to_device(xp, np.ascontiguousarray(array[back]))[back]
+
+
+def _fortran(xp: Any, array: np.ndarray) -> Any:
+    return to_device(xp, np.ascontiguousarray(array.T)).transpose()
+
+
+def _swapped_axes(xp: Any, array: np.ndarray) -> Any:
+    """Contiguous with the first two axes exchanged."""
+    axes = 0, min(1, array.ndim - 1)
+    return to_device(xp, np.ascontiguousarray(array.swapaxes(*axes))).swapaxes(*axes)
+
+
+def _shifted(xp: Any, array: np.ndarray) -> Any:
+    """Contiguous, but no address is aligned to more than one element."""
+    flat = xp.empty(array.size + 1, dtype=array.dtype)[1:]
+    view = flat.reshape(array.shape)
+    view[...] = to_device(xp, array)
+    return view
+
+
+PLACES = {f.__name__: f for f in (_spread, _turned, _fortran, _swapped_axes, _shifted)}
+
+
+def unaligned(array: np.ndarray) -> np.ndarray:
+    raw = np.empty(array.nbytes + 1, dtype=np.uint8)[1:]
+    view = raw.view(array.dtype).reshape(array.shape)
+    view[...] = array
+    return view
+
+
+def outs(xp: Any, shape: Sequence[int], dtype: Any = "float32") -> list[Any]:
+    """Results full of rubbish: plain, Fortran, every second cell, and reversed."""
+    plain, other = xp.full(shape, 77, dtype), xp.full(shape, 77, dtype)
+    fortran = xp.full(tuple(shape)[::-1], 77, dtype).transpose()
+    spaced = xp.full([2 * n for n in shape], 77, dtype)
+    spaced = spaced[tuple(slice(1, None, 2) for _ in shape)]
+    return [plain, fortran, spaced, other[tuple(slice(None, None, -1) for _ in shape)]]
+
+
+# Memory, measured
+
+
+def host_peak(call: Callable[[], Any], most: float = np.inf) -> int:
     """Bytes that a call holds at its peak beyond what it returns.
 
-    The smaller of two measurements: what other threads of the process, such as xdist's,
-    take meanwhile is counted too.
+    Measured again where they are more than ``most``: what other threads of the process,
+    such as xdist's, take meanwhile is counted too.
     """
     call()
-    return min(_traced_peak(call) for _ in range(2))
+    took = _traced_peak(call)
+    return took if took <= most else min(took, _traced_peak(call))
 
 
 def _traced_peak(call: Callable[[], Any]) -> int:
@@ -236,11 +369,6 @@ _WORDS = [
     sys.intern(word)
     for word in ("data", "strides", "descr", "typestr", "shape", "version")
 ]
-
-
-def arrays_of(result: Any) -> list[Any]:
-    results = result if isinstance(result, tuple) else (result,)
-    return [array for array in results if array is not None]
 
 
 class Allocations:
@@ -294,54 +422,9 @@ def device_peak(xp: Any, call: Callable[[], Any]) -> int:
     return seen.beyond(result)
 
 
-def peak(xp: Any, call: Callable[[], Any]) -> int:
+def peak(xp: Any, call: Callable[[], Any], most: float = np.inf) -> int:
     """Bytes beyond inputs and results at the peak of a call, measured."""
-    return host_peak(call) if xp is np else device_peak(xp, call)
-
-
-# Where arrays are stored
-
-
-def _spread(xp: Any, array: np.ndarray) -> Any:
-    """Every second cell of a larger array."""
-    big = xp.full([2 * n + 1 for n in array.shape], 55, dtype=array.dtype)
-    view = big[tuple(slice(1, None, 2) for _ in array.shape)]
-    view[...] = to_device(xp, array)
-    return view
-
-
-def _turned(xp: Any, array: np.ndarray) -> Any:
-    """Negative strides along every axis."""
-    back = tuple(slice(None, None, -1) for _ in array.shape)
-    return to_device(xp, np.ascontiguousarray(array[back]))[back]
-
-
-def _fortran(xp: Any, array: np.ndarray) -> Any:
-    return to_device(xp, np.ascontiguousarray(array.T)).transpose()
-
-
-def _swapped_axes(xp: Any, array: np.ndarray) -> Any:
-    """Contiguous with the first two axes exchanged."""
-    axes = 0, min(1, array.ndim - 1)
-    return to_device(xp, np.ascontiguousarray(array.swapaxes(*axes))).swapaxes(*axes)
-
-
-def _shifted(xp: Any, array: np.ndarray) -> Any:
-    """Contiguous, but no address is aligned to more than one element."""
-    flat = xp.empty(array.size + 1, dtype=array.dtype)[1:]
-    view = flat.reshape(array.shape)
-    view[...] = to_device(xp, array)
-    return view
-
-
-PLACES = {f.__name__: f for f in (_spread, _turned, _fortran, _swapped_axes, _shifted)}
-
-
-def unaligned(array: np.ndarray) -> np.ndarray:
-    raw = np.empty(array.nbytes + 1, dtype=np.uint8)[1:]
-    view = raw.view(array.dtype).reshape(array.shape)
-    view[...] = array
-    return view
+    return host_peak(call, most) if xp is np else device_peak(xp, call)
 
 
 # Refusals
@@ -395,117 +478,13 @@ def captured(xp: Any) -> Iterator[list[Any]]:
     stream.synchronize()
 
 
-def call_into(op: str, arrays: Operands, case: Case, out: Any, **options: Any) -> Any:
-    x, w, dy = arrays
-    options = {**case.options, **options}
-    if op == "forward":
-        return cuconv.conv(x, w, out=out, **options)
-    if op == "input_grad":
-        return cuconv.conv_input_grad(dy, w, case.x_shape, out=out, **options)
-    return cuconv.conv_weight_grad(dy, x, case.w_shape, out=out, **options)
-
-
-def wanted_shape(op: str, case: Case) -> tuple[int, ...]:
-    shapes = case.y_shape(), case.x_shape, case.w_shape
-    return dict(zip(OPERATIONS, shapes, strict=True))[op]
-
-
-def outs(xp: Any, shape: Sequence[int], dtype: Any = "float32") -> list[Any]:
-    """Results full of rubbish: plain, Fortran, every second cell, and reversed."""
-    plain, other = xp.full(shape, 77, dtype), xp.full(shape, 77, dtype)
-    fortran = xp.full(tuple(shape)[::-1], 77, dtype).transpose()
-    spaced = xp.full([2 * n for n in shape], 77, dtype)
-    spaced = spaced[tuple(slice(1, None, 2) for _ in shape)]
-    return [plain, fortran, spaced, other[tuple(slice(None, None, -1) for _ in shape)]]
-
-
-# Inside the library: nothing else in the tests knows these names
-
-
-def forget_plans() -> None:
-    """Plan every call anew: needed where something changes that no key knows of."""
-    planner.decide.cache_clear()
-    calls._SEEN.clear()
-
-
-def forget_winners() -> None:
-    """Read the records of `strategy="benchmark"` from the disk again."""
-    autotune._known.cache_clear()
-
-
-def candidates_of(plan: cuconv.Plan) -> Sequence[Any]:
-    """Everything that a plan could run: strategy, tiling and what they cost."""
-    return plan._decision.candidates
-
-
-def chosen(plan: cuconv.Plan) -> Any:
-    """The candidate that a plan runs."""
-    return plan._candidate
-
-
-def with_candidate(plan: cuconv.Plan, candidate: Any) -> cuconv.Plan:
-    """The same plan, which runs another of its candidates."""
-    return plan._on(candidate)
-
-
-def run_candidate(plan: cuconv.Plan, candidate: Any, arrays: Sequence[Any]) -> Any:
-    return with_candidate(plan, candidate).run(arrays, None)
-
-
-def ran(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """Every candidate that runs from now on, one for each call."""
-    seen: list[Any] = []
-    original = cuconv.Plan.run
-
-    def spy(plan: Any, *arguments: Any) -> Any:
-        seen.append(chosen(plan))
-        return original(plan, *arguments)
-
-    monkeypatch.setattr(cuconv.Plan, "run", spy)
-    return seen
-
-
-def make_busy(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let every problem be worth several workers, however small it is."""
-    eager = host.CPU_RATES._replace(worth_workers=0)
-    monkeypatch.setattr(host.CpuBackend, "rates", eager)
-    forget_plans()
-
-
-def forget_arenas() -> None:
-    """Give the memory back that calls leave to the next ones."""
-    host._ARENAS.clear()
-
-
-def fill_arenas(value: float) -> None:
-    """Leave rubbish in the memory that the next call takes."""
-    forget_arenas()
-    with host._ARENAS.borrowed(2**23) as arena:
-        arena.view(np.float32)[...] = value
-
-
-def kept_arenas() -> list[int]:
-    """Bytes of each piece of memory that waits for the next call."""
-    return [arena.nbytes for arena in host._ARENAS._kept]
-
-
-def let_win(monkeypatch: pytest.MonkeyPatch, name: str) -> list[int]:
-    """Let a strategy win every race; how many candidates each of them had."""
-    races: list[int] = []
-    candidates: list[Any] = []
-
-    def decide(*arguments: Any) -> Any:
-        decision = planner.decide(*arguments)
-        candidates[:] = decision.candidates
-        return decision
-
-    def fastest(backend: Any, timed: Sequence[Any]) -> int:
-        races.append(len(timed))
-        return [c.strategy.name for c in candidates].index(name)
-
-    monkeypatch.setattr(planning, "decide", decide)
-    monkeypatch.setattr(planning, "fastest", fastest)
-    return races
+def replay(xp: Any, graph: Any, arrays: Operands, fresh: Operands) -> None:
+    """Launch a graph on other numbers in the same buffers."""
+    for mine, others in zip(arrays, fresh.on(xp), strict=True):
+        mine[...] = others
+    xp.cuda.Device().synchronize()
+    graph.launch()
+    xp.cuda.Device().synchronize()
 
 
 # Sweeps that take long
@@ -521,37 +500,14 @@ def slowly(*values: Any) -> list[Any]:
 cupy_slowly = pytest.mark.parametrize("xp", ["numpy", *slowly("cupy")], indirect=True)
 
 
-_KNOWN: dict[Any, np.ndarray] = {}
-
-
-def wanted_of(op: str, case: Case, dtype: Any = "float64", seed: int = 0) -> np.ndarray:
-    """`reference` for `operands`, looped over once for all types that hold the same."""
-    kind = widest(dtype)
-    key = op, repr(case), kind, seed
-    if key not in _KNOWN:
-        _KNOWN[key] = reference(op, operands(case, kind, seed), case)
-    return _KNOWN[key].astype(dtype)
-
-
-# Every type with channels first, one with channels last; the others slowly.
+# Types of every kind with channels first, one with channels last; the others slowly.
+KINDS = ("bool", "int8", "int64", "uint16", *HALVES, "float32", "float64", *COMPLEX)
 EACH_TYPE = [
-    *((dtype, LAYOUTS[0]) for dtype in SUPPORTED_TYPES),
+    *((dtype, LAYOUTS[0]) for dtype in KINDS),
     ("float32", LAYOUTS[1]),
+    *slowly(*((dtype, LAYOUTS[0]) for dtype in SUPPORTED_TYPES if dtype not in KINDS)),
     *slowly(*((dtype, LAYOUTS[1]) for dtype in SUPPORTED_TYPES if dtype != "float32")),
 ]
-
-
-def widest(dtype: Any) -> str:
-    """The type that holds the same small integers, and their sums."""
-    same = {"b": "bool", "u": "uint64", "c": "complex128"}
-    return same.get(np.dtype(dtype).kind, "int64")
-
-
-def add_bias(y: np.ndarray, bias: np.ndarray, case: Case) -> np.ndarray:
-    """A result of either layout with a number added for each filter."""
-    if case.layout == "channels_first":
-        bias = bias.reshape(-1, *(1,) * (len(case.w_shape) - 2))
-    return y + bias
 
 
 # Calls that are worth several workers
@@ -577,28 +533,151 @@ def large_arrays() -> tuple[np.ndarray, np.ndarray]:
 strictly = partial(cuconv.conv, padding=1, precision="strict")
 
 
-def replay(xp: Any, graph: Any, arrays: Operands, fresh: Operands) -> None:
-    """Launch a graph on other numbers in the same buffers."""
-    for mine, others in zip(arrays, fresh.on(xp), strict=True):
-        mine[...] = others
-    xp.cuda.Device().synchronize()
-    graph.launch()
-    xp.cuda.Device().synchronize()
+# Inside the library: nothing else in the tests knows these names
 
 
-def assert_near(actual: Any, wanted: np.ndarray, bound: float) -> None:
-    """No farther off than this part of the largest number; NaN is never near."""
-    largest = float(np.abs(wanted).max(initial=0))
-    assert_within(actual, wanted, bound * largest)
+def forget_plans() -> None:
+    """Plan every call anew: needed where something changes that no key knows of."""
+    calls.forget_plans()
 
 
-def assert_within(actual: Any, wanted: np.ndarray, bound: float) -> None:
-    actual = to_host(actual)
-    assert actual.shape == wanted.shape
-    error = float(np.abs(actual.astype(np.float64) - wanted).max(initial=0))
-    assert error <= bound, f"off by {error:.3g}, and {bound:.3g} is allowed"
+def forget_winners() -> None:
+    """Read the records of `strategy="benchmark"` from the disk again."""
+    autotune._known.cache_clear()
+    forget_plans()
 
 
-def device_of(xp: Any) -> str:
-    """The word of a plan for a module."""
-    return "cpu" if xp is np else "cuda"
+def candidates_of(plan: cuconv.Plan) -> Sequence[Any]:
+    """Everything that a plan could run: strategy, tiling and what they cost."""
+    (part,) = plan.lowering.parts
+    return part.candidates
+
+
+def chosen(plan: cuconv.Plan) -> Any:
+    """The candidate that a plan runs."""
+    return plan.candidates[0]
+
+
+def with_candidate(plan: cuconv.Plan, candidate: Any) -> cuconv.Plan:
+    """The same plan, which runs another of its candidates."""
+    return plan.with_candidates([candidate])
+
+
+def run_candidate(plan: cuconv.Plan, candidate: Any, arrays: Sequence[Any]) -> Any:
+    return with_candidate(plan, candidate).run(arrays, None)
+
+
+def ran(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The first candidate of every call that runs from now on."""
+    seen: list[Any] = []
+    original = planning.LoweredCall.execute
+
+    def spy(plan: Any, *arguments: Any) -> Any:
+        result = original(plan, *arguments)
+        seen.append(chosen(plan))
+        return result
+
+    monkeypatch.setattr(planning.LoweredCall, "execute", spy)
+    return seen
+
+
+def let_win(monkeypatch: pytest.MonkeyPatch, name: str) -> list[int]:
+    """Let a strategy win every race; how many candidates each of them had."""
+    races: list[int] = []
+    names: list[str] = []
+
+    def recall(machine: Any, key: Any, candidates: Sequence[Any]) -> Any:
+        names[:] = [candidate.strategy for candidate in candidates]
+        return autotune.recall(machine, key, candidates)
+
+    def fastest(backend: Any, timed: Sequence[Any]) -> int:
+        races.append(len(timed))
+        return names.index(name)
+
+    monkeypatch.setattr(planning, "recall", recall)
+    monkeypatch.setattr(planning, "fastest", fastest)
+    return races
+
+
+def make_busy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let every problem be worth several workers, however small it is."""
+    eager = host.CPU_RATES._replace(worth_workers=0)
+    monkeypatch.setattr(host.CpuBackend, "rates", eager)
+    forget_plans()
+
+
+def forget_arenas() -> None:
+    """Give the memory back that calls leave to the next ones."""
+    host._ARENAS.clear()
+
+
+def fill_arenas(value: float) -> None:
+    """Leave rubbish in the memory that the next call takes."""
+    forget_arenas()
+    with host._ARENAS.borrowed(2**23) as memory:
+        memory.view(np.float32)[...] = value
+
+
+def kept_arenas() -> list[int]:
+    """Bytes of each piece of memory that waits for the next call."""
+    return [arena.nbytes for arena in host._ARENAS._kept]
+
+
+def calls_that_plan(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The operation of each call from now on that was not known before."""
+    seen: list[str] = []
+    note_plans(monkeypatch, calls, lambda request: seen.append(request.call))
+    return seen
+
+
+def note_plans(
+    monkeypatch: pytest.MonkeyPatch, module: Any, note: Callable[[Any], Any]
+) -> None:
+    """Hand the request of every plan that a module makes to ``note``."""
+    original = module.Plan
+
+    def spy(request: Any) -> Any:
+        note(request)
+        return original(request)
+
+    monkeypatch.setattr(module, "Plan", spy)
+    forget_plans()
+
+
+def keep_few_plans(monkeypatch: pytest.MonkeyPatch, most: int) -> Sized:
+    """Let the library keep no more plans than that; those that it keeps."""
+    monkeypatch.setattr(calls, "_MOST_PLANS", most)
+    return calls._PLANS
+
+
+def devices_that_plan(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The device of each plan that is made from now on."""
+    asked: list[str] = []
+    note_plans(monkeypatch, calls, lambda request: asked.append(request.backend.device))
+    return asked
+
+
+def races_of(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many candidates are timed, each time that any are."""
+    seen: list[int] = []
+
+    def spy(backend: Any, candidates: Any) -> int:
+        seen.append(len(candidates))
+        return autotune.fastest(backend, candidates)
+
+    monkeypatch.setattr(planning, "fastest", spy)
+    return seen
+
+
+def let_number_win(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    """Let every race be won by the candidate of a number, whatever is on record."""
+    monkeypatch.setattr(planning, "recall", lambda *_: None)
+    monkeypatch.setattr(planning, "fastest", lambda _, each: number % len(each))
+    forget_plans()
+
+
+def on_blocks(monkeypatch: pytest.MonkeyPatch, note: Callable[[Any, Any], Any]) -> None:
+    """Hand the arrays and the options of every block of Dask arrays to ``note``."""
+    from cuconv.dask import conv as blocks
+
+    note_plans(monkeypatch, blocks, lambda r: note(r.arrays, r.options))

@@ -17,12 +17,10 @@ from typing import Any
 
 from benchmarks import machine, records
 from benchmarks.gpu import checks
-from benchmarks.gpu.comparisons import Comparison
 from benchmarks.gpu.scale import FULL, QUICK, Scale
-from benchmarks.gpu.steps import Outcome, Stage, Step, StepError, carry_out, limits
-from benchmarks.gpu.tables import Run, tables
+from benchmarks.gpu.steps import Outcome, Stage, Step, limits, run_stages
+from benchmarks.gpu.tables import tables
 from benchmarks.records import Record
-from benchmarks.show import show_table
 
 # Seconds for what is no step: tables and pictures.
 FINISH = 15.0
@@ -32,115 +30,81 @@ class GpuRun:
     """One run: its steps, and what it keeps in its folder."""
 
     def __init__(self, scale: Scale, folder: Path, torch_python: str) -> None:
-        self.scale = scale
-        self.folder = folder
-        self.torch_python = torch_python
-        self.run: Run = {**machine.provenance(), "machine": machine.host(), "steps": {}}
+        self.scale, self.folder, self.torch_python = scale, folder, torch_python
+        self.found = {**machine.provenance(), "machine": machine.host(), "steps": {}}
         self.suites: dict[str, Record] = {}
         self._begun = monotonic()
 
     def stages(self) -> list[Stage]:
         """What there is to do, the most important first."""
-        scale = self.scale
+        probes = {"gather": 15, "col2im": 15, "blocks": 20, "launch": 20}
         return [
-            (Step("machine", 20, self.machine),),
+            (Step("machine", 20, partial(checks.probe, "machine", self.scale)),),
             (
                 Step("exact", 60, checks.exact),
-                Step("tests", 120, partial(checks.tests, scale)),
-                Step("memcheck", 120, partial(checks.sanitizer, "memcheck")),
-                Step("racecheck", 120, partial(checks.sanitizer, "racecheck")),
+                Step("tests", 120, partial(checks.tests, self.scale)),
+                Step("memcheck", 120, partial(checks.exact, tool="memcheck")),
+                Step("racecheck", 120, partial(checks.exact, tool="racecheck")),
             ),
             (Step("comparisons", 250, self.compare),),
             *(
-                (Step(name, share, partial(checks.probe, name, scale)),)
-                for name, share in (
-                    ("gather", 15),
-                    ("col2im", 15),
-                    ("blocks", 20),
-                    ("launch", 20),
-                )
+                (Step(name, share, partial(checks.probe, name, self.scale)),)
+                for name, share in probes.items()
             ),
         ]
 
-    def machine(self, limit: float) -> dict[str, Any]:
-        try:
-            found = checks.probe("machine", self.scale, limit)
-        except StepError as error:
-            self.run["machine"] |= error.found
-            raise
-        self.run["machine"] |= found
-        return found
-
     def compare(self, limit: float) -> dict[str, Any]:
-        where = self.run["machine"]
-        comparison = Comparison(self.scale, where, self.keep_suite, self.say)
-        return comparison.run(self.torch_python, limit)
+        what = (self.scale, self.found["machine"], self.keep_suite)
+        return checks.compare(*what, self.torch_python, limit)
 
     def say(self, words: str) -> None:
         print(f"[{monotonic() - self._begun:4.0f} s] {words}", file=sys.stderr)
 
     def keep(self, outcomes: dict[str, Outcome]) -> None:
-        self.run["steps"] = outcomes
-        records.write(self.run, records.GPU, self.folder)
+        self.found["steps"] = outcomes
+        self.found["machine"] |= outcomes["machine"]["found"]
+        records.write(self.found, records.GPU, self.folder)
 
     def keep_suite(self, record: Record) -> None:
         self.suites[record["suite"]] = record
         records.write(record, records.stem_of(record), self.folder)
+        self.say(f"  {record['suite']}: {len(record['cases'])} cases")
 
-    def carry_out(self, seconds: float) -> None:
-        """Run the steps, without what earlier runs remember of tuned calls."""
+    def run(self, seconds: float) -> bool:
+        """Run the steps, show what they found, and say whether none has failed."""
+        # Without what earlier runs remember of tuned calls.
         with tempfile.TemporaryDirectory() as folder:
             os.environ["CUCONV_CACHE_DIR"] = folder
-            carry_out(self.stages(), seconds, self.keep, self.say)
+            outcomes = run_stages(self.stages(), seconds, self.keep, self.say)
+        self.draw()
+        for table in tables(self.found, self.suites.values()):
+            table.show()
+        return all(one["status"] != "failed" for one in outcomes.values())
 
     def draw(self) -> None:
         """Pictures of what was measured, where Matplotlib is installed."""
         try:
             figures = importlib.import_module("benchmarks.figures")
-            drawn = figures.draw_gpu(self.run, self.suites.values(), self.folder)
+            drawn = figures.draw_gpu(self.found, self.suites.values(), self.folder)
+            self.say(f"drawn: {', '.join(path.name for path in drawn)}")
         except Exception as error:  # noqa: BLE001 - the numbers are kept already
             self.say(f"no pictures: {type(error).__name__}: {error}")
             self.say("`python -m benchmarks.figures` draws them from the JSON later")
-            return
-        self.say(f"drawn: {', '.join(path.name for path in drawn)}")
-
-    def show(self) -> None:
-        for table in tables(self.run, self.suites.values()):
-            show_table(table)
-
-    def has_failed(self) -> bool:
-        return any(one["status"] == "failed" for one in self.run["steps"].values())
-
-
-def parser() -> argparse.ArgumentParser:
-    words = argparse.ArgumentParser(
-        prog="python -m benchmarks.gpu", description=__doc__.partition("\n")[0]
-    )
-    keep = words.add_mutually_exclusive_group()
-    keep.add_argument("--out", type=Path, metavar="FOLDER", default=Path("gpu-run"))
-    keep.add_argument(
-        "--save", action="store_true", help=f"write to {records.RESULTS.name}/"
-    )
-    words.add_argument("--minutes", type=float, default=8.0, help="for all of it")
-    words.add_argument("--quick", action="store_true", help="a smoke test")
-    words.add_argument("--plan", action="store_true", help="show the steps; run none")
-    words.add_argument(
-        "--torch-python",
-        metavar="PATH",
-        default=sys.executable,
-        help="the interpreter of an environment with PyTorch (default: this one)",
-    )
-    return words
-
-
-def show_plan(stages: Sequence[Stage], seconds: float) -> None:
-    for stage, limit in zip(stages, limits(stages, seconds), strict=True):
-        names = ", ".join(step.name for step in stage)
-        print(f"{limit:4.0f} s  {names}")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    words = parser()
+    words = argparse.ArgumentParser(
+        prog="python -m benchmarks.gpu", description=__doc__.partition("\n")[0]
+    )
+    add, keep = words.add_argument, words.add_mutually_exclusive_group()
+    keep.add_argument("--out", type=Path, metavar="FOLDER", default=Path("gpu-run"))
+    save_help = f"write to {records.RESULTS.name}/"
+    keep.add_argument("--save", action="store_true", help=save_help)
+    add("--minutes", type=float, default=8.0, help="for all of it")
+    add("--quick", action="store_true", help="a smoke test")
+    add("--plan", action="store_true", help="show the steps; run none")
+    torch_help = "the interpreter of an environment with PyTorch (default: this one)"
+    add("--torch-python", metavar="PATH", default=sys.executable, help=torch_help)
     chosen = words.parse_args(arguments)
     if chosen.save and chosen.quick:
         words.error("--save keeps whole runs: no --quick")
@@ -150,12 +114,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     folder = records.RESULTS if chosen.save else chosen.out
     run = GpuRun(QUICK if chosen.quick else FULL, folder, chosen.torch_python)
     if chosen.plan:
-        show_plan(run.stages(), seconds)
+        stages = run.stages()
+        for stage, limit in zip(stages, limits(stages, seconds), strict=True):
+            print(f"{limit:4.0f} s  {', '.join(step.name for step in stage)}")
         return
-    run.carry_out(seconds)
-    run.draw()
-    run.show()
-    sys.exit(run.has_failed())
+    sys.exit(not run.run(seconds))
 
 
 if __name__ == "__main__":

@@ -7,7 +7,9 @@ every access outside of it.
 """
 
 import sys
+from collections import Counter
 from collections.abc import Iterator
+from contextlib import suppress
 from itertools import chain, product
 from typing import Any
 
@@ -16,14 +18,12 @@ import numpy as np
 
 import cuconv
 from benchmarks.cases import Case
-from benchmarks.definitions import Host
-from benchmarks.layers import Layer
-from benchmarks.peers.base import CupyDevice, cupy_device
-from benchmarks.suites import OPERATIONS, layer
-from benchmarks.taps import norm_error, reference
-from cuconv.config import PRECISIONS
-from cuconv.geometry import PADDING_MODES
-from cuconv.strategies import strategies
+from benchmarks.internals import PADDING_MODES, strategies
+from benchmarks.layers import Layer, layer
+from benchmarks.peers import PRECISIONS
+from benchmarks.peers.base import Call, RefusedError, Wishes, cupy_device
+from benchmarks.peers.library import Library
+from benchmarks.taps import Array, norm_error, reference
 
 DTYPES = ("float32", "float16", "bfloat16")
 LAYERS = (
@@ -47,90 +47,56 @@ GENERAL: tuple[dict[str, Any], ...] = (
 LARGEST_ERROR = 2e-2
 
 
-def cases() -> Iterator[Case]:
-    for each, operation, dtype in product(LAYERS, OPERATIONS, DTYPES):
-        yield Case(each, operation, 2, dtype)
-
-
-def operands(case: Case) -> list[Host]:
-    """Of -1, 0 and 1: their sums are exact in every type."""
-    rng = np.random.default_rng(len(case.layer.name))
-    names = case.definition.operands
-    return [rng.integers(-1, 2, case.shapes[n]).astype(np.float32) for n in names]
-
-
-def precision_for(case: Case, strategy: str) -> str | None:
-    """The strictest precision in which a strategy runs a case; None if in none."""
-    shapes = case.shapes["x"], case.shapes["w"]
-    keywords: dict[str, Any] = {
-        **case.options,
-        "op": case.operation,
-        "dtype": case.dtype,
-        "device": "cuda",
-        "strategy": strategy,
-    }
-    for precision in PRECISIONS:
-        try:
-            cuconv.plan_conv(*shapes, precision=precision, **keywords)
-        except ValueError as error:
-            if "cannot run" not in str(error):
-                raise
-            continue
-        return precision
-    return None
-
-
-def result(device: CupyDevice, case: Case, arrays: list[Host], **options: Any) -> Host:
-    """What the library says, on the host in float64."""
-    first, second = (device.cast(device.put(array), case.dtype) for array in arrays)
-    keywords = {**case.options, **options}
-    if case.operation == "forward":
-        found = cuconv.conv(first, second, **keywords)
-    elif case.operation == "input_grad":
-        found = cuconv.conv_input_grad(first, second, case.shapes["x"], **keywords)
-    else:
-        found = cuconv.conv_weight_grad(first, second, case.shapes["w"], **keywords)
-    return device.take(device.cast(found, "float64"))
-
-
 def mistakes() -> Iterator[tuple[str, str]]:
-    """Each (strategy, operation) that ran, and what was wrong, if anything was."""
+    """Each strategy and operation that ran, and what was wrong, if anything was."""
     device = cupy_device()
-    for case in cases():
-        arrays = operands(case)
-        first, second = (array.astype(np.float64) for array in arrays)
-        true = reference(case, first, second, np.zeros)
+    for each, operation, dtype in product(LAYERS, Layer.operations, DTYPES):
+        case = Case(each, operation, 2, dtype)
+        # Of -1, 0 and 1: their sums are exact in every type.
+        rng = np.random.default_rng(len(each.name))
+        shapes = [case.shapes[name] for name in case.operand_names]
+        arrays = [rng.integers(-1, 2, shape).astype(np.float64) for shape in shapes]
+        true = reference(each, operation, arrays)
+        operands = [device.cast(device.put(array), dtype) for array in arrays]
         for strategy, deterministic in product(strategies(), (True, False)):
-            precision = precision_for(case, strategy)
-            if precision is None:
+            precision, call = strictest(case, strategy, operands, deterministic)
+            if call is None:
                 continue
-            options = {"strategy": strategy, "deterministic": deterministic}
-            got = result(device, case, arrays, precision=precision, **options)
+            got = device.take(device.cast(call(), "float64"))
             wrong = not np.array_equal(got, true)
             if wrong and precision != "strict":
                 wrong = not norm_error(got, true) <= LARGEST_ERROR
-            words = f"{case.layer.name} {case.dtype} {options}" if wrong else ""
-            yield f"{strategy} {case.operation}", words
+            words = f"{each.name} {dtype} {strategy} {deterministic=}"
+            yield f"{strategy} {operation}", words if wrong else ""
+
+
+def strictest(
+    case: Case, strategy: str, operands: list[Array], deterministic: object
+) -> tuple[str, Call | None]:
+    """The strictest precision in which a strategy runs a case, and the call."""
+    for precision in PRECISIONS:
+        peer = Library(Wishes("cuda", precision, strategy=strategy))
+        with suppress(RefusedError):
+            call = peer.call(case, *operands, deterministic=deterministic)
+            return precision, call
+    return "", None
 
 
 def general_mistakes() -> Iterator[tuple[str, str]]:
     """The same of general convolutions, on both devices."""
-    device = cupy_device()
-    rng = np.random.default_rng(0)
+    device, rng = cupy_device(), np.random.default_rng(0)
     for options in GENERAL:
-        channels = 4 // options.get("groups", 1)
-        x, w = (
-            rng.integers(-1, 2, shape).astype(np.float32)
-            for shape in ((4, 4, 9, 7), (6, channels, 3, 2))
-        )
-        y = cuconv.conv(x, w, precision="strict", **options)
+        keywords = {**options, "precision": "strict"}
+        shapes = (4, 4, 9, 7), (6, 4 // options.get("groups", 1), 3, 2)
+        x, w = (rng.integers(-1, 2, shape).astype(np.float32) for shape in shapes)
+        y = cuconv.conv(x, w, **keywords)
         dy = rng.integers(-1, 2, y.shape).astype(np.float32)
-        gradients = cuconv.conv_backward(dy, x, w, precision="strict", **options)
+        gradients = cuconv.conv_backward(dy, x, w, **keywords)
         on_device = [device.put(array) for array in (dy, x, w)]
-        found = cuconv.conv(*on_device[1:], precision="strict", **options)
-        others = cuconv.conv_backward(*on_device, precision="strict", **options)
+        found = cuconv.conv(*on_device[1:], **keywords)
+        others = cuconv.conv_backward(*on_device, **keywords)
         for operation, got, true in zip(
-            OPERATIONS, (found, others.x, others.w), (y, *gradients[:2]), strict=True
+            Layer.operations, (found, *others[:2]), (y, *gradients[:2]), strict=True
         ):
             wrong = not np.array_equal(device.take(got), true)
             yield f"general {operation}", f"{options}" if wrong else ""
@@ -139,17 +105,14 @@ def general_mistakes() -> Iterator[tuple[str, str]]:
 def main() -> None:
     if "--without-pool" in sys.argv:
         cupy_device().xp.cuda.set_allocator(None)
-    counts: dict[str, int] = {}
-    wrong = []
-    for what, words in chain(mistakes(), general_mistakes()):
-        counts[what] = counts.get(what, 0) + 1
-        wrong += [f"{what}: {words}"] * bool(words)
-    for what, count in counts.items():
+    found = list(chain(mistakes(), general_mistakes()))
+    for what, count in Counter(what for what, _ in found).items():
         print(f"{what}: {count}")
+    wrong = [f"wrong: {what}: {words}" for what, words in found if words]
     for line in wrong:
-        print(f"wrong: {line}")
-    print(f"{sum(counts.values())} checked, {len(wrong)} wrong")
-    sys.exit(bool(wrong) or not counts)
+        print(line)
+    print(f"{len(found)} checked, {len(wrong)} wrong")
+    sys.exit(bool(wrong) or not found)
 
 
 if __name__ == "__main__":

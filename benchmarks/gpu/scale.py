@@ -1,24 +1,13 @@
 """How large the measurements are: whole ones, a smoke test, and what tests choose."""
 
-from dataclasses import asdict, dataclass, replace
-from typing import Any
+from dataclasses import dataclass
 
 from benchmarks.layers import Layer
 from benchmarks.suites import SUITES
 
 ARITHMETICS = ("float32", "tf32", "float16", "bfloat16")
 HALF_AND_WHOLE = ("float32", "float16")
-
-
-def named(suite: str, *names: str) -> tuple[Layer, ...]:
-    """Layers of a suite, by name."""
-    found = {layer.name: layer for layer in SUITES[suite].layers}
-    return tuple(found[name] for name in names)
-
-
-def depthwise_layers() -> tuple[Layer, ...]:
-    layers = SUITES["mobilenetv2"].layers
-    return tuple(layer for layer in layers if layer.kind == "depthwise")
+RESNET50 = SUITES["resnet50"].layers
 
 
 @dataclass(frozen=True)
@@ -27,12 +16,16 @@ class Scale:
 
     batch: int = 32
     # Layers of the two suites that are compared with cuDNN.
-    layers: tuple[Layer, ...] = SUITES["resnet50"].layers
-    depthwise: tuple[Layer, ...] = depthwise_layers()
+    layers: tuple[Layer, ...] = RESNET50
+    depthwise: tuple[Layer, ...] = tuple(
+        each for each in SUITES["mobilenetv2"].layers if each.kind == "depthwise"
+    )
     arithmetics: tuple[str, ...] = ARITHMETICS
     # Layers whose columns are gathered, added back and cut in blocks of other sizes.
-    columns: tuple[Layer, ...] = named(
-        "resnet50", "3-64 7x7/2 @224", "64-64 3x3 @56", "256-256 3x3 @14"
+    columns: tuple[Layer, ...] = tuple(
+        each
+        for each in RESNET50
+        if each.name in ("3-64 7x7/2 @224", "64-64 3x3 @56", "256-256 3x3 @14")
     )
     block_mib: tuple[int, ...] = (2, 4, 8, 16, 32, 64, 128)
     # A side of the square matrices, and bytes of a copy.
@@ -47,26 +40,11 @@ class Scale:
     seconds: float = 0.02
     tests: tuple[str, ...] = ("tests",)
 
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
-
-    @classmethod
-    def from_json(cls, found: dict[str, Any]) -> "Scale":
-        layers = ("layers", "depthwise", "columns")
-        fields: dict[str, Any] = {
-            name: tuple(value) if isinstance(value, list) else value
-            for name, value in found.items()
-        }
-        for name in layers:
-            fields[name] = tuple(map(Layer.from_json, found[name]))
-        return cls(**fields)
-
 
 FULL = Scale()
-QUICK = replace(
-    FULL,
+QUICK = Scale(
     batch=2,
-    layers=FULL.layers[:3],
+    layers=RESNET50[:3],
     depthwise=FULL.depthwise[:1],
     columns=FULL.columns[1:2],
     block_mib=(2, 32),

@@ -1,19 +1,18 @@
 """Steps with limits: one that fails, hangs or has no tool does not stop the others."""
 
+import json
 import os
 import signal
 import subprocess
 import sys
-import tempfile
 import traceback
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from pathlib import Path
 from time import monotonic
-from typing import Any, NamedTuple, NotRequired, TypedDict
+from typing import Any, NamedTuple
 
-ROOT = Path(__file__).parent.parent.parent
+from benchmarks.machine import ROOT
+
 TAIL = 25
 # What is left of a step's limit for it to end in order when it is asked to.
 GRACE = 0.1
@@ -22,40 +21,23 @@ LONGEST_GRACE = 10.0
 LEAST_SECONDS = 1.0
 
 Findings = dict[str, Any]
-
-
-class Outcome(TypedDict):
-    """How a step ended: ok, failed, late, missing or skipped; and what it found.
-
-    One that failed or was late may have found something before.
-    """
-
-    status: str
-    seconds: float
-    limit: float
-    reason: NotRequired[str]
-    tail: NotRequired[list[str]]
-    found: Findings
+# How a step ended: its ``status`` (ok, failed, late, missing or skipped), ``seconds``,
+# its ``limit`` and what it ``found``; where it did not end well, the ``reason`` and the
+# ``tail`` of its output.  One that failed or was late may have found something before.
+Outcome = dict[str, Any]
 
 
 class StepError(Exception):
     """A step that did not end well, with what it found and the end of its output."""
 
     def __init__(
-        self,
-        status: str,
-        reason: str,
-        tail: Sequence[str] = (),
-        found: Findings | None = None,
+        self, status: str, reason: str, tail: Sequence[str] = (), found: Any = None
     ) -> None:
         super().__init__(reason)
-        self.status = status
-        self.tail = [*tail]
-        self.found = found or {}
+        self.status, self.tail, self.found = status, [*tail], found or {}
 
 
-@dataclass(frozen=True)
-class Step:
+class Step(NamedTuple):
     """Something to do within so many seconds: its share of all that are left."""
 
     name: str
@@ -69,15 +51,11 @@ Stage = tuple[Step, ...]
 
 def limits(stages: Sequence[Stage], seconds: float) -> list[float]:
     """The limit of each stage if all before it take theirs."""
-    shares = [share_of(stage) for stage in stages]
+    shares = [max(step.share for step in stage) for stage in stages]
     return [seconds * share / sum(shares) for share in shares]
 
 
-def share_of(stage: Stage) -> float:
-    return max(step.share for step in stage)
-
-
-def carry_out(
+def run_stages(
     stages: Sequence[Stage],
     seconds: float,
     keep: Callable[[dict[str, Outcome]], None] = lambda _: None,
@@ -93,48 +71,31 @@ def carry_out(
         limit = limits(stages[place:], max(end - monotonic(), 0))[0]
         say(f"{', '.join(step.name for step in stage)}: {limit:.0f} s at most")
         with ThreadPoolExecutor(len(stage)) as pool:
-            ended = pool.map(lambda step: outcome(step, limit), stage)  # noqa: B023
-            outcomes |= {step.name: one for step, one in zip(stage, ended, strict=True)}
-        for step in stage:
-            say(f"{step.name}: {words(outcomes[step.name])}")
+            ended = pool.map(outcome, stage, [limit] * len(stage))
+            found = {step.name: one for step, one in zip(stage, ended, strict=True)}
+        for name, one in found.items():
+            reason = f": {one['reason']}" if "reason" in one else ""
+            say(f"{name}: {one['status']} after {one['seconds']:.1f} s{reason}")
+        outcomes |= found
         keep(outcomes)
     return outcomes
-
-
-def words(one: Outcome) -> str:
-    reason = f": {one['reason']}" if "reason" in one else ""
-    return f"{one['status']} after {one['seconds']:.1f} s{reason}"
 
 
 def outcome(step: Step, limit: float) -> Outcome:
     """How a step ends, whatever happens in it."""
     begun = monotonic()
-    if limit < LEAST_SECONDS:
-        reason = f"{limit:.1f} s were left"
-        return Outcome(
-            status="skipped", seconds=0.0, limit=limit, reason=reason, found={}
-        )
+    ended: Outcome = {"status": "ok", "found": {}}
     try:
-        found = step.run(limit)
+        if limit < LEAST_SECONDS:
+            raise StepError("skipped", f"{limit:.1f} s were left")  # noqa: TRY301
+        ended["found"] = step.run(limit)
     except StepError as error:
-        return Outcome(
-            status=error.status,
-            seconds=monotonic() - begun,
-            limit=limit,
-            reason=str(error),
-            tail=error.tail,
-            found=error.found,
-        )
+        ended = {"status": error.status, "reason": str(error)}
+        ended |= {"tail": error.tail, "found": error.found}
     except Exception as error:  # noqa: BLE001 - any failure is an outcome
-        return Outcome(
-            status="failed",
-            seconds=monotonic() - begun,
-            limit=limit,
-            reason=f"{type(error).__name__}: {error}",
-            tail=last(traceback.format_exc()),
-            found={},
-        )
-    return Outcome(status="ok", seconds=monotonic() - begun, limit=limit, found=found)
+        ended = {"status": "failed", "reason": f"{type(error).__name__}: {error}"}
+        ended |= {"tail": last(traceback.format_exc()), "found": {}}
+    return {**ended, "seconds": monotonic() - begun, "limit": limit}
 
 
 def last(text: str) -> list[str]:
@@ -148,9 +109,14 @@ class Ended(NamedTuple):
     errors: str
     status: int | None
 
-    @property
-    def tail(self) -> list[str]:
-        return [*last(self.output), *last(self.errors)][-2 * TAIL :]
+    def checked(self, found: Findings) -> Findings:
+        """Return what it found; `StepError` if it did not end well."""
+        if self.status == 0:
+            return found
+        tail = [*last(self.output), *last(self.errors)][-2 * TAIL :]
+        if self.status is None:
+            raise StepError("late", "it was stopped at its limit", tail, found)
+        raise StepError("failed", f"it ended with status {self.status}", tail, found)
 
 
 def child(
@@ -158,39 +124,40 @@ def child(
 ) -> Ended:
     """Run a process with its children; interrupt, and at last kill, what is late."""
     grace = min(GRACE * limit, LONGEST_GRACE)
-    with tempfile.TemporaryFile("w+") as output, tempfile.TemporaryFile("w+") as errors:
-        process = subprocess.Popen(  # noqa: S603
-            command,
-            cwd=ROOT,
-            env={**os.environ, **(environment or {})},
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=errors,
-            start_new_session=True,
-        )
-        is_late = not waited(process, limit - grace)
-        if is_late:
-            os.killpg(process.pid, signal.SIGINT)
-            if not waited(process, grace):
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
-        texts = [text_of(file) for file in (output, errors)]
-    return Ended(texts[0], texts[1], None if is_late else process.returncode)
-
-
-def text_of(file: Any) -> str:
-    file.seek(0)
-    return str(file.read())
-
-
-def waited(process: "subprocess.Popen[bytes]", seconds: float) -> bool:
-    """Whether a process ended in time."""
-    try:
-        process.wait(max(seconds, 0))
-    except subprocess.TimeoutExpired:
-        return False
-    return True
+    stop = ("timeout", "--signal=INT", f"--kill-after={grace}", f"{limit - grace}")
+    done = subprocess.run(  # noqa: S603
+        [*stop, *command],
+        cwd=ROOT,
+        env={**os.environ, **(environment or {})},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    # After a SIGINT, and after a SIGKILL, which ends `timeout` with the others.
+    is_late = done.returncode in (124, -signal.SIGKILL)
+    return Ended(done.stdout, done.stderr, None if is_late else done.returncode)
 
 
 def python(*words: str) -> list[str]:
     return [sys.executable, *words]
+
+
+def merged(lines: str) -> Findings:
+    """One object from lines of JSON; one that was cut short counts for nothing."""
+    found: Findings = {}
+    for line in lines.splitlines(keepends=True):
+        if line.endswith("\n"):
+            join(found, json.loads(line))
+    return found
+
+
+def join(found: Findings, more: Findings) -> None:
+    """Add to what was found: lists grow, objects are joined, others are replaced."""
+    for name, value in more.items():
+        if isinstance(value, list):
+            found.setdefault(name, []).extend(value)
+        elif isinstance(value, dict):
+            found.setdefault(name, {}).update(value)
+        else:
+            found[name] = value

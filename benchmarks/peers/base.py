@@ -1,26 +1,34 @@
-"""What a peer does, and how a call is timed and weighed on NumPy and CuPy."""
+"""A peer, and the device it runs on: how a call is timed and its memory measured."""
 
 import ctypes
 import importlib
-import platform
 import tracemalloc
 from collections.abc import Callable
-from functools import cache, partial
+from functools import cache, cached_property, lru_cache, partial
+from math import prod
 from pathlib import Path
 from time import perf_counter
-from typing import Any, NamedTuple, Protocol, cast
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from benchmarks.cases import TOLERANCES, Array, Case, relative_error
-from benchmarks.definitions import Host
+from benchmarks.cases import RANDOM, TOLERANCES, Case, Host, relative_error
 from benchmarks.layers import Sizes
-from benchmarks.peers.on_device import Maker, Prepared, prepared
+from benchmarks.taps import Array, norm_error, reference
 
 Call = Callable[[], Array]
+# Sets of operands of a case, and the error of the result of the first.
+Prepared = tuple[list[tuple[Array, ...]], Callable[[Array], float]]
 
+# Random numbers on a GPU: to draw hundreds of millions on the host would take longer
+# than all that is to be measured, so these are drawn once and laid out again and again.
+# Their number is a prime: no axis repeats them in step.
+POOL = 4_000_037
+# Inputs take turns until they are this many times what the L2 cache holds.
+TIMES_CACHE = 2
+MOST_SETS = 16
 # A kernel that keeps the device busy, so that what is timed after it lies queued: each
-# turn waits for the one before.
+# turn waits for the one before, four cycles.
 SPIN = """
 extern "C" __global__ void spin(float *value, long long turns)
 {
@@ -30,7 +38,8 @@ extern "C" __global__ void spin(float *value, long long turns)
     *value = v;
 }
 """
-CALIBRATION_TURNS = 1_000_000
+# At most: a lead may last longer than it need, never shorter.
+CYCLES_PER_SECOND = 3e9
 # Seconds by which the device may lag behind the host, at most.
 LONGEST_LEAD = 0.01
 
@@ -50,31 +59,10 @@ class Wishes(NamedTuple):
     layout: str = "channels_first"
 
 
-class Device(Protocol):
-    """Moves arrays, times a call, and measures what it allocates."""
-
-    weighed_by: str
-    # Whether its calls only queue work, so that threads of ours never disturb a peer.
-    is_remote: bool
-
-    def put(self, array: Host) -> Array: ...
-
-    def take(self, result: Array) -> Host: ...
-
-    def seconds(self, call: Call) -> float: ...
-
-    def extra_bytes(self, call: Call) -> int | None:
-        """Peak memory of a call beyond its inputs and its result."""
-
-    def is_lost(self) -> bool:
-        """Whether nothing will run there any more in this process."""
-
-
-class HostDevice:
+class Device:
     """NumPy's memory, which tracemalloc sees."""
 
     weighed_by = "tracemalloc"
-    is_remote = False
 
     def put(self, array: Host) -> Array:
         return array
@@ -82,12 +70,18 @@ class HostDevice:
     def take(self, result: Array) -> Host:
         return np.asarray(result)
 
+    def prepare(self, case: Case) -> Prepared:
+        own = case.operands()
+        sets = [tuple(map(self.put, own))]
+        return sets, lambda result: relative_error(case, own, self.take(result))
+
     def seconds(self, call: Call) -> float:
         start = perf_counter()
         call()
         return perf_counter() - start
 
     def extra_bytes(self, call: Call) -> int | None:
+        """Peak memory of a call beyond its inputs and its result."""
         tracemalloc.start()
         before, _ = tracemalloc.get_traced_memory()
         result = call()
@@ -95,19 +89,23 @@ class HostDevice:
         tracemalloc.stop()
         return int(peak - before - result.nbytes)
 
-    def is_lost(self) -> bool:
-        return False
+    def synchronize(self) -> None: ...
 
 
-class ResidentDevice(HostDevice):
+class ResidentDevice(Device):
     """Memory that tracemalloc does not see: the process's resident set, on Linux."""
 
     weighed_by = "resident set"
 
     def extra_bytes(self, call: Call) -> int | None:
-        forget_peak = Path("/proc/self/clear_refs")
+        forget_peak, status = Path("/proc/self/clear_refs"), Path("/proc/self/status")
         if not forget_peak.exists():
             return None
+
+        def resident(label: str) -> int:
+            lines = status.read_text().splitlines()
+            return next(int(s.split()[1]) * 1024 for s in lines if s.startswith(label))
+
         # Freed memory that the process still holds would hide what a call takes.
         ctypes.CDLL(None).malloc_trim(0)
         forget_peak.write_text("5")
@@ -116,87 +114,93 @@ class ResidentDevice(HostDevice):
         return max(0, resident("VmHWM") - before - int(result.nbytes))
 
 
-def resident(label: str) -> int:
-    """Bytes on a line of the process's status."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(label):
-            return int(line.split()[1]) * 1024
-    raise KeyError(label)
+class GpuDevice(Device):
+    """A GPU through a library, which gives these functions."""
 
-
-class QueueAhead:
-    """Times on a device alone: the host queues a call while the device is still busy.
-
-    Without that, a call whose launches take the host longer than the device its kernels
-    would be timed by the host's clock.  How long the device is kept busy follows from
-    how long the host took for the call before; a call that waits for the device itself
-    shows its waiting.
-    """
-
+    weighed_by = "memory pool"
+    l2_bytes: int
+    spin: Callable[[float], None]  # keeps the device busy for about so long
+    event: Callable[[], Any]
+    elapsed: Callable[[Any, Any], float]  # milliseconds between two events
+    join: Callable[[list[Array]], Array]
+    cast: Callable[[Array, str], Array]
+    zeros: Callable[[Sizes], Array]  # in float64
     _lead = 0.0
 
-    def spin(self, seconds: float) -> None:
-        """Keep the device busy for about so long."""
-        raise NotImplementedError
-
-    def event(self) -> Any:
-        raise NotImplementedError
-
-    def elapsed(self, start: Any, end: Any) -> float:
-        """Milliseconds between two events."""
-        raise NotImplementedError
-
     def seconds(self, call: Call) -> float:
+        """Time a call on the device alone: it is queued while the device is busy.
+
+        Else a call whose launches take longer than its kernels would be timed by the
+        host's clock.  How long the device is kept busy follows from how long the host
+        took for the call before; a call that waits for the device shows its waiting.
+        """
         start, end = self.event(), self.event()
         self.spin(self._lead)
         start.record()
-        begun = perf_counter()
-        call()
-        took = perf_counter() - begun
+        took = super().seconds(call)
         end.record()
         end.synchronize()
         self._lead = min(1.5 * took + 2e-5, LONGEST_LEAD)
         return self.elapsed(start, end) * 1e-3
 
+    # All peers of a process measure one case at a time, on the same operands.
+    @lru_cache(maxsize=1)  # noqa: B019 - there is one device in a process
+    def prepare(self, case: Case) -> Prepared:
+        """Operands that outgrow the cache, and a whole result to compare with."""
+        names = case.operand_names
+        wanted = -(-TIMES_CACHE * self.l2_bytes // case.nbytes(*names))
+        sets = [
+            tuple(self.operand(case, name, place) for name in names)
+            for place in range(max(1, min(wanted, MOST_SETS)))
+        ]
+        wide = [self.cast(array, "float64") for array in sets[0]]
+        true = reference(case.layer, case.operation, wide, self.zeros)
 
-class CupyDevice(QueueAhead):
+        def error(result: Array) -> float:
+            if tuple(result.shape) != tuple(true.shape):
+                raise ValueError(f"the result is {result.shape}, not {true.shape}")
+            return norm_error(self.cast(result, "float64"), true)
+
+        return sets, error
+
+    def operand(self, case: Case, name: str, place: int = 0) -> Array:
+        """Standard normal numbers in the type of the case; weights are scaled."""
+        shape = case.shapes[name]
+        numbers = self.normal(prod(shape), 1 + 3 * place + RANDOM.index(name))
+        if name == "w":
+            numbers = numbers * float(case.layer.patch**-0.5)
+        return self.cast(numbers.reshape(shape), case.dtype)
+
+    def normal(self, count: int, seed: int = 0) -> Array:
+        """Standard normal float32 numbers, from a place that the seed chooses."""
+        start = seed * 999_983 % POOL
+        more = range(POOL - start, count, POOL)
+        pieces = [self.pool[: count - done] for done in more]
+        return self.join([self.pool[start : start + count], *pieces])
+
+    @cached_property
+    def pool(self) -> Array:
+        return self.put(np.random.default_rng(0).standard_normal(POOL, np.float32))
+
+
+class CupyDevice(GpuDevice):
     """CuPy's memory pool, and times between two events on its stream."""
 
-    weighed_by = "memory pool"
-    is_remote = True
-
     def __init__(self) -> None:
-        self.xp = importlib.import_module("cupy")
-        self._spun = self.xp.zeros(1, dtype="float32")  # a missing driver shows here
-        properties = self.xp.cuda.runtime.getDeviceProperties(0)
+        self.xp = xp = importlib.import_module("cupy")
+        self._spun = xp.zeros(1, dtype="float32")  # a missing driver shows here
+        self._spin = xp.RawKernel(SPIN, "spin")
+        properties = xp.cuda.runtime.getDeviceProperties(0)
         self.l2_bytes = int(properties.get("l2CacheSize", 0))
-        self._spin = self.xp.RawKernel(SPIN, "spin")
-        self._turns_per_second = CALIBRATION_TURNS / self._calibration()
-
-    def _calibration(self) -> float:
-        """Seconds that the calibrating turns take."""
-
-        def copy_transposed() -> None:
-            arguments = (self._spun, np.int64(CALIBRATION_TURNS))
-            self._spin((1,), (1,), arguments)
-
-        copy_transposed()  # compiles it
-        start, end = self.event(), self.event()
-        start.record()
-        copy_transposed()
-        end.record()
-        end.synchronize()
-        return max(self.elapsed(start, end) * 1e-3, 1e-6)
+        self.event, self.elapsed = xp.cuda.Event, xp.cuda.get_elapsed_time
+        self.join, self.zeros = xp.concatenate, partial(xp.zeros, dtype="float64")
 
     def spin(self, seconds: float) -> None:
-        turns = np.int64(seconds * self._turns_per_second)
+        turns = np.int64(seconds * CYCLES_PER_SECOND / 4)
         self._spin((1,), (1,), (self._spun, turns))
 
-    def event(self) -> Any:
-        return self.xp.cuda.Event()
-
-    def elapsed(self, start: Any, end: Any) -> float:
-        return float(self.xp.cuda.get_elapsed_time(start, end))
+    def synchronize(self) -> None:
+        self.xp.cuda.Device().synchronize()
 
     def put(self, array: Host) -> Array:
         return self.xp.asarray(array)
@@ -204,25 +208,12 @@ class CupyDevice(QueueAhead):
     def take(self, result: Array) -> Host:
         return np.asarray(self.xp.asnumpy(result))
 
-    def join(self, arrays: list[Array]) -> Array:
-        return self.xp.concatenate(arrays)
-
     def cast(self, array: Array, dtype: str) -> Array:
         if dtype == "bfloat16":
             importlib.import_module("ml_dtypes")  # NumPy learns the name
         if array.dtype.name == "bfloat16" and dtype == "float64":
             array = array.astype("float32")
         return array.astype(dtype)
-
-    def zeros(self, shape: Sizes) -> Array:
-        return self.xp.zeros(shape, dtype="float64")
-
-    def is_lost(self) -> bool:
-        try:
-            self.xp.cuda.Device().synchronize()
-        except self.xp.cuda.runtime.CUDARuntimeError:
-            return True
-        return False
 
     def extra_bytes(self, call: Call) -> int | None:
         live = peak = 0
@@ -247,60 +238,36 @@ class CupyDevice(QueueAhead):
         return peak - sizes.get(result.data.ptr, 0)
 
 
-@cache
-def cupy_device() -> CupyDevice:
-    """One for the process: its peers share operands."""
-    return CupyDevice()
+# One for the process: its peers share operands.
+cupy_device = cache(CupyDevice)
 
 
 class Peer:
     """Runs operations its own way, each a method, on arrays of its own device."""
 
-    device: Device = HostDevice()
+    device: Device = Device()
 
     def __init__(self, wishes: Wishes) -> None:
         self.wishes = wishes
+
+    def versions(self) -> dict[str, str]:
+        return {}
+
+    def plan(self, _case: Case) -> dict[str, Any]:
+        """The strategy and the memory it may take, where a peer tells."""
+        return {"strategy": None}
+
+    def call(self, case: Case, *operands: Array) -> Call:
+        """A measurable call; what it needs beforehand is done here."""
+        if not hasattr(self, case.operation):
+            raise RefusedError(f"this peer has no {case.operation}")
+        return partial(getattr(self, case.operation), case, *operands)
+
+    def first_channels(self, _case: Case, result: Array) -> Array:
+        """The result, channels first."""
+        return result
 
     def tolerance(self, case: Case) -> float:
         """The error above which a result is wrong."""
         # Everything that "fast" allows, large tiles of Winograd's included.
         return 1e-2 if self.wishes.precision == "fast" else TOLERANCES[case.arithmetic]
-
-    def prepare(self, case: Case) -> Prepared:
-        """Operands on the device of this peer, and who checks the result."""
-        if self.device.is_remote:
-            return prepared(cast("Maker", self.device), case)
-        operands = case.operands()
-        return Prepared(
-            [tuple(map(self.device.put, operands))],
-            lambda result: relative_error(case, operands, self.device.take(result)),
-        )
-
-    def base_array(self, case: Case, result: Array) -> Array:
-        """The result, channels first."""
-        del case
-        return result
-
-    def versions(self) -> dict[str, str]:
-        return {}
-
-    def plan(self, case: Case) -> dict[str, Any]:
-        """The way that was chosen and the memory it may take, where a peer tells."""
-        del case
-        return {"strategy": None}
-
-    def call(self, case: Case, *operands: Array) -> Call:
-        """A measurable call; what it needs beforehand is done here."""
-        operation = getattr(self, case.operation, None)
-        if operation is None:
-            raise RefusedError(f"this peer has no {case.operation}")
-        return partial(operation, case, *operands)
-
-
-def python_versions() -> dict[str, str]:
-    blas = np.show_config(mode="dicts")["Build Dependencies"]["blas"]
-    return {
-        "python": platform.python_version(),
-        "numpy": np.__version__,
-        "blas": f"{blas['name']} {blas['version']}",
-    }

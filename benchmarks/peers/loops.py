@@ -1,12 +1,11 @@
-"""Loops over the cells of NumPy arrays, as the definition is first written down."""
+"""Loops over the elements of NumPy arrays, as the definition is first written down."""
 
 from collections.abc import Iterable
 from itertools import product
 
 import numpy as np
 
-from benchmarks.cases import Case
-from benchmarks.definitions import Host
+from benchmarks.cases import Case, Host
 from benchmarks.peers.base import Peer, RefusedError
 
 MOST_MULTIPLICATIONS = 2_000_000
@@ -29,8 +28,7 @@ class Loops(Peer):
         for n, k, i, j in every(dy.shape):
             for c, u, v in every(w.shape[1:]):
                 dx[n, c, i * down + u, j * right + v] += dy[n, k, i, j] * w[k, c, u, v]
-        inner = zip(case.layer.padding, case.layer.size, strict=True)
-        return dx[:, :, *(slice(p, p + n) for p, n in inner)]
+        return dx[:, :, *case.layer.inside]
 
     def weight_grad(self, case: Case, dy: Host, x: Host) -> Host:
         x, (down, right) = padded(case, x), case.layer.stride

@@ -1,14 +1,13 @@
 """SciPy: a correlation for every pair of a channel and a filter."""
 
-import itertools
 from collections.abc import Iterator
+from itertools import product
 
 import numpy as np
 import scipy
 from scipy.signal import convolve, correlate
 
-from benchmarks.cases import Case
-from benchmarks.definitions import Host
+from benchmarks.cases import Case, Host
 from benchmarks.layers import Sizes
 from benchmarks.peers.base import Peer, RefusedError, ResidentDevice
 
@@ -16,7 +15,7 @@ MOST_PAIRS = 4096
 
 
 class Pairs(Peer):
-    """Strides skip cells of a result for stride 1; dilation is zeros in filters."""
+    """Strides skip elements of a result for stride 1; dilation is zeros in filters."""
 
     device = ResidentDevice()
 
@@ -24,7 +23,7 @@ class Pairs(Peer):
         return {"scipy": scipy.__version__}
 
     def forward(self, case: Case, x: Host, w: Host) -> Host:
-        x, w = padded(case, x), input_dilation(w, case.layer.dilation)
+        x, w = padded(case, x), dilated(w, case.layer.dilation)
         y = np.zeros(case.result_shape, np.float32)
         every = tuple(slice(None, None, step) for step in case.layer.stride)
         for n, k, c, channel in pairs(case):
@@ -32,21 +31,17 @@ class Pairs(Peer):
         return y
 
     def input_grad(self, case: Case, dy: Host, w: Host) -> Host:
-        layer = case.layer
-        dy, w = input_dilation(dy, layer.stride), input_dilation(w, layer.dilation)
+        dy, w = dilated(dy, case.layer.stride), dilated(w, case.layer.dilation)
         dx = padded(case, np.zeros(case.result_shape, np.float32))
-        reach = [a + b - 1 for a, b in zip(dy.shape[2:], w.shape[2:], strict=True)]
-        covered: tuple[slice, ...] = tuple(map(slice, reach))
         for n, k, c, channel in pairs(case):
-            dx[n, channel][covered] += convolve(dy[n, k], w[k, c], "full")
-        inner = zip(layer.padding, layer.size, strict=True)
-        return dx[:, :, *(slice(p, p + n) for p, n in inner)]
+            found = convolve(dy[n, k], w[k, c], "full")
+            dx[n, channel][tuple(map(slice, found.shape))] += found
+        return dx[:, :, *case.layer.inside]
 
     def weight_grad(self, case: Case, dy: Host, x: Host) -> Host:
-        layer = case.layer
-        x, dy = padded(case, x), input_dilation(dy, layer.stride)
+        x, dy = padded(case, x), dilated(dy, case.layer.stride)
         dw = np.zeros(case.result_shape, np.float32)
-        axes = zip(layer.kernel, layer.dilation, strict=True)
+        axes = zip(case.layer.kernel, case.layer.dilation, strict=True)
         taps = tuple(slice(0, (taps - 1) * step + 1, step) for taps, step in axes)
         for n, k, c, channel in pairs(case):
             dw[k, c] += correlate(x[n, channel], dy[n, k], "valid")[taps]
@@ -60,8 +55,7 @@ def pairs(case: Case) -> Iterator[tuple[int, int, int, int]]:
     count = case.batch * layer.filters * each
     if count > MOST_PAIRS:
         raise RefusedError(f"{count} pairs of channels and filters take too long")
-    ranges = map(range, (case.batch, layer.filters, each))
-    for n, k, c in itertools.product(*ranges):
+    for n, k, c in product(range(case.batch), range(layer.filters), range(each)):
         yield n, k, c, k // per_group * each + c
 
 
@@ -69,10 +63,10 @@ def padded(case: Case, x: Host) -> Host:
     return np.pad(x, ((0, 0), (0, 0), *((p, p) for p in case.layer.padding)))
 
 
-def input_dilation(array: Host, steps: Sizes) -> Host:
-    """Zeros between the cells along the spatial axes."""
-    axes = zip(array.shape[2:], steps, strict=True)
-    sizes = [(n - 1) * step + 1 for n, step in axes]
+def dilated(array: Host, steps: Sizes) -> Host:
+    """Zeros between the elements along the spatial axes."""
+    pairs = zip(array.shape[2:], steps, strict=True)
+    sizes = [(n - 1) * step + 1 for n, step in pairs]
     wide = np.zeros((*array.shape[:2], *sizes), array.dtype)
     wide[:, :, *(slice(None, None, step) for step in steps)] = array
     return wide

@@ -17,7 +17,7 @@ from cuconv.backends.cpu.backend import CpuBackend
 from cuconv.backends.cpu.machine import jit_is_installed as jit_is_installed
 from cuconv.backends.padding import Reading
 from cuconv.engine.costs import Rates
-from cuconv.engine.pool import PoolInputs, PoolProblem, PoolTiling
+from cuconv.engine.pool_problem import PoolInputs, PoolProblem, PoolTiling
 from cuconv.engine.program import Program
 from cuconv.geometry import Axis, Block, Ranges, Tile, WindowGeometry
 from cuconv.memory import Buffer
@@ -124,21 +124,33 @@ class Contraction(Protocol):
 class PoolBackend(Protocol):
     """Pooling, and its gradients, of arrays (N, C, *spatial) with any strides."""
 
-    def tiling(self, pooling: PoolProblem, limit: int) -> PoolTiling:
-        """A tiling of the call that takes no more memory than ``limit``."""
+    def tiling(self, problem: PoolProblem, limit: int) -> PoolTiling:
+        """Tiles and workers of a call that takes no more memory than ``limit``."""
+
+    def buffers(self, problem: PoolProblem, tiling: PoolTiling) -> tuple[Buffer, ...]:
+        """What one worker needs."""
 
     def reduce(
         self,
-        pooling: PoolProblem,
+        problem: PoolProblem,
         tiling: PoolTiling,
+        scratch: tuple[dict[str, Array], ...],
         x: Array,
         y: Array,
         indices: Array | None,
     ) -> None:
-        """Write the value of every window to ``y``, and the index of its maximum."""
+        """Write to ``y`` what every window holds, and where its maximum lies.
+
+        ``scratch`` are the buffers of every worker.
+        """
 
     def backward(
-        self, pooling: PoolProblem, tiling: PoolTiling, given: PoolInputs, dx: Array
+        self,
+        problem: PoolProblem,
+        tiling: PoolTiling,
+        scratch: tuple[dict[str, Array], ...],
+        given: PoolInputs,
+        dx: Array,
     ) -> None:
         """Write the gradient for x: the same bits on every run."""
 

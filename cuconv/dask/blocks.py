@@ -276,6 +276,19 @@ def each_block(
     return da.Array(graph, name, chunks, meta=meta)
 
 
+class DaskPlan(NamedTuple):
+    """A call that has been checked; `run` builds a graph and computes nothing."""
+
+    build: Callable[[], Array]
+    threads: int = 0
+    names: tuple[str, ...] = ()
+
+    def run(self, arrays: object, out: object) -> Array:
+        """Build the graph of the arrays that were checked."""
+        del arrays, out
+        return self.build()
+
+
 def as_lazy(array: Array, chunks: Any) -> Array:
     """The array as a Dask array; a NumPy or CuPy array is split into these chunks."""
     return array if is_dask(array) else da.from_array(array, chunks=chunks)

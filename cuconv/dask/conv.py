@@ -25,6 +25,7 @@ from cuconv.dask.blocks import (
     AxisChunks,
     Blocks,
     Chunks,
+    DaskPlan,
     Tiling,
     as_lazy,
     blocks_of,
@@ -43,19 +44,6 @@ from cuconv.engine.problem import CONVOLUTION, ROLES, shapes_of
 from cuconv.engine.request import Request
 from cuconv.geometry import ConvGeometry, Ranges, WindowGeometry
 from cuconv.options import Options
-
-
-class DaskPlan(NamedTuple):
-    """A call that has been checked; `run` builds a graph and computes nothing."""
-
-    build: Callable[[], Array]
-    threads: int = 0
-    names: tuple[str, ...] = ()
-
-    def run(self, arrays: object, out: object) -> Array:
-        """Build the graph of the arrays that were checked."""
-        del arrays, out
-        return self.build()
 
 
 def plan(request: Request, like: Array | None = None) -> DaskPlan:

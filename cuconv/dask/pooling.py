@@ -8,15 +8,23 @@ from itertools import starmap
 from typing import Any
 
 import dask.array as da
-import numpy as np
 
-from cuconv.arrays import Array, DType, is_dask, module_of, module_of_blocks
+from cuconv.arrays import (
+    Array,
+    DType,
+    base_array,
+    is_dask,
+    module_of,
+    module_of_blocks,
+    sample_of,
+)
 from cuconv.backends import backend_of
 from cuconv.config import config, settings
 from cuconv.dask.blocks import (
     AxisChunks,
     Blocks,
     Chunks,
+    DaskPlan,
     as_lazy,
     blocks_of_cells,
     blocks_of_outputs,
@@ -26,41 +34,50 @@ from cuconv.dask.blocks import (
     spans,
     windows,
 )
-from cuconv.engine.pool import PoolProblem
+from cuconv.engine.pool_plan import INDEX, plan_of, pool_backend, tiling_within
+from cuconv.engine.pool_problem import PoolProblem
 from cuconv.geometry import WindowGeometry
 
-_INDEX = np.dtype(np.int64)
 
-
-def reduced(
-    pooling: PoolProblem,
-    x: Array,
-    out: object,
-    run: Callable[..., Any],
-    check: Callable[[PoolProblem], object],
-) -> Any:
-    """A forward pass: ``run(pooling, x)`` for every block.
-
-    ``check`` raises the errors of the call of a block.
-    """
+def plan(
+    problem: PoolProblem, arrays: dict[str, Array], out: object, limit: int | None
+) -> DaskPlan:
+    """Check a pooling, or a gradient of one, and cut it into blocks."""
     refuse_out(out)
-    blocks = blocks_of_outputs(pooling.geometry, x)
-    channels = AxisChunks.of(x, pooling.geometry).channels
-    _check_examples(pooling, blocks, max(channels), check)
-    threads, sizes = settings().num_threads, pooling.geometry.size
+    if problem.is_gradient:
+        return _plan_backward(problem, arrays, limit)
+    return _plan_reduce(problem, arrays["x"], limit)
+
+
+def _plan_reduce(problem: PoolProblem, x: Array, limit: int | None) -> DaskPlan:
+    blocks = blocks_of_outputs(problem.geometry, x)
+    channels = AxisChunks.of(x, problem.geometry).channels
+    _check_examples(problem, blocks, max(channels), {"x": x}, limit)
+    return DaskPlan(partial(_reduced, problem, x, blocks, channels, limit))
+
+
+def _reduced(
+    problem: PoolProblem,
+    x: Array,
+    blocks: Blocks,
+    channels: Chunks,
+    limit: int | None,
+) -> Any:
+    """A forward pass: a graph."""
+    threads, sizes = settings().num_threads, problem.geometry.size
     chunks = blocks.output_chunks(channels)
 
     def work(index: tuple[int, ...]) -> Callable[..., Any]:
-        own = _of_block(pooling, blocks, channels, index)
-        return partial(_reduce_block, run, own, threads, blocks.origin(index), sizes)
+        own = _of_block(problem, blocks, channels, index)
+        return partial(_reduce_block, own, limit, threads, blocks.origin(index), sizes)
 
     meta = partial(_meta, module_of_blocks({"x": x}), x.ndim)
     part = windows(x, blocks.cells(spans(channels)))
-    how = f"cuconv-{pooling.kind}-pool", (run, pooling, blocks, threads)
-    y = each_block(*how, work, [part], [], chunks, meta(pooling.result))
-    if not pooling.with_indices:
+    how = f"cuconv-{problem.kind}-pool", (limit, problem, blocks, threads)
+    y = each_block(*how, work, [part], [], chunks, meta(problem.result))
+    if not problem.with_indices:
         return y
-    both = zip((0, 1), (pooling.result, _INDEX), strict=True)
+    both = zip((0, 1), (problem.result, INDEX), strict=True)
     return tuple(
         da.map_blocks(
             operator.itemgetter(which), y, chunks=chunks, dtype=dtype, meta=meta(dtype)
@@ -69,45 +86,51 @@ def reduced(
     )
 
 
-def backward(
-    pooling: PoolProblem,
-    named: dict[str, Array],
-    out: object,
-    run: Callable[..., Array],
-    check: Callable[[PoolProblem], object],
-) -> Array:
-    """A gradient: ``run(pooling, arrays)`` for every block; the arrays by their names.
+def _plan_backward(
+    problem: PoolProblem, named: dict[str, Array], limit: int | None
+) -> DaskPlan:
+    """Cut a gradient into blocks.
 
     Windows that reach a block are taken whole, for their divisors and the indices of
     their maxima; gradients for elements of other blocks are dropped.
     """
-    refuse_out(out)
-    geometry = pooling.geometry
-    xp = module_of_blocks(named)
-    arrays, blocks, channels = _cut(geometry, named)
+    arrays, blocks, channels = _cut(problem.geometry, named)
     whole = replace(
         blocks, tilings=tuple(tiling.with_whole_windows for tiling in blocks.tilings)
     )
-    _check_examples(pooling, whole, max(channels), check)
+    _check_examples(problem, whole, max(channels), named, limit)
+    return DaskPlan(partial(_gradient, problem, arrays, blocks, whole, channels, limit))
+
+
+def _gradient(
+    problem: PoolProblem,
+    arrays: dict[str, Array],
+    blocks: Blocks,
+    whole: Blocks,
+    channels: Chunks,
+    limit: int | None,
+) -> Array:
+    """A gradient: a graph."""
+    geometry = problem.geometry
     threads, sizes = settings().num_threads, geometry.size
 
     def work(index: tuple[int, ...]) -> Callable[..., Array]:
-        own = _of_block(pooling, whole, channels, index)
+        own = _of_block(problem, whole, channels, index)
         start, place = whole.origin(index), blocks.place(index)
         each = zip(blocks.tilings, place, start, strict=True)
         mine = [[cell - low for cell in tiling.cells[i]] for tiling, i, low in each]
         how = tuple(arrays), start, sizes, geometry.arranged((None,), (None,), mine)
-        return partial(_gradient_block, run, own, threads, *how)
+        return partial(_gradient_block, own, limit, threads, *how)
 
     ranges = whole.outputs(spans(channels)), whole.cells(spans(channels))
     return each_block(
-        f"cuconv-{pooling.kind}-pool-grad",
-        (run, pooling, blocks, threads, tuple(arrays)),
+        f"cuconv-{problem.kind}-pool-grad",
+        (limit, problem, blocks, threads, tuple(arrays)),
         work,
         [windows(array, ranges[name == "x"]) for name, array in arrays.items()],
         [],
         blocks.cell_chunks(channels),
-        _meta(xp, len(geometry.x_shape), pooling.result),
+        _meta(module_of_blocks(arrays), len(geometry.x_shape), problem.result),
     )
 
 
@@ -129,13 +152,17 @@ def _cut(
 
 
 def _check_examples(
-    pooling: PoolProblem,
+    problem: PoolProblem,
     blocks: Blocks,
     channels: int,
-    check: Callable[[PoolProblem], object],
+    arrays: dict[str, Array],
+    limit: int | None,
 ) -> None:
+    """Raise what is wrong with the call of a block, before there is any."""
+    samples = {name: sample_of(array) for name, array in arrays.items()}
     for part in blocks.examples():
-        check(replace(pooling, geometry=replace(part, channels=channels)))
+        own = replace(problem, geometry=replace(part, channels=channels))
+        tiling_within(own, pool_backend(own, samples), limit)
 
 
 def _meta(xp: Any, axes: int, dtype: DType) -> Array:
@@ -143,34 +170,33 @@ def _meta(xp: Any, axes: int, dtype: DType) -> Array:
 
 
 def _of_block(
-    pooling: PoolProblem, blocks: Blocks, channels: Chunks, index: tuple[int, ...]
+    problem: PoolProblem, blocks: Blocks, channels: Chunks, index: tuple[int, ...]
 ) -> PoolProblem:
     """The pooling of one block, with the channels that its arrays have."""
     part = blocks.part(index)
     place = part.arranged(0, 1, (0,) * part.rank).index(1)
-    return replace(pooling, geometry=replace(part, channels=channels[index[place]]))
+    return replace(problem, geometry=replace(part, channels=channels[index[place]]))
 
 
 def _reduce_block(
-    run: Callable[..., Any],
-    pooling: PoolProblem,
+    problem: PoolProblem,
+    limit: int | None,
     threads: int | None,
     start: tuple[int, ...],
     sizes: tuple[int, ...],
     x: Array,
 ) -> Any:
-    """One block, whose first element is ``start`` in planes of these sizes."""
-    with config(num_threads=threads):
-        result = run(pooling, x)
-    if not pooling.with_indices:
+    """One block, of cells from ``start`` on in planes of these sizes."""
+    result = _run(problem, {"x": x}, limit, threads)
+    if not problem.with_indices:
         return result
     y, indices = result
-    return y, _moved(indices, pooling.geometry.size, start, sizes)
+    return y, _moved(indices, problem.geometry.size, start, sizes)
 
 
 def _gradient_block(
-    run: Callable[..., Array],
-    pooling: PoolProblem,
+    problem: PoolProblem,
+    limit: int | None,
     threads: int | None,
     names: tuple[str, ...],
     start: tuple[int, ...],
@@ -182,10 +208,21 @@ def _gradient_block(
     named = dict(zip(names, parts, strict=True))
     if "indices" in named:
         back = tuple(-cell for cell in start)
-        named["indices"] = _moved(named["indices"], sizes, back, pooling.geometry.size)
-    with config(num_threads=threads):
-        dx = run(pooling, named)
+        named["indices"] = _moved(named["indices"], sizes, back, problem.geometry.size)
+    dx: Array = _run(problem, named, limit, threads)
     return dx[tuple(starmap(slice, mine))]
+
+
+def _run(
+    problem: PoolProblem,
+    arrays: dict[str, Array],
+    limit: int | None,
+    threads: int | None,
+) -> Any:
+    """Pool the arrays of one block."""
+    with config(num_threads=threads):
+        given = {name: base_array(array) for name, array in arrays.items()}
+        return plan_of(problem, given, None, limit).run(tuple(given.values()), None)
 
 
 def _moved(

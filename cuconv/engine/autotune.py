@@ -5,10 +5,8 @@ times that were measured on another machine are never used.  If a file cannot be
 written, candidates are measured again.
 """
 
-import hashlib
 import json
 import os
-import tempfile
 import threading
 from collections.abc import Callable, Hashable, Sequence
 from contextlib import suppress
@@ -23,21 +21,23 @@ from cuconv.engine.tile_search import Candidate
 from cuconv.version import __version__
 
 _ROUNDS = 5
+# How a winner is written down: another number where that changes.
+_RECORDS = "2"
 _lock = threading.Lock()
 
 
 class Winner(NamedTuple):
-    """The name of a candidate: strategy, variant, and whether it runs over dy."""
+    """A candidate: strategy, variant in words, and whether it runs over dy."""
 
     strategy: str
-    variant: tuple[int, ...]
+    variant: str
     flipped: bool
 
     @classmethod
     def of(cls, candidate: Candidate) -> "Winner":
         """The name of a candidate."""
-        problem, tiling = candidate.problem, candidate.tiling
-        return cls(candidate.strategy.name, tiling.variant, problem.flipped)
+        words = candidate.strategy.describe(candidate.tiling.variant)
+        return cls(candidate.strategy.name, words, candidate.problem.flipped)
 
 
 def fastest(backend: Backend, calls: Sequence[Callable[[], object]]) -> int:
@@ -53,16 +53,14 @@ def recall(
     """The winner in the file, if it is still a candidate."""
     with _lock:
         known = _known(machine).get(_digest(key))
-    if not isinstance(known, list) or len(known) != 3:
-        return None
-    return next((c for c in candidates if [c[0], list(c[1]), c[2]] == known), None)
+    return next((winner for winner in candidates if list(winner) == known), None)
 
 
 def remember(machine: tuple[str, ...], key: Hashable, winner: Winner) -> None:
     """Save a winner, for this process and later ones."""
     with _lock:
         known = _known(machine)
-        known[_digest(key)] = [winner.strategy, list(winner.variant), winner.flipped]
+        known[_digest(key)] = list(winner)
         with suppress(OSError, RuntimeError):
             # Keep winners that other processes have saved since.
             found = {**_read(machine), **known}
@@ -85,6 +83,8 @@ def _read(machine: tuple[str, ...]) -> dict[str, Any]:
 def _write(path: Path, text: str) -> None:
     """Replace the file in one step: another process may be reading it."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    import tempfile  # noqa: PLC0415 - needed for records alone
+
     with tempfile.NamedTemporaryFile(
         "w", encoding="utf-8", dir=path.parent, delete=False
     ) as file:
@@ -100,9 +100,15 @@ def _path(machine: tuple[str, ...]) -> Path:
     own = os.environ.get("CUCONV_CACHE_DIR")
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     folder = Path(own) if own else Path(base) / "cuconv"
-    words = "\n".join((__version__, *machine))
-    return folder / f"winners-{hashlib.sha256(words.encode()).hexdigest()[:12]}.json"
+    words = "\n".join((__version__, _RECORDS, *machine))
+    return folder / f"winners-{_sha256(words)[:12]}.json"
 
 
 def _digest(key: Hashable) -> str:
-    return hashlib.sha256(repr(key).encode()).hexdigest()[:24]
+    return _sha256(repr(key))[:24]
+
+
+def _sha256(text: str) -> str:
+    import hashlib  # noqa: PLC0415 - needed for records alone
+
+    return hashlib.sha256(text.encode()).hexdigest()

@@ -2,8 +2,8 @@
 
 from collections.abc import Sequence
 
-from cuconv.arrays import Array, module_of, resolve_types
-from cuconv.backends import backend_of
+from cuconv.arrays import Array, resolve_types
+from cuconv.backends import Backend
 from cuconv.geometry import ConvGeometry
 from cuconv.memory import Buffer, MemoryLimitError
 from cuconv.options import Options
@@ -15,15 +15,21 @@ class BiasGrad:
     threads, names = 0, ("dy",)
 
     def __init__(
-        self, dy: Array, geometry: ConvGeometry, channels: int, options: Options
+        self,
+        dy: Array,
+        geometry: ConvGeometry,
+        channels: int,
+        options: Options,
+        backend: Backend,
     ) -> None:
         self.types = resolve_types({"dy": dy}, options.dtype)
-        self.backend = backend_of(module_of({"dy": dy}), dy)
+        self.backend = backend
         sums = Buffer("sums", channels, self.types.accumulate)
-        needed = self.backend.overhead(1, sums.dtype.itemsize) + sums.nbytes
+        self.workspace_bytes = backend.overhead(1, sums.dtype.itemsize) + sums.nbytes
         limit = options.memory_limit
-        if isinstance(limit, int) and limit < needed:
-            raise MemoryLimitError(limit, needed, "the gradient of the bias")
+        if isinstance(limit, int) and limit < self.workspace_bytes:
+            what = "the gradient of the bias"
+            raise MemoryLimitError(limit, self.workspace_bytes, what)
         spatial = [True] * geometry.rank
         summed = geometry.arranged(True, False, spatial)  # noqa: FBT003
         self.axes = tuple(axis for axis, is_summed in enumerate(summed) if is_summed)

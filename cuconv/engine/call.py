@@ -24,6 +24,7 @@ from cuconv.backends import backend_of, refuse_capture
 from cuconv.config import settings
 from cuconv.engine.bias_grad import BiasGrad
 from cuconv.engine.plan import Plan
+from cuconv.engine.planner import decide
 from cuconv.engine.problem import ROLES
 from cuconv.engine.request import (
     ZERO_POINTS,
@@ -80,8 +81,9 @@ _MOST_PLANS = 512
 
 
 def forget_plans() -> None:
-    """Drop every cached plan."""
+    """Drop every plan that is kept."""
     _PLANS.clear()
+    decide.cache_clear()
 
 
 def run(
@@ -139,7 +141,9 @@ def check_overlaps(names: Sequence[str], arrays: Sequence[Array], out: Any) -> N
     given = {n: a for n, a in zip(names, arrays, strict=False) if a is not None}
     xp = module_of(given)
     for each in out if type(out) is tuple else (out,):
-        check_overlap(xp, each, given)
+        if each is not None:
+            check_overlap(xp, each, given)
+            given["out"] = each
 
 
 def convolve(
@@ -210,10 +214,14 @@ def _check_rank(w: Array | None, more: Mapping[str, Any]) -> None:
         )
 
 
-class _Gradients:
-    """The plans of the gradients that are needed, of (dy, x, w)."""
+class GradientPlans:
+    """The plans of the gradients that are needed, of (dy, x, w).
+
+    ``w_shape`` is that of the gradient for w, where its plan gives another.
+    """
 
     names = "dy", "x", "w"
+    w_shape: tuple[int, ...] | None = None
 
     def __init__(self, plans: dict[str, Runnable]) -> None:
         self._plans = plans
@@ -223,9 +231,10 @@ class _Gradients:
         """Run every plan."""
         dy, x, w = arrays
         operands = {"x": (dy, w), "w": (dy, x), "bias": (dy,)}
-        return ConvGradients(
-            **{n: plan.run(operands[n], out) for n, plan in self._plans.items()}
-        )
+        found = {n: plan.run(operands[n], out) for n, plan in self._plans.items()}
+        if self.w_shape is not None and "w" in found:
+            found["w"] = found["w"].reshape(self.w_shape)
+        return ConvGradients(**found)
 
 
 def plan_gradients(
@@ -234,8 +243,8 @@ def plan_gradients(
     out: None,
     options: Mapping[str, Any],
     more: Mapping[str, Any],
-) -> Runnable:
-    """Plan the gradients of a convolution that are needed, before any is computed.
+) -> GradientPlans:
+    """Plan the gradients of a convolution that are needed; errors come first.
 
     ``call`` is the empty string, or ``"transpose_"`` for a transposed convolution.
     """
@@ -270,7 +279,8 @@ def plan_gradients(
         if lazy:
             return dask_conv.plan_bias_grad(geometry, named["dy"], chosen)
         channels = geometry.channels if call else geometry.filters
-        return BiasGrad(named["dy"], geometry, channels, chosen.settled())
+        backend = backend_of(module_of(named), dy)
+        return BiasGrad(named["dy"], geometry, channels, chosen.settled(), backend)
 
     calls: dict[str, Callable[[], Runnable]] = {
         "x": lambda: plan("x"),
@@ -278,7 +288,7 @@ def plan_gradients(
         "bias": bias,
     }
     found = all_within({name: calls[name] for name in GRADIENTS if name in needs})
-    return _Gradients(found)
+    return GradientPlans(found)
 
 
 def check_needs(

@@ -42,7 +42,7 @@ class Memory:
                 range(start, start + workers * each, each) if each else [0] * workers
             )
             return tuple(carve(self.raw, place, buffers) for place in starts)
-        raw = self._recording.region(name, start, each)
+        raw = self._recording.region(name, start, each, workers)
         return (carve(raw, 0, buffers),) * workers
 
 
@@ -70,6 +70,14 @@ class Run(NamedTuple):
         if second is None and "dy" in arrays:
             second = arrays.get("x")
         return first, second, arrays.get("bias"), arrays["out"]
+
+    def inside(
+        self, first: int, arrays: dict[str, Array], buffers: Sequence[Buffer]
+    ) -> "Run":
+        """Run a lowering of which others are made: its parts begin at ``first``."""
+        own = {**arrays, **self.memory.shared(self.start, buffers)}
+        start = self.start + buffer_bytes(buffers)
+        return self._replace(arrays=own, start=start, first=self.first + first)
 
     def convolve(
         self,

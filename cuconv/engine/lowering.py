@@ -1,7 +1,7 @@
-"""The result of lowering: steps over one workspace, basic convolutions among them."""
+"""What a call is lowered to: steps over one workspace, and basic convolutions."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import TypeVar
@@ -12,7 +12,7 @@ from cuconv.engine.execute import Run
 from cuconv.engine.planner import PlanningResult, decide
 from cuconv.engine.request import Request
 from cuconv.geometry import ConvGeometry
-from cuconv.memory import Buffer, MemoryLimit, all_within, workspace_bytes
+from cuconv.memory import Buffer, MemoryLimit, all_within, buffer_bytes, workspace_bytes
 
 Key = TypeVar("Key")
 
@@ -63,6 +63,10 @@ class Lowering(ABC):
         """Everything that a run allocates beyond inputs and result."""
         return workspace_bytes(self.buffers) + held(self.parts)
 
+    def bytes_around(self, parts: Sequence[int]) -> int:
+        """Bytes of all buffers, where those of the parts take so many."""
+        return buffer_bytes(self.buffers) + max(parts, default=0)
+
     @property
     def memory_limit(self) -> int:
         """The memory limit that applies."""
@@ -105,9 +109,21 @@ def held(parts: Iterable[PlanningResult]) -> int:
 
     They share the largest workspace; the largest overhead may be another part's.
     """
-    each = [(p.best.memory_bytes, p.best.overhead_bytes) for p in parts]
-    memories, overheads = zip(*each, strict=True) if each else ((0,), (0,))
-    return max(memories) + max(overheads)
+    best = [part.best for part in parts]
+    memory = max((each.memory_bytes for each in best), default=0)
+    return memory + max((each.overhead_bytes for each in best), default=0)
+
+
+def overhead_of(parts: Iterable[PlanningResult]) -> int:
+    """What parts take at most beside their buffers."""
+    return max((part.best.overhead_bytes for part in parts), default=0)
+
+
+def held_by(lowerings: Iterable[Lowering]) -> int:
+    """`held` by lowerings, each with its own buffers, run after each other."""
+    each = [(low.workspace_bytes, overhead_of(low.parts)) for low in lowerings]
+    most = max((whole - overhead for whole, overhead in each), default=0)
+    return most + max((overhead for _, overhead in each), default=0)
 
 
 def within(
@@ -119,8 +135,7 @@ def within(
     then, and only the largest workspace counts.
     """
     found = all_within(calls)
-    parts = [part for each in found.values() for part in each.parts]
-    if not isinstance(limit, int) or held(parts) <= limit:
+    if not isinstance(limit, int) or held_by(found.values()) <= limit:
         return found
     with config(num_threads=1):
         return all_within(calls)

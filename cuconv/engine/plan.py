@@ -1,7 +1,8 @@
 """Plans: the chosen steps, the reasons, and running them."""
 
+import copy
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
@@ -15,27 +16,114 @@ from cuconv.arrays import (
     module_of,
     stub_of,
 )
-from cuconv.backends import backend_of, refuse_capture
+from cuconv.backends import Backend, backend_of, refuse_capture
 from cuconv.engine.autotune import Winner, fastest, recall, remember
 from cuconv.engine.execute import Memory, Run, fill, job_of
 from cuconv.engine.lower import lower
+from cuconv.engine.lowering import Lowering
 from cuconv.engine.planner import PlanningResult
 from cuconv.engine.problem import NAMES, ROLES, Problem, check_shape, shapes_of
-from cuconv.engine.program import Program, Recording, TooManySteps
+from cuconv.engine.recorded import MOST_BLOCKS, NEEDS_OUT, Recorded
 from cuconv.engine.request import ZERO_POINTS, Request
 from cuconv.engine.tile_search import Candidate
 from cuconv.geometry import Axis, ConvGeometry
-from cuconv.memory import ALIGNED, allocated, buffer_bytes, carve
-
-# Why a call without `out` is refused while a CUDA graph is captured.
-NEEDS_OUT = "cannot allocate the result during CUDA graph capture: pass out="
-# The most blocks that are recorded: with more, the work takes far longer than computing
-# the steps anew.
-_MOST_BLOCKS = 32
+from cuconv.memory import allocated, buffer_bytes, carve, with_start
+from cuconv.options import Options
 
 
-class Plan:
-    """The plan of one convolution, or of a gradient of one; print it to read it.
+class LoweredCall(Recorded):
+    """A call that was lowered; ``strategy="benchmark"`` times its candidates first."""
+
+    def __init__(self, lowering: Lowering, backend: Backend, options: Options) -> None:
+        self.lowering, self.options = lowering, options
+        self.candidates: list[Candidate] = [part.best for part in lowering.parts]
+        self._is_tuned = options.strategy != "benchmark"
+        super().__init__(backend, lowering.chunks)
+        self.renew()
+
+    def renew(self) -> None:
+        """Forget what was recorded, and see what the candidates that run ask for."""
+        self._is_recordable = self.lowering.chunks <= MOST_BLOCKS
+        self._program = None
+        # For how many threads it is, where that matters.
+        self.threads = 0 if self.is_single_threaded else self.backend.workers()
+
+    @property
+    def is_single_threaded(self) -> bool:
+        """Whether no product is worth a second thread."""
+        return all(c.problem.single_threaded for c in self.candidates)
+
+    @property
+    def workers(self) -> int:
+        """How many threads work on it."""
+        return max((c.tiling.workers for c in self.candidates), default=1)
+
+    def with_candidates(self, candidates: list[Candidate]) -> Self:
+        """The same call, whose parts are run by these."""
+        other = copy.copy(self)
+        other.candidates = candidates.copy()
+        other.renew()
+        return other
+
+    def _memory_of(self, candidate: Candidate) -> int:
+        """Bytes of a candidate's buffers."""
+        needs, workers = candidate.workspace, candidate.tiling.workers
+        shared = buffer_bytes((*needs.weights, *needs.shared))
+        return shared + workers * buffer_bytes(needs.per_worker)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all buffers."""
+        each = [self._memory_of(c) if c.flops else 0 for c in self.candidates]
+        return with_start(self.lowering.bytes_around(each))
+
+    @property
+    def spare_bytes(self) -> int:
+        overhead = max(candidate.overhead_bytes for candidate in self.candidates)
+        return self.lowering.memory_limit - self.nbytes - overhead
+
+    def execute(self, arrays: dict[str, Array]) -> None:
+        """Run it on arrays that have been checked, by their names."""
+        if not self._is_tuned and not any(c.problem.captured for c in self.candidates):
+            self._tune(arrays)
+        super().execute(arrays)
+
+    def _steps(self, backend: Any, arrays: dict[str, Array], memory: Memory) -> None:
+        buffers = self.lowering.buffers
+        space = carve(memory.raw, 0, buffers)
+        start = buffer_bytes(buffers)
+        run = Run(backend, {**arrays, **space}, self.candidates, memory, start)
+        self.lowering.steps(run)
+
+    def _tune(self, arrays: dict[str, Array]) -> None:
+        """Time the candidates of every part, or recall which was the fastest."""
+        machine, threads = self.backend.machine(), self.backend.workers()
+        for number, part in enumerate(self.lowering.parts):
+            if not part.best.flops:
+                continue
+            key = part.best.problem.fingerprint, part.limit, threads
+            winners = [Winner.of(candidate) for candidate in part.candidates]
+            winner = recall(machine, key, winners)
+            if winner is None:
+                calls = [self._trial(number, c, arrays) for c in part.candidates]
+                winner = winners[fastest(self.backend, calls)]
+                remember(machine, key, winner)
+            self.candidates[number] = part.candidates[winners.index(winner)]
+        self._is_tuned = True
+        self.renew()
+
+    def _trial(
+        self, number: int, candidate: Candidate, arrays: dict[str, Array]
+    ) -> Callable[[], None]:
+        """A run with another candidate for one part."""
+        candidates = self.candidates.copy()
+        candidates[number] = candidate
+        other = self.with_candidates(candidates)
+        return lambda: other._run_steps(arrays)  # noqa: SLF001 - a copy of itself
+
+
+class Plan(LoweredCall):
+    """What one convolution, or a gradient of one, will do; print it to read it.
 
     Made by `cuconv.plan_conv`.  A plan is fixed: shapes, types, strategy, blocks and
     memory.  Calling it with arrays runs it.
@@ -51,34 +139,25 @@ class Plan:
     array([[[3., 6., 9.]]])
     """
 
-    def __init__(self, request: Request) -> None:
+    def __init__(self, request: Request, lowering: Lowering | None = None) -> None:
         arrays = {name: stub_of(name, a) for name, a in request.arrays.items()}
         out = None if request.out is None else stub_of("out", request.out)
         request = request._replace(arrays=arrays, out=out)
         self.request, self.call = request, request.call
-        self.options, self.backend = request.options, request.backend
-        self.lowering = lower(request)
+        lowering = lower(request) if lowering is None else lowering
+        self.flops = 0 if request.geometry.is_empty else lowering.flops
         self.problem: Problem = request.problem()
-        self.candidates: list[Candidate] = [p.best for p in self.lowering.parts]
         self.result_shape, self.dtype = request.result_shape, request.types.result
         self.names = (*ROLES[self.call], *ZERO_POINTS)
         self._weights: dict[str, Array] = {}
         # Operands that are numbers, not arrays.
         self._numbers = {n: a for n, a in arrays.items() if not is_array(a)}
-        self._is_tuned = self.options.strategy != "benchmark"
-        self._program: Program | None = None
-        self._is_recordable = self.lowering.chunks <= _MOST_BLOCKS
-        self._others: dict[Any, Plan] = {}
-        self._summarize()
+        super().__init__(lowering, request.backend, request.options)
 
-    def _summarize(self) -> None:
-        """Compute the attributes that depend on the candidates."""
-        self.flops = 0 if self.request.geometry.is_empty else self.lowering.flops
-        self.is_single_threaded = all(
-            candidate.problem.single_threaded for candidate in self.candidates
-        )
-        # The number of threads it is for, if it depends on them.
-        self.threads = 0 if self.is_single_threaded else self.backend.workers()
+    def renew(self) -> None:
+        """The same; and forget the plans for arrays that lie otherwise."""
+        super().renew()
+        self._others: dict[Any, Plan] = {}
 
     @property
     def _first(self) -> PlanningResult:
@@ -98,11 +177,6 @@ class Plan:
     def strategy(self) -> str:
         """The name of the strategy that runs."""
         return self.candidates[0].strategy.name
-
-    @property
-    def workers(self) -> int:
-        """The number of threads that run it."""
-        return max(candidate.tiling.workers for candidate in self.candidates)
 
     @property
     def chunks(self) -> int:
@@ -150,18 +224,8 @@ class Plan:
 
     def _memory_of(self, candidate: Candidate) -> int:
         """Bytes of a candidate's buffers, without those of prepared weights."""
-        needs, workers = candidate.workspace, candidate.tiling.workers
-        kept = () if self._weights else needs.weights
-        return buffer_bytes((*kept, *needs.shared)) + workers * buffer_bytes(
-            needs.per_worker
-        )
-
-    @property
-    def _memory_bytes(self) -> int:
-        """Bytes of all buffers."""
-        total = buffer_bytes(self.lowering.buffers)
-        total += max(map(self._memory_of, self.candidates), default=0)
-        return total + ALIGNED if total else 0
+        kept = candidate.workspace.weights if self._weights else ()
+        return super()._memory_of(candidate) - buffer_bytes(kept)
 
     def __call__(self, *arrays: Array | None, out: Array | None = None) -> Array:
         """Run it.
@@ -189,6 +253,8 @@ class Plan:
             plan that cannot be captured.
         """
         key = layouts_of((*arrays, out))
+        if key is None:
+            arrays = tuple(map(base_array, arrays))
         plan = self._others.get(key) if key is not None else None
         if plan is None:
             plan = self._checked(arrays, out)
@@ -202,8 +268,7 @@ class Plan:
         return dict(zip(self.names, arrays, strict=False))
 
     def _checked(self, arrays: tuple[Array | None, ...], out: Array | None) -> "Plan":
-        """Check the arrays of a call; return the plan for their layouts."""
-        arrays = tuple(map(base_array, arrays))
+        """Check the arrays of a call; the plan for them, if they lie otherwise."""
         names = [n for n in ROLES[self.call] if n != "w" or not self.is_prepared]
         given = {n: a for n, a in zip(names, arrays, strict=False) if a is not None}
         self._check(names, arrays, given, out)
@@ -286,19 +351,14 @@ class Plan:
             return self._with_weights(own)
 
     def _with_weights(self, w: Array) -> "Plan":
-        """The same plan with a private copy of weights, of the operands' type."""
-        plan = self._copy()
-        plan.names = tuple(n for n in self.names if n != "w")
-        for number, weights in enumerate(self.lowering.weights_of(w)):
-            plan._weights[f"weights{number}"] = self._prepared(number, weights)
-        return plan
-
-    def _copy(self) -> "Plan":
-        """A copy of the plan."""
-        plan = Plan.__new__(Plan)
-        plan.__dict__.update(self.__dict__)
-        plan.candidates = self.candidates.copy()
-        plan._program, plan._others, plan._weights = None, {}, {}
+        """The same plan with weights that nobody else writes, of the operands' type."""
+        plan = self.with_candidates(self.candidates)
+        plan.names = tuple(name for name in self.names if name != "w")
+        # Prepared weights are what one candidate takes, and no other.
+        plan._is_tuned = True  # noqa: SLF001 - a copy of itself
+        each = enumerate(self.lowering.weights_of(w))
+        prepared = {f"weights{n}": self._prepared(n, own) for n, own in each}
+        plan._weights = prepared  # noqa: SLF001
         return plan
 
     def _prepared(self, number: int, w: Array) -> Array:
@@ -306,7 +366,7 @@ class Plan:
         if not self.flops:
             return w
         kept = allocated(backend.xp, candidate.workspace.weights)
-        with backend.memory(self._memory_bytes) as raw:
+        with backend.memory(self.nbytes) as raw:
             job, _ = job_of(
                 candidate, backend, Memory(raw), 0, number, with_weights=False
             )
@@ -320,80 +380,15 @@ class Plan:
         named["out"] = result if out is None else base_array(out)
         if self._weights or self._numbers:
             named.update(self._weights, **self._numbers)
-        if self._program is None:
-            self._run_first(named)
-        else:
-            backend.execute(self._program, named)
+        self.execute(named)
         return result
-
-    def _run_first(self, arrays: dict[str, Array]) -> None:
-        """Run it without a program; record one if it is not too long."""
-        if not self._is_tuned and not self.problem.captured and self.flops:
-            self._tune(arrays)
-        if self._is_recordable:
-            try:
-                self._program = self._recorded(arrays)
-            except TooManySteps:
-                self._is_recordable = False
-        if self._program is not None:
-            self.backend.execute(self._program, arrays)
-        else:
-            self._run_steps(arrays)
-
-    def _run_steps(self, arrays: dict[str, Array]) -> None:
-        """Run the steps without recording them."""
-        backend = self.backend
-        with (
-            backend.device_of(arrays["out"]),
-            backend.memory(self._memory_bytes) as raw,
-        ):
-            self._steps(backend, arrays, Memory(raw))
-
-    def _recorded(self, arrays: dict[str, Array]) -> Program:
-        """Record the steps for arrays of this layout."""
-        stubs = {name: stub_of(name, array) for name, array in arrays.items()}
-        recording = Recording(self.backend, stubs)
-        nbytes = max(self._memory_bytes - ALIGNED, 0)
-        self._steps(recording.backend, stubs, Memory.recorded(nbytes, recording))
-        single = self.is_single_threaded
-        return Program(
-            recording, self._memory_bytes, self.workers, single_threaded=single
-        )
 
     def _steps(self, backend: Any, arrays: dict[str, Array], memory: Memory) -> None:
         if not self.flops:
             bias = arrays.get("bias")
             fill(backend, arrays["out"], bias, self.request.geometry)
             return
-        buffers = self.lowering.buffers
-        space = carve(memory.raw, 0, buffers)
-        run = Run(
-            backend, {**arrays, **space}, self.candidates, memory, buffer_bytes(buffers)
-        )
-        self.lowering.steps(run)
-
-    def _tune(self, arrays: dict[str, Array]) -> None:
-        """Time the candidates of every part, or recall which was the fastest."""
-        machine, threads = self.backend.machine(), self.backend.workers()
-        for number, part in enumerate(self.lowering.parts):
-            key = part.best.problem.fingerprint, part.limit, threads
-            winners = [Winner.of(candidate) for candidate in part.candidates]
-            winner = recall(machine, key, winners)
-            if winner is None:
-                calls = [self._trial(number, c, arrays) for c in part.candidates]
-                winner = winners[fastest(self.backend, calls)]
-                remember(machine, key, winner)
-            self.candidates[number] = part.candidates[winners.index(winner)]
-        self._is_tuned = True
-        self._summarize()
-
-    def _trial(
-        self, number: int, candidate: Candidate, arrays: dict[str, Array]
-    ) -> Callable[[], None]:
-        """A run with another candidate for one part."""
-        plan = self._copy()
-        plan.candidates[number] = candidate
-        return lambda: plan._run_steps(arrays)
+        super()._steps(backend, arrays, memory)
 
     def _check(
         self,

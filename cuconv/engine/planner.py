@@ -14,7 +14,7 @@ from cuconv.backends import Backend
 from cuconv.engine.problem import NAMES, Problem
 from cuconv.engine.tile_search import Candidate, TileSearch, over
 from cuconv.lazy import lazy
-from cuconv.memory import MemoryLimitError
+from cuconv.memory import MemoryLimit, MemoryLimitError
 from cuconv.strategies import Strategy, strategies
 
 # More than 1 by the rounding error of a sum of prices.
@@ -33,27 +33,25 @@ class PlanningResult:
     _workers: int
 
     @lazy
+    def _every(self) -> tuple[tuple[Candidate, ...], dict[str, str]]:
+        what = self._problem, self._backend, self._name, self.limit
+        return _every(*what, self._workers)
+
+    @property
     def candidates(self) -> tuple[Candidate, ...]:
         """Every strategy and variant that fits, the best first."""
-        found: list[Candidate] = []
-        for search in _searches(self._problem, self._backend, self._name, self.limit):
-            try:
-                found.append(search.candidate(self._workers))
-            except MemoryLimitError:
-                continue
-        return tuple(sorted(found, key=lambda candidate: candidate.rank))
+        return self._every[0]
 
     @lazy
     def passed_over(self) -> tuple[tuple[str, str], ...]:
-        """Every other strategy, with the reason why it does not run."""
-        best, *others = self.candidates
+        """Every other strategy, and why it does not run."""
+        (best, *others), reasons = self._every
         lost: dict[str, str] = {}
         for candidate in others:
             slower = candidate.rank / max(best.rank, 1)
             word = f"estimated {slower:.2f} times as long"
             lost.setdefault(candidate.label, word)
         seen = {candidate.strategy.name for candidate in self.candidates}
-        reasons = _reasons(self._problem, self._backend, self._name, self.limit)
         never = {name: why for name, why in reasons.items() if name not in seen}
         return (*lost.items(), *never.items())
 
@@ -88,9 +86,9 @@ def decide(
     return PlanningResult(best, allowed, problem, backend, name, workers)
 
 
-def floor(problem: Problem, backend: Backend, limit: int | None) -> float:
-    """A lower bound for the rank of the best candidate; no limit is checked."""
-    allowed = backend.default_memory_limit if limit is None else limit
+def floor(problem: Problem, backend: Backend, limit: MemoryLimit) -> float:
+    """What the best candidate of all strategies ranks at least."""
+    allowed = limit if isinstance(limit, int) else backend.default_memory_limit
     searches = _searches(problem, backend, "auto", allowed)
     return min(search.floor for search in searches) / _ROUNDED
 
@@ -121,24 +119,40 @@ def _best(
     Searches run in the order of their lower bounds, and stop once those are too high.
     """
     searches = enumerate(_searches(problem, backend, name, limit))
-    best: tuple[float, int, Candidate] | None = None
+    found: list[tuple[float, int, Candidate]] = []
     least: list[int] = []
     for number, search in sorted(searches, key=lambda pair: pair[1].floor):
-        if best is not None and search.floor > best[0] * _ROUNDED:
+        if found and search.floor > min(found)[0] * _ROUNDED:
             break
         try:
             candidate = search.candidate(workers)
         except MemoryLimitError as error:
             least.append(error.smallest)
-            continue
-        found = candidate.rank, number, candidate
-        best = found if best is None else min(best, found, key=lambda f: f[:2])
-    if best is not None:
-        return best[-1]
+        else:
+            found.append((candidate.rank, number, candidate))
+    if found:
+        return min(found)[-1]
     if problem.captured:
-        reasons = _reasons(problem, backend, name, limit)
+        _, reasons = _every(problem, backend, name, limit, workers)
         raise ValueError(_nothing_to_capture(problem, reasons))
     raise MemoryLimitError(limit, min(least), NAMES[problem.call])
+
+
+def _every(
+    problem: Problem, backend: Backend, name: str, limit: int, workers: int
+) -> tuple[tuple[Candidate, ...], dict[str, str]]:
+    """All candidates by rank; and why strategies, by name, have none or one less."""
+    found: list[Candidate] = []
+    sizes: dict[str, list[int]] = {}
+    for search in _searches(problem, backend, name, limit):
+        try:
+            found.append(search.candidate(workers))
+        except MemoryLimitError as error:
+            sizes.setdefault(search.strategy.name, []).append(error.smallest)
+    refusals = {s.name: _refusal(s, problem) for s in _named(name)}
+    reasons = {name: reason for name, reason in refusals.items() if reason}
+    reasons |= {name: _too_large(min(each), problem) for name, each in sizes.items()}
+    return tuple(sorted(found, key=lambda candidate: candidate.rank)), reasons
 
 
 def _searches(
@@ -175,27 +189,6 @@ def _refusal(strategy: Strategy, problem: Problem) -> str:
     if any(able for able, _ in answers):
         return ""
     return f"; {over(problem)}: ".join(reason for _, reason in answers)
-
-
-def _reasons(
-    problem: Problem, backend: Backend, name: str, limit: int
-) -> dict[str, str]:
-    """Reasons by strategy: those that cannot run, then those that are too large."""
-    reasons: dict[str, str] = {}
-    too_large: dict[str, str] = {}
-    for strategy in _named(name):
-        if reason := _refusal(strategy, problem):
-            reasons[strategy.name] = reason
-            continue
-        sizes = []
-        for search in _searches(problem, backend, strategy.name, limit):
-            try:
-                search.candidate(1)
-            except MemoryLimitError as error:
-                sizes.append(error.smallest)
-        if sizes:
-            too_large[strategy.name] = _too_large(min(sizes), problem)
-    return reasons | too_large
 
 
 def _too_large(size: int, problem: Problem) -> str:

@@ -1,73 +1,320 @@
-"""Pooling calls: windows, and the reduction of the elements under each."""
+"""The calls of pooling: options and arrays are checked and become a plan.
 
-from dataclasses import dataclass, replace
-from typing import NamedTuple
+Dask arrays leave the road here.
+"""
 
-from cuconv.arrays import Array, DType
-from cuconv.geometry import Tile, WindowGeometry
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from numbers import Real
+from typing import Any, TypeAlias, TypedDict
 
-MAXIMUM, MEAN, NORM = "max", "mean", "norm"
+import numpy as np
+
+from cuconv.arrays import (
+    Array,
+    DType,
+    accumulator,
+    any_dask,
+    as_dtype,
+    base_array,
+    check_type,
+    module_of,
+    module_of_blocks,
+    resolve_types,
+)
+from cuconv.engine.pool_plan import INDEX, limit_of, plan_of, y_shape
+from cuconv.engine.pool_problem import MAXIMUM, MEAN, NORM, PoolProblem
+from cuconv.engine.problem import check_shape
+from cuconv.geometry import (
+    Padding,
+    Sizes,
+    WindowGeometry,
+    as_index,
+    check_axes,
+    kernel_of_rank,
+)
+
+OutputSize: TypeAlias = int | Sequence[int | None] | None
+Arrays: TypeAlias = tuple[Array | None, ...]
+Named: TypeAlias = dict[str, Array]
+Values: TypeAlias = Mapping[str, Any]
 
 
-@dataclass(frozen=True)
-class PoolProblem:
-    """One call, forward or for the gradient; arrays are (N, C, *spatial).
+class PoolOptions(TypedDict, total=False):
+    """The keyword options of every pooling with a kernel; see `cuconv.max_pool`."""
 
-    ``source`` is the type of x, or of dy for a gradient; ``accumulate`` that of sums.
-    ``values`` is the type of x if a gradient must find the maxima in x.
+    stride: Sizes | None
+    padding: Padding
+    dilation: Sizes
+    ceil_mode: bool
+    layout: str
+
+
+class MeanOptions(PoolOptions, total=False):
+    """Those of `cuconv.avg_pool` beside them."""
+
+    count_include_pad: bool
+    divisor_override: int | None
+
+
+DEFAULTS: dict[str, Any] = {
+    "stride": None,
+    "padding": 0,
+    "dilation": 1,
+    "ceil_mode": False,
+    "layout": "channels_first",
+    "count_include_pad": True,
+    "divisor_override": None,
+    "return_indices": False,
+    "dtype": None,
+    "out": None,
+    "memory_limit": None,
+}
+# Options of a call that say nothing of its windows.
+_OTHERS = {"max_pool": {"return_indices"}, "avg_pool": {"dtype"}}
+
+
+def plan_pool(
+    call: str, arrays: Arrays, out: Any, options: Values, more: Values
+) -> Any:
+    """Check a pooling, or a gradient of one, and plan it.
+
+    Parameters
+    ----------
+    call
+        Name of the public function, without a rank.
+    arrays
+        Its arrays, in the order of `NAMES`.
+    out
+        What the results are written to, or None.
+    options
+        Its options; `DEFAULTS` has the others.
+    more
+        The windows: a ``kernel_size``, an ``output_size``, or ``batched`` alone for one
+        over everything; the ``rank`` where that is fixed; and numbers that the call has
+        beside them.
     """
+    named = dict(zip(NAMES[call], arrays, strict=True))
+    problem, given = _PROBLEMS[call](call, named, options, more)
+    if problem.is_gradient:
+        check_shape("dy", given["dy"], y_shape(problem.geometry))
+    limit = options.get("memory_limit")
+    if any_dask(given.values()):
+        from cuconv.dask import pooling as dask_pooling  # noqa: PLC0415 - it imports Dask
 
-    kind: str
-    geometry: WindowGeometry
-    source: DType
-    accumulate: DType
-    result: DType
-    is_gradient: bool = False
-    with_indices: bool = False
-    values: DType | None = None
-    counts_padding: bool = True
-    divisor: int | None = None
-    norm: float = 1.0
-
-    @property
-    def is_search(self) -> bool:
-        """True if only the indices are needed: see `search`."""
-        return self.with_indices and self.values is not None
-
-    @property
-    def search(self) -> "PoolProblem":
-        """The call that finds the indices of the maxima for a gradient."""
-        own = dict.fromkeys(("source", "accumulate", "result"), self.values)
-        return replace(self, is_gradient=False, with_indices=True, **own)
-
-    @property
-    def common_divisor(self) -> int | None:
-        """The divisor of every sum; None if windows have different counts."""
-        axes = self.geometry.axes
-        if self.divisor is not None:
-            return self.divisor
-        same = self.counts_padding or not self.geometry.is_padded
-        uniform = not any(axis.overhang or axis.windows for axis in axes)
-        return self.geometry.taps if same and uniform else None
-
-    def count(self, axis: int, output: int) -> int:
-        """Elements along an axis that the divisor of an output counts, at least one."""
-        found = self.geometry.axes[axis].taps_of(output, padding=self.counts_padding)
-        return max(found, 1)
+        return dask_pooling.plan(problem, given, out, limit_of(limit))
+    return plan_of(problem, given, out, limit, NAMES[call])
 
 
-class PoolInputs(NamedTuple):
-    """The arrays that a gradient is computed from; None if it does not need one."""
+NAMES = {
+    "max_pool": ("x",),
+    "avg_pool": ("x",),
+    "lp_pool": ("x",),
+    "max_pool_backward": ("dy", "indices", "x"),
+    "avg_pool_backward": ("dy",),
+    "lp_pool_backward": ("dy", "x", "y"),
+}
 
-    dy: Array
-    indices: Array | None = None
-    x: Array | None = None
-    y: Array | None = None
+
+def _geometry(
+    call: str, shape: Sequence[int], options: Values, more: Values
+) -> WindowGeometry:
+    """The windows of a call over an array of this shape."""
+    layout = options.get("layout", DEFAULTS["layout"])
+    if "output_size" in more:
+        return WindowGeometry.of_even(shape, more["output_size"], layout=layout)
+    if "batched" in more:
+        ones = (1,) * (len(shape) - 1 - more["batched"])
+        return WindowGeometry.of_even(shape, ones, layout=layout)
+    others = {"memory_limit", *_OTHERS.get(call, ())}
+    own = {name: value for name, value in options.items() if name not in others}
+    kind = MeanOptions if call.startswith("avg") else PoolOptions
+    return window_geometry(shape, more["kernel_size"], own, kind)
 
 
-class PoolTiling(NamedTuple):
-    """The tiling of a call: outputs (elements, for a gradient), channels, workers."""
+def _x_geometry(call: str, x: Any, options: Values, more: Values) -> WindowGeometry:
+    """The windows of a call over its input; what is no array is refused."""
+    if "rank" in more:
+        kernel = kernel_of_rank(more["kernel_size"], more["rank"])
+        check_axes(len(_shape_of(x)), more["rank"])
+        more = {**more, "kernel_size": kernel}
+    return _geometry(call, _shape_of(x), options, more)
 
-    tile: Tile = Tile(1, ())
-    channels: int = 0
-    workers: int = 1
+
+def _shape_of(x: Any) -> tuple[int, ...]:
+    module_of_blocks({"x": x})
+    shape: tuple[int, ...] = x.shape
+    return shape
+
+
+def window_geometry(
+    shape: Sequence[int],
+    kernel_size: Sizes,
+    options: Values,
+    kind: type = PoolOptions,
+) -> WindowGeometry:
+    """The windows over an array of this shape."""
+    names = list(kind.__annotations__)
+    unknown = sorted(set(options) - set(names))
+    if unknown:
+        known = ", ".join(names)
+        raise TypeError(f"there is no option {unknown[0]!r}; the options are {known}")
+    chosen = {**DEFAULTS, **options}
+    stride = chosen["stride"]
+    return WindowGeometry.of(
+        shape,
+        kernel_size,
+        stride=kernel_size if stride is None else stride,
+        padding=chosen["padding"],
+        dilation=chosen["dilation"],
+        ceil_mode=bool(chosen["ceil_mode"]),
+        layout=chosen["layout"],
+    )
+
+
+def divided_by(options: Values) -> dict[str, Any]:
+    """The divisor of a mean, as fields of a `PoolProblem`."""
+    chosen = {**DEFAULTS, **options}
+    divisor = chosen["divisor_override"]
+    if divisor is not None:
+        divisor = as_index("divisor_override", divisor)
+        if not divisor:
+            raise ValueError("divisor_override must not be 0")
+    counts_padding = bool(chosen["count_include_pad"])
+    return {"counts_padding": counts_padding, "divisor": divisor}
+
+
+def _source_shape(x: Array | None, x_shape: Sequence[int] | None) -> Sequence[int]:
+    if x is not None and x_shape is not None and tuple(x_shape) != x.shape:
+        raise ValueError(f"x has shape {x.shape} and x_shape is {tuple(x_shape)}")
+    shape = x_shape if x is None else x.shape
+    if shape is None:
+        raise TypeError("x_shape is None, and so is x: one of them must be given")
+    return shape
+
+
+def _checked(named: Mapping[str, Array | None]) -> Named:
+    """Arrays by their names: of one module and one device, and of types we know."""
+    given = {name: array for name, array in named.items() if array is not None}
+    if any_dask(given.values()):
+        module_of_blocks(given)
+    else:
+        module_of(given)
+    for name, array in given.items():
+        check_type(name, array.dtype)
+    return {name: base_array(array) for name, array in given.items()}
+
+
+def _max(
+    call: str, named: Named, options: Values, more: Values
+) -> tuple[PoolProblem, Named]:
+    geometry = _x_geometry(call, named["x"], options, more)
+    given = _checked(named)
+    dtype = given["x"].dtype
+    _check_ordered("x", dtype)
+    with_indices = bool(options.get("return_indices"))
+    dtypes = (_native(dtype),) * 3
+    return PoolProblem(MAXIMUM, geometry, *dtypes, with_indices=with_indices), given
+
+
+def _max_gradient(
+    call: str, named: Named, options: Values, more: Values
+) -> tuple[PoolProblem, Named]:
+    dy, indices, x = named.values()
+    geometry = _geometry(call, _source_shape(x, more["x_shape"]), options, more)
+    given = _checked(named)
+    if (indices is None) == (x is None):
+        both = "both" if x is not None else "neither"
+        raise TypeError(f"indices or x must be given, one of them; got {both}")
+    if dy.dtype == bool:
+        raise TypeError("dy has type bool, which cannot be summed")
+    if indices is not None:
+        check_shape("indices", indices, y_shape(geometry))
+        if indices.dtype != INDEX:
+            raise TypeError(f"indices have type {indices.dtype} and must have int64")
+    if x is not None:
+        _check_ordered("x", x.dtype)
+    dtype = _native(dy.dtype)
+    dtypes = dtype, accumulator(dtype), dtype
+    values = None if x is None else _native(x.dtype)
+    problem = PoolProblem(MAXIMUM, geometry, *dtypes, is_gradient=True, values=values)
+    return problem, given
+
+
+def _mean(
+    call: str, named: Named, options: Values, more: Values
+) -> tuple[PoolProblem, Named]:
+    geometry = _x_geometry(call, named["x"], options, more)
+    divided = divided_by(options)
+    given = _checked(named)
+    own, dtype = given["x"].dtype, options.get("dtype")
+    result = _mean_type(own) if dtype is None else as_dtype(dtype)
+    if result.kind in "biu":
+        raise TypeError(f"a mean needs a real or complex dtype; got {result}")
+    types = resolve_types(given, result)
+    dtypes = own, types.accumulate, types.result
+    return PoolProblem(MEAN, geometry, *dtypes, **divided), given
+
+
+def _mean_gradient(
+    call: str, named: Named, options: Values, more: Values
+) -> tuple[PoolProblem, Named]:
+    geometry = _geometry(call, more["x_shape"], options, more)
+    divided = divided_by(options)
+    given = _checked(named)
+    own = given["dy"].dtype
+    types = resolve_types(given, _mean_type(own))
+    dtypes = own, types.accumulate, types.result
+    return PoolProblem(MEAN, geometry, *dtypes, is_gradient=True, **divided), given
+
+
+def _norm(
+    call: str, named: Named, options: Values, more: Values
+) -> tuple[PoolProblem, Named]:
+    geometry = _x_geometry(call, named["x"], options, more)
+    given, power = _checked(named), more["norm_type"]
+    dtype = _native(given["x"].dtype)
+    for name, array in given.items():
+        if array.dtype.kind not in "fV":
+            raise TypeError(f"{name} has type {array.dtype}; lp_pool takes real floats")
+        if _native(array.dtype) != dtype:
+            raise TypeError(f"{name} has type {array.dtype} and x has {dtype}")
+    if not isinstance(power, Real):
+        raise TypeError(f"norm_type must be a number; got {power!r}")
+    if not 0 < float(power) < math.inf:
+        raise ValueError(f"norm_type must be positive and finite; got {power}")
+    dtypes = dtype, accumulator(dtype), dtype
+    return PoolProblem(NORM, geometry, *dtypes, norm=float(power)), given
+
+
+def _norm_gradient(
+    call: str, named: Named, options: Values, more: Values
+) -> tuple[PoolProblem, Named]:
+    problem, given = _norm(call, named, options, more)
+    check_shape("y", given["y"], y_shape(problem.geometry))
+    return replace(problem, is_gradient=True), given
+
+
+_PROBLEMS: dict[str, Callable[..., tuple[PoolProblem, Named]]] = {
+    "max_pool": _max,
+    "avg_pool": _mean,
+    "lp_pool": _norm,
+    "max_pool_backward": _max_gradient,
+    "avg_pool_backward": _mean_gradient,
+    "lp_pool_backward": _norm_gradient,
+}
+
+
+def _mean_type(dtype: DType) -> DType:
+    return np.dtype(np.float64) if dtype.kind in "biu" else _native(dtype)
+
+
+def _native(dtype: DType) -> DType:
+    """A type in the machine's own byte order, which results have."""
+    return dtype.newbyteorder("=")
+
+
+def _check_ordered(name: str, dtype: DType) -> None:
+    if dtype.kind == "c":
+        raise TypeError(f"{name} has type {dtype}, and complex numbers have no maximum")

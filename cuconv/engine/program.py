@@ -11,6 +11,7 @@ workers share, and every region of a `Recording` is the part of it that one work
 """
 
 import copy
+import math
 from collections.abc import Callable, Iterable
 from functools import partial
 from operator import itemgetter, methodcaller
@@ -24,6 +25,10 @@ from cuconv.arrays import Array, ArrayStub, DType, offset_of, strided, stub_arra
 SHARED = "shared"
 # Longer programs are not kept: they take memory, and save little time.
 MOST_STEPS = 400
+# What a program of so many steps takes, with its views of a workspace: it is recorded
+# where the memory limit has room for that.
+MOST_BYTES = 2**18
+
 
 Slots: TypeAlias = list[Any]
 
@@ -61,11 +66,18 @@ class Step(NamedTuple):
 Item: TypeAlias = tuple[Step, ...]
 
 
+class Phase(NamedTuple):
+    """Items that are independent of each other, for so many workers at most."""
+
+    items: tuple[Item, ...]
+    workers: int
+
+
 class Program:
     """Steps over the arrays of a call and one workspace.
 
-    ``phases`` run one after another; the items of a phase are independent.  ``slots``
-    contains the constants; ``views`` are those of the other slots.
+    ``phases`` follow each other.  ``slots`` holds the constants; ``views`` says what
+    goes to the other slots.
     """
 
     def __init__(
@@ -75,20 +87,33 @@ class Program:
         workers: int,
         *,
         single_threaded: bool,
+        buffered: int = 0,
     ) -> None:
         self.nbytes, self.workers = nbytes, workers
         self.single_threaded = single_threaded
+        # Bytes of arrays that NumPy may read or write by way of buffers of its own.
+        self.buffered = nbytes + buffered
         self.slots = list(recording.slots)
         self.views = tuple(recording.views.items())
-        self.phases = tuple(recording.phases_of(ranges=False))
-        self.phases_with_ranges = tuple(recording.phases_of(ranges=True))
-        self.regions = {SHARED: (0, 0), **recording.regions}
+        each = (recording.phases_of(ranges=ranges) for ranges in (False, True))
+        # One worker alone does everything in order.
+        self.phases, self.phases_with_ranges = (
+            _joined(phases) if workers == 1 else tuple(phases) for phases in each
+        )
+        self.regions = {SHARED: (0, 0, workers), **recording.regions}
         self.kept = [(s, v) for v, s in self.views if v.source in self.regions]
-        self.given = [
-            (slot, view.source, _maker(view, recording.stubs[view.source]))
-            for view, slot in self.views
-            if view.source not in self.regions
-        ]
+        # Views of the caller's arrays: by a function of the array, or by the layout.
+        self.made: list[tuple[int, str, Callable[[Array], Array] | None]] = []
+        self.laid: list[tuple[int, str, tuple[Any, ...], tuple[Any, ...]]] = []
+        for view, slot in self.views:
+            if view.source in self.regions:
+                continue
+            stub = recording.stubs[view.source]
+            if _is_run(stub) and not _is_simple(view, stub):
+                layout = (view.shape, view.dtype), (view.offset, view.strides)
+                self.laid.append((slot, view.source, *layout))
+            else:
+                self.made.append((slot, view.source, _maker(view, stub)))
 
     def bound(self, raw: Array) -> list[Slots]:
         """The slots of every worker, with views of an aligned NumPy workspace."""
@@ -96,7 +121,9 @@ class Program:
         for worker in range(self.workers):
             slots = self.slots.copy()
             for slot, view in self.kept:
-                start, step = self.regions[view.source]
+                start, step, workers = self.regions[view.source]
+                if worker >= workers:
+                    continue
                 place = view.offset + start + worker * step
                 slots[slot] = np.ndarray(
                     view.shape, view.dtype, raw, place, view.strides
@@ -104,9 +131,34 @@ class Program:
             each.append(slots)
         return each
 
-    def current_phases(self) -> tuple[tuple[Item, ...], ...]:
+    def place(self, arrays: dict[str, Array], slots: Slots) -> None:
+        """Put the views of the caller's arrays in their slots."""
+        for slot, source, make in self.made:
+            array = arrays[source]
+            slots[slot] = array if make is None else make(array)
+        for slot, source, (shape, dtype), (offset, strides) in self.laid:
+            slots[slot] = np.ndarray(shape, dtype, arrays[source], offset, strides)
+
+    def current_phases(self) -> tuple[Phase, ...]:
         """The phases, with ranges if a profiler receives them."""
         return self.phases_with_ranges if profiling.is_listening() else self.phases
+
+
+def _joined(phases: Iterable[Phase]) -> tuple[Phase, ...]:
+    """One phase of one item, of all steps."""
+    steps = tuple(step for items, _ in phases for item in items for step in item)
+    return (Phase((steps,), 1),)
+
+
+def _is_run(stub: ArrayStub) -> bool:
+    """Whether NumPy takes an array of this layout as the memory of another."""
+    return bool(stub.flags.c_contiguous and stub.dtype.kind != "V" and stub.size)
+
+
+def _is_simple(view: View, stub: ArrayStub) -> bool:
+    """Whether a view is the array itself, a part of it, or one of another shape."""
+    make = _maker(view, stub)
+    return make is None or isinstance(make, (itemgetter, methodcaller))
 
 
 def _maker(view: View, stub: ArrayStub) -> Callable[[Array], Array] | None:
@@ -115,21 +167,40 @@ def _maker(view: View, stub: ArrayStub) -> Callable[[Array], Array] | None:
         return None
     if not view.offset and (view.shape, view.strides) == (stub.shape, stub.strides):
         return None
-    is_run = stub.flags.c_contiguous and stub.dtype.kind != "V"
-    if (
-        is_run
-        and not view.offset
-        and view
-        == View.of(
-            stub.reshape(view.shape) if stub.size == np.prod(view.shape) else stub,
-            is_address=False,
-        )
-    ):
+    part = _part(view, stub)
+    if part is not None:
+        return itemgetter(part)
+    is_whole = stub.flags.c_contiguous and stub.size == math.prod(view.shape)
+    shaped: Any = stub.reshape(view.shape) if is_whole else stub
+    if is_whole and view == View.of(shaped, is_address=False):
         return methodcaller("reshape", view.shape)
-    if is_run:
-        more = {"offset": view.offset, "strides": view.strides}
-        return partial(np.ndarray, view.shape, view.dtype, **more)
     return partial(strided, shape=view.shape, strides=view.strides, offset=view.offset)
+
+
+def _part(view: View, stub: ArrayStub) -> tuple[slice, ...] | None:
+    """The slices of an array that are a view, which is the quickest way to make it."""
+    if view.dtype != stub.dtype or len(view.shape) != stub.ndim or not stub.size:
+        return None
+    slices, rest = [slice(None)] * stub.ndim, view.offset
+    for axis in sorted(range(stub.ndim), key=lambda i: -stub.strides[i]):
+        size, stride = stub.shape[axis], stub.strides[axis]
+        count, step = view.shape[axis], 1
+        if count > 1 and stride > 0:
+            step = view.strides[axis] // stride
+        reach = (count - 1) * step + 1
+        if step < 1 or count < 1 or reach > size:
+            return None
+        start = min(rest // stride, size - reach) if stride > 0 else 0
+        rest -= start * stride
+        slices[axis] = slice(start, start + reach, step)
+    part = tuple(slices)
+    found: Any = stub[part]
+    made = View.of(found, is_address=False)
+    same = (made.offset, made.shape) == (view.offset, view.shape) and all(
+        n == 1 or one == two
+        for n, one, two in zip(view.shape, made.strides, view.strides, strict=True)
+    )
+    return part if same else None
 
 
 class Recording:
@@ -141,11 +212,11 @@ class Recording:
         self.backend.do, self.backend.each = self.do, self.each
         self.slots: Slots = []
         self.views: dict[View, int] = {}
-        # The offsets of the first worker's regions, and the distance to the next
-        # worker's.
-        self.regions: dict[str, tuple[int, int]] = {}
+        # Of each region: where the first worker's begins, how far apart they are, and
+        # for how many workers there is one.
+        self.regions: dict[str, tuple[int, int, int]] = {}
         self._constants: dict[int, int] = {}
-        self._phases: list[list[list[Step]]] = []
+        self._phases: list[tuple[list[list[Step]], int]] = []
         self._steps: list[Step] | None = None
         self._count = 0
 
@@ -156,7 +227,7 @@ class Recording:
             raise TooManySteps
         if self._steps is None:
             self._steps = []
-            self._phases.append([self._steps])
+            self._phases.append(([self._steps], 1))
         takes_addresses = getattr(function, "takes_addresses", False)
         slots = [self._slot(o, is_address=takes_addresses) for o in operands]
         self._steps.append(Step(function, _picker(slots)))
@@ -169,29 +240,29 @@ class Recording:
         *,
         single_threaded: bool,
     ) -> None:
-        """Record a phase: the steps of every item, with the first worker's buffers."""
+        """Record a phase: the steps of every item, as by the first worker."""
         del single_threaded
         phase: list[list[Step]] = []
-        self._phases.append(phase)
+        self._phases.append((phase, len(scratch)))
         for number, item in enumerate(items):
             self._steps = []
             phase.append(self._steps)
             body(number, item, scratch[0])
         self._steps = None
 
-    def region(self, name: str, start: int, nbytes: int) -> ArrayStub:
-        """A stub of one worker's memory in the workspace."""
-        self.regions[name] = start, nbytes
+    def region(self, name: str, start: int, nbytes: int, workers: int) -> ArrayStub:
+        """Stand in for the memory of a worker's own in a workspace."""
+        self.regions[name] = start, nbytes, workers
         return stub_array((nbytes,), np.dtype(np.uint8), name=name)
 
-    def phases_of(self, *, ranges: bool) -> Iterable[tuple[Item, ...]]:
+    def phases_of(self, *, ranges: bool) -> Iterable[Phase]:
         """The phases, with or without the ranges that a profiler shows."""
         marks = () if ranges else (profiling.push, profiling.pop)
-        for phase in self._phases:
+        for phase, workers in self._phases:
             items = (
                 tuple(s for s in item if s.function not in marks) for item in phase
             )
-            yield tuple(item for item in items if item)
+            yield Phase(tuple(item for item in items if item), workers)
 
     def _slot(self, operand: Any, *, is_address: bool) -> int:
         if isinstance(operand, ArrayStub):

@@ -15,7 +15,7 @@ from cuconv.engine.problem import NAMES, Problem
 from cuconv.geometry import Tile
 from cuconv.lazy import lazy
 from cuconv.memory import MemoryLimitError, buffer_bytes, with_start, workspace_bytes
-from cuconv.strategies import Blocks, Strategy, Tiling, Workspace
+from cuconv.strategies import Blocks, Strategy, Tiling, Variant, Workspace
 
 # A job for several workers is split into one of these numbers of pieces, the one that
 # is cheapest for two workers: the real number of threads must not matter, or the bits
@@ -51,8 +51,9 @@ class Candidate:
     @lazy
     def blocks(self) -> Blocks:
         """The blocks of the tiling."""
-        make = partial(self.strategy.blocks, self.problem, self.tiling)
-        return Blocks(make, self.problem.geometry.count_blocks(self.tiling.tile))
+        geometry, tile = self.problem.geometry, self.tiling.tile
+        make = geometry.blocks if self.strategy.by_runs else geometry.pieces
+        return Blocks(partial(make, tile), geometry.count_blocks(tile))
 
     @property
     def chunks(self) -> int:
@@ -99,10 +100,10 @@ class TileSearch:
         strategy: Strategy,
         problem: Problem,
         backend: Backend,
-        variant: tuple[int, ...],
+        variant: Variant,
         limit: int,
     ) -> None:
-        self._strategy = strategy
+        self.strategy = strategy
         self._problem = problem
         self._backend = backend
         self._variant = variant
@@ -110,8 +111,7 @@ class TileSearch:
         self._rates = backend.rates.on_tensor_cores(wanted=problem.is_for_tensor_cores)
         self._itemsize = problem.types.accumulate.itemsize
         self._everything = problem.geometry.images * problem.geometry.positions
-        self._most_positions = strategy.preferred(problem, backend)
-        self._most_splits = strategy.splits(problem, variant)
+        self._tilings = strategy.tilings(problem, variant, backend)
         self._tiles: dict[int, Tile] = {}
         self._fits: dict[tuple[int, int, int], _Fit] = {}
 
@@ -135,8 +135,8 @@ class TileSearch:
 
     @lazy
     def _floor_alone(self) -> float:
-        """A lower bound for the cost of a tiling with one worker."""
-        return self._cost(self._whole, 1) if self._strategy.gains_from_size else 0.0
+        """What a tiling costs at least that has one worker."""
+        return self._cost(self._whole, 1) if self.strategy.gains_from_size else 0.0
 
     @lazy
     def floor(self) -> float:
@@ -144,7 +144,7 @@ class TileSearch:
         alone = self._floor_alone
         if alone < self._rates.worth_workers and not self._is_busy:
             return alone
-        return min(alone, self._floor_shared(2, min(2, self._most_splits)))
+        return min(alone, self._floor_shared(2, min(2, self._tilings.splits)))
 
     def candidate(self, workers: int) -> Candidate:
         """The candidate with the largest blocks up to the preferred size.
@@ -159,7 +159,7 @@ class TileSearch:
         available = min(workers, pieces) if self._is_busy else 1
         count = max(largest_fitting(partial(self._has_room, found), available), 1)
         return Candidate(
-            self._strategy,
+            self.strategy,
             self._problem,
             found.tiling._replace(workers=count),
             found.workspace,
@@ -172,7 +172,7 @@ class TileSearch:
         """The best tiling for several workers; None for a job with one worker."""
         if not self._is_busy:
             return None
-        most = self._most_splits
+        most = self._tilings.splits
         choices = [(n, m) for n in _PIECES for m in dict.fromkeys((min(most, n), 1))]
         floors = [self._floor_shared(*choice) for choice in choices]
         likely = _last_worthwhile(floors)
@@ -200,11 +200,11 @@ class TileSearch:
         return best
 
     def _floor_shared(self, pieces: int, splits: int) -> float:
-        """A lower bound for `_shared`: all of the work, and the overhead of each block.
+        """What `_shared` costs at least: everything, and the start of each block.
 
         Every sum of a weight gradient has one worker; filters apart may share blocks.
         """
-        if not self._strategy.gains_from_size:
+        if not self.strategy.gains_from_size:
             return 0.0
         price, work, op = self._whole.price, self._whole.work, self._problem.op
         if work.pieces == splits == 1 and op == "weight_grad":
@@ -255,7 +255,7 @@ class TileSearch:
         return min(found, key=self._overlap, default=None)
 
     def _preferred(self, pieces: int) -> int:
-        whole, largest = max(self._everything, 1), self._most_positions
+        whole, largest = max(self._everything, 1), self._tilings.positions
         if pieces > 1 and pieces * largest < whole:
             # A multiple of the pieces, so that all workers have the same number of
             # blocks.
@@ -280,7 +280,7 @@ class TileSearch:
         if found is None:
             tiling = self._tiling(*key)
             found = _Fit(
-                self._strategy, self._problem, self._backend, self._rates, tiling
+                self.strategy, self._problem, self._backend, self._rates, tiling
             )
             self._fits[key] = found
         return found
@@ -298,8 +298,7 @@ class TileSearch:
     def _tile(self, positions: int) -> Tile:
         found = self._tiles.get(positions)
         if found is None:
-            found = self._strategy.tile(self._problem, positions, self._variant)
-            self._tiles[positions] = found
+            found = self._tiles[positions] = self._tilings.tile(positions)
         return found
 
     def _has_room(self, found: "_Fit", workers: int) -> bool:
@@ -369,6 +368,13 @@ def _last_worthwhile(costs: list[float]) -> int:
         if cost < costs[best] * _WORTH_FEWER:
             best = index
     return best
+
+
+def _is_taken(cost: float, floors: list[float], place: int) -> bool:
+    """Whether a cost is the last worthwhile, where others have these floors."""
+    before = min(floors[:place], default=float("inf")) * _ALMOST
+    after = min(floors[place + 1 :], default=float("inf")) * _ALMOST
+    return cost < before * _WORTH_FEWER and cost * _WORTH_FEWER < after
 
 
 def largest_fitting(fits: Callable[[int], bool], limit: int) -> int:

@@ -11,6 +11,11 @@ Ranges: TypeAlias = tuple[Range, ...]
 T = TypeVar("T")
 
 
+def dilated_size(size: int, apart: int) -> int:
+    """Cells from the first to the last of so many, zeros between them counted."""
+    return (size - 1) * apart + 1 if size else 0
+
+
 def clip(start: int, stop: int, size: int) -> tuple[Range, Range]:
     """The part of [start, stop) inside [0, size), and its lengths outside."""
     low = min(max(start, 0), size)
@@ -78,8 +83,8 @@ class Axis(NamedTuple):
 
     @property
     def dilated_size(self) -> int:
-        """Elements from the first to the last of the input, with the zeros between."""
-        return (self.size - 1) * self.input_dilation + 1 if self.size else 0
+        """Cells from the first to the last of the input, zeros between them counted."""
+        return dilated_size(self.size, self.input_dilation)
 
     @property
     def end(self) -> int:

@@ -4,7 +4,7 @@ import operator
 from collections.abc import Sequence
 from typing import NamedTuple, TypeAlias
 
-from cuconv.geometry.axis import Axis, EvenAxis, Range, Ranges
+from cuconv.geometry.axis import Axis, EvenAxis, Range, Ranges, dilated_size
 
 LARGEST_PARAMETER = 2**31 - 1
 
@@ -65,8 +65,11 @@ def checked_shape(name: str, shape: Sequence[int]) -> tuple[int, ...]:
 
 def per_axis(name: str, value: object, rank: int, least: int) -> tuple[int, ...]:
     """One integer for each spatial axis, each at least ``least``."""
-    values = (value,) * rank if isinstance(value, int) else value
-    if not isinstance(values, tuple) or not all(isinstance(v, int) for v in values):
+    if isinstance(value, int):
+        values: tuple[int, ...] = (value,) * rank
+    elif isinstance(value, tuple) and all(isinstance(v, int) for v in value):
+        values = value
+    else:
         raise TypeError(f"{name} must be an integer or one per axis; got {value!r}")
     if len(values) != rank:
         raise ValueError(f"{name} has {len(values)} values for {rank} spatial axes")
@@ -219,15 +222,14 @@ def axes_of(
     strides = per_axis("stride", stride, rank, 1)
     dilations = per_axis("dilation", dilation, rank, 1)
     spreads = per_axis("input_dilation", input_dilation, rank, 1)
-    each = zip(sizes, kernel, strides, dilations, spreads, strict=True)
+    dilated = sizes
+    if max(spreads, default=1) > 1:
+        dilated = tuple(map(dilated_size, sizes, spreads))
+    pads = pads_of(padding, dilated, kernel, strides, dilations)
+    each = zip(sizes, kernel, strides, dilations, pads, spreads, strict=True)
     axes = tuple(
-        Axis(n, k, s, d, 0, 0, input_dilation=apart) for n, k, s, d, apart in each
-    )
-    spread_sizes = tuple(axis.dilated_size for axis in axes)
-    pads = pads_of(padding, spread_sizes, kernel, strides, dilations)
-    axes = tuple(
-        axis._replace(before=before, after=after)
-        for axis, (before, after) in zip(axes, pads, strict=True)
+        Axis(n, k, s, d, before, after, input_dilation=apart)
+        for n, k, s, d, (before, after), apart in each
     )
     if ceil_mode:
         axes = tuple(axis.rounded_up for axis in axes)

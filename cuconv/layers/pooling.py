@@ -5,29 +5,31 @@ from collections.abc import Callable, Iterable
 from typing import Any, ClassVar, Unpack
 
 from cuconv.arrays import Array
+from cuconv.engine.pool import (
+    MeanOptions,
+    OutputSize,
+    PoolOptions,
+    divided_by,
+    window_geometry,
+)
+from cuconv.engine.pool_plan import MOST_AXES
 from cuconv.geometry import Sizes, WindowGeometry, channels_are_first
 from cuconv.layers.base import ENDLESS, Layer, kernel_of
 from cuconv.memory import MemoryLimit, parse_memory_limit
 from cuconv.options import documented_as
 from cuconv.pooling import (
-    MOST_AXES,
-    MeanOptions,
-    OutputSize,
-    PoolOptions,
     adaptive_avg_pool,
     adaptive_avg_pool_backward,
     adaptive_max_pool,
     adaptive_max_pool_backward,
     avg_pool,
     avg_pool_backward,
-    divided_by,
     global_avg_pool,
     global_avg_pool_backward,
     global_max_pool,
     global_max_pool_backward,
     max_pool,
     max_pool_backward,
-    window_geometry,
 )
 
 

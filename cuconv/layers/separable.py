@@ -7,16 +7,17 @@ import numpy as np
 
 from cuconv.arrays import Array
 from cuconv.backends import default_array_module
+from cuconv.engine.separable import SeparableGradients
 from cuconv.geometry import Sizes
 from cuconv.layers.base import check_module, kernel_of, positive
 from cuconv.layers.weighted import Weighted, drawn
-from cuconv.options import check_bias, documented_as
-from cuconv.separable import (
-    SeparableGradients,
+from cuconv.options import (
+    SEPARABLE_OPTIONS,
     SeparableOptions,
-    separable_conv,
-    separable_conv_backward,
+    check_bias,
+    documented_as,
 )
+from cuconv.separable import separable_conv, separable_conv_backward
 
 
 class SeparableConv(Weighted):
@@ -72,7 +73,7 @@ class SeparableConv(Weighted):
     _found: ClassVar[dict[str, str]] = {
         name: name for name in ("depthwise", "pointwise", "bias")
     }
-    _known = tuple(SeparableOptions.__annotations__)
+    _known = SEPARABLE_OPTIONS
 
     def __init__(
         self,

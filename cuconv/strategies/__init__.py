@@ -5,6 +5,8 @@ from cuconv.strategies.base import (
     Job,
     Strategy,
     Tiling,
+    Tilings,
+    Variant,
     Workspace,
 )
 from cuconv.strategies.depthwise import Depthwise
@@ -15,35 +17,31 @@ from cuconv.strategies.pointwise import Pointwise
 from cuconv.strategies.tap_matmul import TapMatmul
 from cuconv.strategies.winograd import Winograd
 
-_REGISTRY: dict[str, Strategy] = {}
-
-
-def register(strategy: Strategy) -> None:
-    """Add a strategy; its name must be new."""
-    if strategy.name in _REGISTRY:
-        raise ValueError(f"a strategy named {strategy.name!r} is already registered")
-    _REGISTRY[strategy.name] = strategy
+# In the order in which a plan takes them where prices are equal.
+STRATEGIES: tuple[Strategy, ...] = (
+    Pointwise(),
+    Depthwise(),
+    Winograd(),
+    Fft(),
+    ImplicitGemm(),
+    TapMatmul(),
+    Im2col(),
+)
 
 
 def strategies() -> dict[str, Strategy]:
     """Every strategy by name."""
-    return dict(_REGISTRY)
+    return {strategy.name: strategy for strategy in STRATEGIES}
 
-
-register(Pointwise())
-register(Depthwise())
-register(Winograd())
-register(Fft())
-register(ImplicitGemm())
-register(TapMatmul())
-register(Im2col())
 
 __all__ = [
+    "STRATEGIES",
     "Blocks",
     "Job",
     "Strategy",
     "Tiling",
+    "Tilings",
+    "Variant",
     "Workspace",
-    "register",
     "strategies",
 ]

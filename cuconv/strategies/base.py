@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
-from typing import NamedTuple, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeAlias, TypeVar
 
 from cuconv.arrays import (
     Array,
@@ -29,6 +29,8 @@ _PARTIAL_ROWS, _PARTIAL_CELLS, _PARTIAL_POSITIONS = 64, 2**17, 16
 _FEW = 16
 
 Item = TypeVar("Item")
+# One of the ways of a strategy: an enum, sizes, or None where there is one way.
+Variant: TypeAlias = Any
 
 
 class Tiling(NamedTuple):
@@ -44,8 +46,20 @@ class Tiling(NamedTuple):
     tile: Tile
     region: Tile
     splits: int = 1
-    variant: tuple[int, ...] = ()
+    variant: Variant = None
     workers: int = 1
+
+
+class Tilings(NamedTuple):
+    """The tilings of a variant that are worth a try.
+
+    ``positions`` and ``splits`` are the most output positions of a block, and the most
+    splits; ``tile`` gives the largest block of at most so many positions.
+    """
+
+    positions: int
+    tile: Callable[[int], Tile]
+    splits: int = 1
 
 
 class Job(NamedTuple):
@@ -69,7 +83,7 @@ class Job(NamedTuple):
 
 
 def verdict(refusals: Iterator[str]) -> tuple[bool, str]:
-    """The result of `Strategy.supports`: the first reason against it, if any."""
+    """The answer of `Strategy.supports`: the first reason against, if there is one."""
     reason = next(refusals, "")
     return not reason, reason
 
@@ -105,29 +119,23 @@ class Strategy(Protocol):
     # Whether a run on CUDA only launches kernels, so that a graph can contain it: CuPy
     # refuses cuBLAS and cuFFT while one is captured.
     capturable: bool
-    # Whether one block of everything costs no more than any other tiling.
+    # Whether one block of everything costs no more than any other tiling, and several
+    # no less than that and the start of each.
     gains_from_size: bool
+    # Whether the positions of a block must be one run of memory in each channel.
+    by_runs: bool
 
     def supports(self, problem: Problem) -> tuple[bool, str]:
         """Whether it can run the problem, and the reason if it cannot."""
 
-    def variants(self, problem: Problem) -> tuple[tuple[int, ...], ...]:
-        """The variants that it has for the problem."""
+    def variants(self, problem: Problem) -> tuple[Variant, ...]:
+        """The ways in which it can do it."""
 
-    def describe(self, variant: tuple[int, ...]) -> str:
-        """A phrase for a variant; empty for the basic one."""
+    def describe(self, variant: Variant) -> str:
+        """A variant in words, no two the same; empty for the plain one."""
 
-    def preferred(self, problem: Problem, backend: Backend) -> int:
-        """The preferred number of output positions in one block."""
-
-    def tile(self, problem: Problem, positions: int, variant: tuple[int, ...]) -> Tile:
-        """The largest block of at most this many output positions."""
-
-    def splits(self, problem: Problem, variant: tuple[int, ...]) -> int:
-        """The largest useful number of splits."""
-
-    def blocks(self, problem: Problem, tiling: Tiling) -> Iterator[Block]:
-        """The blocks of a job with this tiling, in order."""
+    def tilings(self, problem: Problem, variant: Variant, backend: Backend) -> Tilings:
+        """The tilings that are worth a try."""
 
     def workspace(
         self, problem: Problem, tiling: Tiling, backend: Backend
@@ -158,12 +166,13 @@ class OneWay:
     """The answers of a strategy with a single variant."""
 
     gains_from_size = True
+    by_runs = False
 
-    def variants(self, problem: Problem) -> tuple[tuple[int, ...], ...]:
+    def variants(self, problem: Problem) -> tuple[Variant, ...]:
         del problem
-        return ((),)
+        return (None,)
 
-    def describe(self, variant: tuple[int, ...]) -> str:
+    def describe(self, variant: Variant) -> str:
         del variant
         return ""
 

@@ -15,12 +15,13 @@ from cuconv.arrays import Array
 from cuconv.backends import Backend, jit_is_installed
 from cuconv.engine.costs import Work
 from cuconv.engine.problem import Problem, in_groups
-from cuconv.geometry import Axis, Block, ConvGeometry, Tile
+from cuconv.geometry import Axis, ConvGeometry, Tile
 from cuconv.memory import Buffer
 from cuconv.strategies.base import (
     Job,
     OneWay,
     Tiling,
+    Tilings,
     Workspace,
     filters_of,
     outer_view,
@@ -48,24 +49,14 @@ class Depthwise(OneWay):
     def supports(self, problem: Problem) -> tuple[bool, str]:
         return verdict(_refusals(problem))
 
-    def preferred(self, problem: Problem, backend: Backend) -> int:
-        del backend
-        return problem.geometry.images * problem.geometry.positions
-
-    def tile(self, problem: Problem, positions: int, variant: tuple[int, ...]) -> Tile:
-        del positions, variant
-        # Planes are never split; channels are distributed to workers.  On CUDA one
-        # launch computes all images.
+    def tilings(self, problem: Problem, variant: None, backend: Backend) -> Tilings:
+        del variant, backend
+        # Planes are never cut; the work is shared out by channels.  On CUDA one launch
+        # takes all images.
         g = problem.geometry
         images = 1 if problem.module == "numpy" else max(g.images, 1)
-        return Tile(images, tuple(max(n, 1) for n in g.out))
-
-    def splits(self, problem: Problem, variant: tuple[int, ...]) -> int:
-        del problem, variant
-        return 1
-
-    def blocks(self, problem: Problem, tiling: Tiling) -> Iterator[Block]:
-        return problem.geometry.pieces(tiling.tile)
+        tile = Tile(images, tuple(max(n, 1) for n in g.out))
+        return Tilings(g.images * g.positions, lambda _: tile)
 
     def workspace(
         self, problem: Problem, tiling: Tiling, backend: Backend
@@ -173,9 +164,8 @@ def _refusals(problem: Problem) -> Iterator[str]:
         yield "there is one group"
     if g.group_channels > _MOST_CHANNELS:
         yield f"{g.group_channels} channels in a group, {_MOST_CHANNELS} at most"
-    yield from (_loops_refuse if problem.module == "numpy" else _kernels_refuse)(
-        problem
-    )
+    own = _loops_refuse if problem.module == "numpy" else _kernels_refuse
+    yield from own(problem)
     if problem.flipped:
         yield "it would insert zeros into dy for a stride"
 

@@ -19,7 +19,7 @@ M. Henaff, Y. LeCun, "Fast training of convolutional networks through FFTs", 201
 
 import math
 from collections.abc import Iterator
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import islice
 from typing import Any, Literal
 
@@ -36,6 +36,7 @@ from cuconv.strategies.base import (
     Job,
     OneWay,
     Tiling,
+    Tilings,
     Workspace,
     add_splits,
     bias_buffer,
@@ -90,7 +91,8 @@ class Fft(OneWay):
     def supports(self, problem: Problem) -> tuple[bool, str]:
         return verdict(_refusals(problem))
 
-    def preferred(self, problem: Problem, backend: Backend) -> int:
+    def tilings(self, problem: Problem, variant: None, backend: Backend) -> Tilings:
+        del variant
         g = problem.geometry
         # Tiles as long as the kernel waste half of every transform.
         cells = (max(3 * axis.extent, _LEAST_TILE) // axis.stride for axis in g.axes)
@@ -99,25 +101,9 @@ class Fft(OneWay):
         )
         spectrum = 8 * max(g.channels, g.filters) * problem.operand.itemsize
         images = backend.block_bytes // max(spectrum * tile, 1)
-        return tile * min(max(images, 1), g.images)
-
-    def tile(self, problem: Problem, positions: int, variant: tuple[int, ...]) -> Tile:
-        """Tiles of the output's aspect ratio; more images only if they fit."""
-        del variant
-        g = problem.geometry
-        cells = [max(axis.out, 1) for axis in g.axes]
-        while math.prod(cells) > positions and max(cells) > 1:
-            longest = max(range(g.rank), key=lambda i: cells[i])
-            cells[longest] = -(-cells[longest] // 2)
-        images = min(max(positions // math.prod(cells), 1), max(g.images, 1))
-        return Tile(images, tuple(cells))
-
-    def splits(self, problem: Problem, variant: tuple[int, ...]) -> int:
-        del variant
-        return 2 if problem.op == "weight_grad" else 1
-
-    def blocks(self, problem: Problem, tiling: Tiling) -> Iterator[Block]:
-        return problem.geometry.pieces(tiling.tile)
+        positions = tile * min(max(images, 1), g.images)
+        splits = 2 if problem.op == "weight_grad" else 1
+        return Tilings(positions, partial(_square_tile, g), splits)
 
     def workspace(
         self, problem: Problem, tiling: Tiling, backend: Backend
@@ -179,7 +165,7 @@ class Fft(OneWay):
             job.backend.copy(part, cells[places])
             into = spectra[..., start : start + step]
             into = into.swapaxes(-1, -2)
-            job.backend.do(_transform, cells, into, own["between"], True)
+            job.backend.do(_transform, cells, into, own["between"], _scale(lengths))
 
         with job.backend.stage("weights", self.name):
             job.each(range(0, g.group_filters, step), body)
@@ -264,6 +250,16 @@ class Fft(OneWay):
             job.each(range(0, g.group_filters, step), finish)
 
 
+def _square_tile(geometry: ConvGeometry, positions: int) -> Tile:
+    """Tiles as square as the output, images last."""
+    cells = [max(out, 1) for out in geometry.out]
+    while math.prod(cells) > positions and max(cells) > 1:
+        longest = max(range(geometry.rank), key=lambda i: cells[i])
+        cells[longest] = -(-cells[longest] // 2)
+    images = min(max(positions // math.prod(cells), 1), max(geometry.images, 1))
+    return Tile(images, tuple(cells))
+
+
 def _refusals(problem: Problem) -> Iterator[str]:
     taps = problem.geometry.taps
     if problem.op == "input_grad":
@@ -312,7 +308,7 @@ def _window_spectra(
     count = cells.shape[0]
     shape = (*_frequencies(lengths), g.groups, count, g.group_channels)
     spectra = own["x"][: math.prod(shape)].reshape(shape)
-    job.backend.do(_transform, cells.swapaxes(0, 1), spectra, own["between"], False)
+    job.backend.do(_transform, cells.swapaxes(0, 1), spectra, own["between"], None)
     return spectra
 
 
@@ -336,17 +332,27 @@ def _dilated_spectra(
     job.backend.copy(part, cells[(..., *places)])
     shape = (*_frequencies(lengths), g.groups, cells.shape[0], g.group_filters)
     spectra = own["y"][: math.prod(shape)].reshape(shape)
-    job.backend.do(_transform, cells.swapaxes(0, 1), spectra, own["between"], True)
+    job.backend.do(
+        _transform, cells.swapaxes(0, 1), spectra, own["between"], _scale(lengths)
+    )
     return spectra
+
+
+def _scale(lengths: tuple[int, ...]) -> float:
+    """Three transforms, each divided by √n; the product must be divided by n."""
+    return math.sqrt(math.prod(lengths))
 
 
 def _transform(
     cells: Array,
     spectra: Array,
     between: Array,
-    conjugate: bool,  # noqa: FBT001 - steps of a program are called by position
+    scale: float | None,
 ) -> None:
-    """Spectra (frequencies, a, b, c) of real elements (a, b, c, *lengths)."""
+    """Spectra (frequencies, a, b, c) of real elements (a, b, c, *lengths).
+
+    With a scale, their conjugates times that.
+    """
     rank = cells.ndim - 3
     frequencies = _frequencies(cells.shape[3:])
     part, other = _pair(between, (*cells.shape[:3], *frequencies))
@@ -354,10 +360,8 @@ def _transform(
     for axis in range(3, 2 + rank):
         np.fft.fft(part, axis=axis, norm=_NORM, out=other)
         part, other = other, part
-    if conjugate:
+    if scale is not None:
         np.conjugate(part, out=part)
-        # Three transforms, each divided by √n; the product must be divided by n.
-        scale = math.sqrt(math.prod(cells.shape[3:]))
         np.multiply(part, part.real.dtype.type(scale), out=part)
     np.copyto(spectra, part.transpose(*range(3, 3 + rank), 0, 1, 2))
 

@@ -14,7 +14,7 @@ Source: K. Chellapilla, S. Puri, P. Simard, "High performance convolutional neur
 networks for document processing", 2006, section 3.
 """
 
-from collections.abc import Iterator
+from enum import Enum
 from itertools import islice
 
 from cuconv.arrays import Array, DType, Stored, flattened, stored
@@ -26,6 +26,7 @@ from cuconv.memory import Buffer
 from cuconv.strategies.base import (
     Job,
     Tiling,
+    Tilings,
     Workspace,
     add_splits,
     bias_buffer,
@@ -56,10 +57,19 @@ FEW_POSITIONS, PART = 1024, 32
 # The cost of starting a contiguous run, in elements: columns of 7×7 outputs take 0.87
 # ns an element, of 112×112 0.2.
 _RUN = 32
-# A product for each image, or one for several images side by side, which must be copied
-# to the result; for the weight gradient, splits by blocks, or by filters.
-EACH, WIDE = (), (1,)
-BLOCKS, FILTERS = (), (2,)
+# A product for each image, or one for several side by side, which must be copied out;
+# for the weight gradient, lanes that sum blocks (each too), or that own filters.
+
+
+class Sharing(Enum):
+    """What products and lanes share; the words that a plan says of it."""
+
+    EACH = ""
+    WIDE = "images side by side"
+    FILTERS = "filters apart"
+
+
+EACH, WIDE, FILTERS = Sharing
 LONG_ROW = 512
 
 
@@ -69,48 +79,28 @@ class Im2col:
     name = "im2col"
     capturable = False
     gains_from_size = True
+    by_runs = True
 
     def supports(self, problem: Problem) -> tuple[bool, str]:
         del problem
         return True, ""
 
-    def variants(self, problem: Problem) -> tuple[tuple[int, ...], ...]:
+    def variants(self, problem: Problem) -> tuple[Sharing, ...]:
         g = problem.geometry
         if problem.op == "weight_grad":
             several = g.group_filters >= 2 * PART and problem.module == "numpy"
-            return (BLOCKS, FILTERS) if several else (BLOCKS,)
+            return (EACH, FILTERS) if several else (EACH,)
         short = problem.op == "forward" and g.images > 1 and g.positions < LONG_ROW
         return (EACH, WIDE) if short and problem.module == "numpy" else (EACH,)
 
-    def describe(self, variant: tuple[int, ...]) -> str:
-        if variant == FILTERS:
-            return "split by filters"
-        return "images side by side" if variant == WIDE else ""
+    def describe(self, variant: Sharing) -> str:
+        return variant.value
 
-    def preferred(self, problem: Problem, backend: Backend) -> int:
-        geometry = problem.geometry
-        column = geometry.groups * geometry.patch * problem.operand.itemsize
-        return max(1, backend.block_bytes // max(column, 1))
-
-    def tile(self, problem: Problem, positions: int, variant: tuple[int, ...]) -> Tile:
-        del variant
-        return problem.geometry.tile(positions)
-
-    def splits(self, problem: Problem, variant: tuple[int, ...]) -> int:
+    def tilings(self, problem: Problem, variant: Sharing, backend: Backend) -> Tilings:
         g = problem.geometry
-        if variant == FILTERS:
-            return max(1, g.group_filters // PART)
-        if problem.op == "forward":
-            few = g.images * g.positions < FEW_POSITIONS
-            return max(1, g.group_filters // PART) if few else 1
-        if problem.op == "input_grad":
-            return 1
-        cells = g.filters * g.patch * problem.types.accumulate.itemsize
-        room = _SPLIT_BYTES // max(cells, 1)
-        return int(2 ** min(max(room, 2).bit_length() - 1, 3))
-
-    def blocks(self, problem: Problem, tiling: Tiling) -> Iterator[Block]:
-        return problem.geometry.blocks(tiling.tile)
+        column = g.groups * g.patch * problem.operand.itemsize
+        positions = max(1, backend.block_bytes // max(column, 1))
+        return Tilings(positions, g.tile, _most_splits(problem, variant))
 
     def workspace(
         self, problem: Problem, tiling: Tiling, backend: Backend
@@ -270,6 +260,25 @@ def run_cost(geometry: ConvGeometry) -> float:
     """The relative cost of a gathered element, higher for short contiguous runs."""
     run = geometry.out[-1] if geometry.channels_first else geometry.group_channels
     return 1 + _RUN / max(run, 1)
+
+
+def filters_apart(problem: Problem, channels: int) -> int:
+    """Parts of the result's channels where positions are too few to share out."""
+    few = problem.geometry.images * problem.geometry.positions < FEW_POSITIONS
+    return max(1, channels // PART) if few else 1
+
+
+def _most_splits(problem: Problem, variant: Sharing) -> int:
+    g = problem.geometry
+    if problem.op == "forward":
+        return filters_apart(problem, g.group_filters)
+    if problem.op == "input_grad":
+        return 1
+    if variant == FILTERS:
+        return max(1, g.group_filters // PART)
+    cells = g.filters * g.patch * problem.types.accumulate.itemsize
+    room = _SPLIT_BYTES // max(cells, 1)
+    return int(2 ** min(max(room, 2).bit_length() - 1, 3))
 
 
 def _column_buffer(problem: Problem, tile: Tile, dtype: DType) -> Buffer:

@@ -18,17 +18,20 @@ in place in either case.
 import itertools
 import math
 from collections.abc import Iterator
+from enum import IntEnum
+from typing import NamedTuple
 
 from cuconv.arrays import Array, flattened
 from cuconv.backends import Backend, Contraction
 from cuconv.backends.blocking import Blocking, block_sizes
 from cuconv.engine.costs import Work
 from cuconv.engine.problem import Problem, in_groups
-from cuconv.geometry import Axis, Block, Tile
+from cuconv.geometry import Axis, Tile
 from cuconv.memory import Buffer
 from cuconv.strategies.base import (
     Job,
     Tiling,
+    Tilings,
     Workspace,
     filters_of,
     verdict,
@@ -48,9 +51,26 @@ _PARTS = (1, 4, 16, 64)
 _ENOUGH_BLOCKS, _LEAST_TERMS = 512, 256
 # The overhead of copying two operands, in blocks of im2col; not measured.
 _COPYING = 0.5
-# Operands in place, or copied to channels last.
-IN_PLACE, CHANNELS_LAST = 0, 1
 _WORD = 16  # bytes of the widest copy
+
+
+class Operands(IntEnum):
+    """Operands where they are stored, or copied so that channels come last."""
+
+    IN_PLACE = 0
+    CHANNELS_LAST = 1
+
+
+IN_PLACE, CHANNELS_LAST = Operands
+
+
+class KernelVariant(NamedTuple):
+    """Filters and columns of a block, parts of its sum, and how operands are read."""
+
+    filters: int
+    columns: int
+    parts: int
+    operands: Operands
 
 
 class ImplicitGemm:
@@ -59,18 +79,18 @@ class ImplicitGemm:
     name = "implicit_gemm"
     capturable = True
     gains_from_size = True
+    by_runs = False
 
     def supports(self, problem: Problem) -> tuple[bool, str]:
         return verdict(_refusals(problem))
 
-    def variants(self, problem: Problem) -> tuple[tuple[int, ...], ...]:
-        """Filters and columns of a block, parts of its sum, layout of operands."""
+    def variants(self, problem: Problem) -> tuple[KernelVariant, ...]:
         sizes = block_sizes(problem.operand)
         rows, _, _ = _extents(problem)
         wide = [size for size in sizes if size[0] < 2 * rows] or sizes[-1:]
         layouts = (IN_PLACE, CHANNELS_LAST) if _can_copy(problem) else (IN_PLACE,)
         return tuple(
-            (*size, parts, layout)
+            KernelVariant(*size, parts, layout)
             for size, layout in itertools.product(wide, layouts)
             for parts in _PARTS
             if parts == 1 or self._is_worth_cutting(problem, size, parts)
@@ -85,7 +105,7 @@ class ImplicitGemm:
         few = blocks * parts <= _ENOUGH_BLOCKS and terms >= parts * _LEAST_TERMS
         return few and "run" in problem.zero_copy and not strided
 
-    def describe(self, variant: tuple[int, ...]) -> str:
+    def describe(self, variant: KernelVariant) -> str:
         filters, columns, parts, layout = variant
         words = [f"blocks of {filters}×{columns}"]
         if parts > 1:
@@ -94,21 +114,13 @@ class ImplicitGemm:
             words.append("operands copied to channels last")
         return ", ".join(words)
 
-    def preferred(self, problem: Problem, backend: Backend) -> int:
-        del backend
-        return max(problem.geometry.images * problem.geometry.positions, 1)
-
-    def tile(self, problem: Problem, positions: int, variant: tuple[int, ...]) -> Tile:
-        del positions, variant
+    def tilings(
+        self, problem: Problem, variant: KernelVariant, backend: Backend
+    ) -> Tilings:
+        del variant, backend
         g = problem.geometry
-        return Tile(max(g.images, 1), tuple(max(n, 1) for n in g.out))
-
-    def splits(self, problem: Problem, variant: tuple[int, ...]) -> int:
-        del problem, variant
-        return 1
-
-    def blocks(self, problem: Problem, tiling: Tiling) -> Iterator[Block]:
-        return problem.geometry.pieces(tiling.tile)
+        tile = Tile(max(g.images, 1), tuple(max(n, 1) for n in g.out))
+        return Tilings(max(g.images * g.positions, 1), lambda _: tile)
 
     def workspace(
         self, problem: Problem, tiling: Tiling, backend: Backend

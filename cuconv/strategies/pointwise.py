@@ -8,11 +8,12 @@ from cuconv.arrays import Array, flattened
 from cuconv.backends import Backend
 from cuconv.engine.costs import Work
 from cuconv.engine.problem import Problem, in_groups
-from cuconv.geometry import Block, Tile
+from cuconv.geometry import Block
 from cuconv.memory import Buffer
 from cuconv.strategies.base import (
     Job,
     Tiling,
+    Tilings,
     Workspace,
     bias_buffer,
     output_cells,
@@ -22,11 +23,11 @@ from cuconv.strategies.base import (
 )
 from cuconv.strategies.im2col import (
     EACH,
-    FEW_POSITIONS,
     LONG_ROW,
-    PART,
     WIDE,
     Im2col,
+    Sharing,
+    filters_apart,
 )
 
 _OPERANDS = {
@@ -36,8 +37,8 @@ _OPERANDS = {
 }
 
 
-def _lies_ready(problem: Problem, variant: tuple[int, ...] = EACH) -> bool:
-    """True if nothing needs to be gathered or scattered."""
+def _lies_ready(problem: Problem, variant: Sharing = EACH) -> bool:
+    """Whether nothing needs to be gathered or scattered."""
     if variant != EACH:
         return False
     if problem.op == "weight_grad" and problem.operand.kind == "c":
@@ -58,7 +59,7 @@ class Pointwise(Im2col):
             return False, "its input gradient multiplies by the weights transposed"
         return True, ""
 
-    def variants(self, problem: Problem) -> tuple[tuple[int, ...], ...]:
+    def variants(self, problem: Problem) -> tuple[Sharing, ...]:
         if not _lies_ready(problem) or problem.geometry.images == 1:
             return super().variants(problem)
         short = problem.op != "input_grad" and problem.geometry.positions < LONG_ROW
@@ -66,18 +67,18 @@ class Pointwise(Im2col):
         more = super().variants(problem) if problem.op == "weight_grad" else ()
         return tuple(dict.fromkeys((*both, *more)))
 
-    def preferred(self, problem: Problem, backend: Backend) -> int:
+    def tilings(self, problem: Problem, variant: Sharing, backend: Backend) -> Tilings:
+        found, g = super().tilings(problem, variant, backend), problem.geometry
         if not _lies_ready(problem):
-            return super().preferred(problem, backend)
-        return problem.geometry.images * problem.geometry.positions
-
-    def tile(self, problem: Problem, positions: int, variant: tuple[int, ...]) -> Tile:
-        tile = super().tile(problem, positions, variant)
-        # Images are not contiguous, and the weight gradient sums over them: several are
-        # one wide matrix only if they are copied, which pays off for small images.
+            return found
+        found = found._replace(positions=g.images * g.positions)
+        if problem.op == "input_grad":
+            return found._replace(splits=filters_apart(problem, g.group_channels))
         if problem.op == "weight_grad" and _lies_ready(problem, variant):
-            return tile._replace(images=1)
-        return tile
+            # Images are apart in memory, and the gradient sums over them: several make
+            # one wide matrix only if they are copied, which pays for small ones.
+            return found._replace(tile=lambda n: g.tile(n)._replace(images=1))
+        return found
 
     def workspace(
         self, problem: Problem, tiling: Tiling, backend: Backend
@@ -85,12 +86,6 @@ class Pointwise(Im2col):
         if problem.op == "input_grad" and _lies_ready(problem):
             return Workspace(weight_buffer(problem), bias_buffer(problem))
         return super().workspace(problem, tiling, backend)
-
-    def splits(self, problem: Problem, variant: tuple[int, ...]) -> int:
-        if problem.op == "input_grad" and _lies_ready(problem):
-            few = problem.geometry.images * problem.geometry.positions < FEW_POSITIONS
-            return max(1, problem.geometry.group_channels // PART) if few else 1
-        return super().splits(problem, variant)
 
     def work(self, problem: Problem, tiling: Tiling) -> Work:
         work = super().work(problem, tiling)

@@ -22,13 +22,14 @@ from cuconv.arrays import Array, Stored, stored
 from cuconv.backends import Backend
 from cuconv.engine.costs import Work
 from cuconv.engine.problem import Problem, in_groups
-from cuconv.geometry import Axis, Block, ConvGeometry, Range, Tile
+from cuconv.geometry import Axis, Block, ConvGeometry, Range
 from cuconv.memory import Buffer
 from cuconv.strategies.base import (
     OVER_DY,
     Job,
     OneWay,
     Tiling,
+    Tilings,
     Workspace,
     add_splits,
     bias_buffer,
@@ -45,6 +46,7 @@ class TapMatmul(OneWay):
 
     name = "tap_matmul"
     capturable = False
+    by_runs = True
 
     def supports(self, problem: Problem) -> tuple[bool, str]:
         if problem.geometry.taps == 1:
@@ -55,25 +57,18 @@ class TapMatmul(OneWay):
             return False, f"sums in {problem.operand} would be rounded"
         return True, ""
 
-    def preferred(self, problem: Problem, backend: Backend) -> int:
+    def tilings(self, problem: Problem, variant: None, backend: Backend) -> Tilings:
+        del variant
         g = problem.geometry
         cell = (g.channels + 2 * g.filters) * problem.operand.itemsize
-        return max(1, backend.block_bytes // max(cell, 1))
-
-    def tile(self, problem: Problem, positions: int, variant: tuple[int, ...]) -> Tile:
-        del variant
-        tile = problem.geometry.tile(positions)
-        if problem.op == "input_grad":
-            # Blocks of one image would add to the same elements.
-            return tile._replace(cells=tuple(max(n, 1) for n in problem.geometry.out))
-        return tile
-
-    def splits(self, problem: Problem, variant: tuple[int, ...]) -> int:
-        del variant
-        return 2 if problem.op == "weight_grad" else 1
-
-    def blocks(self, problem: Problem, tiling: Tiling) -> Iterator[Block]:
-        return problem.geometry.blocks(tiling.tile)
+        positions = max(1, backend.block_bytes // max(cell, 1))
+        if problem.op == "weight_grad":
+            return Tilings(positions, g.tile, 2)
+        if problem.op == "forward":
+            return Tilings(positions, g.tile)
+        # Blocks of one image would add to the same cells.
+        whole = tuple(max(n, 1) for n in g.out)
+        return Tilings(positions, lambda n: g.tile(n)._replace(cells=whole))
 
     def workspace(
         self, problem: Problem, tiling: Tiling, backend: Backend

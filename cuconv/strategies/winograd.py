@@ -29,7 +29,7 @@ computations", 1980, chapter IV).
 
 import math
 from collections.abc import Iterator
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import islice
 
 import numpy as np
@@ -44,6 +44,7 @@ from cuconv.strategies.base import (
     OVER_DY,
     Job,
     Tiling,
+    Tilings,
     Workspace,
     add_splits,
     bias_buffer,
@@ -127,11 +128,13 @@ class Winograd:
     name = "winograd"
     capturable = False
     gains_from_size = True
+    by_runs = False
 
     def supports(self, problem: Problem) -> tuple[bool, str]:
         return verdict(_refusals(problem))
 
     def variants(self, problem: Problem) -> tuple[tuple[int, ...], ...]:
+        """Tile sizes along the axes that are transformed."""
         geometry = problem.geometry
         tiled = _tiled_axes(geometry)
         sizes = _TILES[problem.precision]
@@ -146,34 +149,19 @@ class Winograd:
     def describe(self, variant: tuple[int, ...]) -> str:
         return "tiles of " + "×".join(map(str, variant))
 
-    def preferred(self, problem: Problem, backend: Backend) -> int:
-        g = problem.geometry
-        # A frequency has about 16 outputs, with two elements for each in buffers.
+    def tilings(
+        self, problem: Problem, variant: tuple[int, ...], backend: Backend
+    ) -> Tilings:
+        g, itemsize = problem.geometry, problem.operand.itemsize
+        # A frequency has about 16 outputs; two of its cells for each are held.
         cells = (g.channels + g.filters) * 36 / 16
-        return max(1, int(backend.block_bytes / (cells * problem.operand.itemsize)))
-
-    def tile(self, problem: Problem, positions: int, variant: tuple[int, ...]) -> Tile:
-        geometry = problem.geometry
-        shape = _shape(geometry, variant, problem.operand)
-        share = positions * math.prod(shape.counts) // max(geometry.positions, 1)
-        images, (outer, tall, wide) = tile_of(geometry.images, shape.counts, share)
-        height, width = shape.outputs
-        cells = outer, tall * height, wide * width
-        # Of (outer, rows, last), those that there are.
-        if geometry.rank == 2 and len(variant) == 1:
-            return Tile(images, cells[::2])
-        return Tile(images, cells[-geometry.rank :])
-
-    def splits(self, problem: Problem, variant: tuple[int, ...]) -> int:
-        del variant
+        positions = max(1, int(backend.block_bytes / (cells * itemsize)))
+        tile = partial(_tile, g, _shape(g, variant, problem.operand), len(variant))
         if problem.op != "weight_grad":
-            return 1
-        cells = 4 * problem.geometry.filters * problem.geometry.patch
-        room = _SPLIT_BYTES // max(cells * problem.operand.itemsize, 1)
-        return int(2 ** min(max(room, 1).bit_length() - 1, 3))
-
-    def blocks(self, problem: Problem, tiling: Tiling) -> Iterator[Block]:
-        return problem.geometry.pieces(tiling.tile)
+            return Tilings(positions, tile)
+        room = _SPLIT_BYTES // max(4 * g.filters * g.patch * itemsize, 1)
+        splits = int(2 ** min(max(room, 1).bit_length() - 1, 3))
+        return Tilings(positions, tile, splits)
 
     def workspace(
         self, problem: Problem, tiling: Tiling, backend: Backend
@@ -196,7 +184,7 @@ class Winograd:
         blocks = g.count_blocks(tiling.tile)
         tiles = g.images * math.prod(shape.counts)
         kept = shape.weight_cells
-        outer = math.prod(tiling.tile.cells[: g.rank - len(tiling.variant)])
+        outer = tiling.tile.cells[0] if g.rank > len(tiling.variant) else 1
         rows_in_block = -(-tiles // max(blocks * outer, 1))
         grad = problem.op == "weight_grad"
         count = products_work if problem.module == "numpy" else kernels_work
@@ -264,6 +252,18 @@ class Winograd:
         add_splits(job, list(sums))
         with job.backend.stage("weights", self.name):
             way.taps(job, sums[0], out, shape)
+
+
+def _tile(geometry: ConvGeometry, shape: Shape, tiled: int, positions: int) -> Tile:
+    """Tiles of the transforms with at most so many positions; one at least."""
+    counts, (height, width) = shape.counts, shape.outputs
+    share = positions * math.prod(counts) // max(geometry.positions, 1)
+    images, (outer, tall, wide) = tile_of(geometry.images, counts, share)
+    cells = outer, tall * height, wide * width
+    # Of (outer, rows, last), those that there are.
+    if geometry.rank == 2 and tiled == 1:
+        return Tile(images, cells[::2])
+    return Tile(images, cells[-geometry.rank :])
 
 
 def _refusals(problem: Problem) -> Iterator[str]:

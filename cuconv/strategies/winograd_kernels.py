@@ -83,7 +83,6 @@ class TileKernels:
             for axis, span, window in zip(shape.axes, piece.spans, windows, strict=True)
         )
         v = _laid(
-            job,
             buffers["v"],
             shape,
             (*cells.shape[:3], piece.outer_in, piece.tall, piece.wide),
@@ -101,7 +100,7 @@ class TileKernels:
     ) -> Array:
         shape = piece.shape
         cells = outer_view(_cast(job, dy, buffers.get("dy")), len(job.tiling.variant))
-        d = _outputs(job, cells, piece, buffers)
+        d = _outputs(cells, piece, buffers)
         self.kernels.split(
             cells, d.tiles, _both(shape, lambda t: t.output.T), (0, 0, 0), shape.outputs
         )
@@ -111,7 +110,7 @@ class TileKernels:
         self, job: Job, y: Array, piece: Piece, buffers: dict[str, Array]
     ) -> Array:
         cells = outer_view(y, len(job.tiling.variant))
-        return _outputs(job, cells, piece, buffers).matrices
+        return _outputs(cells, piece, buffers).matrices
 
     def outputs(
         self,
@@ -122,7 +121,7 @@ class TileKernels:
         buffers: dict[str, Array],
     ) -> None:
         shape, tiled = piece.shape, len(job.tiling.variant)
-        m = _outputs(job, outer_view(y, tiled), piece, buffers)
+        m = _outputs(outer_view(y, tiled), piece, buffers)
         target = _staged(job, y, buffers["y"]) if "y" in buffers else y
         cells = outer_view(target, tiled)
         self.kernels.join(
@@ -177,7 +176,6 @@ class _Laid(NamedTuple):
 
 
 def _laid(
-    job: Job,
     flat: Array,
     shape: Shape,
     sizes: tuple[int, int, int, int, int, int],
@@ -199,20 +197,15 @@ def _laid(
     outer = (planes - taps) // stride + 1
     return _Laid(
         _strided(
-            job,
             flat,
             (rows, columns, *sizes),
             (columns * frequency, frequency, *places),
         ),
-        _strided(
-            job, flat, (rows * columns, groups, outer, count, taps * channels), rolled
-        ),
+        _strided(flat, (rows * columns, groups, outer, count, taps * channels), rolled),
     )
 
 
-def _strided(
-    job: Job, flat: Array, shape: tuple[int, ...], steps: tuple[int, ...]
-) -> Array:
+def _strided(flat: Array, shape: tuple[int, ...], steps: tuple[int, ...]) -> Array:
     strides = tuple(step * flat.dtype.itemsize for step in steps)
     view: Array = strided(flat, shape, strides)
     return view
@@ -223,11 +216,11 @@ def _is_by_channel(cells: Array) -> bool:
     return bool(abs(cells.strides[2]) < abs(cells.strides[5]))
 
 
-def _outputs(job: Job, cells: Array, piece: Piece, buffers: dict[str, Array]) -> _Laid:
+def _outputs(cells: Array, piece: Piece, buffers: dict[str, Array]) -> _Laid:
     """M, for a block of y or dy (n, g, k, o, h, w)."""
     sizes = (*cells.shape[:3], piece.outer_out, piece.tall, piece.wide)
     by_channel = _is_by_channel(cells)
-    return _laid(job, buffers["m"], piece.shape, sizes, by_channel=by_channel)
+    return _laid(buffers["m"], piece.shape, sizes, by_channel=by_channel)
 
 
 def _filters(job: Job, view: Array, flat: Array, shape: Shape) -> tuple[_Laid, Array]:
@@ -236,7 +229,7 @@ def _filters(job: Job, view: Array, flat: Array, shape: Shape) -> tuple[_Laid, A
     sizes = (*taps.shape[:4], 1, 1)
     by_channel = abs(taps.strides[2]) < abs(taps.strides[0])
     window = taps.shape[3], 1
-    return _laid(job, flat, shape, sizes, by_channel=by_channel, window=window), taps
+    return _laid(flat, shape, sizes, by_channel=by_channel, window=window), taps
 
 
 def _both(

@@ -207,7 +207,7 @@ def _copy_rows(job: Job, x: Array, q: Array, firsts: list[int], step: int) -> No
     t0 = min(max(-(firsts[1] // step), 0), tall)
     t1 = min(max((height - rows - firsts[1]) // step + 1, t0), tall)
     if t1 > t0 and into.size:
-        tiles = _tiles_of(job, x[:, firsts[1] + step * t0 :], t1 - t0, rows, step)
+        tiles = _tiles_of(x[:, firsts[1] + step * t0 :], t1 - t0, rows, step)
         job.backend.copy(tiles, into[:, :, t0:t1])
     for t in (*range(t0), *range(t1, tall)):
         first = firsts[1] + step * t
@@ -219,7 +219,7 @@ def _copy_rows(job: Job, x: Array, q: Array, firsts: list[int], step: int) -> No
             job.backend.copy(part, into[a0:a1, :, t])
 
 
-def _tiles_of(job: Job, x: Array, tall: int, rows: int, step: int) -> Array:
+def _tiles_of(x: Array, tall: int, rows: int, step: int) -> Array:
     """View x (n, rows, …) as (a, n, th, …): row a of every tile."""
     image, row, *rest = x.strides
     shape = (rows, x.shape[0], tall, *x.shape[2:])
@@ -243,14 +243,14 @@ def _transformed(
         q = _product_of(job, rows, q.reshape(q.shape[0], -1), between)
     count = q.shape[0]
     q = q.reshape(count, lines, width)
-    windows = _windows_of(job, q, wide, last.shape[1], step)
+    windows = _windows_of(q, wide, last.shape[1], step)
     v = into[: last.shape[0] * count * wide * lines]
     v = v.reshape(last.shape[0], count, wide, lines)
     job.backend.do(np.matmul, last, windows, v.transpose(1, 2, 0, 3))
     return v
 
 
-def _windows_of(job: Job, rows: Array, wide: int, size: int, step: int) -> Array:
+def _windows_of(rows: Array, wide: int, size: int, step: int) -> Array:
     """View (i, lines, w) as (i, tw, size, lines): the tiles of every line."""
     i, line, cell = rows.strides
     shape = (rows.shape[0], wide, size, rows.shape[1])

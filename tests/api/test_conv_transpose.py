@@ -309,7 +309,7 @@ def test_the_peak_is_within_the_limit(xp, call, case, dtype, extra, places) -> N
     arrays = Operands(x(xp, plain.x), w(xp, plain.w), bias, dy(xp, plain.dy))
     bound = partial(run, call, arrays, case)
     limit = smallest_limit(bound) + extra
-    assert peak(xp, partial(bound, memory_limit=limit)) <= limit
+    assert peak(xp, partial(bound, memory_limit=limit), limit) <= limit
 
 
 def test_the_sum_for_the_bias_is_within_the_limit(xp) -> None:
@@ -319,7 +319,7 @@ def test_the_sum_for_the_bias_is_within_the_limit(xp) -> None:
     call = partial(cuconv.conv_transpose_backward, dy, x, w, needs=("bias",))
     smallest = smallest_limit(call)
     assert smallest >= 3000 * 8
-    assert peak(xp, partial(call, memory_limit=smallest)) <= smallest
+    assert peak(xp, partial(call, memory_limit=smallest), smallest) <= smallest
 
 
 # Types

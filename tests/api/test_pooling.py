@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from support import (
     HALVES,
     LAYOUTS,
+    arrays_of,
     assert_refused,
     device_allocations,
     integers,
@@ -207,12 +208,10 @@ def test_causal_windows_hold_what_was_before(xp, ceil_mode) -> None:
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("batched", [True, False])
 def test_global(xp, layout, batched) -> None:
-    shape = (2, 3, 4, 5)[not batched :]
-    x, options = integers(shape), {"layout": layout, "batched": batched}
-    device = xp.asarray(x)
-    axes = tuple(range(int(batched), 3)) if layout == "channels_last" else (-2, -1)
-    if layout == "channels_last":
-        axes = tuple(range(batched, batched + 2))
+    x, options = integers((2, 3, 4, 5)[not batched :]), {"layout": layout}
+    options["batched"] = batched
+    device, first = xp.asarray(x), layout == "channels_first"
+    axes = (-2, -1) if first else tuple(range(batched, batched + 2))
     mean = cuconv.global_avg_pool(device, **options)
     close(to_host(mean), x.mean(axes, keepdims=True), rtol=1e-14)
     y, indices = cuconv.global_max_pool(device, return_indices=True, **options)
@@ -224,8 +223,7 @@ def test_global(xp, layout, batched) -> None:
     found = cuconv.global_max_pool_backward(dy, None, None, x=device, **options)
     equal(to_host(found), back)
     back = to_host(cuconv.global_avg_pool_backward(dy, x.shape, **options))
-    cells = np.prod([x.shape[a] for a in axes])
-    close(back, np.full(x.shape, 1 / cells), rtol=1e-15)
+    close(back, np.full(x.shape, 1 / np.prod([x.shape[a] for a in axes])), rtol=1e-15)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -487,23 +485,22 @@ def test_named_ranks(xp, kind, rank) -> None:
     assert ("divisor_override" in shown) == (kind == "avg")
 
 
-CALLS = {
-    "max": lambda x, **o: cuconv.max_pool(x, 3, stride=2, padding=1, **o),
-    "indices": lambda x, **o: cuconv.max_pool(
-        x, 3, stride=2, padding=1, return_indices=True, **o
-    ),
-    "mean": lambda x, **o: cuconv.avg_pool(x, 3, stride=2, padding=1, **o),
-    "norm": lambda x, **o: cuconv.lp_pool(x, 2, 3, stride=2, padding=1, **o),
-    "adaptive": lambda x, **o: cuconv.adaptive_avg_pool(x, 7, **o),
-    "global": lambda x, **o: cuconv.global_max_pool(x, return_indices=True, **o),
+WINDOWS: dict[str, Any] = {"stride": 2, "padding": 1}
+CALLS: dict[str, Any] = {
+    "max": partial(cuconv.max_pool, kernel_size=3, **WINDOWS),
+    "indices": partial(cuconv.max_pool, kernel_size=3, return_indices=True, **WINDOWS),
+    "mean": partial(cuconv.avg_pool, kernel_size=3, **WINDOWS),
+    "norm": lambda x, **o: cuconv.lp_pool(x, 2, 3, **WINDOWS, **o),
+    "adaptive": partial(cuconv.adaptive_avg_pool, output_size=7),
+    "global": partial(cuconv.global_max_pool, return_indices=True),
     "max gradient": lambda x, **o: cuconv.max_pool_backward(
-        *_given(x), x.shape, 3, stride=2, padding=1, **o
+        *_given(x), x.shape, 3, **WINDOWS, **o
     ),
     "search": lambda x, **o: cuconv.max_pool_backward(
-        _given(x)[0], None, None, 3, x=x, stride=2, padding=1, **o
+        _given(x)[0], None, None, 3, x=x, **WINDOWS, **o
     ),
     "mean gradient": lambda x, **o: cuconv.avg_pool_backward(
-        _given(x)[0], x.shape, 3, stride=2, padding=1, **o
+        _given(x)[0], x.shape, 3, **WINDOWS, **o
     ),
 }
 
@@ -527,12 +524,11 @@ def test_memory_is_bounded_and_changes_nothing(name, dtype) -> None:
     wanted = call(x)
     least = smallest_limit(lambda **o: call(x, **o))
     assert 0 < least < 2**17
-    pair = isinstance(wanted, tuple)
     for limit in (least, 2 * least, 2**20):
         got = call(x, memory_limit=limit)
-        for one, two in zip(got, wanted, strict=True) if pair else ((got, wanted),):
+        for one, two in zip(arrays_of(got), arrays_of(wanted), strict=True):
             equal(one, two)
-        used = peak(np, lambda limit=limit: call(x, memory_limit=limit))
+        used = peak(np, lambda limit=limit: call(x, memory_limit=limit), limit)
         assert used <= limit, f"{name}: {used} of {limit}"
     with pytest.raises(MemoryLimitError, match=f"smallest that would do is {least} "):
         call(x, memory_limit=least - 1)
@@ -573,8 +569,7 @@ def test_workers_change_nothing(name, monkeypatch) -> None:
     monkeypatch.setattr(host.CpuBackend, "workers", lambda _: 3)
     for layout in range(2):
         got = CALLS[name](x)
-        pair = isinstance(got, tuple)
-        for one, two in zip(got, wanted, strict=True) if pair else ((got, wanted),):
+        for one, two in zip(arrays_of(got), arrays_of(wanted), strict=True):
             equal(one, two)
         x = np.asfortranarray(x) if layout == 0 else x
 
@@ -678,114 +673,74 @@ def test_indices_outside_the_plane_are_passed_over(xp) -> None:
         equal(to_host(dx), [[[0, 0, 1, 0, 0, 1], [0, 1, 0, 0, 0, 0]]])
 
 
-X = np.zeros((2, 3, 6, 7), dtype=np.float32)
-# What is said, and the call.
-REFUSED: dict[type[Exception], dict[str, Any]] = {
-    TypeError: {
-        "complex64, and complex numbers have no maximum": lambda xp: cuconv.max_pool(
-            xp.zeros((1, 1, 4), dtype="complex64"), 2
-        ),
-        "real or complex dtype; got int32": lambda xp: cuconv.avg_pool(
-            xp.asarray(X), 2, dtype="int32"
-        ),
-        "x has type int8; lp_pool takes real floats": lambda xp: cuconv.lp_pool(
-            xp.zeros((1, 1, 4), dtype="int8"), 2, 2
-        ),
-        "dy has type float64 and x has float32": lambda xp: cuconv.lp_pool_backward(
-            xp.zeros((2, 3, 3, 3)), xp.asarray(X), xp.zeros((2, 3, 3, 3)), 2, 2
-        ),
-        "indices have type int32 and must have int64": lambda xp: (
-            cuconv.max_pool_backward(
-                xp.zeros((2, 3, 3, 3)),
-                xp.zeros((2, 3, 3, 3), dtype="int32"),
-                X.shape,
-                2,
-            )
-        ),
-        "one of them; got neither": lambda xp: cuconv.max_pool_backward(
-            xp.zeros((2, 3, 3, 3)), None, X.shape, 2
-        ),
-        "x_shape is None, and so is x": lambda xp: cuconv.max_pool_backward(
-            xp.zeros((2, 3, 3, 3)), None, None, 2
-        ),
-        "dy has type bool": lambda xp: cuconv.max_pool_backward(
-            xp.zeros((1, 1, 2), dtype=bool), None, None, 2, x=xp.zeros((1, 1, 4))
-        ),
-        "list, of which numpy.asarray makes one": lambda xp: cuconv.max_pool(
-            [[[1.0, 2.0]]], 2
-        ),
-        "of which numpy.asarray makes one": lambda xp: cuconv.avg_pool1d(
-            [[[1.0, 2.0]]], 2
-        ),
-        "kernel_size must be made of integers; got None": lambda xp: cuconv.max_pool2d(
-            xp.asarray(X), None
-        ),
-        "divisor_override must be made of integers; got 2.5": lambda xp: (
-            cuconv.avg_pool2d(xp.asarray(X), 2, divisor_override=2.5)
-        ),
-        "norm_type must be a number; got '2'": lambda xp: cuconv.lp_pool(
-            xp.asarray(X), "2", 2
-        ),
-        "no option 'strides'": lambda xp: cuconv.max_pool(xp.asarray(X), 2, strides=1),
-        "no option 'count_include_pad'": lambda xp: cuconv.max_pool(
-            xp.asarray(X), 2, count_include_pad=False
-        ),
-        "out has type float64 and the result has float32": lambda xp: cuconv.max_pool(
-            xp.asarray(X), 2, out=xp.zeros((2, 3, 3, 3))
-        ),
-        "out must be a pair": lambda xp: cuconv.max_pool(
-            xp.asarray(X), 2, return_indices=True, out=xp.zeros((2, 3, 3, 3))
-        ),
-    },
-    ValueError: {
-        "4 spatial axes; pooling takes 3 at most": lambda xp: cuconv.max_pool(
-            xp.zeros((1,) * 6), 1
-        ),
-        "divisor_override must not be 0": lambda xp: cuconv.avg_pool(
-            xp.asarray(X), 2, divisor_override=0
-        ),
-        "norm_type must be positive and finite; got 0": lambda xp: cuconv.lp_pool(
-            xp.asarray(X), 0, 2
-        ),
-        "axis 0: it spans 9 cells .* input has 8": lambda xp: cuconv.max_pool(
-            xp.asarray(X), 9, padding=1
-        ),
-        r"dy has shape \(2, 3, 3, 4\) and must have \(2, 3, 3, 3\)": lambda xp: (
-            cuconv.avg_pool_backward(xp.zeros((2, 3, 3, 4)), X.shape, 2)
-        ),
-        r"indices has shape \(2, 3, 3, 4\) and must have \(2, 3, 3, 3\)": lambda xp: (
-            cuconv.max_pool_backward(
-                xp.zeros((2, 3, 3, 3)),
-                xp.zeros((2, 3, 3, 4), dtype="int64"),
-                X.shape,
-                2,
-            )
-        ),
-        r"x has shape \(2, 3, 6, 7\) and x_shape is \(2, 3, 6, 8\)": lambda xp: (
-            cuconv.max_pool_backward(
-                xp.zeros((2, 3, 3, 3)), None, (2, 3, 6, 8), 2, x=xp.asarray(X)
-            )
-        ),
-        "output_size of spatial axis 1 is -1": lambda xp: cuconv.adaptive_avg_pool(
-            xp.asarray(X), (2, -1)
-        ),
-        "axis 0 has 0 cells, too few for output_size 2": lambda xp: (
-            cuconv.adaptive_avg_pool(xp.zeros((1, 1, 0)), 2)
-        ),
-        r"out has shape \(2, 3, 3, 4\) and the result has \(2, 3, 3, 3\)": lambda xp: (
-            cuconv.max_pool(xp.asarray(X), 2, out=xp.zeros((2, 3, 3, 4)))
-        ),
-    },
-}
+zeros = np.zeros
+X, DY, ODD = zeros((2, 3, 6, 7), "f4"), zeros((2, 3, 3, 3)), zeros((2, 3, 3, 4))
+
+
+def bad(words: str, name: str, *arguments: Any, **options: Any) -> tuple[Any, ...]:
+    """What a public function says, and what it is given."""
+    return words, name, arguments, options
+
+
+REFUSED = [
+    bad("4 spatial axes; pooling takes 3 at most", "max_pool", zeros((1,) * 6), 1),
+    bad("divisor_override must not be 0", "avg_pool", X, 2, divisor_override=0),
+    bad("norm_type must be positive and finite; got 0", "lp_pool", X, 0, 2),
+    bad("axis 0: it spans 9 cells .* input has 8", "max_pool", X, 9, padding=1),
+    bad(r"dy has shape \(2, 3, 3, 4\) and must", "avg_pool_backward", ODD, X.shape, 2),
+    bad(
+        *(r"indices has shape \(2, 3, 3, 4\) and must have \(2, 3, 3, 3\)",),
+        *("max_pool_backward", DY, ODD.astype("i8"), X.shape, 2),
+    ),
+    bad(
+        *(r"x has shape \(2, 3, 6, 7\) and x_shape is \(2, 3, 6, 8\)",),
+        *("max_pool_backward", DY, None, (2, 3, 6, 8), 2),
+        x=X,
+    ),
+    bad("output_size of spatial axis 1 is -1", "adaptive_avg_pool", X, (2, -1)),
+    bad("0 cells, too few for output_size 2", "adaptive_avg_pool", zeros((1, 1, 0)), 2),
+    bad(r"out has shape \(2, 3, 3, 4\) and the result", "max_pool", X, 2, out=ODD),
+]
+MISTYPED = [
+    bad("complex numbers have no maximum", "max_pool", zeros((1, 1, 4), "c8"), 2),
+    bad("real or complex dtype; got int32", "avg_pool", X, 2, dtype="int32"),
+    bad(
+        "type int8; lp_pool takes real floats", "lp_pool", zeros((1, 1, 4), "i1"), 2, 2
+    ),
+    bad("dy has type float64 and x has float32", "lp_pool_backward", DY, X, DY, 2, 2),
+    bad(
+        *("indices have type int32 and must have int64", "max_pool_backward"),
+        *(DY, DY.astype("i4"), X.shape, 2),
+    ),
+    bad("one of them; got neither", "max_pool_backward", DY, None, X.shape, 2),
+    bad("x_shape is None, and so is x", "max_pool_backward", DY, None, None, 2),
+    bad("dy has type bool", "max_pool_backward", DY.astype("?"), None, None, 2, x=X),
+    bad("list, of which numpy.asarray makes one", "max_pool", [[[1.0, 2.0]]], 2),
+    bad("list, of which numpy.asarray makes one", "avg_pool1d", [[[1.0, 2.0]]], 2),
+    bad("kernel_size must be made of integers; got None", "max_pool2d", X, None),
+    bad("divisor_override .* got 2.5", "avg_pool2d", X, 2, divisor_override=2.5),
+    bad("norm_type must be a number; got '2'", "lp_pool", X, "2", 2),
+    bad("no option 'strides'", "max_pool", X, 2, strides=1),
+    bad("no option 'count_include_pad'", "max_pool", X, 2, count_include_pad=False),
+    bad("out has type float64 and the result has float32", "max_pool", X, 2, out=DY),
+    bad("out must be a pair", "max_pool", X, 2, return_indices=True, out=DY),
+]
 
 
 @pytest.mark.parametrize(
-    ("error", "words"),
-    [(error, words) for error in REFUSED for words in REFUSED[error]],
+    ("error", "words", "name", "arguments", "options"),
+    [
+        *((ValueError, *each) for each in REFUSED),
+        *((TypeError, *each) for each in MISTYPED),
+    ],
 )
-def test_refused(xp, error, words) -> None:
+def test_refused(xp, error, words, name, arguments, options) -> None:
+    def moved(value: Any) -> Any:
+        return xp.asarray(value) if isinstance(value, np.ndarray) else value
+
+    options = {key: moved(value) for key, value in options.items()}
     with pytest.raises(error, match=words):
-        REFUSED[error][words](xp)
+        getattr(cuconv, name)(*map(moved, arguments), **options)
 
 
 def test_nothing_is_allocated_before_a_refusal(xp) -> None:

@@ -11,6 +11,7 @@ from threadpoolctl import threadpool_limits
 
 import cuconv
 from cuconv.backends.cpu import backend as host
+from cuconv.memory import ALIGNED
 
 
 @pytest.mark.parametrize("threads", [1, 2])
@@ -38,7 +39,7 @@ def test_blas_has_its_threads_again_after_an_error(monkeypatch) -> None:
 
     monkeypatch.setattr(host.CpuBackend, "gather", gather)
     with pytest.raises(MemoryError, match="in a worker"), cuconv.config(num_threads=3):
-        strictly(x, w)
+        strictly(x, w, memory_limit="512 KiB")  # blocks enough that none is recorded
     assert begun.is_set()
     assert blas_threads() == before
 
@@ -125,7 +126,7 @@ def test_what_is_kept_never_passes_the_default_limit() -> None:
     for order in (sizes, sizes[::-1]):
         open_ = [arenas.borrowed(size) for size in order]
         for arena, size in zip(open_, order, strict=True):
-            assert arena.__enter__().nbytes >= size
+            assert arena.__enter__().nbytes >= size - 2 * ALIGNED
         for arena in open_:
             arena.__exit__(None, None, None)
             assert sum(kept.nbytes for kept in arenas._kept) <= most

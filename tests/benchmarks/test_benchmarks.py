@@ -4,80 +4,62 @@ import importlib.util
 import itertools
 import json
 import os
-import statistics
 import sys
-from math import prod
 from typing import Any
 
 import numpy as np
 import pytest
-from benchmark_cases import PLAIN, TINY, planted, reference
+from benchmark_cases import (
+    OPERATIONS,
+    PLAIN,
+    TINY,
+    TINY_OTHERS,
+    planted,
+    reference,
+)
 
 from benchmarks import pages, records, report, small_call
 from benchmarks.cases import Case, relative_error
-from benchmarks.definitions import DEFINITIONS, max_indices, operations_on
-from benchmarks.layers import Layer, Pool, Transposed
-from benchmarks.peers import PEERS, kind_of, on_cuda, wishes_of
+from benchmarks.layers import Layer, Pool, Transposed, layer, pool
+from benchmarks.peers import PEERS, make_peer, on_cuda, wishes_of
 from benchmarks.peers.base import RefusedError, Wishes
-from benchmarks.peers.library import Library
 from benchmarks.peers.whole_buffer import Columns
-from benchmarks.runner import Effort, Process, Worker, measure_case, summary, workers
-from benchmarks.suites import (
-    OPERATIONS,
-    POOLING,
-    SUITES,
-    TRANSPOSED,
-    doubling,
-    layer,
-    pool,
+from benchmarks.runner import (
+    Effort,
+    Process,
+    Session,
+    Worker,
+    measure_case,
+    summary,
+    workers,
 )
+from benchmarks.suites import SUITES
+from benchmarks.taps import maxima, plane
 from benchmarks.taps import reference as by_taps
-from benchmarks.worker import Session
 from cuconv.testing import (
-    pool_grad_reference,
     pool_reference,
 )
 
 TORCH_PYTHON = os.environ.get("CUCONV_TORCH_PYTHON", sys.executable)
 
-# Of other kinds of layer, with the operations of each.
-TINY_OTHERS = {
-    "doubling": doubling(3, 4, 2, 4, padding=1),
-    "side by side": doubling(2, 3, 4, 2),
-    "output padding": doubling(2, 4, 3, 3, padding=1, output_padding=1),
-    "uneven": Transposed(
-        *(4, (4, 3), 6, (3, 2), (2, 3), (1, 0), (1, 2), 2), output_padding=(1, 2)
-    ),
-    "pool": pool(3, 7, 3, 2, padding=1),
-    "loose pool": pool(2, 8, 2, 3),
-    "uneven pool": Pool(2, (7, 6), 2, (3, 2), (1, 2), (1, 0), (1, 1), groups=2),
-    "whole pool": pool(2, 5, 5, 5),
-    "line pool": pool(3, 11, 4, 2, padding=1, rank=1),
-    "volume pool": pool(2, 5, 2, 2, rank=3),
-}
 OTHERS = [
     pytest.param(each, operation, id=f"{name}-{operation}")
     for name, each in TINY_OTHERS.items()
-    for operation in operations_on(type(each))
+    for operation in each.operations
 ]
+PLAIN_CASES = [
+    pytest.param(each, operation, id=f"{name}-{operation}")
+    for name, each in TINY.items()
+    for operation in OPERATIONS
+]
+ALL = PLAIN_CASES + OTHERS
 NUMPY_PEERS = ("cuconv", "im2col_rows", "im2col_columns", "naive", "scipy")
-
-
-def other_reference(case: Case) -> np.ndarray:
-    """Of pooling too."""
-    kind = {"max": "max", "avg": "mean"}.get(case.operation[:3])
-    if kind is None:
-        return reference(case)
-    (x,) = Case(case.layer, "max_pool", case.batch).operands()
-    if case.operation.endswith("_backward"):
-        return pool_grad_reference(case.operands()[0], x, kind=kind, **case.options)
-    return pool_reference(x, kind=kind, **case.options).y
 
 
 def peer_named(name: str, **wishes: Any) -> Any:
     if name == "scipy":
         pytest.importorskip("scipy")
-    return kind_of(name).make(wishes_of(name, wishes))
+    return make_peer(name, wishes)
 
 
 # The layers.
@@ -133,39 +115,34 @@ def test_mobilenetv2_is_the_published_network() -> None:
     assert taken - left == {(32, (112, 112))} - left
 
 
-def test_encodec_is_a_chain() -> None:
-    chain = [x for x in SUITES["audio1d"].layers if x.label == "encodec"]
-    assert len(chain) == 6
+@pytest.mark.parametrize(
+    ("suite", "label", "first", "last"),
+    [
+        ("audio1d", "encodec", (1, 1, 24000), (1, 128, 75)),
+        ("transposed", "dcgan", (1, 1024, 4, 4), (1, 3, 64, 64)),
+    ],
+)
+def test_chains(suite, label, first, last) -> None:
+    """DCGAN's generator after its projection, up to an image of 64×64."""
+    chain = [x for x in SUITES[suite].layers if x.label == label]
+    assert len(chain) == {"encodec": 6, "dcgan": 4}[label]
     for before, after in itertools.pairwise(chain):
         assert (before.filters, before.out) == (after.channels, after.size)
+    assert (chain[0].shapes(1)["x"], chain[-1].shapes(1)["dy"]) == (first, last)
+
+
+def test_other_suites() -> None:
     wavenet = [x for x in SUITES["audio1d"].layers if x.label == "wavenet"]
     assert [x.dilation for x in wavenet] == [(1,), (16,), (512,)]
     assert all(x.out == x.size for x in wavenet)
-
-
-def test_dcgan_is_a_chain() -> None:
-    """The generator after its projection, up to an image of 64×64."""
-    chain = [x for x in SUITES["transposed"].layers if x.label == "dcgan"]
-    for before, after in itertools.pairwise(chain):
-        assert (before.filters, before.out) == (after.channels, after.size)
-    assert chain[0].x_shape(1) == (1, 1024, 4, 4)
-    assert chain[-1].y_shape(1) == (1, 3, 64, 64)
-    assert [x.kernel for x in chain] == [(4, 4)] * 4
-
-
-def test_decoders_double_every_size() -> None:
-    layers = SUITES["transposed"].layers
-    assert layers[0].y_shape(8) == (8, 64, 56, 56)
-    assert all(x.out == tuple(2 * n for n in x.size) for x in layers)
-    assert {x.kernel[0] for x in layers} == {2, 3, 4}
-
-
-def test_pools_are_of_all_ranks() -> None:
-    layers = SUITES["pooling"].layers
-    assert sorted({len(x.out) for x in layers}) == [1, 2, 3]
-    shapes = [x.y_shape(8) for x in layers]
-    assert shapes[:2] == [(8, 64, 56, 56), (8, 64, 55, 55)]
-    assert (8, 2048, 1, 1) in shapes
+    decoders = SUITES["transposed"].layers
+    assert decoders[0].shapes(8)["dy"] == (8, 64, 56, 56)
+    assert all(x.out == tuple(2 * n for n in x.size) for x in decoders)
+    assert {x.kernel[0] for x in decoders} == {2, 3, 4}
+    pools = [x.shapes(8)["dy"] for x in SUITES["pooling"].layers]
+    assert sorted({len(shape) for shape in pools}) == [3, 4, 5]
+    assert pools[:2] == [(8, 64, 56, 56), (8, 64, 55, 55)]
+    assert (8, 2048, 1, 1) in pools
 
 
 @pytest.mark.parametrize("suite", SUITES.values(), ids=SUITES)
@@ -173,7 +150,7 @@ def test_suites_are_in_order(suite) -> None:
     names = [each.name for each in suite.layers]
     assert len(set(names)) == len(names) > 1
     assert all(min(each.out) > 0 for each in suite.layers)
-    assert all(kind_of(peer) for peer in suite.peers)
+    assert all(wishes_of(peer, {}) for peer in suite.peers)
     rank = {"audio1d": 1, "unet3d": 3}.get(suite.name)
     assert rank is None or all(len(each.out) == rank for each in suite.layers)
 
@@ -182,7 +159,7 @@ def test_sizes_are_those_of_cuconv() -> None:
     for each in (*TINY.values(), *SUITES["large_kernel"].layers[:1]):
         case = Case(each, "forward", 2)
         y = peer_named("cuconv").call(case, *case.operands())()
-        assert y.shape == case.result_shape == each.y_shape(2)
+        assert y.shape == case.result_shape == each.shapes(2)["dy"]
 
 
 def test_names_tell_the_shape() -> None:
@@ -196,39 +173,19 @@ def test_names_tell_the_shape() -> None:
 # What is right.
 
 
-@pytest.mark.parametrize("operation", OPERATIONS)
-@pytest.mark.parametrize("name", TINY)
-def test_elements_are_the_definition(name, operation) -> None:
-    """Every element, against loops that share no line with it."""
-    case = Case(TINY[name], operation, 2)
-    true = reference(case)
-    element, operands = DEFINITIONS[operation].element, case.operands()
-    got = [element(case.layer, *operands, place) for place in np.ndindex(true.shape)]
-    assert len(got) == prod(case.result_shape) > 0
-    np.testing.assert_allclose(got, true.ravel(), rtol=1e-12, atol=1e-12)
-
-
-@pytest.mark.parametrize(("each", "operation"), OTHERS)
-def test_other_elements_are_the_definition(each, operation) -> None:
+@pytest.mark.parametrize(("each", "operation"), ALL)
+def test_taps_are_the_definition(each, operation) -> None:
+    """Whole, and every plane by itself."""
     case = Case(each, operation, 2)
-    true, operands = other_reference(case), case.operands()
-    got = [
-        case.definition.element(each, *operands, place)
-        for place in np.ndindex(true.shape)
+    true, operands = reference(case), case.operands()
+    wide = [a if a.dtype == int else a.astype(np.float64) for a in operands]
+    got = by_taps(each, operation, wide)
+    assert got.shape == true.shape == case.result_shape
+    np.testing.assert_allclose(got, true, rtol=1e-12, atol=1e-12)
+    planes = [
+        plane(each, operation, operands, *at) for at in np.ndindex(true.shape[:2])
     ]
-    assert true.shape == case.result_shape
-    np.testing.assert_allclose(got, true.ravel(), rtol=1e-12, atol=1e-12)
-
-
-@pytest.mark.parametrize(("each", "operation"), OTHERS)
-def test_the_library_answers_rightly(each, operation) -> None:
-    case, one = Case(each, operation, 2), peer_named("cuconv")
-    operands = case.operands()
-    result = one.call(case, *operands)()
-    assert result.dtype == np.float32
-    np.testing.assert_allclose(result, other_reference(case), rtol=1e-4, atol=1e-5)
-    assert relative_error(case, operands, result) < 1e-5
-    assert (one.plan(case)["strategy"] is None) is (operation in POOLING)
+    np.testing.assert_allclose(planes, true.reshape(-1, *true.shape[2:]), rtol=1e-9)
 
 
 def test_indices_are_those_of_the_definition() -> None:
@@ -237,61 +194,43 @@ def test_indices_are_those_of_the_definition() -> None:
     x = np.random.default_rng(0).integers(0, 3, (2, 1, 5, 6)).astype(np.float32)
     true = pool_reference(x, kind="max", **each.options).indices
     assert (true == -1).any()
-    np.testing.assert_array_equal(max_indices(each, x), true)
+    np.testing.assert_array_equal(maxima(each, x)[1], true)
 
 
-@pytest.mark.parametrize("operation", TRANSPOSED)
-def test_taps_of_transposed_convolutions(operation) -> None:
-    case = Case(TINY_OTHERS["uneven"], operation, 2)
-    first, second = (array.astype(np.float64) for array in case.operands())
-    got = by_taps(case, first, second, np.zeros)
-    np.testing.assert_allclose(got, reference(case), rtol=1e-12, atol=1e-12)
-
-
-@pytest.mark.parametrize("operation", TRANSPOSED)
-def test_transposed_convolutions_on_cuda(operation) -> None:
-    """On the stand-in for CuPy, checked as a whole, channels last."""
-    session = Session("cuconv@channels_last")
-    session.answer("open", wishes={"device": "cuda"})
-    case = Case(TINY_OTHERS["uneven"], operation, 2)
-    built = session.answer("build", case=case.to_json())
-    assert built["status"] == "ok", built
-    assert built["error"] < 1e-6
-    assert built["promised_bytes"] >= 0
-
-
-def test_what_a_peer_does_not_do_is_refused() -> None:
+def test_pooling_has_no_strategies() -> None:
     case = Case(TINY_OTHERS["pool"], "max_pool", 2)
-    with pytest.raises(RefusedError, match="no max_pool"):
-        peer_named("naive").call(case, *case.operands())
     with pytest.raises(RefusedError, match="no strategies"):
         peer_named("cuconv@im2col").call(case, *case.operands())
 
 
 def test_a_gradient_of_zeros_is_wrong() -> None:
-    """Of 64 cells of whole planes none may be a maximum, so more are looked at."""
+    """Though it is mostly zeros."""
     case = Case(pool(64, 7, 7, 7), "max_pool_backward", 2)
     zeros = np.zeros(case.result_shape, np.float32)
     assert relative_error(case, case.operands(), zeros) == 1.0
 
 
-@pytest.mark.parametrize("operation", OPERATIONS)
-@pytest.mark.parametrize("name", TINY)
 @pytest.mark.parametrize("peer", NUMPY_PEERS)
-def test_peers_answer_rightly(peer, name, operation) -> None:
-    case = Case(TINY[name], operation, 2)
-    one = peer_named(peer)
-    if peer == "naive" and name not in ("plain", "strides", "pointwise"):
-        with pytest.raises(RefusedError, match="two axes"):
-            one.call(case, *case.operands())()
-        return
+@pytest.mark.parametrize(("each", "operation"), ALL)
+def test_peers_answer_rightly(peer, each, operation) -> None:
+    case, one = Case(each, operation, 2), peer_named(peer)
     operands = case.operands()
     kept = [array.copy() for array in operands]
+    if peer != "cuconv" and operation not in OPERATIONS:
+        with pytest.raises(RefusedError, match=f"no {operation}"):
+            one.call(case, *operands)
+        return
+    if peer == "naive" and each not in map(TINY.get, ("plain", "strides", "pointwise")):
+        with pytest.raises(RefusedError, match="two axes"):
+            one.call(case, *operands)()
+        return
     result = one.device.take(one.call(case, *operands)())
     assert result.dtype == np.float32
     np.testing.assert_allclose(result, reference(case), rtol=1e-4, atol=1e-5)
     assert relative_error(case, operands, result) < 1e-5
     assert all(map(np.array_equal, operands, kept))
+    has_plan = peer == "cuconv" and not isinstance(each, Pool)
+    assert (one.plan(case)["strategy"] is not None) is has_plan
 
 
 def test_operands_are_the_same_everywhere() -> None:
@@ -338,9 +277,9 @@ def test_names_carry_options() -> None:
     )
     assert wishes_of("cuconv@im2col", {}).strategy == "im2col"
     with pytest.raises(ValueError, match="there is no peer 'tensorflow'"):
-        kind_of("tensorflow")
+        wishes_of("tensorflow", {})
     with pytest.raises(ValueError, match="only cuconv"):
-        kind_of("torch@4MiB")
+        wishes_of("torch@4MiB", {})
 
 
 def test_a_gpu_has_its_own_peers() -> None:
@@ -350,20 +289,6 @@ def test_a_gpu_has_its_own_peers() -> None:
     assert on_cuda(SUITES["sweep_memory"].peers) == SUITES["sweep_memory"].peers
 
 
-@pytest.mark.parametrize("operation", OPERATIONS)
-def test_the_library_on_cuda(operation) -> None:
-    """On the stand-in for CuPy, which has no clock."""
-    case = Case(PLAIN, operation, 2)
-    peer = Library(Wishes(device="cuda"))
-    operands = case.operands()
-    call = peer.call(case, *map(peer.device.put, operands))
-    result = peer.device.take(call())
-    assert relative_error(case, operands, result) < 1e-5
-    extra = peer.device.extra_bytes(call)
-    assert extra is not None
-    assert 0 <= extra < 2**22
-
-
 # Processes.
 
 
@@ -371,11 +296,7 @@ class LocalWorker:
     """A session without a process, which counts its requests."""
 
     def __init__(self, name: str) -> None:
-        self.session, self.asked = Session(name), []
-        self.hello = self.session.answer("open", wishes={})
-
-    def open(self) -> dict[str, Any]:
-        return self.hello
+        self.session, self.asked = Session(name, {}), []
 
     def ask(self, do: str, **words: Any) -> dict[str, Any]:
         self.asked.append(do)
@@ -410,18 +331,19 @@ def test_a_wrong_peer_is_caught_and_not_timed(monkeypatch) -> None:
 
 def test_what_a_finding_says() -> None:
     worker = LocalWorker("im2col_columns")
-    steps: list[int] = []
     case = Case(layer(8, 20, 8, 3), "forward", 2)
-    found = measure_case(case, {"a": worker}, TINY_EFFORT, lambda: steps.append(1))
+    found = measure_case(case, {"a": worker}, TINY_EFFORT)
     finding = found["findings"]["a"]
     assert finding["calls"] >= 3
+    several = summary([0.004, 0.001, 0.003, 0.002, 0.1])
+    assert (several["milliseconds"], several["calls"]) == (3, 5)
+    assert several["quartiles"] == pytest.approx([1.5, 52])
     low, high = finding["quartiles"]
     assert 0 < low <= finding["milliseconds"] <= high
     # At its peak the columns and the padded input are there.
     columns = 4 * 2 * 8 * 9 * 20 * 20
     assert columns < finding["extra_bytes"] < 2 * columns
     assert finding["weighed_by"] == "tracemalloc"
-    assert len(steps) == 1 + TINY_EFFORT.rounds
     assert found["multiplications"] == 2 * 8 * 400 * 72
 
 
@@ -456,13 +378,13 @@ def test_a_process_answers(peer) -> None:
 def test_pytorch_answers_rightly() -> None:
     """In every operation, built and checked but not timed."""
     cases = [Case(*parameter.values, 2) for parameter in OTHERS]
-    assert {case.operation for case in cases} == {*TRANSPOSED, *POOLING}
+    assert {c.operation for c in cases} == {*Transposed.operations, *Pool.operations}
     with workers(["torch"], {"device": "cpu"}, TORCH_PYTHON) as found:
         worker = found["torch"]
         if worker.hello["status"] == "missing":
             pytest.skip(f"no PyTorch here: {worker.hello['reason']}")
         for case in cases:
-            reply = worker.ask("build", case=case.to_json())
+            reply = worker.ask("build", case=case)
             assert reply["status"] == "ok", (case, reply)
             assert reply["error"] < 1e-5
 
@@ -471,7 +393,7 @@ def test_a_process_that_never_answers_is_missing() -> None:
     case = Case(PLAIN, "forward", 1)
     for python, reason in (("true", "ended with status 0"), ("no-such", "No such")):
         process = Process(python)
-        worker = Worker("cuconv", process, {})
+        worker = Worker("cuconv", {}, process)
         found = measure_case(case, {"a": worker}, TINY_EFFORT)["findings"]["a"]
         process.close()
         assert found["status"] == "missing"
@@ -482,7 +404,7 @@ def test_a_process_that_dies_is_replaced() -> None:
     case = Case(PLAIN, "forward", 1)
     with workers(["naive"], {}) as found:
         worker = found["naive"]
-        worker._process._process.kill()
+        worker._process.running.kill()
         dead, alive = (
             measure_case(case, found, TINY_EFFORT)["findings"]["naive"]
             for _ in range(2)
@@ -515,22 +437,22 @@ RECORD = planted(
 def test_what_multiplies_nothing_is_counted_in_bytes() -> None:
     case = Case(pool(4, 10, 2, 2), "max_pool_backward", 2)
     # dy, its indices of eight bytes, and dx.
-    assert case.nbytes == 4 * 200 + 8 * 200 + 4 * 800
+    assert case.nbytes() == 4 * 200 + 8 * 200 + 4 * 800
     record = planted({"cuconv": [1.0, 2.0, 4.0]})
     for each in record["cases"]:
         each |= {"multiplications": 0, "moved_bytes": 5 * 10**6}
     table = report.layer_table(record, "forward")
     assert table.header == ["layer", "cuconv", "GB/s"]
-    assert [row[2] for row in table.rows] == ["5", "2.5", "1.25"]
+    assert [row[2] for row in table.rows] == [5, 2.5, 1.25]
 
 
 def test_ratios_and_geometric_means() -> None:
     cases = report.cases_of(RECORD, "forward")
     assert list(report.ratios(cases, "cuconv", "torch").values()) == [0.5, 2.0, 1.0]
     assert list(report.ratios(cases, "cuconv", "naive").values()) == [0.25]
-    assert report.geometric_mean([0.5, 2.0, 1.0]) == pytest.approx(1.0)
-    assert report.geometric_mean([1.0, 4.0, 16.0]) == pytest.approx(4.0)
-    assert report.geometric_mean([]) is None
+    assert report.mean_cell(cases, "cuconv", "torch") == "1.00"
+    assert report.mean_cell(cases, "cuconv", "naive") == "0.25 of 1"
+    assert report.mean_cell([], "cuconv", "torch") == ""
     assert report.rate(cases[0], "cuconv") == pytest.approx(2.0)
     assert report.subject_of(RECORD) == "cuconv"
     assert report.subject_of(
@@ -538,32 +460,20 @@ def test_ratios_and_geometric_means() -> None:
     ) == ("cuconv@fast")
 
 
-def test_summary_is_median_and_quartiles() -> None:
-    times = [0.004, 0.001, 0.003, 0.002, 0.1]
-    found = summary(times)
-    assert found["milliseconds"] == pytest.approx(1e3 * statistics.median(times))
-    assert found["calls"] == 5
-    assert found["quartiles"][0] < 3 < found["quartiles"][1]
-
-
 def test_a_table_says_it_all() -> None:
     table = report.layer_table(RECORD, "forward")
     assert table.header == ["layer", "cuconv", "GFLOP/s", "torch", "naive"]
-    assert table.rows[0] == ["3-4 3x3 @6", "1", "2", "2 (0.50)", "4 (0.25)"]
+    assert table.rows[0] == ["3-4 3x3 @6", "1", 2, "2 (0.50)", "4 (0.25)"]
     assert table.rows[1][-1] == "refused"
     means = {row[0]: row[3:] for row in table.summary}
     assert means["geometric mean"] == ["(1.00)", "(0.25 of 1)"]
     assert means["geometric mean, depthwise"] == ["(1.00)", ""]
-    assert means["most memory, MiB"] == ["1", "1"]
+    assert means["most memory, MiB"] == [1, 1]
     assert "cuconv ÷ torch: at most 2.00, on 4-6 3x3 g2 @5" in table.notes
     assert any(note.startswith("naive refused on 4-6 3x3 g2") for note in table.notes)
 
 
 def test_json_comes_back(tmp_path) -> None:
-    cases = [Case(each, "input_grad", 3) for each in TINY.values()]
-    cases += [Case(*parameter.values, 3) for parameter in OTHERS]
-    for case in cases:
-        assert Case.from_json(json.loads(json.dumps(case.to_json()))) == case
     records.write(RECORD, records.stem_of(RECORD), tmp_path)
     cuda = planted({"cuconv": [1.0, 2.0, 3.0]}, device="cuda")
     records.write(cuda, records.stem_of(cuda), tmp_path)
@@ -593,11 +503,6 @@ def test_results_have_their_pictures() -> None:
             assert (records.RESULTS / name).exists()
 
 
-def test_pages_without_results(tmp_path) -> None:
-    for text in pages.pages(tmp_path).values():
-        assert pages.NOTHING in text
-
-
 def test_pages_with_results(tmp_path) -> None:
     small = {
         "call_microseconds": 100.0,
@@ -605,6 +510,7 @@ def test_pages_with_results(tmp_path) -> None:
         "ranges_microseconds": 1.25,
         "import_milliseconds": 40.0,
     }
+    assert all(pages.NOTHING in text for text in pages.pages(tmp_path).values())
     records.write(RECORD, "resnet50", tmp_path)
     records.write(small, "small_call", tmp_path)
     readme, docs = pages.pages(tmp_path).values()

@@ -23,6 +23,7 @@ from support import (
     operands,
     reference,
     run,
+    slowly,
     spread_over,
     to_host,
 )
@@ -36,6 +37,7 @@ from cuconv.geometry import Axis
 pytestmark = pytest.mark.parametrize("xp", ["cupy"], indirect=True)
 DEPTHWISE = {"strategy": "depthwise"}
 FLOATS = ("float32", "float64", *HALVES, *COMPLEX)
+REST = [dtype for dtype in FLOATS if dtype not in ("float32", "float16")]
 # Strides with and without a common divisor with the dilation, pads of either sign.
 CASES = {
     "one axis": Case(
@@ -87,7 +89,7 @@ def test_exact_for_any_geometry_in_groups(xp, op, case, dtype) -> None:
 
 @pytest.mark.parametrize("layout", ["channels_first", "channels_last"])
 @pytest.mark.parametrize("op", OPERATIONS)
-@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("dtype", ["float32", "float16", *slowly(*REST)])
 @pytest.mark.usefixtures("several_images")
 def test_images_side_by_side_and_taps_apart(xp, op, dtype, layout) -> None:
     """Each number of images that may be left over at the end."""

@@ -5,7 +5,7 @@ On a machine without a GPU this is the kernels' own text on the CPU; see `standi
 
 import itertools
 import math
-from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -23,41 +23,21 @@ from cuconv.geometry import Axis, ConvGeometry
 
 pytestmark = pytest.mark.parametrize("xp", ["cupy"], indirect=True)
 
-# Sizes, kernels, strides, dilations and pads differ along every axis.
-SPATIAL = {
-    1: SimpleNamespace(
-        size=(9,), kernel=(3,), stride=(2,), dilation=(2,), pads=((1, 3),)
-    ),
-    2: SimpleNamespace(
-        size=(7, 10),
-        kernel=(3, 2),
-        stride=(2, 3),
-        dilation=(2, 1),
-        pads=((1, 2), (3, -1)),
-    ),
-    3: SimpleNamespace(
-        size=(4, 5, 7),
-        kernel=(1, 3, 2),
-        stride=(1, 2, 3),
-        dilation=(1, 1, 4),
-        pads=((1, 0), (0, 2), (2, 1)),
-    ),
+# Sizes, kernels, strides, dilations and pads: they differ along every axis.
+SPATIAL: dict[int, tuple[Any, ...]] = {
+    1: ((9,), (3,), (2,), (2,), ((1, 3),)),
+    2: ((7, 10), (3, 2), (2, 3), (2, 1), ((1, 2), (3, -1))),
+    3: ((4, 5, 7), (1, 3, 2), (1, 2, 3), (1, 1, 4), ((1, 0), (0, 2), (2, 1))),
 }
 
 
 def geometry_of(rank: int, *, channels_first: bool = True) -> ConvGeometry:
-    s = SPATIAL[rank]
-    x = (2, 6, *s.size) if channels_first else (2, *s.size, 6)
-    w = (4, 3, *s.kernel) if channels_first else (*s.kernel, 3, 4)
-    return ConvGeometry.of_weights(
-        x,
-        w,
-        stride=s.stride,
-        dilation=s.dilation,
-        padding=s.pads,
-        groups=2,
-        layout="channels_first" if channels_first else "channels_last",
-    )
+    size, kernel, *windows = SPATIAL[rank]
+    x = (2, 6, *size) if channels_first else (2, *size, 6)
+    w = (4, 3, *kernel) if channels_first else (*kernel, 3, 4)
+    options = dict(zip(("stride", "dilation", "padding"), windows, strict=True))
+    layout = "channels_first" if channels_first else "channels_last"
+    return ConvGeometry.of_weights(x, w, groups=2, layout=layout, **options)
 
 
 def pairs(geometry: ConvGeometry):

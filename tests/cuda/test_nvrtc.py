@@ -50,12 +50,12 @@ def test_every_variant_compiles_without_spills(kernel, architecture):
 
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_some_variants_compile_without_spills(kernel):
-    """The first, one in the middle and the last; of each architecture the number."""
+    """The first and the last; of each architecture the number."""
     for architecture in ARCHITECTURES:
         variants = variants_of(kernel, architecture)
         expected = OLDER.get(kernel) if architecture < MODERN else None
         assert len(set(variants)) == len(variants) == (expected or KERNELS[kernel])
-    check_variants([variants[0], variants[len(variants) // 2], variants[-1]], 90)
+    check_variants([variants[0], variants[-1]], 90)
 
 
 def variants_of(kernel, architecture):

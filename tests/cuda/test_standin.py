@@ -22,7 +22,6 @@ from support import (
 )
 
 import cuconv
-from cuconv.backends.cuda.compiler import _loaded as loaded
 
 pytestmark = pytest.mark.parametrize("xp", ["cupy"], indirect=True)
 
@@ -56,6 +55,14 @@ def standin(xp):
     if not getattr(xp, "IS_STAND_IN", False):
         pytest.skip("about the stand-in, and this is the real CuPy")
     return xp
+
+
+@pytest.fixture
+def loaded():
+    """The cache of the kernels that are loaded."""
+    from cuconv.backends.cuda.compiler import _loaded
+
+    return _loaded
 
 
 def test_shared_memory_and_barriers(xp):
@@ -215,7 +222,7 @@ def test_kernels_run_on_the_current_stream(standin):
     assert {ptr for *_, ptr in launches[before:]} == {stream.ptr}
 
 
-def test_kernels_are_loaded_once_per_device(standin):
+def test_kernels_are_loaded_once_per_device(standin, loaded):
     x = standin.asarray(integers((1, 1, 9, 9), "float64"))
     cuconv.im2col(x, 3)
     before = loaded.cache_info()
@@ -335,7 +342,7 @@ def pooling(xp: Any) -> None:
         *(("float32", partial(products, layout=layout)) for layout in LAYOUTS),
     ],
 )
-def test_precompiled_kernels_are_those_that_run(standin, dtype, calls):
+def test_precompiled_kernels_are_those_that_run(standin, loaded, dtype, calls):
     calls(standin)  # others are compiled as they are met
     loaded.cache_clear()
     cuconv.precompile((dtype,), (2,))

@@ -7,13 +7,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from support import Case, operands, reference, to_host
+from support import Case, devices_that_plan, operands, reference, run, to_host
 
 import cuconv
 from cuconv import testing
 from cuconv.backends import backend_of, backend_on
 from cuconv.engine import costs as rates
-from cuconv.engine import planner
 from cuconv.engine.costs import CUDA_RATES, Gpu, cuda_block_bytes, cuda_rates
 
 CASE = Case((2, 4, 7, 9), (6, 2, 3, 2), {"stride": (2, 1), "padding": 1, "groups": 2})
@@ -31,44 +30,46 @@ def standin(xp: Any) -> Any:
 def every_call(xp: Any) -> dict[str, Callable[[], Any]]:
     """One call of each public function that takes arrays of a device."""
     x, w, dy = operands(CASE, "float32").on(xp)
-    line, taps = x[:, :, 0], w[:, :, 0]
     block, filters = x[:, :, None], w[:, :, None]
-    bias = xp.ones(6, "float32")
-    half = x.astype("float16"), w.astype("float16")
     options: dict[str, Any] = CASE.options
-    columns = cuconv.im2col(x, 3)
+    half, whole = ([a.astype(t) for a in (x, w)] for t in ("float16", "int32"))
+    conv = partial(cuconv.conv, **options)
     plan = cuconv.plan_conv(x.shape, w.shape, device="cuda", **options)
-    prepared = plan.prepare(w)
+    plain = {
+        "array_module": (x, w),
+        "im2col": (x, 3),
+        "col2im": (cuconv.im2col(x, 3), x.shape, 3),
+        "patches": (x, 3),
+        "precompile": (("float32",), (2,)),
+        "default_array_module": (),
+        "release_memory": (),
+        "asarray": (x,),
+    }
+    grouped = {
+        "conv1d": (x[:, :, 0], w[:, :, 0]),
+        "conv2d": (x, w),
+        "conv3d": (block, filters),
+    }
+    gradients = {
+        "conv": (x, w, xp.ones(6, "float32")),
+        "conv_input_grad": (dy, w, x.shape),
+        "conv_weight_grad": (dy, x, w.shape),
+        "conv_backward": (dy, x, w),
+        "plan_conv": (x.shape, w.shape),
+    }
     return {
-        "array_module": lambda: cuconv.array_module(x, w),
-        "conv": lambda: cuconv.conv(x, w, bias, **options),
-        "conv, halves": lambda: cuconv.conv(*half, **options),
-        "conv, integers": lambda: cuconv.conv(
-            x.astype("int32"), w.astype("int32"), **options
-        ),
-        "conv, turned": lambda: cuconv.conv(x[:, :, ::-1], w[..., ::-1], **options),
-        "conv, nothing": lambda: cuconv.conv(x[:0], w, **options),
-        "conv1d": lambda: cuconv.conv1d(line, taps, groups=2),
-        "conv2d": lambda: cuconv.conv2d(x, w, groups=2),
-        "conv3d": lambda: cuconv.conv3d(block, filters, groups=2),
-        **every_general_call(x, w, dy),
-        "conv_input_grad": lambda: cuconv.conv_input_grad(dy, w, x.shape, **options),
-        "conv_weight_grad": lambda: cuconv.conv_weight_grad(dy, x, w.shape, **options),
-        "conv_backward": lambda: cuconv.conv_backward(dy, x, w, **options),
-        "im2col": lambda: cuconv.im2col(x, 3),
-        "col2im": lambda: cuconv.col2im(columns, x.shape, 3),
+        **named(plain),
+        **named(grouped, groups=2),
+        **named(gradients, **options),
+        "conv, halves": partial(conv, *half),
+        "conv, integers": partial(conv, *whole),
+        "conv, turned": partial(conv, x[:, :, ::-1], w[..., ::-1]),
+        "conv, nothing": partial(conv, x[:0], w),
         "iter_im2col": lambda: list(cuconv.iter_im2col(x, 3, memory_limit=4096)),
-        "patches": lambda: cuconv.patches(x, 3),
-        "plan_conv": lambda: cuconv.plan_conv(
-            x.shape, w.shape, device="cuda", **options
-        ),
-        "Plan": lambda: plan(x, w),
-        "Plan.prepare": lambda: plan.prepare(w),
-        "Plan, prepared": lambda: prepared(x),
-        "precompile": lambda: cuconv.precompile(("float32",), (2,)),
-        "default_array_module": cuconv.default_array_module,
-        "release_memory": cuconv.release_memory,
-        "asarray": lambda: cuconv.asarray(x),
+        "Plan": partial(plan, x, w),
+        "Plan.prepare": partial(plan.prepare, w),
+        "Plan, prepared": partial(plan.prepare(w), x),
+        **every_general_call(x, w, dy),
         **every_transposed_call(dy, w, block, filters),
         **every_pooling_call(x),
         **every_separable_call(x),
@@ -97,40 +98,40 @@ def every_general_call(x: Any, w: Any, dy: Any) -> dict[str, Any]:
     return calls
 
 
+def named(calls: dict[str, tuple[Any, ...]], **options: Any) -> dict[str, Any]:
+    """Public functions by their names, with what each takes."""
+    return {
+        n: partial(getattr(cuconv, n), *each, **options) for n, each in calls.items()
+    }
+
+
 def every_transposed_call(x: Any, w: Any, block: Any, filters: Any) -> dict[str, Any]:
     options: dict[str, Any] = CASE.options
     dy = cuconv.conv_transpose(x, w, **options)
     deep = cuconv.conv3d(block, filters, groups=2)
-    return {
-        "conv_transpose": lambda: cuconv.conv_transpose(x, w, **options),
-        "conv_transpose1d": lambda: cuconv.conv_transpose1d(x[:, :, 0], w[:, :, 0]),
-        "conv_transpose2d": lambda: cuconv.conv_transpose2d(x, w, **options),
-        "conv_transpose3d": lambda: cuconv.conv_transpose3d(deep, filters, groups=2),
-        "conv_transpose_backward": lambda: cuconv.conv_transpose_backward(
-            dy, x, w, **options
-        ),
-        "conv_transpose_input_grad": lambda: cuconv.conv_transpose_input_grad(
-            dy, w, x.shape, **options
-        ),
-        "conv_transpose_weight_grad": lambda: cuconv.conv_transpose_weight_grad(
-            dy, x, w.shape, **options
-        ),
+    whole = {
+        "conv_transpose": (x, w),
+        "conv_transpose2d": (x, w),
+        "conv_transpose_backward": (dy, x, w),
+        "conv_transpose_input_grad": (dy, w, x.shape),
+        "conv_transpose_weight_grad": (dy, x, w.shape),
     }
+    line = named({"conv_transpose1d": (x[:, :, 0], w[:, :, 0])})
+    deep = named({"conv_transpose3d": (deep, filters)}, groups=2)
+    return named(whole, **options) | line | deep
 
 
 def every_separable_call(x: Any) -> dict[str, Any]:
     w, points = x[0, :, :2, :6].reshape(4, 2, 3, 2), x[0, :, :2, 0].reshape(1, 8)
     between = cuconv.depthwise_conv(x, w)
-    return {
-        "depthwise_conv": lambda: cuconv.depthwise_conv(x, w),
-        "depthwise_conv_backward": lambda: cuconv.depthwise_conv_backward(
-            between, x, w
-        ),
-        "separable_conv": lambda: cuconv.separable_conv(x, w, points),
-        "separable_conv_backward": lambda: cuconv.separable_conv_backward(
-            between[:, :1], x, w, points
-        ),
-    }
+    return named(
+        {
+            "depthwise_conv": (x, w),
+            "depthwise_conv_backward": (between, x, w),
+            "separable_conv": (x, w, points),
+            "separable_conv_backward": (between[:, :1], x, w, points),
+        }
+    )
 
 
 def every_pooling_call(x: Any) -> dict[str, Any]:
@@ -139,36 +140,30 @@ def every_pooling_call(x: Any) -> dict[str, Any]:
     mean, norm = cuconv.avg_pool(x, 2), cuconv.lp_pool(x, 2, 2)
     small, where = cuconv.adaptive_max_pool(x, 2, return_indices=True)
     one, there = cuconv.global_max_pool(x, return_indices=True)
-    return {
-        "max_pool": lambda: cuconv.max_pool(x, 3, stride=2, padding=1),
-        "max_pool1d": lambda: cuconv.max_pool1d(line, 2),
-        "max_pool2d": lambda: cuconv.max_pool2d(x, 2),
-        "max_pool3d": lambda: cuconv.max_pool3d(block, (1, 2, 2)),
-        "max_pool_backward": lambda: cuconv.max_pool_backward(top, places, x.shape, 2),
-        "avg_pool": lambda: cuconv.avg_pool(x, 3, stride=2, padding=1),
-        "avg_pool1d": lambda: cuconv.avg_pool1d(line, 2),
-        "avg_pool2d": lambda: cuconv.avg_pool2d(x, 2),
-        "avg_pool3d": lambda: cuconv.avg_pool3d(block, (1, 2, 2)),
-        "avg_pool_backward": lambda: cuconv.avg_pool_backward(mean, x.shape, 2),
-        "lp_pool": lambda: cuconv.lp_pool(x, 2, 2),
-        "lp_pool_backward": lambda: cuconv.lp_pool_backward(norm, x, norm, 2, 2),
-        "adaptive_max_pool": lambda: cuconv.adaptive_max_pool(x, 2),
-        "adaptive_max_pool_backward": lambda: cuconv.adaptive_max_pool_backward(
-            small, where, x.shape, 2
-        ),
-        "adaptive_avg_pool": lambda: cuconv.adaptive_avg_pool(x, 2),
-        "adaptive_avg_pool_backward": lambda: cuconv.adaptive_avg_pool_backward(
-            small, x.shape, 2
-        ),
-        "global_max_pool": lambda: cuconv.global_max_pool(x),
-        "global_max_pool_backward": lambda: cuconv.global_max_pool_backward(
-            one, there, x.shape
-        ),
-        "global_avg_pool": lambda: cuconv.global_avg_pool(x),
-        "global_avg_pool_backward": lambda: cuconv.global_avg_pool_backward(
-            one, x.shape
-        ),
-    }
+    return named(
+        {
+            "max_pool": (x, 3),
+            "max_pool1d": (line, 2),
+            "max_pool2d": (x, 2),
+            "max_pool3d": (block, (1, 2, 2)),
+            "max_pool_backward": (top, places, x.shape, 2),
+            "avg_pool": (x, 3),
+            "avg_pool1d": (line, 2),
+            "avg_pool2d": (x, 2),
+            "avg_pool3d": (block, (1, 2, 2)),
+            "avg_pool_backward": (mean, x.shape, 2),
+            "lp_pool": (x, 2, 2),
+            "lp_pool_backward": (norm, x, norm, 2, 2),
+            "adaptive_max_pool": (x, 2),
+            "adaptive_max_pool_backward": (small, where, x.shape, 2),
+            "adaptive_avg_pool": (x, 2),
+            "adaptive_avg_pool_backward": (small, x.shape, 2),
+            "global_max_pool": (x,),
+            "global_max_pool_backward": (one, there, x.shape),
+            "global_avg_pool": (x,),
+            "global_avg_pool_backward": (one, x.shape),
+        }
+    )
 
 
 ELSEWHERE = {"ConvGradients", "MemoryLimitError", "SeparableGradients", "config"}
@@ -209,18 +204,8 @@ def test_a_call_returns_before_the_work_is_done(xp, op) -> None:
     side = 8192 if real else 8
     a, b = xp.ones((side, side), "float32"), xp.empty((side, side), "float32")
     host = operands(CASE, "float32")
-    x, w, dy = host.on(xp)
-    shapes = {"forward": dy.shape, "input_grad": x.shape, "weight_grad": w.shape}
-    out = xp.empty(shapes[op], "float32")
-    call = {
-        "forward": lambda: cuconv.conv(x, w, out=out, **CASE.options),
-        "input_grad": lambda: cuconv.conv_input_grad(
-            dy, w, x.shape, out=out, **CASE.options
-        ),
-        "weight_grad": lambda: cuconv.conv_weight_grad(
-            dy, x, w.shape, out=out, **CASE.options
-        ),
-    }[op]
+    out = xp.empty(reference(op, host, CASE).shape, "float32")
+    call = partial(run, op, host.on(xp), CASE, out=out)
     stream, event = xp.cuda.Stream(non_blocking=True), xp.cuda.Event()
     with stream:
         call()  # kernels are compiled, and the pool is filled
@@ -297,13 +282,7 @@ def test_a_device_that_is_not_there(xp) -> None:
 def test_calls_are_planned_for_the_device_of_their_arrays(standin, monkeypatch) -> None:
     """Whichever device is current."""
     large = Case((4, 16, 30, 30), (8, 16, 3, 3), {})
-    decide, asked = planner.decide, []
-
-    def spy(problem: Any, backend: Any, *rest: Any) -> Any:
-        asked.append(backend.device)
-        return decide(problem, backend, *rest)
-
-    monkeypatch.setattr("cuconv.engine.plan.decide", spy)
+    asked = devices_that_plan(monkeypatch)
     with standin.cuda.Device(1):
         x, w, _ = (standin.ones(s, "float32") for s in (*large[:2], (1,)))
         cuconv.plan_conv(*large[:2], device="cuda")

@@ -13,10 +13,10 @@ import pytest
 from support import Case, integers, operands, reference, to_host
 
 import cuconv
+from cuconv.backends.cuda import cuda_backend
 from cuconv.backends.cuda import winograd as module
 from cuconv.backends.cuda.gemm import gemm
 from cuconv.backends.cuda.variants import TILE_SIZES, all_variants
-from cuconv.backends.cuda.winograd import CudaTiles
 from cuconv.strategies import winograd
 
 pytestmark = pytest.mark.parametrize("xp", ["cupy"], indirect=True)
@@ -137,7 +137,7 @@ def test_split(xp, n, axes, dtype, kind, wide_index, variants):
         for index, where in met(tile, firsts, cells.shape[3:]):
             found[(..., *index)] = only_read[(..., *where)] = cells[(..., *where)]
         source = placed(xp, only_read, place)
-        CudaTiles().split(source, into, matrices, firsts, tile.steps)
+        cuda_backend().tiles.split(source, into, matrices, firsts, tile.steps)
         wanted = np.einsum("ia,jb,ngcdtwab->ijngcdtw", lefts, right, found)
         np.testing.assert_array_equal(to_host(into), wanted)
     rows = 1 if axes == 1 else n
@@ -168,7 +168,7 @@ def test_join(xp, n, axes, dtype, kind, wide_index):
         target = placed(xp, around, place)
         given = None if offset is None else xp.asarray(offset)
         inside = target[..., 1:-1, 2:-1]
-        CudaTiles().join(source, inside, (left, right), tile.steps, given)
+        cuda_backend().tiles.join(source, inside, (left, right), tile.steps, given)
         plus = 0 if offset is None else bias.reshape(1, *HEAD[1:])
         for index, (d, row, column) in met(tile, (0, 0, 0), inside.shape[3:]):
             found = cells[(slice(None),) * 3 + index] + plus
@@ -188,11 +188,13 @@ def test_split_and_join_are_adjoint(xp, n):
         )
         cells = integers((*HEAD, COUNTS[0], *sizes), "float64")
         forth, back = room(xp, tile, "float64", "plain"), xp.zeros(cells.shape)
-        CudaTiles().split(
+        cuda_backend().tiles.split(
             xp.asarray(cells), forth, (left, right), (0, 0, 0), tile.steps
         )
         tiles = integers(forth.shape, "float64", seed=1)
-        CudaTiles().join(xp.asarray(tiles), back, (left.T, right.T), tile.steps, None)
+        cuda_backend().tiles.join(
+            xp.asarray(tiles), back, (left.T, right.T), tile.steps, None
+        )
         one, other = (to_host(forth) * tiles).sum(), (cells * to_host(back)).sum()
         assert one == other != 0
 
@@ -219,7 +221,7 @@ def test_offsets_past_31_bits_have_wide_indices(xp, monkeypatch, strides, firsts
     cells = xp.lib.stride_tricks.as_strided(cell, (*HEAD, *sizes), steps)
     into = room(xp, tile, "float32", "plain")
     square = np.eye(4, dtype="float32")
-    CudaTiles().split(cells, into, (square, square), firsts, tile.steps)
+    cuda_backend().tiles.split(cells, into, (square, square), firsts, tile.steps)
     (variant,) = seen
     assert f"WIDE_INDEX={int(wide)}" in variant.macros
 

@@ -17,13 +17,12 @@ from cases import Pool, cases, invalid_cases, pools, transposed_cases
 from dask.array.core import concatenate_lookup
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from support import LAYOUTS, Case, cupy_slowly, integers, operands, to_host
+from support import LAYOUTS, Case, cupy_slowly, integers, on_blocks, operands, to_host
 
 import cuconv
 from cuconv import testing
 from cuconv.config import settings as settings_now
 from cuconv.dask import blocks as lazy_blocks
-from cuconv.dask import conv as lazy_conv
 from cuconv.dask.blocks import input_chunks, output_chunks, windows
 from cuconv.geometry import Axis, ConvGeometry
 from cuconv.memory import MemoryLimitError
@@ -381,14 +380,8 @@ def test_a_block_pulls_its_window_and_nothing_else(monkeypatch) -> None:
     read = Read((4, 2, 30, 24), (3, 2, 6, 5))
     w = np.ones((1, 2, 3, 3))
     geometry = ConvGeometry.of_weights(read.array.shape, w.shape, **PULLED)
-    shapes = []
-    original = lazy_conv.bind_now
-
-    def spy(call: str, part: Any, arrays: Any, *rest: Any) -> Any:
-        shapes.append(arrays["x"].shape)
-        return original(call, part, arrays, *rest)
-
-    monkeypatch.setattr(lazy_conv, "bind_now", spy)
+    shapes: list[tuple[int, ...]] = []
+    on_blocks(monkeypatch, lambda arrays, _: shapes.append(arrays["x"].shape))
     y = cuconv.conv(read.array, w, **PULLED)
     images, _, *spatial = map(lazy_blocks.spans, y.chunks)
     count = 0
@@ -549,17 +542,11 @@ def test_wrong_shapes_and_modules_are_refused(xp) -> None:
 
 
 def test_settings_of_the_call_hold_in_its_blocks(monkeypatch) -> None:
-    seen = []
-    original = lazy_conv.bind_now
-
-    def spy(call: str, part: Any, arrays: Any, out: Any, options: Any) -> Any:
-        seen.append((settings_now().num_threads, options))
-        return original(call, part, arrays, out, options)
-
-    monkeypatch.setattr(lazy_conv, "bind_now", spy)
+    seen: list[Any] = []
     x = da.zeros((2, 1, 8), chunks=(1, 1, 8))
     with cuconv.config(num_threads=1, memory_limit="1 MiB", precision="strict"):
         y = cuconv.conv(x, np.ones((1, 1, 3)))
+    on_blocks(monkeypatch, lambda _, o: seen.append((settings_now().num_threads, o)))
     y.compute()
     assert len(seen) == 2
     for threads, options in seen:

@@ -156,7 +156,7 @@ def test_one_plan_in_many_threads() -> None:
             plan_of("forward", case).prepare(w),
             lambda *a, c=case: cuconv.conv(*a, **c.options),
         ):
-            prepared = getattr(plan, "_weights", None) is not None
+            prepared = getattr(plan, "is_prepared", False)
             inputs = [x * k for k in (1, 2, 4, 8)]
             each = [(one,) if prepared else (one, w) for one in inputs]
             wanted = [plan(*arrays).tobytes() for arrays in each]

@@ -2,9 +2,7 @@
 
 import itertools
 import re
-import sys
 from functools import partial
-from typing import Any
 
 import numpy as np
 import pytest
@@ -14,10 +12,12 @@ from hypothesis import strategies as st
 from support import (
     OPERATIONS,
     Case,
+    calls_that_plan,
     candidates_of,
     chosen,
     forget_plans,
     integers,
+    keep_few_plans,
     operands,
     plan_of,
     run,
@@ -26,27 +26,18 @@ from support import (
 
 import cuconv
 from cuconv import testing
-from cuconv.engine import call as calls
-from cuconv.engine import planner
-from cuconv.strategies import register, strategies
-
-# The module; the function of its name hides it.
-convolutions = sys.modules["cuconv.conv"]
+from cuconv.backends.cpu.backend import CpuBackend
+from cuconv.engine import costs, planner
+from cuconv.engine.problem import NAMES
+from cuconv.engine.rewrites import polyphase
+from cuconv.memory import MemoryLimitError
+from cuconv.strategies import STRATEGIES, strategies
 
 
 @pytest.fixture
-def planned(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """One item for each call that was checked and planned, and not known before."""
-    seen: list[Any] = []
-    original = convolutions.bind
-
-    def spy(*arguments: Any, **options: Any) -> Any:
-        seen.append(arguments[0])
-        return original(*arguments, **options)
-
-    monkeypatch.setattr(convolutions, "bind", spy)
-    forget_plans()
-    return seen
+def planned(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The operation of each call that was not known before."""
+    return calls_that_plan(monkeypatch)
 
 
 # Reasons
@@ -111,16 +102,60 @@ def test_a_strategy_that_cannot_run_raises_with_its_reason(xp, op, name) -> None
     arrays = operands(case, "float32").on(xp)
     with pytest.raises(ValueError, match=f"{name!r} cannot run .* here: .+") as caught:
         run(op, arrays, case, strategy=name, precision="standard")
-    assert tile_search.NAMES[op] in str(caught.value)
+    assert NAMES[op] in str(caught.value)
     reason = str(caught.value).split("here: ")[1]
     assert _is_sentence(reason)
 
 
-def test_a_strategys_name_must_be_new() -> None:
-    with pytest.raises(ValueError, match="'im2col' is already registered"):
-        register(strategies()["im2col"])
-    strategies().clear()
-    assert strategies(), "the registry itself was handed out"
+def test_no_two_strategies_have_one_name() -> None:
+    assert len(strategies()) == len(STRATEGIES)
+
+
+def test_no_two_variants_have_the_same_words() -> None:
+    """A record of the fastest knows a variant by them."""
+    seen = 0
+    for op, case, device in itertools.product(
+        OPERATIONS, CASES.values(), ("cpu", "cuda")
+    ):
+        plan = plan_of(op, case, "float16", device=device, precision="fast")
+        for strategy in STRATEGIES:
+            if strategy.supports(plan.problem)[0]:
+                variants = strategy.variants(plan.problem)
+                assert len(set(map(strategy.describe, variants))) == len(variants)
+                seen += len(variants) > 1
+    assert seen > 10
+
+
+@pytest.mark.parametrize("worth", [0, None])
+@pytest.mark.parametrize("op", OPERATIONS)
+@settings(max_examples=60)
+@given(
+    case=st.one_of(cases(), tiled_cases(most=3)),
+    precision=st.sampled_from(["standard", "fast"]),
+    limit=st.sampled_from([None, 50_000, 100_000]),
+)
+def test_no_rank_is_below_its_floor(worth, op, case, precision, limit) -> None:
+    """Or the best might never be looked at."""
+    eager = (
+        {}
+        if worth is None
+        else {"rates": costs.CPU_RATES._replace(worth_workers=worth)}
+    )
+    backend = type("Eager", (CpuBackend,), eager)()
+    try:
+        plan = plan_of(op, case, precision=precision, memory_limit=limit)
+    except MemoryLimitError:
+        return
+    limit = plan.memory_limit
+    ranks = []
+    for search in planner._searches(plan.problem, backend, "auto", limit):
+        try:
+            ranks.append(search.candidate(2).rank)
+        except MemoryLimitError:
+            continue
+        assert search.floor <= ranks[-1] * planner._ROUNDED
+    best = planner._best(plan.problem, backend, "auto", limit, 2)
+    assert best.rank == min(ranks)
 
 
 def test_an_unknown_strategy_is_refused_with_the_known_ones() -> None:
@@ -282,12 +317,12 @@ def test_out_that_overlaps_is_refused_the_second_time_too() -> None:
 
 
 def test_no_more_plans_are_kept_than_there_is_room_for(monkeypatch, planned) -> None:
-    monkeypatch.setattr(calls, "_MOST_SEEN", 8)
+    kept = keep_few_plans(monkeypatch, 8)
     w = np.ones((1, 1, 2))
     for length in range(2, 40):
         x = np.ones((1, 1, length))
         testing.assert_equal(cuconv.conv(x, w), np.full((1, 1, length - 1), 2))
-        assert len(calls._SEEN) <= 8
+        assert len(kept) <= 8
     assert len(planned) == 38
 
 
@@ -331,3 +366,39 @@ def test_an_option_that_shows_its_address_is_never_taken_for_another() -> None:
     x, w = np.ones((1, 1, 9)), np.ones((1, 1, 2))
     lengths = [cuconv.conv(x, w, stride=Step(n)).shape[-1] for n in (1, 2, 3, 4) * 20]
     assert lengths == [8, 4, 3, 2] * 20
+
+
+STRIDED = list(
+    itertools.product(
+        [(1, 64, 20), (2, 128, 33), (1, 256, 60), (1, 16, 150)],
+        [16, 64, 256],
+        [(3, 1), (4, 1), (5, 2), (7, 3)],
+        [2, 3],
+        ["cpu", "cuda"],
+    )
+)
+
+
+def test_phases_are_weighed_as_if_they_had_been_planned(monkeypatch) -> None:
+    """What they cost at least says the same as what they cost."""
+
+    def chosen() -> list[tuple[str, str]]:
+        forget_plans()
+        plans = [
+            cuconv.plan_conv(
+                (n, c, size, size + 3),
+                (k, c, kernel, kernel),
+                op="input_grad",
+                stride=stride,
+                padding=padding,
+                device=device,
+            )
+            for (n, c, size), k, (kernel, padding), stride, device in STRIDED
+        ]
+        return [(plan.as_dict()["parts"], plan.candidates[0].label) for plan in plans]
+
+    quick = chosen()
+    monkeypatch.setattr(polyphase, "_may_take_less", lambda *_: True)
+    assert quick == chosen()
+    whole = sum(parts == "" for parts, _ in quick)
+    assert len(STRIDED) * 0.1 < whole < len(STRIDED) * 0.9

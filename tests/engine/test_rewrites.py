@@ -362,7 +362,7 @@ def test_the_peak_is_within_the_limit_and_the_smallest_does(xp, op, name) -> Non
     assert smallest > 0
     # One row of one image at a time, and a little more at a time.
     for limit in (smallest, smallest + 2**17):
-        assert peak(xp, partial(task, memory_limit=limit)) <= limit
+        assert peak(xp, partial(task, memory_limit=limit), limit) <= limit
     with pytest.raises(MemoryLimitError) as caught:
         task(memory_limit=smallest - 1)
     assert (caught.value.limit, caught.value.smallest) == (smallest - 1, smallest)
@@ -383,7 +383,7 @@ def test_parts_with_other_numbers_of_threads_keep_the_limit_together() -> None:
         smallest = smallest_limit(task)
         for more in range(2**17 - 2**13, 2**17 + 2**14, 2**11):
             limit = smallest + more
-            assert peak(np, partial(task, memory_limit=limit)) <= limit
+            assert peak(np, partial(task, memory_limit=limit), limit) <= limit
 
 
 def test_a_long_pad_is_never_copied_whole(xp) -> None:
@@ -393,7 +393,7 @@ def test_a_long_pad_is_never_copied_whole(xp) -> None:
     options = {"padding": ((rows, rows), (0, 0)), "padding_mode": "reflect"}
     limit = (rows * 2 + 4) * 512 * 4 // 16
     task = partial(cuconv.conv, x, w, memory_limit=limit, **options)
-    assert peak(xp, task) <= limit
+    assert peak(xp, task, limit) <= limit
 
 
 # Plans

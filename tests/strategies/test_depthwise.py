@@ -17,6 +17,7 @@ from support import (
     plan_of,
     reference,
     run,
+    slowly,
 )
 
 import cuconv
@@ -29,7 +30,7 @@ pytestmark = pytest.mark.skipif(not jit_is_installed(), reason="needs Numba")
 DEPTHWISE = {"strategy": "depthwise"}
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("dtype", ["float32", *slowly("float64")])
 @pytest.mark.parametrize("op", OPERATIONS)
 @given(case=grouped_cases(), seed=st.integers(0, 99))
 def test_exact_for_any_geometry_in_groups(op, dtype, case, seed) -> None:
@@ -177,7 +178,9 @@ def test_an_error_in_a_loop_reaches_the_caller(monkeypatch) -> None:
 
     with monkeypatch.context() as patch:
         patch.setattr(jit, "convolve", broken)
+        forget_plans()
         with pytest.raises(RuntimeError, match="in a loop"):
             cuconv.conv(x, w, groups=16, **DEPTHWISE)
     assert host._BLAS._users == 0
+    forget_plans()
     testing.assert_equal(cuconv.conv(x, w, groups=16, **DEPTHWISE), wanted)

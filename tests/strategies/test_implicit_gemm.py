@@ -33,9 +33,7 @@ from cuconv import testing
 from cuconv.arrays import accumulator
 from cuconv.backends.blocking import Blocking, block_sizes
 from cuconv.backends.cuda import cuda_backend
-from cuconv.engine.rewrites import bind
 from cuconv.geometry import ConvGeometry
-from cuconv.options import Options
 from cuconv.strategies.base import filters_of, in_groups
 
 pytestmark = pytest.mark.parametrize("xp", ["cupy"], indirect=True)
@@ -280,22 +278,6 @@ def test_parts_take_what_they_say_and_never_more_than_allowed(xp):
     assert parts == {0: {1}, 2**14: {1}, 2**20: {1, 4}}
 
 
-def test_sums_are_cut_only_where_the_result_is_one_run(xp):
-    x, w = xp.ones((2, 64, 7, 7), "float32"), xp.ones((32, 64, 5, 5), "float32")
-    big = xp.empty((2, 64, 7, 7), "float32")
-    options = {"padding": 2, **MINE}
-    seen = {}
-    for name, out in (
-        ("run", xp.empty((2, 32, 7, 7), "float32")),
-        ("gaps", big[:, :32]),
-    ):
-        arrays = {"x": x, "w": w}
-        geometry = ConvGeometry.of_weights(x.shape, w.shape, padding=2)
-        plan = bind("forward", geometry, arrays, out, Options(**options)).plan
-        seen[name] = {c.tiling.variant[2] for c in candidates_of(plan)}
-    assert seen["gaps"] == {1} < seen["run"]
-
-
 def test_halves_are_summed_in_float32(xp):
     """2048 and 1 add up to 2048 in half precision, however often one adds."""
     x = np.ones((1, 64, 40), "float16")
@@ -371,3 +353,11 @@ def test_counts_past_32_bits_are_refused(xp, op, axis):
 
 
 # What the host works out
+
+
+def test_sums_past_32_bits_of_tiles_are_refused(xp):
+    shapes = (2**17, 1, 2**17), (1, 1, 1)
+    options = {"op": "weight_grad", "dtype": "int8", "device": "cuda"}
+    with pytest.raises(ValueError, match=f"sums of {2**34} terms, {2**33} at most"):
+        cuconv.plan_conv(*shapes, **options, **MINE)
+    assert cuconv.plan_conv(*shapes, **options).strategy != "implicit_gemm"

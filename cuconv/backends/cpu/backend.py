@@ -4,36 +4,35 @@ import math
 import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import copy_context
 from functools import partial
 from time import perf_counter
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 from threadpoolctl import ThreadpoolController
 
 from cuconv.arrays import Array, DType, Types, stored, strided
 from cuconv.backends import padding
-from cuconv.backends.cpu.machine import cpu_machine
+from cuconv.backends.cpu.machine import BUFFER_ITEMS, call_overhead, cpu_machine
 from cuconv.backends.cpu.pooling import CpuPools
 from cuconv.backends.padding import Reading
 from cuconv.backends.sharing import Shared
 from cuconv.config import settings
 from cuconv.engine.costs import CPU_RATES
-from cuconv.engine.program import Item, Program, Slots
+from cuconv.engine.program import Item, Phase, Program, Slots
 from cuconv.geometry import Axis, Block, Ranges, Tile, WindowGeometry
 from cuconv.memory import ALIGNED, Buffer, aligned_start
 from cuconv.profiling import stage
 
-# NumPy adds strided arrays by way of three buffers of this many items; a thousand are
-# as fast as its default of 8192.
-_BUFFER_ITEMS = 1024
-# OpenBLAS multiplies up to this many multiply-adds without packing the operands; larger
-# ones it packs first.  One core of an AMD EPYC (Zen 4), float32, GFLOP/s, whole and in
-# parts: 64×64×3136 96 and 109, 64×576×448 97 and 115, 128×256×784 103 and 112,
-# 512×512×784 104 and 106, but 512×1024×392 104 and 87.
+if TYPE_CHECKING:
+    from concurrent.futures import Future, ThreadPoolExecutor
+
+# Products of at most this many multiply-adds OpenBLAS takes as they lie; larger ones it
+# packs first.  One core of an AMD EPYC (Zen 4), float32, GFLOP/s, whole and in parts:
+# 64×64×3136 96 and 109, 64×576×448 97 and 115, 128×256×784 103 and 112, 512×512×784 104
+# and 106, but 512×1024×392 104 and 87.
 _SMALL_PRODUCT = 10**6
 _LEAST_INNER, _MOST_INNER, _PART_ROWS = 48, 640, 32
 # It reads them many times: the rows of the right side must be close enough in memory to
@@ -45,8 +44,6 @@ _AVX512 = ("SkylakeX", "Cooperlake", "SapphireRapids")
 _SMALL_BYTES = 2**16
 # The largest number of programs that an arena keeps views for.
 _MOST_PROGRAMS = 256
-_CALL_BYTES = 15 * 1024
-_WORKER_BYTES = 8 * 1024
 
 
 Do: TypeAlias = Callable[..., None]
@@ -72,16 +69,14 @@ class CpuBackend:
 
     @property
     def pools(self) -> CpuPools:
-        return CpuPools(self, _STOPPING.check)
+        return CpuPools(self.do, self.each, self.workers())
 
     def device_of(self, array: Array) -> AbstractContextManager[object]:
         del array
         return nullcontext()
 
     def overhead(self, workers: int, itemsize: int) -> int:
-        # Views, slices and closures, measured with tracemalloc on CPython 3.11: at most
-        # 15 KiB for one worker and 9 KiB for each more; and NumPy's own buffers.
-        return _CALL_BYTES + workers * (_WORKER_BYTES + 3 * _BUFFER_ITEMS * itemsize)
+        return call_overhead(workers, itemsize)
 
     def workers(self) -> int:
         asked = settings().num_threads
@@ -140,7 +135,7 @@ class CpuBackend:
             return
         if any(map(any, block.padding)):
             source = self._padded(source, block.padding, geometry, buffers["window"])
-        self.copy(_windows(source, geometry.axes, columns.shape), columns)
+        self._copy_windows(_windows(source, geometry.axes, columns.shape), columns)
 
     def _padded(
         self, window: Array, padding: Ranges, geometry: WindowGeometry, buffer: Array
@@ -158,7 +153,7 @@ class CpuBackend:
             ).cells
             self.fill(padded, 0)
             cells = tuple(slice(before, before + size) for size, (before, _) in each)
-            self.copy(window, padded[(..., *cells)])
+            self._copy_windows(window, padded[(..., *cells)])
             return padded
 
     def _gather_phases(
@@ -200,7 +195,15 @@ class CpuBackend:
         rank = geometry.rank
         for phase in range(step):
             part = columns[(slice(None),) * (2 + rank) + (slice(phase, None, step),)]
-            self.copy(_windows(split[..., phase, :], single_step, part.shape), part)
+            windows = _windows(split[..., phase, :], single_step, part.shape)
+            self._copy_windows(windows, part)
+
+    def _copy_windows(self, source: Array, target: Array) -> None:
+        """Copy without the axes of length 1: NumPy takes a microsecond for two."""
+        kept = tuple(0 if n == 1 else slice(None) for n in target.shape)
+        if 0 in kept:
+            source, target = source[(*kept, ...)], target[(*kept, ...)]
+        self.copy(source, target)
 
     def scatter(
         self,
@@ -313,27 +316,34 @@ class CpuBackend:
         self.parallel(work, len(scratch), single_threaded=single_threaded)
 
     def execute(self, program: Program, arrays: dict[str, Array]) -> None:
+        is_small = program.single_threaded and program.buffered <= _SMALL_BYTES
+        if is_small and not program.kept:
+            slots = program.slots.copy()
+            program.place(arrays, slots)
+            _run(program.current_phases(), slots)
+            return
         arena = _ARENAS.take(program.nbytes)
         try:
-            each = [slots.copy() for slots in arena.slots_of(program)]
-            for slot, source, make in program.given:
-                array = arrays[source]
-                view = array if make is None else make(array)
-                for slots in each:
-                    slots[slot] = view
+            first, *others = arena.slots_of(program)
+            first = first.copy()
+            program.place(arrays, first)
             phases = program.current_phases()
-            single_threaded = program.single_threaded
-            if single_threaded and program.nbytes <= _SMALL_BYTES:
-                _run(phases, each[0])
-            elif len(each) == 1:
+            if is_small:
+                _run(phases, first)
+            elif not others:
                 self.parallel(
-                    lambda _: _run(phases, each[0]), 1, single_threaded=single_threaded
+                    lambda _: _run(phases, first),
+                    1,
+                    single_threaded=program.single_threaded,
                 )
             else:
-                for items in phases:
-                    workers = each if len(items) > 1 else each[:1]
-                    queue = Shared(items)
-                    self.parallel(partial(_run_shared, queue, workers), len(workers))
+                each = [first]
+                for slots in others:
+                    each.append(slots.copy())
+                    program.place(arrays, each[-1])
+                for items, workers in phases:
+                    body = partial(_run_shared, Shared(items), each)
+                    self.parallel(body, min(len(items), workers))
         finally:
             _ARENAS.give_back(arena)
 
@@ -365,9 +375,9 @@ class CpuBackend:
                 raise error
 
 
-def _run(phases: tuple[tuple[Item, ...], ...], slots: Slots) -> None:
+def _run(phases: tuple[Phase, ...], slots: Slots) -> None:
     """Run all phases in this thread."""
-    for items in phases:
+    for items, _ in phases:
         for steps in items:
             for function, operands in steps:
                 function(*operands(slots))
@@ -422,6 +432,7 @@ class _Arenas:
         self._most = most
         self._lock = threading.Lock()
         self._kept: list[_Arena] = []
+        self._held = 0
 
     @contextmanager
     def borrowed(self, nbytes: int) -> Iterator[Array]:
@@ -434,11 +445,13 @@ class _Arenas:
     def clear(self) -> None:
         with self._lock:
             self._kept.clear()
+            self._held = 0
 
     def take(self, nbytes: int) -> _Arena:
         with self._lock:
             if self._kept:
                 arena = self._kept.pop()
+                self._held -= arena.nbytes
                 if arena.nbytes >= nbytes:
                     return arena
                 del arena  # frees its memory before more is allocated
@@ -446,9 +459,9 @@ class _Arenas:
 
     def give_back(self, arena: _Arena) -> None:
         with self._lock:
-            held = sum(kept.nbytes for kept in self._kept)
-            if held + arena.nbytes <= self._most:
+            if self._held + arena.nbytes <= self._most:
                 self._kept.append(arena)
+                self._held += arena.nbytes
 
 
 class _Stopping(threading.local):
@@ -471,7 +484,7 @@ _STOPPING = _Stopping()
 def _work(body: Callable[[int], None], stop: threading.Event, worker: int) -> None:
     """Run a body with a known size of NumPy's buffers for strided operands."""
     outer, _STOPPING.event = _STOPPING.event, stop
-    before = np.setbufsize(_BUFFER_ITEMS)
+    before = np.setbufsize(BUFFER_ITEMS)
     try:
         body(worker)
     except _StoppedError:
@@ -484,14 +497,26 @@ def _work(body: Callable[[int], None], stop: threading.Event, worker: int) -> No
         _STOPPING.event = outer
 
 
+def _pool() -> "ThreadPoolExecutor":
+    """The threads of all calls, made when the first call has several workers."""
+    global _POOL  # noqa: PLW0603 - one state for the process
+    if _POOL is None:
+        from concurrent.futures import ThreadPoolExecutor  # noqa: PLC0415 - imports logging
+
+        _POOL = ThreadPoolExecutor(thread_name_prefix="cuconv")
+    return _POOL
+
+
 def _submit(run: Callable[[int], None], worker: int) -> "Future[None]":
     """Submit a worker to the pool, in the caller's context (for `numpy.errstate`)."""
     try:
-        return _POOL.submit(copy_context().run, run, worker)
+        return _pool().submit(copy_context().run, run, worker)
     except RuntimeError as error:
         if "shutdown" not in str(error):
             raise
         # The interpreter is ending and takes no more threads: do the work here.
+        from concurrent.futures import Future  # noqa: PLC0415
+
         done: Future[None] = Future()
         run(worker)
         done.set_result(None)
@@ -503,7 +528,8 @@ def _wait(futures: "list[Future[None]]") -> None:
     interruption: BaseException | None = None
     while True:
         try:
-            wait(futures)
+            for future in futures:
+                future.exception()
             break
         except KeyboardInterrupt as error:
             interruption = error
@@ -699,13 +725,13 @@ def _begin() -> None:
     if "_BLAS" in globals():
         _BLAS.restore()
     _BLAS = _Blas()
-    _POOL = ThreadPoolExecutor(thread_name_prefix="cuconv")
+    _POOL = None
     _ARENAS = _Arenas(CpuBackend.default_memory_limit)
 
 
 _ARENAS: _Arenas
 _BLAS: _Blas
-_POOL: ThreadPoolExecutor
+_POOL: "ThreadPoolExecutor | None"
 _begin()
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_begin)

@@ -16,27 +16,32 @@ index says.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, cast
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple, TypeAlias, cast
 
 import numpy as np
-from numpy.lib.stride_tricks import as_strided
 
-from cuconv.arrays import Array, DType, is_aligned, merged_stride, stored
-from cuconv.backends.cpu.machine import jit_is_installed
-from cuconv.backends.sharing import Shared
-from cuconv.engine.pool import MAXIMUM, MEAN, NORM, PoolInputs, PoolProblem, PoolTiling
-from cuconv.geometry import Block, Range, Ranges, Region, WindowGeometry
-from cuconv.memory import (
-    Buffer,
-    MemoryLimitError,
-    aligned_start,
-    carve,
-    workspace_bytes,
+from cuconv.arrays import (
+    Array,
+    ArrayStub,
+    DType,
+    is_aligned,
+    is_half,
+    merged_stride,
+    stored,
+    strided,
 )
-
-if TYPE_CHECKING:
-    from cuconv.backends.cpu.backend import CpuBackend
+from cuconv.backends.cpu.machine import call_overhead, jit_is_installed
+from cuconv.engine.pool_problem import (
+    MAXIMUM,
+    MEAN,
+    NORM,
+    PoolInputs,
+    PoolProblem,
+    PoolTiling,
+)
+from cuconv.geometry import Block, Range, Ranges, Region, WindowGeometry
+from cuconv.memory import Buffer, MemoryLimitError, workspace_bytes
 
 # Cells of x in a piece.  (8, 64, 112, 112), float32, 3×3 of stride 2, one core of an
 # AMD EPYC with 32 MiB of L3 and other work to do: pieces of 2^16, 2^17, 2^18 and 2^19
@@ -51,136 +56,205 @@ _INDEX, _BOOL = np.dtype(np.int64), np.dtype(bool)
 _STRIP = 1024
 
 
+# The most numbers that a step takes as an array of its own, made beforehand.
+_MOST_NUMBERS = 512
+
+Do: TypeAlias = Callable[..., None]
+Buffers: TypeAlias = dict[str, Array]
+
+
 class CpuPools:
-    """See `cuconv.backends.Pools`."""
+    """See `cuconv.backends.PoolBackend`; ``do`` and ``each`` are a backend's."""
 
-    def __init__(self, backend: "CpuBackend", check: Callable[[], None]) -> None:
-        self._backend = backend
-        self._check = check
+    def __init__(self, do: Do, each: Callable[..., None], workers: int) -> None:
+        self._do, self._each, self._workers = do, each, workers
 
-    def tiling(self, pooling: PoolProblem, limit: int) -> PoolTiling:
-        geometry = pooling.geometry
+    def tiling(self, problem: PoolProblem, limit: int) -> PoolTiling:
+        geometry = problem.geometry
         cells = geometry.images * geometry.channels * max(geometry.cells, 1)
-        workers = self._backend.workers() if cells > _WORTH_WORKERS else 1
+        is_large = cells > _WORTH_WORKERS
+        workers = self._workers if is_large else 1
         for count in sorted({workers, 1}, reverse=True):
             budget = _PIECE if count == 1 else min(_PIECE, cells // (2 * count))
             while budget:
-                tiling = _cut(pooling, budget, count)
-                if self._bytes(pooling, tiling) <= limit:
-                    return tiling
+                tiling = _tiling(problem, budget, count)
+                if _call_bytes(problem, tiling) <= limit:
+                    return tiling._replace(threads=self._workers if is_large else 0)
                 budget //= 2
-        raise MemoryLimitError(limit, self._bytes(pooling, tiling), "one cell")
+        raise MemoryLimitError(limit, _call_bytes(problem, tiling), "one cell")
+
+    def buffers(self, problem: PoolProblem, tiling: PoolTiling) -> tuple[Buffer, ...]:
+        return _buffers(problem, tiling)
 
     def reduce(
         self,
-        pooling: PoolProblem,
+        problem: PoolProblem,
         tiling: PoolTiling,
+        scratch: tuple[Buffers, ...],
         x: Array,
         y: Array,
         indices: Array | None,
     ) -> None:
-        geometry = pooling.geometry
-
-        def work(worker: "_Worker", span: Range, block: Block) -> None:
+        def body(number: int, piece: tuple[Range, Block], worker: "_Worker") -> None:
+            del number
+            span, block = piece
             place = _place(block.images, span, block.output)
             window = x[_place(block.images, span, block.window)]
             found = None if indices is None else indices[place]
             worker.reduce(block, window, y[place], found)
 
-        self._run(pooling, tiling, geometry.blocks(tiling.tile), work)
+        blocks = problem.geometry.blocks(tiling.tile)
+        self._run(problem, tiling, scratch, blocks, body)
 
     def backward(
-        self, pooling: PoolProblem, tiling: PoolTiling, given: PoolInputs, dx: Array
+        self,
+        problem: PoolProblem,
+        tiling: PoolTiling,
+        scratch: tuple[Buffers, ...],
+        given: PoolInputs,
+        dx: Array,
     ) -> None:
-        geometry = pooling.geometry
-
-        def work(worker: "_Worker", span: Range, region: Region) -> None:
+        def body(number: int, piece: tuple[Range, Region], worker: "_Worker") -> None:
+            del number
+            span, region = piece
             into = dx[_place(region.images, span, region.cells)]
             if not region.is_reached:
-                into[...] = 0
+                self._do(np.ndarray.fill, into, 0)
                 return
             worker.backward(region, given, span, into)
 
-        self._run(pooling, tiling, geometry.regions(tiling.tile), work)
-
-    def _bytes(self, pooling: PoolProblem, tiling: PoolTiling) -> int:
-        buffers = workspace_bytes(_buffers(pooling, tiling)) * tiling.workers
-        item = pooling.accumulate.itemsize
-        return buffers + self._backend.overhead(tiling.workers, max(item, 8))
+        regions = problem.geometry.regions(tiling.tile)
+        self._run(problem, tiling, scratch, regions, body)
 
     def _run(
         self,
-        pooling: PoolProblem,
+        problem: PoolProblem,
         tiling: PoolTiling,
-        pieces: Iterator[Any],
-        work: Callable[["_Worker", Range, Any], None],
+        scratch: tuple[Buffers, ...],
+        pieces: Iterable[Any],
+        body: Callable[..., None],
     ) -> None:
-        channels = pooling.geometry.channels
-        buffers = _buffers(pooling, tiling)
-        each = workspace_bytes(buffers)
-        items = Shared(
-            ((start, min(start + tiling.channels, channels)), piece)
+        """Share out the pieces, each with some of the channels."""
+        channels, step = problem.geometry.channels, tiling.channels
+        items = (
+            ((start, min(start + step, channels)), piece)
             for piece in pieces
-            for start in range(0, channels, tiling.channels)
+            for start in range(0, channels, step)
         )
+        workers = tuple(_Worker(problem, buffers, self._do) for buffers in scratch)
+        self._each(items, body, workers, single_threaded=tiling.workers == 1)
 
-        with self._backend.memory(each * tiling.workers) as raw:
 
-            def body(index: int) -> None:
-                own = raw[index * each : (index + 1) * each]
-                # Buffers of no cells are there too: an axis of x may be empty.
-                views = carve(own, aligned_start(own) if each else 0, buffers)
-                worker = _Worker(pooling, views)
-                for span, piece in items:
-                    self._check()
-                    work(worker, span, piece)
+def _call_bytes(problem: PoolProblem, tiling: PoolTiling) -> int:
+    """Everything that a call takes beyond its arrays."""
+    buffers = workspace_bytes(_buffers(problem, tiling)) * tiling.workers
+    item = problem.accumulate.itemsize
+    return buffers + call_overhead(tiling.workers, max(item, 8))
 
-            self._backend.parallel(
-                body, tiling.workers, single_threaded=tiling.workers == 1
-            )
+
+def _call(function: Callable[..., Any], *operands: Any) -> None:
+    function(*operands)
+
+
+def _maximum(one: Array, two: Array, out: Array) -> None:
+    np.maximum(one, two, out=out)
+
+
+def _quiet(function: Callable[..., Any]) -> Callable[..., None]:
+    """A function of halves: bfloat16 takes it for a mistake to compare with a NaN."""
+
+    def call(*operands: Any) -> None:
+        with np.errstate(invalid="ignore"):
+            function(*operands)
+
+    return call
+
+
+def _comparing(function: Callable[..., Any], dtype: DType) -> Callable[..., Any]:
+    """A function that compares values of this type."""
+    return _quiet(function) if is_half(dtype) else function
+
+
+class _Reduction(NamedTuple):
+    """What is made of two arrays, of an axis, and what of none."""
+
+    pair: Callable[..., Any]
+    axis: Callable[..., Any]
+    start: Any
+
+    @classmethod
+    def to_maxima(cls, dtype: DType) -> "_Reduction":
+        pair, axis = (_comparing(f, dtype) for f in (_maximum, np.maximum.reduce))
+        return cls(pair, axis, _least(dtype))
+
+
+_SUM = _Reduction(np.add, np.add.reduce, 0)
+
+
+def _least(dtype: DType) -> Any:
+    """What every value of a type is at least."""
+    if dtype.kind in "iu":
+        return np.iinfo(dtype).min
+    return False if dtype.kind == "b" else -np.inf
 
 
 class _Worker:
-    """One worker: its buffers, and the divisors that it has worked out last."""
+    """One worker: its buffers, and the divisors that it has worked out last.
 
-    def __init__(self, pooling: PoolProblem, buffers: dict[str, Array]) -> None:
-        self._pooling = pooling
-        self._geometry = pooling.geometry
+    Everything that is done with arrays goes through ``do``, on stubs too: what depends
+    on their values is inside one function.
+    """
+
+    def __init__(self, problem: PoolProblem, buffers: Buffers, do: Do) -> None:
+        self._problem = problem
+        self._geometry = problem.geometry
         self._buffers = buffers
+        self._do = do
         self._divisors: tuple[Ranges, Array] | None = None
 
     def reduce(
         self, block: Block, window: Array, y: Array, indices: Array | None
     ) -> None:
         """Reduce one block of windows, to ``y`` and its places to ``indices``."""
-        pooling = self._pooling
-        target = y if y.dtype == pooling.accumulate else self._view("y", y.shape)
-        if pooling.kind == MAXIMUM:
-            # To compare with a NaN is no mistake, though bfloat16 says that it is one.
-            with np.errstate(invalid="ignore"):
-                least = _least(y.dtype)
-                seen = self._sweep(np.maximum, block, window, target, least, indices)
-                if indices is not None:
-                    self._find(block, seen, indices)
-        elif pooling.kind == MEAN:
-            self._sweep(np.add, block, window, target, 0)
-            np.divide(target, self._divisor(block.output), out=target)
+        problem = self._problem
+        target = y if y.dtype == problem.accumulate else self._view("y", y.shape)
+        if problem.kind == MAXIMUM:
+            to_maxima = _Reduction.to_maxima(y.dtype)
+            seen = self._sweep(to_maxima, block, window, target, indices)
+            if indices is not None:
+                self._find(block, seen, indices)
+        elif problem.kind == MEAN:
+            self._sweep(_SUM, block, window, target)
+            divisor = self._divisor(block.output, window)
+            self._do(np.divide, target, divisor, target)
         else:
             cells = self._view("power", window.shape)
-            np.absolute(window, out=cells, dtype=cells.dtype)
-            _raise(cells, pooling.norm)
-            self._sweep(np.add, block, cells, target, 0)
-            _raise(target, 1 / pooling.norm)
+            self._do(_absolute(window, cells), window, cells)
+            self._raise(cells, problem.norm)
+            self._sweep(_SUM, block, cells, target)
+            self._raise(target, 1 / problem.norm)
         if target is not y:
-            np.copyto(y, target, casting="unsafe")
+            self._copy(target, y)
+
+    def _copy(self, source: Any, target: Array) -> None:
+        """Copy with a cast."""
+        self._do(np.ndarray.__setitem__, target, ..., source)
+
+    def _raise(self, values: Array, power: float) -> None:
+        """Raise values to a power, in place."""
+        if power == 2:
+            self._do(np.multiply, values, values, values)
+        elif power == 0.5:
+            self._do(np.sqrt, values, values)
+        elif power != 1:
+            self._do(np.power, values, power, values)
 
     def _sweep(
         self,
-        step: np.ufunc,
+        step: _Reduction,
         block: Block,
         source: Array,
         target: Array,
-        start: Any,
         indices: Array | None = None,
     ) -> list[Array]:
         """Reduce axis by axis, the last time to ``target``; what each pass has read.
@@ -188,12 +262,12 @@ class _Worker:
         And the target, last.
         """
         cells = None
-        if indices is None and (step is np.maximum or self._sums_alike(source)):
+        if indices is None and (step is not _SUM or self._sums_alike(source)):
             cells = self._single(block.output, block.window)
         if cells is not None:
-            axes = tuple(range(2, source.ndim))
-            how = {"out": target, "keepdims": True, "initial": start}
-            step.reduce(source[(..., *cells)], axes, target.dtype, **how)
+            axes, part = tuple(range(2, source.ndim)), source[(..., *cells)]
+            how = axes, target.dtype, target, True, step.start
+            self._do(step.axis, part, *how)
             return [source, target]
         passes = _passes(self._geometry, inner_first=indices is not None)
         seen = [source]
@@ -202,7 +276,7 @@ class _Worker:
             shape[2 + axis] = block.shape[axis]
             is_last = number == len(passes) - 1
             into = target if is_last else self._view(f"stage{number}", shape)
-            self._reduce(step, source, into, axis, block, start)
+            self._reduce(step, source, into, axis, block)
             source = into
             seen.append(into)
         return seen
@@ -226,54 +300,69 @@ class _Worker:
 
     def _reduce(
         self,
-        step: np.ufunc,
+        step: _Reduction,
         source: Array,
         into: Array,
         axis: int,
         block: Block,
-        start: Any,
     ) -> None:
         """Reduce one axis."""
         windows, outputs = self._geometry.axes[axis], block.output[axis]
-        by_tap = windows.goes_by_tap(outputs[1] - outputs[0])
+        everywhere = slice(0, outputs[1] - outputs[0])
+        by_tap = windows.goes_by_tap(everywhere.stop)
         first = None
         if by_tap:
-            everywhere = slice(0, outputs[1] - outputs[0])
             meetings = windows.meetings(outputs, block.window[axis])
             first = next((m for m in meetings if m.outputs == everywhere), None)
-        if first is None:
-            into[...] = start
-        else:
-            np.copyto(into, source[_along(axis, first.cells)])
+        # What the result begins with, as long as it has not been written.
+        seed = None if first is None else source[_along(axis, first.cells)]
+        if seed is None:
+            self._do(np.ndarray.fill, into, step.start)
         for meeting in windows.meetings(outputs, block.window[axis]):
             part = source[_along(axis, meeting.cells)]
             place = into[_along(axis, meeting.outputs)]
             if not by_tap:
-                step.reduce(part, 2 + axis, into.dtype, place, keepdims=True)
+                self._do(step.axis, part, 2 + axis, into.dtype, place, True)  # noqa: FBT003
             elif meeting != first:
-                step(place, part, out=place)
+                both = meeting.outputs == everywhere and part.dtype == into.dtype
+                if seed is not None and both:
+                    self._do(step.pair, seed, part, into)
+                else:
+                    if seed is not None:
+                        self._copy(seed, into)
+                    self._do(step.pair, place, part, place)
+                seed = None
+        if seed is not None:
+            self._copy(seed, into)
 
     def _find(self, block: Block, seen: list[Array], indices: Array) -> None:
         """Find the first cell of every maximum in its plane; -1 where there is none."""
         geometry = self._geometry
         total = geometry.cells
-        has_nan = self._has_nan(seen[-1])
+        flag = None
+        if seen[-1].dtype.kind not in "biu":
+            # Kept where a NaN would be marked: those are marked only where there are
+            # some.
+            flag = self._buffers["nan"][:1]
+            note = _comparing(_note_nan, seen[-1].dtype)
+            self._do(note, seen[-1], self._view("mask", seen[-1].shape), flag)
         passes = _passes(geometry, inner_first=True)
-        found = self._places(block, passes[0])
-        np.subtract(total, found, out=found)
+        found = self._places(block, passes[0], total)
+        is_reached = True
         for number, axis in enumerate(passes):
             if number:
-                np.subtract(found, self._places(block, axis), out=found)
+                self._do(np.subtract, found, self._places(block, axis), found)
             best = seen[number + 1]
             into = self._view(f"places{number}", best.shape)
-            self._pass_on(seen[number], best, found, into, axis, block, has_nan=has_nan)
+            is_reached = self._pass_on(
+                seen[number], best, found, into, axis, block, flag, is_reached
+            )
             found = into
-        np.subtract(total, found, out=indices)
+        self._do(np.subtract, total, found, indices)
         for axis in set(range(geometry.rank)) - set(passes):
-            np.add(indices, self._places(block, axis), out=indices)
-        nowhere = np.equal(found, 0, out=self._view("mask", found.shape))
-        if nowhere.any():
-            np.copyto(indices, -1, where=nowhere)
+            self._do(np.add, indices, self._places(block, axis), indices)
+        if not is_reached:
+            self._do(_mark_empty, found, indices, self._view("mask", found.shape))
 
     def _pass_on(
         self,
@@ -283,80 +372,103 @@ class _Worker:
         into: Array,
         axis: int,
         block: Block,
-        *,
-        has_nan: bool,
-    ) -> None:
-        """Pass on, along one axis, the first place of those cells that are the best."""
+        flag: Array | None,
+        is_found: bool,  # noqa: FBT001
+    ) -> bool:
+        """Pass on, along one axis, the first place of those cells that are the best.
+
+        Return whether every window is known to have one, as ``is_found`` says that all
+        of the pass before have.
+        """
         windows, outputs = self._geometry.axes[axis], block.output[axis]
-        by_tap = windows.goes_by_tap(outputs[1] - outputs[0])
-        into[...] = 0
+        everywhere = slice(0, outputs[1] - outputs[0])
+        by_tap = windows.goes_by_tap(everywhere.stop)
+        is_reached, is_written = False, False
         for meeting in windows.meetings(outputs, block.window[axis]):
             cells = _along(axis, meeting.cells)
             part, place = source[cells], into[_along(axis, meeting.outputs)]
-            mask = self._view("mask", part.shape)
-            np.equal(part, best[_along(axis, meeting.outputs)], out=mask)
-            if has_nan:
-                other = np.not_equal(part, part, out=self._view("nan", part.shape))
-                np.logical_or(mask, other, out=mask)
-            places = np.multiply(mask, found[cells], out=self._view("met", part.shape))
-            if by_tap:
-                np.maximum(place, places, out=place)
+            at = _along(axis, meeting.outputs)
+            is_whole = by_tap and meeting.outputs == everywhere
+            mask, nan = (self._view(name, part.shape) for name in ("mask", "nan"))
+            operands = flag, mask, nan, part, best[at], found[cells]
+            if is_whole and is_found and not is_written:
+                self._do(_comparing(_keep_best, part.dtype), *operands, into)
             else:
-                np.maximum.reduce(
-                    places, 2 + axis, None, place, keepdims=True, initial=0
-                )
+                if not is_written:
+                    self._do(np.ndarray.fill, into, 0)
+                met = self._view("met", part.shape)
+                more = () if by_tap else (2 + axis,)
+                keep = _keep_earliest if by_tap else _keep_earliest_of
+                keep = _comparing(keep, part.dtype)
+                self._do(keep, *operands, met, place, *more)
+            is_written, is_reached = True, is_reached or is_whole
+        if not is_written:
+            self._do(np.ndarray.fill, into, 0)
+        return is_found and is_reached
 
-    def _has_nan(self, values: Array) -> bool:
-        if values.dtype.kind in "biu":
-            return False
-        mask = self._view("mask", values.shape)
-        return bool(np.not_equal(values, values, out=mask).any())
+    def _places(self, block: Block, axis: int, total: int = 0) -> Array:
+        """The cells of a block along an axis, counted in the plane, or up to its end.
 
-    def _places(self, block: Block, axis: int) -> Array:
-        """The cells of a block along an axis, counted in the plane."""
+        With a ``total`` they are counted down from there.
+        """
         start, stop = block.window[axis]
         step = math.prod(self._geometry.size[axis + 1 :])
-        places = self._buffers["places"][: stop - start]
-        _count_up(places, start, step)
+        buffer = self._buffers["places"][: stop - start]
+        places = self._numbers(buffer, start, step, total)
         inner = (1,) * (self._geometry.rank - 1 - axis)
         return places.reshape(*(1,) * (2 + axis), -1, *inner)
+
+    def _numbers(self, buffer: Array, start: int, step: int, total: int = 0) -> Array:
+        """Count up in a buffer, or in an array made now where that is short."""
+        count = buffer.shape[0]
+        if count > _MOST_NUMBERS:
+            self._do(_count_up, buffer, start, step, total)
+            return buffer
+        numbers = np.empty(count, buffer.dtype)
+        _count_up(numbers, start, step, total)
+        return numbers
 
     def backward(
         self, region: Region, given: PoolInputs, span: Range, dx: Array
     ) -> None:
         """Write the gradient of one region of cells."""
-        pooling = self._pooling
+        problem = self._problem
         outputs = _place(region.images, span, region.output)
-        target = dx if dx.dtype == pooling.accumulate else self._view("sum", dx.shape)
-        if pooling.kind == MAXIMUM:
+        if problem.kind == MAXIMUM:
             self._add_at(region, given, span, dx)
             return
+        target = dx if dx.dtype == problem.accumulate else self._view("sum", dx.shape)
         dy = given.dy[outputs]
         share = self._view("share", dy.shape)
-        if pooling.kind == MEAN:
-            by = self._divisor(region.output)
-            np.divide(dy, by, out=share, dtype=share.dtype)
+        if problem.kind == MEAN:
+            by = self._divisor(region.output, dy)
+            self._do(
+                _divide_cast if dy.dtype != share.dtype else np.divide, dy, by, share
+            )
         elif given.y is not None:
             self._slopes(given.y[outputs], share)
-            np.multiply(share, dy, out=share)
+            self._do(np.multiply, share, dy, share)
         self._sweep_back(region, share, target)
-        if pooling.kind == NORM and given.x is not None:
+        if problem.kind == NORM and given.x is not None:
             x = given.x[_place(region.images, span, region.cells)]
             slopes = self._view("power", x.shape)
-            np.absolute(x, out=slopes, dtype=slopes.dtype)
+            self._do(_absolute(x, slopes), x, slopes)
             self._slopes(slopes, slopes, sign=-1)
-            np.copysign(slopes, x, out=slopes, dtype=slopes.dtype)
-            np.multiply(target, slopes, out=target)
+            same = x.dtype == slopes.dtype
+            self._do(np.copysign if same else _copysign_cast, slopes, x, slopes)
+            self._do(np.multiply, target, slopes, target)
         if target is not dx:
-            np.copyto(dx, target, casting="unsafe")
+            self._copy(target, dx)
 
     def _slopes(self, values: Array, out: Array, *, sign: int = 1) -> None:
         """``values ** (sign · (1 - p))``, and zero where the value is."""
-        zero = np.equal(values, 0, out=self._view("mask", values.shape))
-        np.copyto(out, values)
-        np.copyto(out, 1, where=zero)
-        _raise(out, sign * (1 - self._pooling.norm))
-        np.copyto(out, 0, where=zero)
+        zero = self._view("mask", values.shape)
+        self._do(np.equal, values, 0, zero)
+        if values is not out:
+            self._do(np.copyto, out, values)
+        self._do(np.copyto, out, 1, "same_kind", zero)
+        self._raise(out, sign * (1 - self._problem.norm))
+        self._do(np.copyto, out, 0, "same_kind", zero)
 
     def _sweep_back(self, region: Region, source: Array, target: Array) -> None:
         """Give to every cell what the windows over it hold, axis by axis."""
@@ -368,8 +480,10 @@ class _Worker:
         )
         single = self._single(region.output, readable)
         if single is not None:
-            target[...] = 0
-            target[(..., *single)] = source
+            place = target[(..., *single)]
+            if place.shape != target.shape:
+                self._do(np.ndarray.fill, target, 0)
+            self._copy(source, place)
             return
         passes = _passes(self._geometry, inner_first=True)
         for number, axis in enumerate(passes):
@@ -378,11 +492,12 @@ class _Worker:
             shape[2 + axis] = stop - start
             is_last = number == len(passes) - 1
             into = target if is_last else self._view(f"stage{number}", shape)
-            into[...] = 0
+            self._do(np.ndarray.fill, into, 0)
             windows = self._geometry.axes[axis]
             for meeting in windows.meetings(region.output[axis], readable[axis]):
                 place = into[_along(axis, meeting.cells)]
-                np.add(place, source[_along(axis, meeting.outputs)], out=place)
+                part = source[_along(axis, meeting.outputs)]
+                self._do(np.add, place, part, place)
             source = into
 
     def _add_at(
@@ -391,77 +506,54 @@ class _Worker:
         """Add dy where the indices say; an index out of the plane names no cell."""
         indices = self._indices(region, given, span)
         dy = given.dy[_place(region.images, span, region.output)]
-        whole = dx.shape[2:] == self._geometry.size
-        if whole and dy.size and _add_in_planes(dx, indices, dy):
+        is_whole = tuple(dx.shape[2:]) == self._geometry.size
+        if is_whole and dy.size and _is_looped(dx, indices, dy):
+            from cuconv.backends.cpu import loops  # noqa: PLC0415 - Numba, when first needed
+
+            planes = math.prod(dx.shape[:2])
+            cells, places, values = (a.reshape(planes, -1) for a in (dx, indices, dy))
+            self._do(loops.add_in_planes, cells, places.view(np.uint64), values)
             return
         target = dx
-        if dx.dtype != self._pooling.accumulate or not _runs_upward(dx):
+        if dx.dtype != self._problem.accumulate or not _runs_upward(dx):
             target = self._view("sum", dx.shape)
-        target[...] = 0
+        self._do(np.ndarray.fill, target, 0)
         steps = [step // target.itemsize for step in target.strides]
-        outside = self._locate(region, indices, dx.shape, steps)
-        what = self._shares(dy, outside)
         reach = zip(target.shape, steps, strict=True)
         length = 1 + sum((n - 1) * step for n, step in reach)
-        cells = as_strided(target, (length,), (target.itemsize,))
-        np.add.at(cells, self._buffers["at"][: dy.size], what)
+        names = ("at", "rest", "cell", "mask", "nan", "share")
+        self._do(
+            _add_at,
+            *(region.cells, self._geometry.size, tuple(steps)),
+            strided(target, (length,), (target.itemsize,)),
+            *(indices, dy, self._flat(dy), self._heads(dx.shape, steps)),
+            *(self._view(name, indices.shape) for name in names),
+            *(self._buffers[name][: dy.size] for name in ("at", "share")),
+        )
         if target is not dx:
-            np.copyto(dx, target, casting="unsafe")
-
-    def _locate(
-        self, region: Region, indices: Array, shape: Sequence[int], steps: list[int]
-    ) -> Array | None:
-        """Write to the buffer ``at`` where in a region the cells of indices lie.
-
-        And which of them lie elsewhere, if any do.
-        """
-        places, heads = self._view("at", indices.shape), self._heads(shape, steps)
-        size = self._geometry.size
-        step = merged_stride(size, steps[2:])
-        # As unsigned numbers, those below zero are the largest.
-        inside = indices.view(np.uint64).max() < self._geometry.cells
-        if inside and tuple(shape[2:]) == size and step is not None:
-            if step != 1:
-                indices = np.multiply(indices, step, out=places)
-            np.add(indices, heads, out=places)
-            return None
-        rest, cell = (self._view(name, places.shape) for name in ("rest", "cell"))
-        outside = np.less(indices, 0, out=self._view("mask", places.shape))
-        beyond = self._view("nan", places.shape)
-        np.copyto(rest, indices)
-        np.copyto(places, heads)
-        for axis in reversed(range(len(size))):
-            start, stop = region.cells[axis]
-            np.remainder(rest, size[axis], out=cell)
-            np.floor_divide(rest, size[axis], out=rest)
-            np.logical_or(outside, np.less(cell, start, out=beyond), out=outside)
-            np.logical_or(outside, np.greater_equal(cell, stop, out=beyond), outside)
-            np.multiply(np.subtract(cell, start, out=cell), steps[2 + axis], out=cell)
-            np.add(places, cell, out=places)
-        np.logical_or(outside, np.not_equal(rest, 0, out=beyond), out=outside)
-        np.copyto(places, 0, where=outside)
-        return outside
+            self._copy(target, dx)
 
     def _heads(self, shape: Sequence[int], steps: Sequence[int]) -> Array:
         """Where every plane of a piece begins."""
-        images, channels = (self._buffers[name] for name in ("images", "channels"))
-        for axis, numbers in enumerate((images, channels)):
-            _count_up(numbers[: shape[axis]], 0, steps[axis])
+        images, channels = (
+            self._numbers(self._buffers[name][: shape[axis]], 0, steps[axis])
+            for axis, name in enumerate(("images", "channels"))
+        )
         heads = self._buffers["heads"][: shape[0] * shape[1]].reshape(shape[:2])
-        np.add(images[: shape[0], None], channels[: shape[1]], out=heads)
+        if heads.size > _MOST_NUMBERS:
+            self._do(np.add, images[:, None], channels, heads)
+        else:
+            heads = images[:, None] + channels
         return heads.reshape(*heads.shape, *(1,) * self._geometry.rank)
 
-    def _shares(self, dy: Array, outside: Array | None) -> Array:
-        """What is given, in the order of the buffers; nothing to what lies outside."""
+    def _flat(self, dy: Array) -> Array | None:
+        """The cells of dy in the order of the buffers; None if it has another."""
         share = self._view("share", dy.shape)
         run = zip(dy.shape, dy.strides, share.strides, strict=True)
         same = all(n == 1 or one == two for n, one, two in run)
-        if same and outside is None and dy.dtype == share.dtype and is_aligned(dy):
-            return as_strided(dy, (dy.size,), (dy.itemsize,))
-        np.copyto(share, dy)
-        if outside is not None:
-            np.copyto(share, 0, where=outside)
-        return cast("Array", self._buffers["share"][: dy.size])
+        if not (same and dy.dtype == share.dtype and is_aligned(dy)):
+            return None
+        return strided(dy, (dy.size,), (dy.itemsize,))
 
     def _indices(self, region: Region, given: PoolInputs, span: Range) -> Array:
         """The indices of the windows over a region, given or found in x."""
@@ -472,26 +564,42 @@ class _Worker:
         shape = given.dy[outputs].shape
         y, indices = self._view("y", shape), self._view("indices", shape)
         window = given.x[_place(region.images, span, block.window)]
-        _Worker(self._pooling.search, self._buffers).reduce(block, window, y, indices)
+        worker = _Worker(self._problem.search, self._buffers, self._do)
+        worker.reduce(block, window, y, indices)
         return indices
 
-    def _divisor(self, outputs: Ranges) -> Any:
+    def _divisor(self, outputs: Ranges, like: Array) -> Any:
         """What the sums of these outputs are divided by: a number, or one for each."""
-        common = self._pooling.common_divisor
+        common = self._problem.common_divisor
         if common is not None:
-            return common
+            return np.array(common, self._problem.accumulate)
         if self._divisors is None or self._divisors[0] != outputs:
-            sizes = [stop - start for start, stop in outputs]
-            divisor = self._buffers["divisor"][: math.prod(sizes)].reshape(sizes)
-            divisor[...] = 1
-            for axis, span in enumerate(outputs):
-                counts = self._buffers["counts"][: sizes[axis]]
-                for index, output in enumerate(range(*span)):
-                    counts[index] = self._pooling.count(axis, output)
-                counts = counts.reshape(-1, *(1,) * (len(sizes) - 1 - axis))
-                np.multiply(divisor, counts, out=divisor)
+            divisor = self._product_of_counts(outputs)
+            if isinstance(like, ArrayStub):
+                # Another worker may run what is recorded next.
+                return divisor
             self._divisors = outputs, divisor
         return self._divisors[1]
+
+    def _product_of_counts(self, outputs: Ranges) -> Array:
+        """The cells that every output counts: a product over the axes."""
+        sizes = [stop - start for start, stop in outputs]
+        divisor = self._buffers["divisor"][: math.prod(sizes)].reshape(sizes)
+        do = self._do
+        if divisor.size <= _MOST_NUMBERS:
+            divisor, do = np.empty(sizes, divisor.dtype), _call
+        do(np.ndarray.fill, divisor, 1)
+        for axis, (start, _) in enumerate(outputs):
+            counts = self._buffers["counts"][: sizes[axis]]
+            operands = self._problem, axis, start
+            if counts.size <= _MOST_NUMBERS:
+                counts = np.empty(counts.size, counts.dtype)
+                _count_taps(*operands, counts)
+            else:
+                self._do(_count_taps, *operands, counts)
+            counts = counts.reshape(-1, *(1,) * (len(sizes) - 1 - axis))
+            do(np.multiply, divisor, counts, divisor)
+        return divisor
 
     def _view(self, name: str, shape: Sequence[int]) -> Array:
         """A buffer as (N, C, *spatial), in the axis order of the layout."""
@@ -502,21 +610,156 @@ class _Worker:
         ).cells[:, 0]
 
 
-def _add_in_planes(dx: Array, indices: Array, dy: Array) -> bool:
-    """Add dy where the indices say by a compiled loop; false where it cannot.
+def _absolute(values: Array, out: Array) -> Callable[..., Any]:
+    """What writes absolute values in the type of ``out``."""
+    return np.absolute if values.dtype == out.dtype else _absolute_cast
+
+
+def _absolute_cast(values: Array, out: Array) -> None:
+    np.absolute(values, out=out, dtype=out.dtype)
+
+
+def _divide_cast(values: Array, by: Any, out: Array) -> None:
+    np.divide(values, by, out=out, dtype=out.dtype)
+
+
+def _copysign_cast(values: Array, signs: Array, out: Array) -> None:
+    np.copysign(values, signs, out=out, dtype=out.dtype)
+
+
+def _note_nan(values: Array, mask: Array, flag: Array) -> None:
+    """Write to ``flag`` whether there is a NaN among the values."""
+    np.not_equal(values, values, mask)
+    flag[0] = mask.any()
+
+
+def _mark_empty(found: Array, indices: Array, mask: Array) -> None:
+    """Write -1 where nothing was found."""
+    np.equal(found, 0, mask)
+    if mask.any():
+        np.copyto(indices, -1, where=mask)
+
+
+def _mark_best(
+    flag: Array | None, mask: Array, nan: Array, part: Array, best: Array
+) -> None:
+    """Write to ``mask`` which cells are the best, or NaN if there are any."""
+    np.equal(part, best, mask)
+    if flag is not None and flag[0]:
+        np.not_equal(part, part, nan)
+        np.logical_or(mask, nan, mask)
+        flag[0] = True  # it lies where the first NaN is marked
+
+
+def _keep_best(
+    flag: Array | None,
+    mask: Array,
+    nan: Array,
+    part: Array,
+    best: Array,
+    found: Array,
+    place: Array,
+) -> None:
+    """Write the places of cells that are the best, and zero for the others."""
+    _mark_best(flag, mask, nan, part, best)
+    np.multiply(mask, found, place)
+
+
+def _keep_earliest(
+    flag: Array | None,
+    mask: Array,
+    nan: Array,
+    part: Array,
+    best: Array,
+    found: Array,
+    met: Array,
+    place: Array,
+) -> None:
+    """Put the places of cells that are the best where none is earlier."""
+    _mark_best(flag, mask, nan, part, best)
+    np.multiply(mask, found, met)
+    np.maximum(place, met, out=place)
+
+
+def _keep_earliest_of(
+    flag: Array | None,
+    mask: Array,
+    nan: Array,
+    part: Array,
+    best: Array,
+    found: Array,
+    met: Array,
+    place: Array,
+    axis: int,
+) -> None:
+    """Put the earliest place along an axis of cells that are the best."""
+    _mark_best(flag, mask, nan, part, best)
+    np.multiply(mask, found, met)
+    np.maximum.reduce(met, axis, None, place, keepdims=True, initial=0)
+
+
+def _is_looped(dx: Array, indices: Array, dy: Array) -> bool:
+    """Whether a compiled loop can add dy where the indices say.
 
     It takes whole planes that lie one after another, of one type.
     """
     arrays = dx, indices, dy
     lie = all(array.flags.c_contiguous and is_aligned(array) for array in arrays)
-    if not (lie and dx.dtype == dy.dtype in _LOOPED and jit_is_installed()):
-        return False
-    from cuconv.backends.cpu import loops as jit  # noqa: PLC0415 - Numba, when first needed
+    return lie and dx.dtype == dy.dtype in _LOOPED and jit_is_installed()
 
-    planes = math.prod(dx.shape[:2])
-    cells, places, values = (array.reshape(planes, -1) for array in arrays)
-    jit.add_in_planes(cells, places.view(np.uint64), values)
-    return True
+
+def _add_at(
+    region: Ranges,
+    size: tuple[int, ...],
+    steps: tuple[int, ...],
+    cells: Array,
+    indices: Array,
+    dy: Array,
+    values: Array | None,
+    heads: Array,
+    at: Array,
+    rest: Array,
+    cell: Array,
+    outside: Array,
+    beyond: Array,
+    share: Array,
+    flat_at: Array,
+    flat_share: Array,
+) -> None:
+    """Add dy to the cells of a region of planes where the indices say.
+
+    ``values`` are those of dy in the order of ``flat_at``, if they lie so; planes begin
+    at ``heads`` and their cells lie ``steps`` apart.
+    """
+    total, step = math.prod(size), merged_stride(size, steps[2:])
+    is_whole = region == tuple((0, n) for n in size)
+    # As unsigned numbers, those below zero are the largest.
+    may_run = is_whole and step is not None
+    if step is not None and may_run and indices.view(np.uint64).max() < total:
+        if step != 1:
+            indices = np.multiply(indices, step, at)
+        np.add(indices, heads, at)
+        if values is None:
+            np.copyto(share, dy)
+            values = flat_share
+        np.add.at(cells, flat_at, values)
+        return
+    np.less(indices, 0, outside)
+    np.copyto(rest, indices)
+    np.copyto(at, heads)
+    for axis in reversed(range(len(size))):
+        start, stop = region[axis]
+        np.remainder(rest, size[axis], cell)
+        np.floor_divide(rest, size[axis], rest)
+        np.logical_or(outside, np.less(cell, start, beyond), outside)
+        np.logical_or(outside, np.greater_equal(cell, stop, beyond), outside)
+        np.multiply(np.subtract(cell, start, cell), steps[2 + axis], cell)
+        np.add(at, cell, at)
+    np.logical_or(outside, np.not_equal(rest, 0, beyond), outside)
+    np.copyto(at, 0, where=outside)
+    np.copyto(share, dy)
+    np.copyto(share, 0, where=outside)
+    np.add.at(cells, flat_at, flat_share)
 
 
 def _passes(geometry: WindowGeometry, *, inner_first: bool) -> list[int]:
@@ -535,29 +778,20 @@ def _along(axis: int, part: slice) -> tuple[slice, ...]:
     return (*(slice(None),) * (2 + axis), part)
 
 
-def _least(dtype: DType) -> Any:
-    """What every value of a type is at least."""
-    if dtype.kind in "iu":
-        return np.iinfo(dtype).min
-    return False if dtype.kind == "b" else -np.inf
-
-
-def _raise(values: Array, power: float) -> None:
-    """Raise values to a power, in place."""
-    if power == 2:
-        np.multiply(values, values, out=values)
-    elif power == 0.5:
-        np.sqrt(values, out=values)
-    elif power != 1:
-        np.power(values, power, out=values)
-
-
-def _count_up(numbers: Array, start: int, step: int) -> None:
-    """Write (start + i) · step, with little memory for it."""
+def _count_up(numbers: Array, start: int, step: int, total: int) -> None:
+    """Write (start + i) · step, or ``total`` less it, with little memory for it."""
     for first in range(0, len(numbers), _STRIP):
         part = numbers[first : first + _STRIP]
         part[...] = np.arange(start + first, start + first + len(part))
     np.multiply(numbers, step, out=numbers)
+    if total:
+        np.subtract(total, numbers, out=numbers)
+
+
+def _count_taps(problem: PoolProblem, axis: int, start: int, counts: Array) -> None:
+    """Write how many cells the divisors of outputs count along an axis."""
+    for index in range(len(counts)):
+        counts[index] = problem.count(axis, start + index)
 
 
 def _runs_upward(array: Array) -> bool:
@@ -567,14 +801,14 @@ def _runs_upward(array: Array) -> bool:
     return whole and is_aligned(array)
 
 
-def _cut(pooling: PoolProblem, budget: int, workers: int) -> PoolTiling:
+def _tiling(problem: PoolProblem, budget: int, workers: int) -> PoolTiling:
     """Pieces of about so many cells: whole planes of some channels where they fit.
 
     With the channels last, all channels of some cells.
     """
-    g = pooling.geometry
+    g = problem.geometry
     cells = max(g.cells, 1)
-    own = cells if pooling.is_gradient else max(g.positions, 1)
+    own = cells if problem.is_gradient else max(g.positions, 1)
     several = max(budget * own // cells, 1)
     fitting = several // own if g.channels_first else several
     channels = max(min(g.channels, fitting), 1)
@@ -582,49 +816,54 @@ def _cut(pooling: PoolProblem, budget: int, workers: int) -> PoolTiling:
         # One channel alone NumPy would sum in another order than several.
         while channels < g.channels and (channels == 1 or g.channels % channels == 1):
             channels += 1
-    tile = g.region_tile if pooling.is_gradient else g.tile
-    return PoolTiling(tile(several // channels), channels, workers)
+    if problem.is_gradient:
+        tile = g.region_tile(several // channels)
+        count = g.count_regions(tile)
+    else:
+        tile = g.tile(several // channels)
+        count = g.count_blocks(tile)
+    return PoolTiling(tile, channels, workers, count * -(-g.channels // channels))
 
 
-def _buffers(pooling: PoolProblem, tiling: PoolTiling) -> tuple[Buffer, ...]:
+def _buffers(problem: PoolProblem, tiling: PoolTiling) -> tuple[Buffer, ...]:
     """What one worker needs for a piece."""
-    g, tile = pooling.geometry, tiling.tile
+    g, tile = problem.geometry, tiling.tile
     head = tile.images * tiling.channels
-    if not pooling.is_gradient:
-        return _forward_buffers(pooling, head, tile.cells)
+    if not problem.is_gradient:
+        return _forward_buffers(problem, head, tile.cells)
     cells = head * math.prod(tile.cells)
     reached = [axis.reach(n) for axis, n in zip(g.axes, tile.cells, strict=True)]
-    outputs, sums = head * math.prod(reached), pooling.accumulate
+    outputs, sums = head * math.prod(reached), problem.accumulate
     found = [Buffer("share", outputs, sums)]
-    if pooling.kind == MAXIMUM or pooling.result != sums:
+    if problem.kind == MAXIMUM or problem.result != sums:
         found.append(Buffer("sum", cells, sums))
-    if pooling.kind == MAXIMUM:
+    if problem.kind == MAXIMUM:
         found += (Buffer(name, outputs, _INDEX) for name in ("at", "rest", "cell"))
         heads = {"images": tile.images, "channels": tiling.channels, "heads": head}
         found += (Buffer(name, count, _INDEX) for name, count in heads.items())
-        if pooling.values is None:
+        if problem.values is None:
             return (*found, *(Buffer(name, outputs, _BOOL) for name in ("mask", "nan")))
         found.append(Buffer("indices", outputs, _INDEX))
-        return (*found, *_forward_buffers(pooling.search, head, reached))
-    found += _stages(pooling, head, reached, tile.cells, inner_first=True)
-    if pooling.kind == MEAN:
-        return (*found, *_divisor_buffers(pooling, reached))
+        return (*found, *_forward_buffers(problem.search, head, reached))
+    found += _stages(problem, head, reached, tile.cells, inner_first=True)
+    if problem.kind == MEAN:
+        return (*found, *_divisor_buffers(problem, reached))
     most = max(outputs, cells)
     return (*found, Buffer("power", cells, sums), Buffer("mask", most, _BOOL))
 
 
 def _forward_buffers(
-    pooling: PoolProblem, head: int, outputs: Sequence[int]
+    problem: PoolProblem, head: int, outputs: Sequence[int]
 ) -> tuple[Buffer, ...]:
-    g, sums = pooling.geometry, pooling.accumulate
+    g, sums = problem.geometry, problem.accumulate
     spans = [axis.span(n) for axis, n in zip(g.axes, outputs, strict=True)]
-    inner_first = pooling.with_indices
-    found = list(_stages(pooling, head, spans, outputs, inner_first=inner_first))
-    if pooling.result != sums or pooling.is_search:
+    inner_first = problem.with_indices
+    found = list(_stages(problem, head, spans, outputs, inner_first=inner_first))
+    if problem.result != sums or problem.is_search:
         found.append(Buffer("y", head * math.prod(outputs), sums))
-    if pooling.kind == MEAN:
-        found += _divisor_buffers(pooling, outputs)
-    elif pooling.kind == NORM:
+    if problem.kind == MEAN:
+        found += _divisor_buffers(problem, outputs)
+    elif problem.kind == NORM:
         found.append(Buffer("power", head * math.prod(spans), sums))
     elif inner_first:
         small = g.cells < 2**31
@@ -654,7 +893,7 @@ def _sizes(
 
 
 def _stages(
-    pooling: PoolProblem,
+    problem: PoolProblem,
     head: int,
     before: Sequence[int],
     after: Sequence[int],
@@ -662,14 +901,14 @@ def _stages(
     inner_first: bool,
 ) -> Iterator[Buffer]:
     """What all passes but the last one leave."""
-    g = pooling.geometry
+    g = problem.geometry
     *sizes, _ = _sizes(g, head, before, after, inner_first=inner_first)
     for number, size in enumerate(sizes):
-        yield Buffer(f"stage{number}", size, pooling.accumulate)
+        yield Buffer(f"stage{number}", size, problem.accumulate)
 
 
-def _divisor_buffers(pooling: PoolProblem, outputs: Sequence[int]) -> Iterator[Buffer]:
-    if pooling.common_divisor is None:
-        real = np.empty(0, pooling.accumulate).real.dtype
+def _divisor_buffers(problem: PoolProblem, outputs: Sequence[int]) -> Iterator[Buffer]:
+    if problem.common_divisor is None:
+        real = np.empty(0, problem.accumulate).real.dtype
         yield Buffer("divisor", math.prod(outputs), real)
         yield Buffer("counts", max(outputs), real)

@@ -49,7 +49,7 @@ from cuconv.backends.cuda.vector_width import ArrayLayout, vector_width
 from cuconv.backends.cuda.winograd import CudaTiles
 from cuconv.backends.padding import Reading
 from cuconv.engine.costs import cuda_block_bytes, cuda_rates
-from cuconv.engine.pool import PoolInputs, PoolProblem, PoolTiling
+from cuconv.engine.pool_problem import PoolInputs, PoolProblem, PoolTiling
 from cuconv.engine.program import Program
 from cuconv.geometry import (
     PADDING_MODES,
@@ -60,7 +60,7 @@ from cuconv.geometry import (
     Tile,
     WindowGeometry,
 )
-from cuconv.memory import Buffer
+from cuconv.memory import ALIGNED, Buffer
 from cuconv.profiling import stage
 
 _THREADS = 256
@@ -106,31 +106,41 @@ class PoolKernels:
     def __init__(self, do: Do) -> None:
         self._do = do
 
-    def tiling(self, pooling: PoolProblem, limit: int) -> PoolTiling:
-        del pooling, limit  # kernels take no memory
+    def tiling(self, problem: PoolProblem, limit: int) -> PoolTiling:
+        del problem, limit  # kernels take no memory
         return PoolTiling()
+
+    def buffers(self, problem: PoolProblem, tiling: PoolTiling) -> tuple[Buffer, ...]:
+        del problem, tiling
+        return ()
 
     def reduce(
         self,
-        pooling: PoolProblem,
+        problem: PoolProblem,
         tiling: PoolTiling,
+        scratch: tuple[dict[str, Array], ...],
         x: Array,
         y: Array,
         indices: Array | None,
     ) -> None:
-        del tiling
-        launch = pack_pool(pooling, x, y, other_y=indices)
-        _launch_pool(self._do, "pool", pooling, launch, x, y, _or_null(indices))
+        del tiling, scratch
+        launch = pack_pool(problem, x, y, other_y=indices)
+        _launch_pool(self._do, "pool", problem, launch, x, y, _or_null(indices))
 
     def backward(
-        self, pooling: PoolProblem, tiling: PoolTiling, given: PoolInputs, dx: Array
+        self,
+        problem: PoolProblem,
+        tiling: PoolTiling,
+        scratch: tuple[dict[str, Array], ...],
+        given: PoolInputs,
+        dx: Array,
     ) -> None:
-        del tiling
+        del tiling, scratch
         dy, indices, x, y = given
         other = indices if y is None else y
-        launch = pack_pool(pooling, dx, dy, x, other)
+        launch = pack_pool(problem, dx, dy, x, other)
         arrays = dy, _or_null(y), _or_null(indices), _or_null(x), dx
-        _launch_pool(self._do, "pool_gradient", pooling, launch, *arrays)
+        _launch_pool(self._do, "pool_gradient", problem, launch, *arrays)
 
 
 class CudaBackend:
@@ -196,8 +206,8 @@ class CudaBackend:
         slots = program.slots.copy()
         places = {n: a.data for n, a in arrays.items() if hasattr(a, "data")}
         if program.nbytes:
-            memory = cupy.empty(program.nbytes, cupy.uint8).data
-            for name, (start, _) in program.regions.items():
+            memory = cupy.empty(program.nbytes - ALIGNED, cupy.uint8).data
+            for name, (start, *_) in program.regions.items():
                 places[name] = memory + start
         addresses = {name: place.ptr for name, place in places.items()}
         for view, slot in program.views:
@@ -208,7 +218,7 @@ class CudaBackend:
                 slots[slot] = cupy.ndarray(
                     view.shape, view.dtype, place, strides=view.strides
                 )
-        for items in program.current_phases():
+        for items, _ in program.current_phases():
             for steps in items:
                 for function, operands in steps:
                     function(*operands(slots))
@@ -264,8 +274,8 @@ class CudaBackend:
     def memory(self, nbytes: int) -> AbstractContextManager[Array]:
         if not nbytes:
             return nullcontext(np.empty(0, dtype=np.uint8))
-        # CuPy's pool already reuses memory, stream by stream.
-        return nullcontext(cupy.empty(nbytes, dtype=cupy.uint8))
+        # CuPy's pool keeps memory for reuse already, stream by stream, and aligns it.
+        return nullcontext(cupy.empty(nbytes - ALIGNED, dtype=cupy.uint8))
 
     def operand_type(self, types: Types) -> DType:
         return types.operand if is_half(types.operand) else types.accumulate
@@ -420,11 +430,11 @@ def _launch_direct(do: Do, name: str, packed: DirectLaunch, *arrays: Any) -> Non
 
 
 def _launch_pool(
-    do: Do, name: str, pooling: PoolProblem, packed: PoolLaunch, *arrays: Any
+    do: Do, name: str, problem: PoolProblem, packed: PoolLaunch, *arrays: Any
 ) -> None:
     if not packed.items:
         return
-    macros = pool_macros(pooling.kind, PoolTypes.of(pooling), wide=packed.wide)
+    macros = pool_macros(problem.kind, PoolTypes.of(problem), wide=packed.wide)
     blocks = -(-min(packed.items, MOST_THREADS) // _THREADS)
     run = kernel(Variant(name, macros))
     do(launch, run, blocks, _THREADS, 0, *arrays, packed.packed)

@@ -17,7 +17,7 @@ from cuconv.backends.cuda.structs import (
     spans_of,
     steps_of,
 )
-from cuconv.engine.pool import MAXIMUM, MEAN, NORM, PoolProblem
+from cuconv.engine.pool_problem import MAXIMUM, MEAN, NORM, PoolProblem
 from cuconv.geometry import Axis
 
 RANK = 3
@@ -60,15 +60,15 @@ class PoolLaunch(NamedTuple):
 
 
 def pack_pool(
-    pooling: PoolProblem,
+    problem: PoolProblem,
     x: Array,
     y: Array,
     other_x: Array | None = None,
     other_y: Array | None = None,
 ) -> PoolLaunch:
     """Pack x and y, or dx and dy, with up to one other array like either."""
-    axes = (_NO_AXIS,) * (RANK - pooling.geometry.rank) + pooling.geometry.axes
-    own = pooling.is_gradient
+    axes = (_NO_AXIS,) * (RANK - problem.geometry.rank) + problem.geometry.axes
+    own = problem.is_gradient
     x_steps, y_steps, *others = (_steps(a) for a in (x, y, other_x, other_y))
     sizes, outs = (
         tuple(getattr(a, "out" if i else "size") for a in axes) for i in (0, 1)
@@ -79,7 +79,7 @@ def pack_pool(
     far = max(
         *(reach_of((*x.shape[:2], *spans), s) for s in (x_steps, others[0])),
         *(reach_of((*y.shape[:2], *outs), s) for s in (y_steps, others[1])),
-        *(items + MOST_THREADS, pooling.geometry.cells),
+        *(items + MOST_THREADS, problem.geometry.cells),
         *(abs(end) for axis in axes for end in axis.counted(padding=True)),
     )
     wide = far >= 2**31
@@ -87,7 +87,7 @@ def pack_pool(
     for r in reversed(range(RANK)):
         axis, steps = axes[r], (x_steps[2 + r], planes, y_steps[2 + r])
         lengths = axis.size, axis.out, -axis.before
-        counted = axis.counted(padding=pooling.counts_padding)
+        counted = axis.counted(padding=problem.counts_padding)
         more = axis.end, *counted, int(axis.windows > 0), *(s[2 + r] for s in others)
         packed_axes.append((packed_axis(axis, lengths, steps), *more))
         planes *= axis.size
@@ -96,7 +96,7 @@ def pack_pool(
         *(*y.shape[:2], items, int(fastest)),
         *(step for s in (x_steps, y_steps, *others) for step in s[:2]),
         divisor(y.shape[1]),
-        *(pooling.divisor or 0, pooling.norm, _least(pooling.result)),
+        *(problem.divisor or 0, problem.norm, _least(problem.result)),
         packed_axes[::-1],
     )
     return PoolLaunch(np.array([value], dtype=POOL(wide=wide)), items, wide)
@@ -132,10 +132,10 @@ class PoolTypes(NamedTuple):
     values: DType = _NO_VALUE
 
     @classmethod
-    def of(cls, pooling: PoolProblem) -> "PoolTypes":
-        sums = accumulator(pooling.accumulate)
-        values = pooling.values if pooling.is_gradient else pooling.source
-        return cls(pooling.source, sums, pooling.result, values or _NO_VALUE)
+    def of(cls, problem: PoolProblem) -> "PoolTypes":
+        sums = accumulator(problem.accumulate)
+        values = problem.values if problem.is_gradient else problem.source
+        return cls(problem.source, sums, problem.result, values or _NO_VALUE)
 
 
 def pool_macros(kind: str, types: PoolTypes, *, wide: bool) -> tuple[str, ...]:

@@ -1,0 +1,79 @@
+"""The problem of a pooling call: windows, and what is made of the cells under each."""
+
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+from cuconv.arrays import Array, DType
+from cuconv.geometry import Tile, WindowGeometry
+
+MAXIMUM, MEAN, NORM = "max", "mean", "norm"
+
+
+@dataclass(frozen=True)
+class PoolProblem:
+    """One call, forward or for the gradient; arrays are (N, C, *spatial).
+
+    ``source`` is the type of x, or of dy for a gradient; ``accumulate`` that of sums.
+    ``values`` is the type of x where a gradient of a maximum must find its cell there.
+    """
+
+    kind: str
+    geometry: WindowGeometry
+    source: DType
+    accumulate: DType
+    result: DType
+    is_gradient: bool = False
+    with_indices: bool = False
+    values: DType | None = None
+    counts_padding: bool = True
+    divisor: int | None = None
+    norm: float = 1.0
+
+    @property
+    def is_search(self) -> bool:
+        """Whether only the indices are wanted: see `search`."""
+        return self.with_indices and self.values is not None
+
+    @property
+    def search(self) -> "PoolProblem":
+        """Of a gradient that must find its cells, the call that finds them."""
+        own = dict.fromkeys(("source", "accumulate", "result"), self.values)
+        return replace(self, is_gradient=False, with_indices=True, **own)
+
+    @property
+    def common_divisor(self) -> int | None:
+        """What every sum is divided by; None where windows have different counts."""
+        axes = self.geometry.axes
+        if self.divisor is not None:
+            return self.divisor
+        same = self.counts_padding or not self.geometry.is_padded
+        plain = not any(axis.overhang or axis.windows for axis in axes)
+        return self.geometry.taps if same and plain else None
+
+    def count(self, axis: int, output: int) -> int:
+        """Cells along an axis that the divisor of an output counts, at least one."""
+        found = self.geometry.axes[axis].taps_of(output, padding=self.counts_padding)
+        return max(found, 1)
+
+
+class PoolInputs(NamedTuple):
+    """The arrays that a gradient is computed from; None where it needs none."""
+
+    dy: Array
+    indices: Array | None = None
+    x: Array | None = None
+    y: Array | None = None
+
+
+class PoolTiling(NamedTuple):
+    """Tiles of a call: outputs (cells, for a gradient) and channels; and its workers.
+
+    ``pieces`` is how many there are.  ``threads`` is the number of workers that there
+    were to choose from, 0 where that does not matter.
+    """
+
+    tile: Tile = Tile(1, ())
+    channels: int = 0
+    workers: int = 1
+    pieces: int = 1
+    threads: int = 0

@@ -1,0 +1,231 @@
+"""Calls whose steps are recorded at their first run, and replayed from then on."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Protocol
+
+from cuconv.arrays import (
+    Array,
+    DType,
+    base_array,
+    check_out,
+    check_overlap,
+    module_of,
+    stub_of,
+)
+from cuconv.backends import Backend, refuse_capture
+from cuconv.engine.execute import Memory
+from cuconv.engine.program import MOST_BYTES, Program, Recording, TooManySteps
+from cuconv.memory import ALIGNED, Buffer, buffer_bytes, with_start
+
+# Why a call without `out` is refused while a CUDA graph is captured.
+NEEDS_OUT = "cannot allocate the result during CUDA graph capture: pass out="
+# The most blocks that are worth recording: the work of more takes longer by far than
+# finding out what to do.
+MOST_BLOCKS = 32
+
+
+class Recorded(ABC):
+    """The steps of a call on arrays of one layout: recorded once, then replayed.
+
+    Parameters
+    ----------
+    backend
+        The backend that runs it.
+    blocks
+        Into how many blocks the work is divided; many are not worth a recording.
+    threads
+        For how many threads it is; 0 where that does not matter.
+    """
+
+    # Bytes of the arrays that NumPy may take buffers for, beside the workspace.
+    buffered = 0
+
+    def __init__(self, backend: Backend, blocks: int, threads: int = 0) -> None:
+        self.backend, self.threads = backend, threads
+        self._program: Program | None = None
+        self._is_recordable = blocks <= MOST_BLOCKS
+
+    @property
+    @abstractmethod
+    def nbytes(self) -> int:
+        """Bytes of workspace."""
+
+    @property
+    @abstractmethod
+    def workers(self) -> int:
+        """How many threads work on it."""
+
+    @property
+    def is_single_threaded(self) -> bool:
+        """Whether no step is worth a second thread."""
+        return self.workers == 1
+
+    @property
+    def spare_bytes(self) -> int:
+        """What the memory limit leaves for a program beside the workspace."""
+        return MOST_BYTES
+
+    @abstractmethod
+    def _steps(self, backend: Any, arrays: dict[str, Array], memory: Memory) -> None:
+        """Run the steps, or record them."""
+
+    def execute(self, arrays: dict[str, Array]) -> None:
+        """Run it on arrays that have been checked, by their names."""
+        if self._program is None and self._is_recordable:
+            self._is_recordable = False
+            self._program = self._recorded(arrays)
+        if self._program is not None:
+            self.backend.execute(self._program, arrays)
+        else:
+            self._run_steps(arrays)
+
+    def _run_steps(self, arrays: dict[str, Array]) -> None:
+        """Run the steps without recording them."""
+        backend = self.backend
+
+        def body(worker: int) -> None:
+            del worker
+            with backend.memory(self.nbytes) as raw:
+                self._steps(backend, arrays, Memory(raw))
+
+        # As a worker, with what NumPy buffers within bounds.
+        with backend.device_of(next(iter(arrays.values()))):
+            backend.parallel(body, 1, single_threaded=True)
+
+    def _recorded(self, arrays: dict[str, Array]) -> Program | None:
+        """Record the steps for arrays of this layout, unless they are too many."""
+        if self.spare_bytes < MOST_BYTES:
+            return None
+        stubs = {name: stub_of(name, array) for name, array in arrays.items()}
+        recording, nbytes = Recording(self.backend, stubs), self.nbytes
+        memory = Memory.recorded(max(nbytes - ALIGNED, 0), recording)
+        try:
+            self._steps(recording.backend, stubs, memory)
+        except TooManySteps:
+            return None
+        return Program(
+            recording,
+            nbytes,
+            self.workers,
+            single_threaded=self.is_single_threaded,
+            buffered=self.buffered,
+        )
+
+
+class Result(NamedTuple):
+    """A result of a call; ``name`` is for messages."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: DType
+
+
+class Workspace(NamedTuple):
+    """The buffers of every worker, and into how many pieces the work is divided."""
+
+    buffers: tuple[Buffer, ...] = ()
+    workers: int = 1
+    pieces: int = 1
+
+
+class Steps(Protocol):
+    """What a call does with its arrays."""
+
+    def run(
+        self,
+        backend: Any,
+        arrays: dict[str, Array],
+        scratch: tuple[dict[str, Array], ...],
+    ) -> None:
+        """Do it, or record it; ``scratch`` are the buffers of every worker."""
+
+
+class RecordedPlan(Recorded):
+    """The plan of a call with one kind of buffers, of pooling or of columns.
+
+    Parameters
+    ----------
+    backend, threads
+        As for `Recorded`.
+    steps
+        The steps.
+    names
+        The names of the arrays that it takes, in their order.
+    results
+        The results; where there are several, a call returns all of them.
+    workspace
+        What the workers need.
+    buffered
+        Bytes of the arrays that NumPy may take buffers for.
+    refusal
+        Why it cannot run in a capture, though it is given its results.
+    """
+
+    def __init__(
+        self,
+        backend: Backend,
+        steps: Steps,
+        names: tuple[str, ...],
+        results: tuple[Result, ...],
+        workspace: Workspace,
+        *,
+        threads: int = 0,
+        buffered: int = 0,
+        refusal: str | None = None,
+    ) -> None:
+        super().__init__(backend, workspace.pieces, threads)
+        self.names, self.results, self.workspace = names, results, workspace
+        self.steps, self.buffered, self._refusal = steps, buffered, refusal
+
+    @property
+    def workers(self) -> int:
+        return self.workspace.workers
+
+    @property
+    def nbytes(self) -> int:
+        return with_start(self.workers * buffer_bytes(self.workspace.buffers))
+
+    def _steps(self, backend: Any, arrays: dict[str, Array], memory: Memory) -> None:
+        scratch = memory.own("own", 0, self.workspace.buffers, self.workers)
+        self.steps.run(backend, arrays, scratch)
+
+    def run(self, arrays: Sequence[Array | None], out: Any) -> Any:
+        """Run it on arrays that have been checked."""
+        backend = self.backend
+        outs = out if type(out) is tuple else (out,) * len(self.results)
+        if backend.is_capturing():
+            self._refuse(outs)
+        named = dict(zip(self.names, arrays, strict=False))
+        found = []
+        for (name, shape, dtype), given in zip(self.results, outs, strict=True):
+            array = backend.empty(shape, dtype) if given is None else given
+            named[name] = array if given is None else base_array(array)
+            found.append(array)
+        self.execute(named)
+        return tuple(found) if len(found) > 1 else array
+
+    def _refuse(self, outs: tuple[Array | None, ...]) -> None:
+        """Refuse a capture of what takes memory."""
+        if any(array is None for array in outs):
+            refuse_capture(self.backend, NEEDS_OUT, captured=True)
+        if self._refusal is not None:
+            refuse_capture(self.backend, self._refusal, captured=True)
+
+
+def check_results(
+    backend: Backend,
+    inputs: dict[str, Array],
+    results: Sequence[Result],
+    outs: Sequence[Array | None],
+) -> None:
+    """Refuse arrays that cannot take the results, or none in a capture."""
+    taken = dict(inputs)
+    for (name, shape, dtype), array in zip(results, outs, strict=True):
+        if array is None:
+            refuse_capture(backend, NEEDS_OUT)
+            continue
+        module_of({**inputs, name: array})
+        check_out(array, shape, dtype)
+        check_overlap(backend.xp, array, taken)
+        taken[name] = array
