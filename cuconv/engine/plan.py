@@ -50,12 +50,12 @@ class LoweredCall(Recorded):
 
     @property
     def is_single_threaded(self) -> bool:
-        """Whether no product is worth a second thread."""
+        """True if no product is large enough for a second thread."""
         return all(c.problem.single_threaded for c in self.candidates)
 
     @property
     def workers(self) -> int:
-        """How many threads work on it."""
+        """The number of threads that run it."""
         return max((c.tiling.workers for c in self.candidates), default=1)
 
     def with_candidates(self, candidates: list[Candidate]) -> Self:
@@ -123,7 +123,7 @@ class LoweredCall(Recorded):
 
 
 class Plan(LoweredCall):
-    """What one convolution, or a gradient of one, will do; print it to read it.
+    """The plan of one convolution, or of a gradient of one; print it to read it.
 
     Made by `cuconv.plan_conv`.  A plan is fixed: shapes, types, strategy, blocks and
     memory.  Calling it with arrays runs it.
@@ -155,7 +155,7 @@ class Plan(LoweredCall):
         super().__init__(lowering, request.backend, request.options)
 
     def renew(self) -> None:
-        """The same; and forget the plans for arrays that lie otherwise."""
+        """The same; and drop the plans for arrays of other layouts."""
         super().renew()
         self._others: dict[Any, Plan] = {}
 
@@ -170,7 +170,7 @@ class Plan(LoweredCall):
 
     @property
     def nanoseconds(self) -> float:
-        """How long a run is estimated to take."""
+        """The estimated time of a run."""
         return self.lowering.nanoseconds
 
     @property
@@ -268,7 +268,7 @@ class Plan(LoweredCall):
         return dict(zip(self.names, arrays, strict=False))
 
     def _checked(self, arrays: tuple[Array | None, ...], out: Array | None) -> "Plan":
-        """Check the arrays of a call; the plan for them, if they lie otherwise."""
+        """Check the arrays of a call; return the plan for their layouts."""
         names = [n for n in ROLES[self.call] if n != "w" or not self.is_prepared]
         given = {n: a for n, a in zip(names, arrays, strict=False) if a is not None}
         self._check(names, arrays, given, out)

@@ -135,7 +135,7 @@ class TileSearch:
 
     @lazy
     def _floor_alone(self) -> float:
-        """What a tiling costs at least that has one worker."""
+        """A lower bound for the cost of a tiling with one worker."""
         return self._cost(self._whole, 1) if self.strategy.gains_from_size else 0.0
 
     @lazy
@@ -200,9 +200,10 @@ class TileSearch:
         return best
 
     def _floor_shared(self, pieces: int, splits: int) -> float:
-        """What `_shared` costs at least: everything, and the start of each block.
+        """A lower bound for `_shared`: all of the work, and the overhead of each block.
 
-        Every sum of a weight gradient has one worker; filters apart may share blocks.
+        Every sum of a weight gradient has one worker; splits by filters may share
+        blocks.
         """
         if not self.strategy.gains_from_size:
             return 0.0
@@ -371,7 +372,7 @@ def _last_worthwhile(costs: list[float]) -> int:
 
 
 def _is_taken(cost: float, floors: list[float], place: int) -> bool:
-    """Whether a cost is the last worthwhile, where others have these floors."""
+    """True if a cost is the last worthwhile one, given the lower bounds of others."""
     before = min(floors[:place], default=float("inf")) * _ALMOST
     after = min(floors[place + 1 :], default=float("inf")) * _ALMOST
     return cost < before * _WORTH_FEWER and cost * _WORTH_FEWER < after

@@ -51,8 +51,8 @@ class Depthwise(OneWay):
 
     def tilings(self, problem: Problem, variant: None, backend: Backend) -> Tilings:
         del variant, backend
-        # Planes are never cut; the work is shared out by channels.  On CUDA one launch
-        # takes all images.
+        # Planes are never split; channels are distributed to workers.  On CUDA one
+        # launch computes all images.
         g = problem.geometry
         images = 1 if problem.module == "numpy" else max(g.images, 1)
         tile = Tile(images, tuple(max(n, 1) for n in g.out))

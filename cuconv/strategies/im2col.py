@@ -58,15 +58,15 @@ FEW_POSITIONS, PART = 1024, 32
 # ns an element, of 112×112 0.2.
 _RUN = 32
 # A product for each image, or one for several side by side, which must be copied out;
-# for the weight gradient, lanes that sum blocks (each too), or that own filters.
+# for the weight gradient, splits by blocks (each too), or by filters.
 
 
 class Sharing(Enum):
-    """What products and lanes share; the words that a plan says of it."""
+    """The products and splits of a variant, as the phrases in a plan."""
 
     EACH = ""
     WIDE = "images side by side"
-    FILTERS = "filters apart"
+    FILTERS = "split by filters"
 
 
 EACH, WIDE, FILTERS = Sharing

@@ -66,7 +66,7 @@ class TapMatmul(OneWay):
             return Tilings(positions, g.tile, 2)
         if problem.op == "forward":
             return Tilings(positions, g.tile)
-        # Blocks of one image would add to the same cells.
+        # Blocks of one image would add to the same elements.
         whole = tuple(max(n, 1) for n in g.out)
         return Tilings(positions, lambda n: g.tile(n)._replace(cells=whole))
 

@@ -29,7 +29,7 @@ from cuconv.profiling import stage
 if TYPE_CHECKING:
     from concurrent.futures import Future, ThreadPoolExecutor
 
-# Products of at most this many multiply-adds OpenBLAS takes as they lie; larger ones it
+# OpenBLAS multiplies up to this many multiply-adds without packing; larger ones it
 # packs first.  One core of an AMD EPYC (Zen 4), float32, GFLOP/s, whole and in parts:
 # 64×64×3136 96 and 109, 64×576×448 97 and 115, 128×256×784 103 and 112, 512×512×784 104
 # and 106, but 512×1024×392 104 and 87.
