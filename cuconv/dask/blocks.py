@@ -205,7 +205,7 @@ def windows(array: Array, ranges: tuple[Ranges, ...]) -> Array:
     if ranges == tuple(map(spans, array.chunks)):
         return array
     token = tokenize(array.name, ranges)
-    name, tiling = f"cuconv-window-{token}", f"cuconv-slice-{token}"
+    name, tiling = f"cuconv-window-{token}", f"cuconv-cut-{token}"
     along = list(map(_pieces, array.chunks, ranges))
     tasks: dict[Any, Any] = {}
     for index in itertools.product(*(range(len(each)) for each in ranges)):
