@@ -5,7 +5,13 @@ from typing import Any, Unpack
 
 from cuconv.arrays import Array, is_array
 from cuconv.backends import backend_on
-from cuconv.engine.call import GRADIENTS, ConvGradients, convolve, plan_gradients, run
+from cuconv.engine.call import (
+    GRADIENTS,
+    ConvGradients,
+    plan_convolution,
+    plan_gradients,
+    run,
+)
 from cuconv.engine.plan import Plan
 from cuconv.engine.problem import ROLES
 from cuconv.engine.request import ZERO_POINTS, chosen_options, request_of_shapes
@@ -115,22 +121,25 @@ def conv(
     >>> cuconv.conv(x, w, padding=1, x_zero_point=128)
     array([[[    0,   200, 12702,   127]]], dtype=int32)
     """
-    return _conv({}, (x, w, bias), out, options, x_zero_point, w_zero_point)
+    arrays = x, w, bias
+    if x_zero_point is None and w_zero_point is None:
+        return run(plan_convolution, "forward", arrays, out, options)
+    zeros = x_zero_point, w_zero_point
+    return _with_zero_points(arrays, out, options, {}, *zeros)
 
 
-def _conv(
-    more: Mapping[str, Any],
+def _with_zero_points(
     arrays: tuple[Array | None, ...],
     out: Array | None,
     options: ConvOptions,
+    more: Mapping[str, Any],
     *zero_points: Any,
 ) -> Array:
     """Convolve; zero points that are arrays are operands, numbers are options."""
-    if any(zero is not None for zero in zero_points):
-        given = dict(zip(ZERO_POINTS, zero_points, strict=True))
-        arrays += tuple(z if is_array(z) else None for z in zero_points)
-        more = {**more, **{n: z for n, z in given.items() if not is_array(z)}}
-    return convolve("forward", arrays, out, options, more)
+    given = dict(zip(ZERO_POINTS, zero_points, strict=True))
+    arrays += tuple(zero if is_array(zero) else None for zero in zero_points)
+    more = {**more, **{n: zero for n, zero in given.items() if not is_array(zero)}}
+    return run(plan_convolution, "forward", arrays, out, options, more)
 
 
 @shows_options()
@@ -156,7 +165,10 @@ def conv1d(
     array([[[2., 2., 2., 2.]]])
     """
     arrays = x, w, bias
-    return _conv(_RANK_1, arrays, out, options, x_zero_point, w_zero_point)
+    if x_zero_point is None and w_zero_point is None:
+        return run(plan_convolution, "forward", arrays, out, options, _RANK_1)
+    zeros = x_zero_point, w_zero_point
+    return _with_zero_points(arrays, out, options, _RANK_1, *zeros)
 
 
 @shows_options()
@@ -183,7 +195,10 @@ def conv2d(
     (8, 64, 56, 56)
     """
     arrays = x, w, bias
-    return _conv(_RANK_2, arrays, out, options, x_zero_point, w_zero_point)
+    if x_zero_point is None and w_zero_point is None:
+        return run(plan_convolution, "forward", arrays, out, options, _RANK_2)
+    zeros = x_zero_point, w_zero_point
+    return _with_zero_points(arrays, out, options, _RANK_2, *zeros)
 
 
 @shows_options()
@@ -210,7 +225,10 @@ def conv3d(
               [54., 54., 54.]]]]])
     """
     arrays = x, w, bias
-    return _conv(_RANK_3, arrays, out, options, x_zero_point, w_zero_point)
+    if x_zero_point is None and w_zero_point is None:
+        return run(plan_convolution, "forward", arrays, out, options, _RANK_3)
+    zeros = x_zero_point, w_zero_point
+    return _with_zero_points(arrays, out, options, _RANK_3, *zeros)
 
 
 @shows_options()
@@ -272,7 +290,7 @@ def conv_input_grad(
              [1., 2., 1.]]]])
     """
     more = {"x_shape": x_shape}
-    return convolve("input_grad", (dy, w), out, options, more)
+    return run(plan_convolution, "input_grad", (dy, w), out, options, more)
 
 
 @shows_options()
@@ -333,7 +351,7 @@ def conv_weight_grad(
              [20., 24.]]]])
     """
     more = {"w_shape": w_shape}
-    return convolve("weight_grad", (dy, x), out, options, more)
+    return run(plan_convolution, "weight_grad", (dy, x), out, options, more)
 
 
 @shows_options()

@@ -14,7 +14,13 @@ from collections.abc import Sequence
 from typing import Any, Unpack
 
 from cuconv.arrays import Array
-from cuconv.engine.call import GRADIENTS, ConvGradients, convolve, plan_gradients, run
+from cuconv.engine.call import (
+    GRADIENTS,
+    ConvGradients,
+    plan_convolution,
+    plan_gradients,
+    run,
+)
 from cuconv.geometry import Sizes
 from cuconv.options import (
     FORWARD_ALONE,
@@ -111,7 +117,7 @@ def conv_transpose(
     array([[[ 10., 102.,  20., 203.,  30., 300.]]])
     """
     more = {"output_padding": output_padding, "output_size": output_size}
-    return convolve("transpose", (x, w, bias), out, options, more)
+    return run(plan_convolution, "transpose", (x, w, bias), out, options, more)
 
 
 @shows_options(_OPTIONS)
@@ -138,7 +144,7 @@ def conv_transpose1d(
     """
     more: Any = {"output_padding": output_padding, "output_size": output_size}
     more["function"] = "conv_transpose1d", 1
-    return convolve("transpose", (x, w, bias), out, options, more)
+    return run(plan_convolution, "transpose", (x, w, bias), out, options, more)
 
 
 @shows_options(_OPTIONS)
@@ -166,7 +172,7 @@ def conv_transpose2d(
     """
     more: Any = {"output_padding": output_padding, "output_size": output_size}
     more["function"] = "conv_transpose2d", 2
-    return convolve("transpose", (x, w, bias), out, options, more)
+    return run(plan_convolution, "transpose", (x, w, bias), out, options, more)
 
 
 @shows_options(_OPTIONS)
@@ -195,7 +201,7 @@ def conv_transpose3d(
     """
     more: Any = {"output_padding": output_padding, "output_size": output_size}
     more["function"] = "conv_transpose3d", 3
-    return convolve("transpose", (x, w, bias), out, options, more)
+    return run(plan_convolution, "transpose", (x, w, bias), out, options, more)
 
 
 @shows_options(_OPTIONS)
@@ -243,7 +249,7 @@ def conv_transpose_input_grad(
     """
     more: Any = {"output_padding": output_padding, "output_size": output_size}
     more["x_shape"] = x_shape
-    return convolve("transpose_input_grad", (dy, w), out, options, more)
+    return run(plan_convolution, "transpose_input_grad", (dy, w), out, options, more)
 
 
 @shows_options(_OPTIONS)
@@ -294,7 +300,7 @@ def conv_transpose_weight_grad(
     """
     more: Any = {"output_padding": output_padding, "output_size": output_size}
     more["w_shape"] = w_shape
-    return convolve("transpose_weight_grad", (dy, x), out, options, more)
+    return run(plan_convolution, "transpose_weight_grad", (dy, x), out, options, more)
 
 
 @shows_options(_OPTIONS)

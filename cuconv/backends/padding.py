@@ -5,7 +5,7 @@ Arrays are grouped: elements (N, G, C, *spatial), the copy (N, G, C, *window).
 """
 
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from cuconv.arrays import Array
 from cuconv.geometry import Axis, Ranges, Run
@@ -19,35 +19,25 @@ class Reading(NamedTuple):
     mode: str
 
 
-def pad_copy(
-    backend: Any,
-    cells: Array,
-    copied: Array,
-    reading: Reading,
-) -> None:
-    """Copy the padded input that the windows read, with a cast."""
+def copies(
+    cells: Array, copied: Array, reading: Reading
+) -> Iterator[tuple[Array, Array]]:
+    """Parts of the input, and those of the padded copy that they are copied to."""
     for runs in _runs(*reading):
-        backend.copy(*_pair(runs, cells, copied))
+        yield _pair(runs, cells, copied)
 
 
-def pad_adjoint(
-    backend: Any,
-    copied: Array,
-    cells: Array,
-    reading: Reading,
-    *,
-    add: bool,
-) -> None:
-    """Sum all copies of each element into it; with ``add``, to what is there."""
-    picked = _runs(*reading, one_to_one=True)
-    if not add and _reads_all(reading):
-        inside, outside = _pair(next(picked), cells, copied)
-        backend.copy(outside, inside)
-    elif not add:
-        backend.fill(cells, 0)
-    for runs in picked:
-        inside, outside = _pair(runs, cells, copied)
-        backend.do(backend.xp.add, inside, outside, inside)
+def sums(
+    copied: Array, cells: Array, reading: Reading
+) -> Iterator[tuple[Array, Array, bool]]:
+    """Parts of the input, those of its copy that are added, and if each is the first.
+
+    The first part is all of the input, or nothing is the first.
+    """
+    first = _reads_all(reading)
+    for runs in _runs(*reading, one_to_one=True):
+        yield (*_pair(runs, cells, copied), first)
+        first = False
 
 
 def _reads_all(reading: Reading) -> bool:

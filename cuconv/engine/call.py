@@ -20,7 +20,7 @@ from cuconv.arrays import (
     layouts_of,
     module_of,
 )
-from cuconv.backends import backend_of, refuse_capture
+from cuconv.backends import backend_of, is_capturing, refuse_capture
 from cuconv.config import settings
 from cuconv.engine.bias_grad import BiasGrad
 from cuconv.engine.plan import Plan
@@ -75,7 +75,7 @@ class Runnable(Protocol):
         """Run it on arrays with the layouts of the plan."""
 
 
-# Plans by everything that they depend on; see `_key`.
+# Plans by everything that they depend on; see `run`.
 _PLANS: dict[object, Runnable] = {}
 _MOST_PLANS = 512
 
@@ -98,63 +98,41 @@ def run(
 
     ``make(call, arrays, out, options, more)`` checks a call and plans it.
     """
-    key = _key(call, arrays, out, options, more)
+    outs = out if type(out) is tuple else (out,)
+    layouts = layouts_of((*arrays, *outs))
+    try:
+        # Bytes, in which 1, 1.0 and True differ.
+        text: object = marshal.dumps((options, more), 2)  # type: ignore[arg-type]
+    except ValueError:
+        text = repr((options, more))
+    captured = layouts is not None and is_capturing(arrays[0])
+    key = call, layouts, text, settings(), captured
     plan = _PLANS.get(key)
     if plan is None or (plan.threads and plan.threads != backend_of(np).workers()):
         arrays = tuple(map(base_array, arrays))
         with stage("plan"):
             plan = make(call, arrays, out, options, more)
-        if key is not None:
+        # An object that shows its address says nothing: another may have it later.
+        is_unclear = layouts is None or (type(text) is str and " at 0x" in text)
+        if not is_unclear:
             if len(_PLANS) >= _MOST_PLANS:
                 _PLANS.clear()
             _PLANS[key] = plan
     elif out is not None:
-        check_overlaps(plan.names, arrays, out)
+        check_overlaps(plan.names, arrays, outs)
     return plan.run(arrays, out)
 
 
-def _key(
-    call: str,
-    arrays: tuple[Array | None, ...],
-    out: Any,
-    options: Mapping[str, Any],
-    more: Mapping[str, Any],
-) -> object:
-    """A key of everything that a plan depends on; None if there is no such key."""
-    outs = out if type(out) is tuple else (out,)
-    layouts = layouts_of((*arrays, *outs))
-    if layouts is None:
-        return None
-    try:
-        # In these bytes, 1, 1.0 and True differ.
-        text: object = marshal.dumps((options, more), 2)  # type: ignore[arg-type]
-    except ValueError:
-        # A repr with an address is no key: another object may have that address later.
-        text = repr((options, more))
-        if " at 0x" in text:
-            return None
-    return call, layouts, text, settings()
-
-
-def check_overlaps(names: Sequence[str], arrays: Sequence[Array], out: Any) -> None:
+def check_overlaps(
+    names: Sequence[str], arrays: Sequence[Array | None], outs: Sequence[Array | None]
+) -> None:
     """Raise if an ``out`` may share memory with an input."""
     given = {n: a for n, a in zip(names, arrays, strict=False) if a is not None}
     xp = module_of(given)
-    for each in out if type(out) is tuple else (out,):
-        if each is not None:
-            check_overlap(xp, each, given)
-            given["out"] = each
-
-
-def convolve(
-    call: str,
-    arrays: tuple[Array | None, ...],
-    out: Array | None,
-    options: Mapping[str, Any],
-    more: Mapping[str, Any] = _NONE,
-) -> Array:
-    """Run a convolution, or a gradient of one, on arrays in the order of `ROLES`."""
-    return run(plan_convolution, call, arrays, out, options, more)
+    for out in outs:
+        if out is not None:
+            check_overlap(xp, out, given)
+            given["out"] = out
 
 
 def plan_convolution(

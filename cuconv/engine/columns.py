@@ -70,6 +70,8 @@ def _scatter(
     cell = max(geometry.channels * sums.itemsize, 1)
     tile = geometry.region_tile(max(backend.block_bytes // cell, 1))
     is_cast = sums != dtype
+    if is_cast:
+        refuse_capture(backend, f"sums of {dtype} take memory")
     cells = tile.positions * geometry.channels
     buffers = (Buffer("sum", cells, sums),) if is_cast else ()
     workers, threads = _workers(backend, geometry.column_bytes(dtype.itemsize))
@@ -80,7 +82,6 @@ def _scatter(
         (Result("out", geometry.x_shape, dtype),),
         Workspace(buffers, workers, geometry.count_regions(tile)),
         threads=threads,
-        refusal=f"sums of {dtype} take memory" if is_cast else None,
     )
 
 

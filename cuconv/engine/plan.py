@@ -1,8 +1,7 @@
 """Plans: the chosen steps, the reasons, and running them."""
 
-import copy
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Self
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -16,110 +15,17 @@ from cuconv.arrays import (
     module_of,
     stub_of,
 )
-from cuconv.backends import Backend, backend_of, refuse_capture
-from cuconv.engine.autotune import Winner, fastest, recall, remember
-from cuconv.engine.execute import Memory, Run, fill, job_of
+from cuconv.backends import backend_of, refuse_capture
+from cuconv.engine.execute import Memory, job_of
 from cuconv.engine.lower import lower
 from cuconv.engine.lowering import Lowering
 from cuconv.engine.planner import PlanningResult
 from cuconv.engine.problem import NAMES, ROLES, Problem, check_shape, shapes_of
-from cuconv.engine.recorded import MOST_BLOCKS, NEEDS_OUT, Recorded
+from cuconv.engine.recorded import NEEDS_OUT, LoweredCall
 from cuconv.engine.request import ZERO_POINTS, Request
 from cuconv.engine.tile_search import Candidate
 from cuconv.geometry import Axis, ConvGeometry
-from cuconv.memory import allocated, buffer_bytes, carve, with_start
-from cuconv.options import Options
-
-
-class LoweredCall(Recorded):
-    """A call that was lowered; ``strategy="benchmark"`` times its candidates first."""
-
-    def __init__(self, lowering: Lowering, backend: Backend, options: Options) -> None:
-        self.lowering, self.options = lowering, options
-        self.candidates: list[Candidate] = [part.best for part in lowering.parts]
-        self._is_tuned = options.strategy != "benchmark"
-        super().__init__(backend, lowering.chunks)
-        self.renew()
-
-    def renew(self) -> None:
-        """Forget what was recorded, and see what the candidates that run ask for."""
-        self._is_recordable = self.lowering.chunks <= MOST_BLOCKS
-        self._program = None
-        # For how many threads it is, where that matters.
-        self.threads = 0 if self.is_single_threaded else self.backend.workers()
-
-    @property
-    def is_single_threaded(self) -> bool:
-        """True if no product is large enough for a second thread."""
-        return all(c.problem.single_threaded for c in self.candidates)
-
-    @property
-    def workers(self) -> int:
-        """The number of threads that run it."""
-        return max((c.tiling.workers for c in self.candidates), default=1)
-
-    def with_candidates(self, candidates: list[Candidate]) -> Self:
-        """The same call, whose parts are run by these."""
-        other = copy.copy(self)
-        other.candidates = candidates.copy()
-        other.renew()
-        return other
-
-    def _memory_of(self, candidate: Candidate) -> int:
-        """Bytes of a candidate's buffers."""
-        needs, workers = candidate.workspace, candidate.tiling.workers
-        shared = buffer_bytes((*needs.weights, *needs.shared))
-        return shared + workers * buffer_bytes(needs.per_worker)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all buffers."""
-        each = [self._memory_of(c) if c.flops else 0 for c in self.candidates]
-        return with_start(self.lowering.bytes_around(each))
-
-    @property
-    def spare_bytes(self) -> int:
-        overhead = max(candidate.overhead_bytes for candidate in self.candidates)
-        return self.lowering.memory_limit - self.nbytes - overhead
-
-    def execute(self, arrays: dict[str, Array]) -> None:
-        """Run it on arrays that have been checked, by their names."""
-        if not self._is_tuned and not any(c.problem.captured for c in self.candidates):
-            self._tune(arrays)
-        super().execute(arrays)
-
-    def _steps(self, backend: Any, arrays: dict[str, Array], memory: Memory) -> None:
-        buffers = self.lowering.buffers
-        space = carve(memory.raw, 0, buffers)
-        start = buffer_bytes(buffers)
-        run = Run(backend, {**arrays, **space}, self.candidates, memory, start)
-        self.lowering.steps(run)
-
-    def _tune(self, arrays: dict[str, Array]) -> None:
-        """Time the candidates of every part, or recall which was the fastest."""
-        machine, threads = self.backend.machine(), self.backend.workers()
-        for number, part in enumerate(self.lowering.parts):
-            if not part.best.flops:
-                continue
-            key = part.best.problem.fingerprint, part.limit, threads
-            winners = [Winner.of(candidate) for candidate in part.candidates]
-            winner = recall(machine, key, winners)
-            if winner is None:
-                calls = [self._trial(number, c, arrays) for c in part.candidates]
-                winner = winners[fastest(self.backend, calls)]
-                remember(machine, key, winner)
-            self.candidates[number] = part.candidates[winners.index(winner)]
-        self._is_tuned = True
-        self.renew()
-
-    def _trial(
-        self, number: int, candidate: Candidate, arrays: dict[str, Array]
-    ) -> Callable[[], None]:
-        """A run with another candidate for one part."""
-        candidates = self.candidates.copy()
-        candidates[number] = candidate
-        other = self.with_candidates(candidates)
-        return lambda: other._run_steps(arrays)  # noqa: SLF001 - a copy of itself
+from cuconv.memory import allocated, buffer_bytes
 
 
 class Plan(LoweredCall):
@@ -155,7 +61,7 @@ class Plan(LoweredCall):
         super().__init__(lowering, request.backend, request.options)
 
     def renew(self) -> None:
-        """The same; and drop the plans for arrays of other layouts."""
+        """The same; and forget the plans for arrays that lie otherwise."""
         super().renew()
         self._others: dict[Any, Plan] = {}
 
@@ -268,7 +174,7 @@ class Plan(LoweredCall):
         return dict(zip(self.names, arrays, strict=False))
 
     def _checked(self, arrays: tuple[Array | None, ...], out: Array | None) -> "Plan":
-        """Check the arrays of a call; return the plan for their layouts."""
+        """Check the arrays of a call; the plan for them, if they lie otherwise."""
         names = [n for n in ROLES[self.call] if n != "w" or not self.is_prepared]
         given = {n: a for n, a in zip(names, arrays, strict=False) if a is not None}
         self._check(names, arrays, given, out)
@@ -380,15 +286,11 @@ class Plan(LoweredCall):
         named["out"] = result if out is None else base_array(out)
         if self._weights or self._numbers:
             named.update(self._weights, **self._numbers)
-        self.execute(named)
+        if self.program is None:
+            self.execute_first(named)
+        else:
+            backend.execute(self.program, named)
         return result
-
-    def _steps(self, backend: Any, arrays: dict[str, Array], memory: Memory) -> None:
-        if not self.flops:
-            bias = arrays.get("bias")
-            fill(backend, arrays["out"], bias, self.request.geometry)
-            return
-        super()._steps(backend, arrays, memory)
 
     def _check(
         self,

@@ -8,12 +8,11 @@ is chosen.  The reasons against the others are computed when they are asked for.
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 from cuconv.backends import Backend
 from cuconv.engine.problem import NAMES, Problem
 from cuconv.engine.tile_search import Candidate, TileSearch, over
-from cuconv.lazy import lazy
 from cuconv.memory import MemoryLimit, MemoryLimitError
 from cuconv.strategies import Strategy, strategies
 
@@ -32,7 +31,7 @@ class PlanningResult:
     _name: str
     _workers: int
 
-    @lazy
+    @cached_property
     def _every(self) -> tuple[tuple[Candidate, ...], dict[str, str]]:
         what = self._problem, self._backend, self._name, self.limit
         return _every(*what, self._workers)
@@ -42,7 +41,7 @@ class PlanningResult:
         """Every strategy and variant that fits, the best first."""
         return self._every[0]
 
-    @lazy
+    @cached_property
     def passed_over(self) -> tuple[tuple[str, str], ...]:
         """Every other strategy, and why it does not run."""
         (best, *others), reasons = self._every

@@ -1,11 +1,11 @@
 """The problem of a strategy: the hashable value that its plan depends on."""
 
 from dataclasses import dataclass, fields, replace
+from functools import cached_property
 
 from cuconv.arrays import Array, DType, Types, grouped
 from cuconv.backends.blocking import uses_tensor_cores
 from cuconv.geometry import ConvGeometry
-from cuconv.lazy import lazy
 
 OPERATIONS = ("forward", "input_grad", "weight_grad")
 # The names of the adjoint convolution's operations for a transposed convolution: y of
@@ -99,7 +99,7 @@ class Problem:
         stored = self.types.result in (self.operand, self.types.accumulate)
         return stored and not self.needs_cast
 
-    @lazy
+    @cached_property
     def is_for_tensor_cores(self) -> bool:
         """True if its products run on tensor cores, if the device has them."""
         return uses_tensor_cores(self.operand, fast=self.fast)
@@ -118,7 +118,7 @@ class Problem:
         """True if every product is so small that BLAS uses no second thread."""
         return self.geometry.multiplications <= SINGLE_THREADED_PRODUCT
 
-    @lazy
+    @cached_property
     def as_forward(self) -> "Problem | None":
         """An input gradient as the forward pass over dy; None if there is no such form.
 

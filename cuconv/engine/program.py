@@ -102,6 +102,8 @@ class Program:
         )
         self.regions = {SHARED: (0, 0, workers), **recording.regions}
         self.kept = [(s, v) for v, s in self.views if v.source in self.regions]
+        # The arrays of the call of which there are views.
+        self.sources = {v.source for v, _ in self.views} - set(self.regions)
         # Views of the caller's arrays: by a function of the array, or by the layout.
         self.made: list[tuple[int, str, Callable[[Array], Array] | None]] = []
         self.laid: list[tuple[int, str, tuple[Any, ...], tuple[Any, ...]]] = []

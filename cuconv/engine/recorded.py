@@ -1,8 +1,9 @@
 """Plans whose steps are recorded at their first run, and replayed later."""
 
+import copy
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Protocol, Self
 
 from cuconv.arrays import (
     Array,
@@ -14,9 +15,13 @@ from cuconv.arrays import (
     stub_of,
 )
 from cuconv.backends import Backend, refuse_capture
-from cuconv.engine.execute import Memory
+from cuconv.engine.autotune import Winner, fastest, recall, remember
+from cuconv.engine.execute import Memory, Run
+from cuconv.engine.lowering import Lowering
 from cuconv.engine.program import MOST_BYTES, Program, Recording, TooManySteps
-from cuconv.memory import ALIGNED, Buffer, buffer_bytes, with_start
+from cuconv.engine.tile_search import Candidate
+from cuconv.memory import ALIGNED, Buffer, buffer_bytes, carve, with_start
+from cuconv.options import Options
 
 # Why a call without `out` is refused while a CUDA graph is captured.
 NEEDS_OUT = "cannot allocate the result during CUDA graph capture: pass out="
@@ -43,7 +48,7 @@ class Recorded(ABC):
 
     def __init__(self, backend: Backend, blocks: int, threads: int = 0) -> None:
         self.backend, self.threads = backend, threads
-        self._program: Program | None = None
+        self.program: Program | None = None
         self._is_recordable = blocks <= MOST_BLOCKS
 
     @property
@@ -70,13 +75,16 @@ class Recorded(ABC):
     def _steps(self, backend: Any, arrays: dict[str, Array], memory: Memory) -> None:
         """Run the steps, or record them."""
 
-    def execute(self, arrays: dict[str, Array]) -> None:
-        """Run it on arrays that have been checked, by their names."""
-        if self._program is None and self._is_recordable:
+    def execute_first(self, arrays: dict[str, Array]) -> None:
+        """Record the steps, if that is worth it, and run them.
+
+        ``arrays`` have been checked, and are given by their names.
+        """
+        if self._is_recordable:
             self._is_recordable = False
-            self._program = self._recorded(arrays)
-        if self._program is not None:
-            self.backend.execute(self._program, arrays)
+            self.program = self._recorded(arrays)
+        if self.program is not None:
+            self.backend.execute(self.program, arrays)
         else:
             self._run_steps(arrays)
 
@@ -111,6 +119,103 @@ class Recorded(ABC):
             single_threaded=self.is_single_threaded,
             buffered=self.buffered,
         )
+
+
+class LoweredCall(Recorded):
+    """A call that was lowered; ``strategy="benchmark"`` times its candidates first."""
+
+    def __init__(self, lowering: Lowering, backend: Backend, options: Options) -> None:
+        self.lowering, self.options = lowering, options
+        self.candidates: list[Candidate] = [part.best for part in lowering.parts]
+        self._is_tuned = options.strategy != "benchmark"
+        super().__init__(backend, lowering.chunks)
+        self.renew()
+
+    def renew(self) -> None:
+        """Forget what was recorded, and see what the candidates that run ask for."""
+        self._is_recordable = self.lowering.chunks <= MOST_BLOCKS
+        self.program = None
+        # For how many threads it is, where that matters: a device has none.
+        is_free = self.is_single_threaded or self.backend.device != "cpu"
+        self.threads = 0 if is_free else self.backend.workers()
+
+    @property
+    def is_single_threaded(self) -> bool:
+        """True if no product is large enough for a second thread."""
+        return all(c.problem.single_threaded for c in self.candidates)
+
+    @property
+    def workers(self) -> int:
+        """The number of threads that run it."""
+        return max((c.tiling.workers for c in self.candidates), default=1)
+
+    def with_candidates(self, candidates: list[Candidate]) -> Self:
+        """The same call, whose parts are run by these."""
+        other = copy.copy(self)
+        other.candidates = candidates.copy()
+        other.renew()
+        return other
+
+    def _memory_of(self, candidate: Candidate) -> int:
+        """Bytes of a candidate's buffers."""
+        needs, workers = candidate.workspace, candidate.tiling.workers
+        shared = buffer_bytes((*needs.weights, *needs.shared))
+        return shared + workers * buffer_bytes(needs.per_worker)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all buffers."""
+        each = [self._memory_of(c) if c.flops else 0 for c in self.candidates]
+        return with_start(self.lowering.bytes_around(each))
+
+    @property
+    def spare_bytes(self) -> int:
+        overhead = max(candidate.overhead_bytes for candidate in self.candidates)
+        return self.lowering.memory_limit - self.nbytes - overhead
+
+    def execute_first(self, arrays: dict[str, Array]) -> None:
+        """Time the candidates if that was asked; record the steps, and run them."""
+        if not self._is_tuned:
+            self._tune(arrays)
+        super().execute_first(arrays)
+
+    def _steps(self, backend: Any, arrays: dict[str, Array], memory: Memory) -> None:
+        buffers = self.lowering.buffers
+        space = carve(memory.raw, 0, buffers)
+        start = buffer_bytes(buffers)
+        run = Run(backend, {**arrays, **space}, self.candidates, memory, start)
+        self.lowering.steps(run)
+
+    def _tune(self, arrays: dict[str, Array]) -> None:
+        """Time the candidates of every part, or recall which was the fastest.
+
+        While a CUDA graph is captured nothing is timed.
+        """
+        machine, threads = self.backend.machine(), self.backend.workers()
+        for number, part in enumerate(self.lowering.parts):
+            if not part.best.flops:
+                continue
+            key = part.best.problem.fingerprint, part.limit, threads
+            winners = [Winner.of(candidate) for candidate in part.candidates]
+            winner = recall(machine, key, winners)
+            if winner is None and part.best.problem.captured:
+                continue
+            if winner is None:
+                calls = [self._trial(number, c, arrays) for c in part.candidates]
+                winner = winners[fastest(self.backend, calls)]
+                remember(machine, key, winner)
+            self.candidates[number] = part.candidates[winners.index(winner)]
+        self._is_tuned = not any(c.problem.captured for c in self.candidates)
+        self.renew()
+
+    def _trial(
+        self, number: int, candidate: Candidate, arrays: dict[str, Array]
+    ) -> Callable[[], None]:
+        """A run with another candidate for one part."""
+        candidates = self.candidates.copy()
+        candidates[number] = candidate
+        other = self.with_candidates(candidates)
+        return lambda: other._run_steps(arrays)  # noqa: SLF001 - a copy of itself
 
 
 class Result(NamedTuple):
@@ -158,8 +263,6 @@ class RecordedPlan(Recorded):
         What the workers need.
     buffered
         Bytes of the arrays that NumPy may take buffers for.
-    refusal
-        Why it cannot run in a capture, though it is given its results.
     """
 
     def __init__(
@@ -172,11 +275,10 @@ class RecordedPlan(Recorded):
         *,
         threads: int = 0,
         buffered: int = 0,
-        refusal: str | None = None,
     ) -> None:
         super().__init__(backend, workspace.pieces, threads)
         self.names, self.results, self.workspace = names, results, workspace
-        self.steps, self.buffered, self._refusal = steps, buffered, refusal
+        self.steps, self.buffered = steps, buffered
 
     @property
     def workers(self) -> int:
@@ -194,23 +296,17 @@ class RecordedPlan(Recorded):
         """Run it on arrays that have been checked."""
         backend = self.backend
         outs = out if type(out) is tuple else (out,) * len(self.results)
-        if backend.is_capturing():
-            self._refuse(outs)
         named = dict(zip(self.names, arrays, strict=False))
         found = []
         for (name, shape, dtype), given in zip(self.results, outs, strict=True):
             array = backend.empty(shape, dtype) if given is None else given
             named[name] = array if given is None else base_array(array)
             found.append(array)
-        self.execute(named)
+        if self.program is None:
+            self.execute_first(named)
+        else:
+            backend.execute(self.program, named)
         return tuple(found) if len(found) > 1 else array
-
-    def _refuse(self, outs: tuple[Array | None, ...]) -> None:
-        """Refuse a capture of what takes memory."""
-        if any(array is None for array in outs):
-            refuse_capture(self.backend, NEEDS_OUT, captured=True)
-        if self._refusal is not None:
-            refuse_capture(self.backend, self._refusal, captured=True)
 
 
 def check_results(

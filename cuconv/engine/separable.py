@@ -34,9 +34,9 @@ from cuconv.engine.depthwise import FlatWeights
 from cuconv.engine.execute import Run, fill
 from cuconv.engine.lower import lower
 from cuconv.engine.lowering import Lowering, held_by, within
-from cuconv.engine.plan import LoweredCall
 from cuconv.engine.planner import PlanningResult
 from cuconv.engine.problem import check_shape
+from cuconv.engine.recorded import LoweredCall
 from cuconv.engine.request import Request, chosen_options, named_inputs
 from cuconv.engine.tile_search import largest_fitting
 from cuconv.geometry import Axis, ConvGeometry, Range, Ranges, Tile
@@ -498,7 +498,10 @@ class SeparablePlan(LoweredCall):
             is_new = out is None
             named[name] = self.backend.empty(*how) if is_new else base_array(out)
         if self._results:
-            self.execute(named)
+            if self.program is None:
+                self.execute_first(named)
+            else:
+                self.backend.execute(self.program, named)
         if "y" in named:
             return named["y"] if out is None else out
         found = {name: named.get(f"d{name}") for name in _BACKWARD[1:]}

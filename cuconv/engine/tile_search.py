@@ -7,13 +7,12 @@ threads.  The number of workers is then as large as threads and memory limit all
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 
 from cuconv.backends import Backend
 from cuconv.engine.costs import Price, Rates, Work, price
 from cuconv.engine.problem import NAMES, Problem
 from cuconv.geometry import Tile
-from cuconv.lazy import lazy
 from cuconv.memory import MemoryLimitError, buffer_bytes, with_start, workspace_bytes
 from cuconv.strategies import Blocks, Strategy, Tiling, Variant, Workspace
 
@@ -48,7 +47,7 @@ class Candidate:
     nanoseconds: float
     rank: float
 
-    @lazy
+    @cached_property
     def blocks(self) -> Blocks:
         """The blocks of the tiling."""
         geometry, tile = self.problem.geometry, self.tiling.tile
@@ -66,7 +65,7 @@ class Candidate:
         g = self.problem.geometry
         return 0 if g.is_empty else 2 * g.multiplications
 
-    @lazy
+    @cached_property
     def memory_bytes(self) -> int:
         """Bytes of the buffers; 0 if nothing is multiplied."""
         workspace = self.workspace
@@ -115,12 +114,12 @@ class TileSearch:
         self._tiles: dict[int, Tile] = {}
         self._fits: dict[tuple[int, int, int], _Fit] = {}
 
-    @lazy
+    @cached_property
     def _alone(self) -> "_Fit | None":
         """The best tiling for one worker, if any fits."""
         return self._largest(1, 1, 1)
 
-    @lazy
+    @cached_property
     def _is_busy(self) -> bool:
         """True if the job is long enough for several workers."""
         alone, worth = self._alone, self._rates.worth_workers
@@ -128,17 +127,17 @@ class TileSearch:
             return False
         return self._floor_alone >= worth or self._cost(alone, 1) >= worth
 
-    @lazy
+    @cached_property
     def _whole(self) -> "_Fit":
         """One block of everything."""
         return self._fit(self._everything, self._problem.geometry.cells, 1)
 
-    @lazy
+    @cached_property
     def _floor_alone(self) -> float:
         """A lower bound for the cost of a tiling with one worker."""
         return self._cost(self._whole, 1) if self.strategy.gains_from_size else 0.0
 
-    @lazy
+    @cached_property
     def floor(self) -> float:
         """A lower bound for `Candidate.rank`."""
         alone = self._floor_alone
@@ -341,23 +340,23 @@ class _Fit:
         self._strategy, self._problem = strategy, problem
         self._backend, self._rates = backend, rates
 
-    @lazy
+    @cached_property
     def workspace(self) -> Workspace:
         return self._strategy.workspace(self._problem, self.tiling, self._backend)
 
-    @lazy
+    @cached_property
     def shared_bytes(self) -> int:
         return buffer_bytes((*self.workspace.weights, *self.workspace.shared))
 
-    @lazy
+    @cached_property
     def own_bytes(self) -> int:
         return buffer_bytes(self.workspace.per_worker)
 
-    @lazy
+    @cached_property
     def work(self) -> Work:
         return self._strategy.work(self._problem, self.tiling)
 
-    @lazy
+    @cached_property
     def price(self) -> Price:
         return price(self.work, self._rates)
 

@@ -3,7 +3,7 @@
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import NamedTuple
 
 from cuconv.geometry.axis import AxisPhase, Range, phases_of_inputs, phases_of_outputs
@@ -23,7 +23,6 @@ from cuconv.geometry.options import (
 )
 from cuconv.geometry.transposed import Ends, Source, transposed_axes
 from cuconv.geometry.windows import Block, WindowGeometry
-from cuconv.lazy import lazy
 
 
 class Phase(NamedTuple):
@@ -56,35 +55,35 @@ class ConvGeometry(WindowGeometry):
     def __hash__(self) -> int:
         return self._hash
 
-    @lazy
+    @cached_property
     def _hash(self) -> int:
         """Cached: geometries are hashed often."""
         return hash((self.images, self.channels, self.axes, self.filters, self.groups))
 
-    @lazy
+    @cached_property
     def results(self) -> int:
         """Images of y."""
         return self.images // self.batch_groups
 
-    @lazy
+    @cached_property
     def group_channels(self) -> int:
         return self.channels // self.groups
 
-    @lazy
+    @cached_property
     def group_filters(self) -> int:
         return self.filters // self.groups
 
-    @lazy
+    @cached_property
     def patch(self) -> int:
         """Elements under one window in one group: the length of a dot product."""
         return self.group_channels * self.taps
 
-    @lazy
+    @cached_property
     def multiplications(self) -> int:
         """Multiply-adds of one pass, padding counted as if it were data."""
         return self.results * self.positions * self.filters * self.patch
 
-    @lazy
+    @cached_property
     def is_empty(self) -> bool:
         """True if nothing is multiplied: no element, or none under any window."""
         if self.multiplications == 0 or self.cells == 0:
@@ -97,22 +96,22 @@ class ConvGeometry(WindowGeometry):
             for axis, (start, stop) in zip(self.axes, spans, strict=True)
         )
 
-    @lazy
+    @cached_property
     def y_shape(self) -> tuple[int, ...]:
         shape = self.array_shape(self.filters, self.out)
         return (self.results, *shape[1:]) if self.batch_groups > 1 else shape
 
-    @lazy
+    @cached_property
     def w_shape(self) -> tuple[int, ...]:
         if self.channels_first:
             return (self.filters, self.group_channels, *self.kernel)
         return (*self.kernel, self.group_channels, self.filters)
 
-    @lazy
+    @cached_property
     def is_unit_stride(self) -> bool:
         return all(axis.stride == 1 for axis in self.axes)
 
-    @lazy
+    @cached_property
     def adjoint(self) -> "ConvGeometry":
         """The convolution of dy, with flipped weights, that gives dx.
 
@@ -129,23 +128,23 @@ class ConvGeometry(WindowGeometry):
         )
         return replace(self, axes=axes, channels=self.filters, filters=self.channels)
 
-    @lazy
+    @cached_property
     def has_input_dilation(self) -> bool:
         """True if there are zeros between elements of the input."""
         return any(axis.input_dilation > 1 for axis in self.axes)
 
-    @lazy
+    @cached_property
     def is_copied(self) -> bool:
         """True if it needs a copy of the input, padded or regrouped."""
         is_wrapped = self.padding_mode != "zeros" and self.is_padded
         return is_wrapped or self.batch_groups > 1
 
-    @lazy
+    @cached_property
     def is_basic(self) -> bool:
         """True if it is a basic convolution, which strategies support."""
         return not (self.has_input_dilation or self.is_copied)
 
-    @lazy
+    @cached_property
     def padded_last(self) -> "ConvGeometry":
         """The same with axes reversed so that more of the padding is at the end."""
         axes = tuple(

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import NamedTuple
 
 from cuconv.geometry.axis import Axis, Range, Ranges, T
@@ -18,7 +18,6 @@ from cuconv.geometry.options import (
     frozen,
     split_shape,
 )
-from cuconv.lazy import lazy
 
 
 class Tile(NamedTuple):
@@ -124,47 +123,47 @@ class WindowGeometry:
     def rank(self) -> int:
         return len(self.axes)
 
-    @lazy
+    @cached_property
     def size(self) -> tuple[int, ...]:
         return tuple(axis.size for axis in self.axes)
 
-    @lazy
+    @cached_property
     def kernel(self) -> tuple[int, ...]:
         return tuple(axis.kernel for axis in self.axes)
 
-    @lazy
+    @cached_property
     def out(self) -> tuple[int, ...]:
         return tuple(axis.out for axis in self.axes)
 
-    @lazy
+    @cached_property
     def taps(self) -> int:
         return math.prod(self.kernel)
 
-    @lazy
+    @cached_property
     def positions(self) -> int:
         """Output positions in one image."""
         return math.prod(self.out)
 
-    @lazy
+    @cached_property
     def cells(self) -> int:
         """Input elements in one channel of one image."""
         return math.prod(self.size)
 
-    @lazy
+    @cached_property
     def whole_region(self) -> Tile:
         """The whole input as a tile; axes without elements count as one."""
         return Tile(self.images, tuple(max(n, 1) for n in self.size))
 
-    @lazy
+    @cached_property
     def is_padded(self) -> bool:
         return any(axis.before > 0 or axis.after > 0 for axis in self.axes)
 
-    @lazy
+    @cached_property
     def is_pointwise(self) -> bool:
         """True if the column matrix is the input itself."""
         return all(axis[1:6] == (1, 1, axis.dilation, 0, 0) for axis in self.axes)
 
-    @lazy
+    @cached_property
     def x_shape(self) -> tuple[int, ...]:
         return self.array_shape(self.channels, self.size)
 

@@ -13,12 +13,12 @@ as views in a layout of their own; f counts the frequencies of a tile.
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple, Protocol
 
 from cuconv.arrays import Array
 from cuconv.engine.problem import Problem
 from cuconv.geometry import Axis, Block, Range, Ranges
-from cuconv.lazy import lazy
 from cuconv.memory import Buffer
 from cuconv.strategies.base import Job, Tiling
 
@@ -44,30 +44,30 @@ class Shape:
     # Weights, without the taps that are transformed.
     lines: int
 
-    @lazy
+    @cached_property
     def outputs(self) -> tuple[int, int]:
         """m, along rows and along the last axis."""
         rows, last = self.tiles
         return (1 if rows is None else rows.output.shape[0]), last.output.shape[0]
 
-    @lazy
+    @cached_property
     def inputs(self) -> tuple[int, int]:
         """n, likewise."""
         rows, last = self.tiles
         return (1 if rows is None else rows.input.shape[0]), last.input.shape[0]
 
-    @lazy
+    @cached_property
     def frequencies(self) -> int:
         return math.prod(self.inputs)
 
-    @lazy
+    @cached_property
     def counts(self) -> tuple[int, int, int]:
         """Elements along the outer axis, and tiles along the two others."""
         outer, rows, last = (axis.out for axis in self.axes)
         height, width = self.outputs
         return outer, -(-rows // height), -(-last // width)
 
-    @lazy
+    @cached_property
     def weight_cells(self) -> int:
         """Elements of U."""
         return self.frequencies * self.lines

@@ -279,7 +279,8 @@ class CpuBackend:
         copied: Array,
         reading: Reading,
     ) -> None:
-        padding.pad_copy(self, cells, copied, reading)
+        for source, target in padding.copies(cells, copied, reading):
+            self.copy(source, target)
 
     def pad_adjoint(
         self,
@@ -289,7 +290,15 @@ class CpuBackend:
         *,
         add: bool,
     ) -> None:
-        padding.pad_adjoint(self, copied, cells, reading, add=add)
+        each = padding.sums(copied, cells, reading)
+        first = None if add else next(each, None)
+        if first is not None and first[2]:
+            self.copy(first[1], first[0])
+        elif not add:
+            self.fill(cells, 0)
+            each = padding.sums(copied, cells, reading)
+        for inside, outside, _ in each:
+            self.do(np.add, inside, outside, inside)
 
     def stage(self, name: str, strategy: str = "", chunk: int = 0) -> stage:
         return stage(name, strategy, chunk, self.do)

@@ -204,7 +204,7 @@ class CudaBackend:
 
     def _execute(self, program: Program, arrays: dict[str, Array]) -> None:
         slots = program.slots.copy()
-        places = {n: a.data for n, a in arrays.items() if hasattr(a, "data")}
+        places = {name: arrays[name].data for name in program.sources}
         if program.nbytes:
             memory = cupy.empty(program.nbytes - ALIGNED, cupy.uint8).data
             for name, (start, *_) in program.regions.items():
@@ -374,7 +374,8 @@ class CudaBackend:
         reading: Reading,
     ) -> None:
         if cells.dtype != copied.dtype:
-            padding.pad_copy(self, cells, copied, reading)
+            for source, target in padding.copies(cells, copied, reading):
+                self.copy(source, target)
             return
         packed = pack_windows(cells, copied, reading, over_output=True)
         variant = pad_copy_variant(
