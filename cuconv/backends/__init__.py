@@ -128,7 +128,7 @@ class PoolBackend(Protocol):
         """Tiles and workers of a call that takes no more memory than ``limit``."""
 
     def buffers(self, problem: PoolProblem, tiling: PoolTiling) -> tuple[Buffer, ...]:
-        """What one worker needs."""
+        """The buffers of one worker."""
 
     def reduce(
         self,
@@ -139,7 +139,7 @@ class PoolBackend(Protocol):
         y: Array,
         indices: Array | None,
     ) -> None:
-        """Write to ``y`` what every window holds, and where its maximum lies.
+        """Write the value of every window to ``y``, and the index of its maximum.
 
         ``scratch`` are the buffers of every worker.
         """

@@ -1,6 +1,6 @@
 """Columns of whole arrays, block by block; and their sums, region by region.
 
-Arrays are grouped: cells (N, 1, C, *spatial), columns (N, 1, C, *kernel, *out).
+Arrays are grouped: x (N, 1, C, *spatial), columns (N, 1, C, *kernel, *out).
 """
 
 import math
@@ -123,6 +123,6 @@ def single_group(x: Array, geometry: WindowGeometry) -> Array:
 
 
 def _place(block: Block, geometry: WindowGeometry) -> tuple[slice, ...]:
-    """Where a block lies in (N, 1, C, *kernel, *out)."""
+    """The index of a block in (N, 1, C, *kernel, *out)."""
     whole = (slice(None),) * (2 + geometry.rank)
     return (slice(*block.images), *whole, *(slice(*span) for span in block.output))

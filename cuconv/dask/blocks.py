@@ -43,17 +43,17 @@ def output_chunks(axis: Axis, chunks: Sequence[int]) -> Chunks:
     """
     if isinstance(axis, EvenAxis):
         return (axis.out,)
-    return _cut_at((-(-end // axis.stride) for end in accumulate(chunks)), axis.out)
+    return _split_at((-(-end // axis.stride) for end in accumulate(chunks)), axis.out)
 
 
 def input_chunks(axis: Axis, chunks: Sequence[int]) -> Chunks:
     """The chunks of the input for chunks of outputs: the inverse of `output_chunks`."""
     if isinstance(axis, EvenAxis):
         return (axis.size,)
-    return _cut_at((end * axis.stride for end in accumulate(chunks)), axis.size)
+    return _split_at((end * axis.stride for end in accumulate(chunks)), axis.size)
 
 
-def _cut_at(ends: Iterable[int], total: int) -> Chunks:
+def _split_at(ends: Iterable[int], total: int) -> Chunks:
     """Chunks that stop at these ends; the last ones are split to the others' length."""
     stops = sorted({min(end, total) for end in ends} - {0})
     if len(stops) < 2:

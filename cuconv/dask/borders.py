@@ -51,7 +51,9 @@ def bordered(x: Array, geometry: ConvGeometry) -> Array:
     return x
 
 
-def folded(dx: Array, geometry: ConvGeometry, chunks: tuple[Chunks, ...]) -> Array:
+def border_adjoint(
+    dx: Array, geometry: ConvGeometry, chunks: tuple[Chunks, ...]
+) -> Array:
     """The adjoint of `bordered`: add the border to the elements it was copied from."""
     dx = _without_empty_chunks(dx)
     for place, axis in _placed(geometry):

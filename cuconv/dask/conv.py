@@ -38,7 +38,7 @@ from cuconv.dask.blocks import (
     spans,
     windows,
 )
-from cuconv.dask.borders import bordered, folded, without_border
+from cuconv.dask.borders import border_adjoint, bordered, without_border
 from cuconv.engine.plan import Plan
 from cuconv.engine.problem import CONVOLUTION, ROLES, shapes_of
 from cuconv.engine.request import Request
@@ -68,7 +68,7 @@ def plan(request: Request, like: Array | None = None) -> DaskPlan:
             for part, own in _by_filters(geometry, arrays, spans(filters))
         ]
         return DaskPlan(partial(_concatenated, each, geometry))
-    conv = _CUTS[CONVOLUTION.get(call, call)](call, geometry, arrays, like)
+    conv = _SPLITS[CONVOLUTION.get(call, call)](call, geometry, arrays, like)
     if conv.finish is not None:
         # Blocks that are still to be summed.
         options = options._replace(dtype=types.accumulate)
@@ -216,10 +216,10 @@ def _with_border(x: Array, blocks: Blocks) -> tuple[Array, Blocks]:
     geometry: Any = blocks.geometry
     if geometry.padding_mode == "zeros":
         return x, blocks
-    plain = without_border(geometry)
+    unpadded = without_border(geometry)
     chunks = [lengths(tiling.outputs) for tiling in blocks.tilings]
     images = lengths(blocks.images)
-    return bordered(x, geometry), blocks_of(Tiling.by_outputs, plain, images, chunks)
+    return bordered(x, geometry), blocks_of(Tiling.by_outputs, unpadded, images, chunks)
 
 
 def _by_role(call: str, arrays: dict[str, Array]) -> tuple[dict[str, str], Any]:
@@ -232,7 +232,7 @@ def _by_role(call: str, arrays: dict[str, Array]) -> tuple[dict[str, str], Any]:
 _SHARED = ("w", "bias")
 
 
-def _cut_forward(
+def _split_forward(
     call: str, geometry: ConvGeometry, arrays: dict[str, Array], like: Array | None
 ) -> _Conv:
     del like
@@ -247,17 +247,17 @@ def _cut_forward(
 def _around(blocks: Blocks) -> Blocks:
     """The blocks of a gradient for the input, the outer ones extended by the border."""
     geometry: Any = blocks.geometry
-    plain = without_border(geometry)
+    unpadded = without_border(geometry)
     chunks = []
-    for tiling, wide in zip(blocks.tilings, plain.axes, strict=True):
+    for tiling, wide in zip(blocks.tilings, unpadded.axes, strict=True):
         own = list(lengths(tiling.cells))
         own[0] += max(tiling.axis.before, 0)
         own[-1] += wide.size - sum(own)
         chunks.append(tuple(own))
-    return blocks_of(Tiling.by_cells, plain, lengths(blocks.images), chunks)
+    return blocks_of(Tiling.by_cells, unpadded, lengths(blocks.images), chunks)
 
 
-def _cut_input_grad(
+def _split_input_grad(
     call: str, geometry: ConvGeometry, arrays: dict[str, Array], like: Array | None
 ) -> _Conv:
     roles, shared = _by_role(call, arrays)
@@ -266,14 +266,14 @@ def _cut_input_grad(
     chunks = blocks.cell_chunks((geometry.channels,))
     finish = None
     if geometry.padding_mode != "zeros":
-        finish = partial(folded, geometry=geometry, chunks=chunks)
+        finish = partial(border_adjoint, geometry=geometry, chunks=chunks)
         blocks = _around(blocks)
         chunks = blocks.cell_chunks((geometry.channels,))
     tiling = {roles["dy"]: (dy, blocks.outputs(((0, geometry.filters),)))}
     return _Conv(call, blocks, tiling, shared, chunks, finish)
 
 
-def _cut_weight_grad(
+def _split_weight_grad(
     call: str, geometry: ConvGeometry, arrays: dict[str, Array], like: Array | None
 ) -> _Conv:
     del like
@@ -294,10 +294,10 @@ def _cut_weight_grad(
     return _Conv(call, blocks, tiling, shared, sums, finish)
 
 
-_CUTS = {
-    "forward": _cut_forward,
-    "input_grad": _cut_input_grad,
-    "weight_grad": _cut_weight_grad,
+_SPLITS = {
+    "forward": _split_forward,
+    "input_grad": _split_input_grad,
+    "weight_grad": _split_weight_grad,
 }
 
 

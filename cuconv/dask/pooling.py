@@ -42,7 +42,7 @@ from cuconv.geometry import WindowGeometry
 def plan(
     problem: PoolProblem, arrays: dict[str, Array], out: object, limit: int | None
 ) -> DaskPlan:
-    """Check a pooling, or a gradient of one, and cut it into blocks."""
+    """Check a pooling, or a gradient of one, and split it into blocks."""
     refuse_out(out)
     if problem.is_gradient:
         return _plan_backward(problem, arrays, limit)
@@ -186,7 +186,7 @@ def _reduce_block(
     sizes: tuple[int, ...],
     x: Array,
 ) -> Any:
-    """One block, of cells from ``start`` on in planes of these sizes."""
+    """One block, whose first element is ``start`` in planes of these sizes."""
     result = _run(problem, {"x": x}, limit, threads)
     if not problem.with_indices:
         return result

@@ -86,7 +86,7 @@ def _scatter(
 
 
 def _workers(backend: Backend, nbytes: int) -> tuple[int, int]:
-    """How many workers move so many bytes, and for how many threads a plan is."""
+    """The number of workers for this many bytes, and of threads for the plan."""
     if nbytes <= _WORTH_THREADS:
         return 1, 0
     workers = backend.workers()

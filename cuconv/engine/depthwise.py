@@ -81,7 +81,7 @@ class FlatWeights(NamedTuple):
         filters, each = channels * multiplier, min(channels, 1)
         kernel = w.shape[2:] if first else w.shape[:-2]
         shape = (filters, each, *kernel) if first else (*kernel, each, filters)
-        # A graph holds weights as it does any input: no block makes a copy of them.
+        # Weights are an input of the graph: no block copies them.
         lazy = any_dask(arrays.values())
         is_view = lazy or merged_stride(w.shape[split], w.strides[split]) is not None
         buffers = () if is_view else (Buffer("flat", w.size, w.dtype),)
@@ -220,7 +220,7 @@ def _planned(requests: dict[str, Request], flat: FlatWeights) -> dict[str, Runna
 def _calls(
     requests: dict[str, Request], flat: FlatWeights, limit: MemoryLimit
 ) -> dict[str, Callable[[], Runnable]]:
-    """What plans calls under a limit."""
+    """The function that plans calls under a limit."""
     return {n: partial(_plan, request, flat, limit) for n, request in requests.items()}
 
 

@@ -1,4 +1,4 @@
-"""What a call is lowered to: steps over one workspace, and basic convolutions."""
+"""The result of lowering: steps over one workspace, and basic convolutions."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -115,12 +115,12 @@ def held(parts: Iterable[PlanningResult]) -> int:
 
 
 def overhead_of(parts: Iterable[PlanningResult]) -> int:
-    """What parts take at most beside their buffers."""
+    """The most bytes that parts need beside their buffers."""
     return max((part.best.overhead_bytes for part in parts), default=0)
 
 
 def held_by(lowerings: Iterable[Lowering]) -> int:
-    """`held` by lowerings, each with its own buffers, run after each other."""
+    """`held` for lowerings with their own buffers, run one after another."""
     each = [(low.workspace_bytes, overhead_of(low.parts)) for low in lowerings]
     most = max((whole - overhead for whole, overhead in each), default=0)
     return most + max((overhead for _, overhead in each), default=0)

@@ -29,7 +29,7 @@ from cuconv.memory import allocated, buffer_bytes
 
 
 class Plan(LoweredCall):
-    """What one convolution, or a gradient of one, will do; print it to read it.
+    """The plan of one convolution, or of a gradient of one; print it to read it.
 
     Made by `cuconv.plan_conv`.  A plan is fixed: shapes, types, strategy, blocks and
     memory.  Calling it with arrays runs it.
@@ -76,7 +76,7 @@ class Plan(LoweredCall):
 
     @property
     def nanoseconds(self) -> float:
-        """How long a run is estimated to take."""
+        """The estimated time of a run."""
         return self.lowering.nanoseconds
 
     @property

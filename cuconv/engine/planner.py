@@ -86,7 +86,7 @@ def decide(
 
 
 def floor(problem: Problem, backend: Backend, limit: MemoryLimit) -> float:
-    """What the best candidate of all strategies ranks at least."""
+    """A lower bound for the rank of the best candidate of all strategies."""
     allowed = limit if isinstance(limit, int) else backend.default_memory_limit
     searches = _searches(problem, backend, "auto", allowed)
     return min(search.floor for search in searches) / _ROUNDED

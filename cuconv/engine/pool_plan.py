@@ -21,7 +21,7 @@ from cuconv.memory import (
 
 INDEX = np.dtype(np.int64)
 MOST_AXES = 3
-# NumPy adds up more cells than this in runs of as many, where it casts them.
+# NumPy sums more elements than this in blocks of this size, if it casts them.
 _ONE_RUN = 1024
 _ALWAYS = 2**62
 

@@ -1,4 +1,4 @@
-"""The problem of a pooling call: windows, and what is made of the cells under each."""
+"""The problem of a pooling call: windows, and the reduction of their elements."""
 
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -14,7 +14,7 @@ class PoolProblem:
     """One call, forward or for the gradient; arrays are (N, C, *spatial).
 
     ``source`` is the type of x, or of dy for a gradient; ``accumulate`` that of sums.
-    ``values`` is the type of x where a gradient of a maximum must find its cell there.
+    ``values`` is the type of x if a gradient must find the maxima in x.
     """
 
     kind: str
@@ -31,18 +31,18 @@ class PoolProblem:
 
     @property
     def is_search(self) -> bool:
-        """Whether only the indices are wanted: see `search`."""
+        """True if only the indices are needed: see `search`."""
         return self.with_indices and self.values is not None
 
     @property
     def search(self) -> "PoolProblem":
-        """Of a gradient that must find its cells, the call that finds them."""
+        """The call that finds the indices of the maxima for a gradient."""
         own = dict.fromkeys(("source", "accumulate", "result"), self.values)
         return replace(self, is_gradient=False, with_indices=True, **own)
 
     @property
     def common_divisor(self) -> int | None:
-        """What every sum is divided by; None where windows have different counts."""
+        """The divisor of every sum; None if windows have different counts."""
         axes = self.geometry.axes
         if self.divisor is not None:
             return self.divisor
@@ -51,7 +51,7 @@ class PoolProblem:
         return self.geometry.taps if same and plain else None
 
     def count(self, axis: int, output: int) -> int:
-        """Cells along an axis that the divisor of an output counts, at least one."""
+        """Elements along an axis that the divisor of an output counts, at least one."""
         found = self.geometry.axes[axis].taps_of(output, padding=self.counts_padding)
         return max(found, 1)
 
@@ -66,7 +66,7 @@ class PoolInputs(NamedTuple):
 
 
 class PoolTiling(NamedTuple):
-    """Tiles of a call: outputs (cells, for a gradient) and channels; and its workers.
+    """Tiles of a call: outputs (elements, for a gradient), channels; its workers.
 
     ``pieces`` is how many there are.  ``threads`` is the number of workers that there
     were to choose from, 0 where that does not matter.

@@ -125,7 +125,7 @@ class Problem:
         It needs stride 1 and a basic convolution; see `ConvGeometry.adjoint`.
         """
         g = self.geometry
-        if self.op != "input_grad" or not (g.is_unit_stride and g.is_plain):
+        if self.op != "input_grad" or not (g.is_unit_stride and g.is_basic):
             return None
         x = {"x"} if "dy" in self.zero_copy else set()
         return replace(

@@ -76,8 +76,8 @@ class Phase(NamedTuple):
 class Program:
     """Steps over the arrays of a call and one workspace.
 
-    ``phases`` follow each other.  ``slots`` holds the constants; ``views`` says what
-    goes to the other slots.
+    ``phases`` run one after another.  ``slots`` contains the constants; ``views`` says
+    what goes to the other slots.
     """
 
     def __init__(
@@ -153,12 +153,12 @@ def _joined(phases: Iterable[Phase]) -> tuple[Phase, ...]:
 
 
 def _is_run(stub: ArrayStub) -> bool:
-    """Whether NumPy takes an array of this layout as the memory of another."""
+    """True if NumPy accepts an array of this layout as the memory of another."""
     return bool(stub.flags.c_contiguous and stub.dtype.kind != "V" and stub.size)
 
 
 def _is_simple(view: View, stub: ArrayStub) -> bool:
-    """Whether a view is the array itself, a part of it, or one of another shape."""
+    """The kind of a view: the array itself, a part of it, or another shape."""
     make = _maker(view, stub)
     return make is None or isinstance(make, (itemgetter, methodcaller))
 

@@ -1,4 +1,4 @@
-"""Calls whose steps are recorded at their first run, and replayed from then on."""
+"""Plans whose steps are recorded at their first run, and replayed later."""
 
 import copy
 from abc import ABC, abstractmethod
@@ -25,8 +25,8 @@ from cuconv.options import Options
 
 # Why a call without `out` is refused while a CUDA graph is captured.
 NEEDS_OUT = "cannot allocate the result during CUDA graph capture: pass out="
-# The most blocks that are worth recording: the work of more takes longer by far than
-# finding out what to do.
+# The most blocks that are recorded: with more, the work takes far longer than computing
+# the steps anew.
 MOST_BLOCKS = 32
 
 
@@ -38,9 +38,9 @@ class Recorded(ABC):
     backend
         The backend that runs it.
     blocks
-        Into how many blocks the work is divided; many are not worth a recording.
+        The number of blocks of the work; many are not recorded.
     threads
-        For how many threads it is; 0 where that does not matter.
+        The number of threads it is for; 0 if it does not depend on them.
     """
 
     # Bytes of the arrays that NumPy may take buffers for, beside the workspace.
@@ -59,16 +59,16 @@ class Recorded(ABC):
     @property
     @abstractmethod
     def workers(self) -> int:
-        """How many threads work on it."""
+        """The number of threads that run it."""
 
     @property
     def is_single_threaded(self) -> bool:
-        """Whether no step is worth a second thread."""
+        """True if no step is large enough for a second thread."""
         return self.workers == 1
 
     @property
     def spare_bytes(self) -> int:
-        """What the memory limit leaves for a program beside the workspace."""
+        """The bytes that the memory limit leaves for a program beside the workspace."""
         return MOST_BYTES
 
     @abstractmethod
@@ -141,12 +141,12 @@ class LoweredCall(Recorded):
 
     @property
     def is_single_threaded(self) -> bool:
-        """Whether no product is worth a second thread."""
+        """True if no product is large enough for a second thread."""
         return all(c.problem.single_threaded for c in self.candidates)
 
     @property
     def workers(self) -> int:
-        """How many threads work on it."""
+        """The number of threads that run it."""
         return max((c.tiling.workers for c in self.candidates), default=1)
 
     def with_candidates(self, candidates: list[Candidate]) -> Self:
@@ -235,7 +235,7 @@ class Workspace(NamedTuple):
 
 
 class Steps(Protocol):
-    """What a call does with its arrays."""
+    """The steps of a call on its arrays."""
 
     def run(
         self,

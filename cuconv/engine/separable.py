@@ -3,9 +3,9 @@
     h = depthwise_conv(x, depthwise)        y = conv(h, pointwise) + bias
 
 h may be larger than x or y.  A piece is some images, or a part of one: outputs of the
-first step, and the cells of x that they meet.  Results over outputs, and sums over
-them, go block by block; a gradient for x goes region by region, so that each cell is
-written once.
+first step, and the elements of x that they read.  Results over outputs, and sums over
+them, are computed block by block; a gradient for x is computed region by region, so
+that each element is written once.
 """
 
 import math
@@ -77,9 +77,9 @@ class SeparableGradients(NamedTuple):
 
 
 class Piece(NamedTuple):
-    """Images, outputs of the first step, and the cells of x that they meet.
+    """Images, outputs of the first step, and the elements of x that they read.
 
-    ``pads`` are the cells before and after those, which count as zero; ``results`` are
+    ``pads`` are the numbers of zeros before and after those; ``results`` are
     computed from it, by their names.
     """
 
@@ -90,9 +90,9 @@ class Piece(NamedTuple):
     results: frozenset[str]
 
 
-# Of one axis: outputs, cells and pads of a piece.
+# Outputs, elements and pads of a piece along one axis.
 Spans: TypeAlias = tuple[Range, Range, Range]
-# Steps of a kind are lowered alike: see `Step`.
+# Steps of a kind are lowered once: see `Step`.
 Kind: TypeAlias = tuple[int, str, ConvGeometry, DType]
 
 
@@ -106,7 +106,7 @@ class Traversal(NamedTuple):
 
     @property
     def is_whole(self) -> bool:
-        """Whether its pieces are images: then they are both, blocks and regions."""
+        """True if its pieces are whole images, which are both blocks and regions."""
         pairs = zip(self.tile.cells, self.geometry.out, strict=True)
         return not self.over_x and all(cells >= out for cells, out in pairs)
 
@@ -120,7 +120,7 @@ class Traversal(NamedTuple):
 
     @property
     def number(self) -> int:
-        """How many pieces there are: one at least, for results must be written."""
+        """The number of pieces, at least one, as results must be written."""
         return math.prod(map(len, self._lines()))
 
     def pieces(self) -> Iterator[Piece]:
@@ -158,7 +158,7 @@ def _in_steps(whole: int, step: int) -> list[Range]:
 
 
 def _pads(axis: Axis, outputs: Range, cells: Range) -> Range:
-    """The padding with which some cells have these outputs, and only these."""
+    """The padding with which these elements have exactly these outputs."""
     count, size = outputs[1] - outputs[0], cells[1] - cells[0]
     before = axis.before + cells[0] - outputs[0] * axis.stride
     return before, (count - 1) * axis.stride + axis.extent - size - before
@@ -169,7 +169,7 @@ def _kind(outputs: Range, cells: Range, pads: Range) -> tuple[int, ...]:
 
 
 class Tiling(NamedTuple):
-    """How a call is shared out, what it allocates, and what is left for its steps."""
+    """The traversals of a call, its buffers, and the memory left for its steps."""
 
     traversals: tuple[Traversal, ...]
     buffers: tuple[Buffer, ...]
@@ -237,7 +237,7 @@ class SeparableRequest(NamedTuple):
         return second_step(self.geometry, self.filters).y_shape
 
     def counts(self) -> list[int]:
-        """How many positions a piece may have, from one to all."""
+        """The numbers of positions that a piece may have, from one to all."""
         images, positions = self.geometry.images, self.geometry.positions
         if not images * positions:
             return [max(images, positions, 1)]
@@ -258,7 +258,7 @@ class SeparableRequest(NamedTuple):
         blocks = Traversal(g, g.tile(positions), results)
         if blocks.is_whole or "dx" not in results:
             return (blocks,)
-        # What several outputs give to a cell of x is summed in one piece.
+        # The gradients of several outputs for an element of x are summed in one piece.
         cells = largest_fitting(
             lambda n: g.reach(g.region_tile(n)) <= positions, g.cells
         )
@@ -290,7 +290,7 @@ class SeparableRequest(NamedTuple):
                 yield step.later(arrays)
 
     def steps(self, piece: Piece, arrays: dict[str, Array]) -> Iterator[Step]:
-        """What is done for a piece, in this order: its buffers are used again."""
+        """The steps for a piece, in order: buffers are reused."""
         one, results = self._first(piece), piece.results
         two = second_step(one, self.filters)
         sums: Any = {n: arrays.get(f"sum of {n}", arrays.get(n)) for n in _SUMMED}
@@ -386,7 +386,7 @@ class Separable(Lowering):
 
     @property
     def chunks(self) -> int:
-        """How many blocks the work is cut into, at most."""
+        """The largest number of blocks that the work is split into."""
         pieces = sum(traversal.number for traversal in self.tiling.traversals)
         steps = len({(number, call) for number, call, *_ in self.inner})
         most = max((each.chunks for each in self.inner.values()), default=0)
@@ -464,7 +464,7 @@ def _within(request: SeparableRequest, limit: int, least: int) -> Separable:
 def _calls(
     request: SeparableRequest, tiling: Tiling, limit: int
 ) -> dict[Kind, Callable[[], Lowering]]:
-    """What lowers the steps of every kind under a limit."""
+    """The functions that lower the steps of every kind under a limit."""
     steps = {step.kind: step for step in request.kinds(tiling)}
     return {kind: partial(request.lowered, s, limit) for kind, s in steps.items()}
 
@@ -481,7 +481,7 @@ def _smallest(request: SeparableRequest) -> int:
 
 
 class SeparablePlan(LoweredCall):
-    """What a separable convolution, or gradients of one, will do."""
+    """The plan of a separable convolution, or of gradients of one."""
 
     def __init__(
         self, request: SeparableRequest, names: tuple[str, ...], bias: BiasGrad | None

@@ -134,7 +134,7 @@ class TileSearch:
 
     @cached_property
     def _floor_alone(self) -> float:
-        """What a tiling costs at least that has one worker."""
+        """A lower bound for the cost of a tiling with one worker."""
         return self._cost(self._whole, 1) if self.strategy.gains_from_size else 0.0
 
     @cached_property
@@ -172,10 +172,10 @@ class TileSearch:
         if not self._is_busy:
             return None
         most = self._tilings.splits
-        cuts = [(n, m) for n in _PIECES for m in dict.fromkeys((min(most, n), 1))]
-        floors = [self._floor_shared(*cut) for cut in cuts]
+        choices = [(n, m) for n in _PIECES for m in dict.fromkeys((min(most, n), 1))]
+        floors = [self._floor_shared(*choice) for choice in choices]
         likely = _last_worthwhile(floors)
-        found = self._shared(*cuts[likely])
+        found = self._shared(*choices[likely])
         if found is not None:
             # A cost below all lower bounds is below all costs.
             cost, before, after = (
@@ -190,18 +190,19 @@ class TileSearch:
             ):
                 return found
         best, least = None, float("inf")
-        for cut, floor in zip(cuts, floors, strict=True):
+        for choice, floor in zip(choices, floors, strict=True):
             if floor * _ALMOST < least * _WORTH_FEWER:
-                found = self._shared(*cut)
+                found = self._shared(*choice)
                 cost = float("inf") if found is None else self._rank(found)
                 if cost < least * _WORTH_FEWER:
                     best, least = found, cost
         return best
 
     def _floor_shared(self, pieces: int, splits: int) -> float:
-        """What `_shared` costs at least: everything, and the start of each block.
+        """A lower bound for `_shared`: all of the work, and the overhead of each block.
 
-        Every sum of a weight gradient has one worker; filters apart may share blocks.
+        Every sum of a weight gradient has one worker; splits by filters may share
+        blocks.
         """
         if not self.strategy.gains_from_size:
             return 0.0
@@ -370,7 +371,7 @@ def _last_worthwhile(costs: list[float]) -> int:
 
 
 def _is_taken(cost: float, floors: list[float], place: int) -> bool:
-    """Whether a cost is the last worthwhile, where others have these floors."""
+    """True if a cost is the last worthwhile one, given the lower bounds of others."""
     before = min(floors[:place], default=float("inf")) * _ALMOST
     after = min(floors[place + 1 :], default=float("inf")) * _ALMOST
     return cost < before * _WORTH_FEWER and cost * _WORTH_FEWER < after

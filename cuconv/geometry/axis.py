@@ -12,7 +12,7 @@ T = TypeVar("T")
 
 
 def dilated_size(size: int, apart: int) -> int:
-    """Cells from the first to the last of so many, zeros between them counted."""
+    """The length of this many elements with the zeros between them."""
     return (size - 1) * apart + 1 if size else 0
 
 
@@ -83,7 +83,7 @@ class Axis(NamedTuple):
 
     @property
     def dilated_size(self) -> int:
-        """Cells from the first to the last of the input, zeros between them counted."""
+        """The length of the input, zeros between elements included."""
         return dilated_size(self.size, self.input_dilation)
 
     @property
@@ -105,8 +105,8 @@ class Axis(NamedTuple):
     @property
     def is_identity(self) -> bool:
         """True if every window is the one element at its own position."""
-        plain = self.kernel == self.stride == 1 and not self.windows
-        return plain and self.before == self.after == 0
+        single = self.kernel == self.stride == 1 and not self.windows
+        return single and self.before == self.after == 0
 
     @property
     def out(self) -> int:

@@ -140,7 +140,7 @@ class ConvGeometry(WindowGeometry):
         return is_wrapped or self.batch_groups > 1
 
     @cached_property
-    def is_plain(self) -> bool:
+    def is_basic(self) -> bool:
         """True if it is a basic convolution, which strategies support."""
         return not (self.has_input_dilation or self.is_copied)
 

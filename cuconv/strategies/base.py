@@ -132,7 +132,7 @@ class Strategy(Protocol):
         """The ways in which it can do it."""
 
     def describe(self, variant: Variant) -> str:
-        """A variant in words, no two the same; empty for the plain one."""
+        """A phrase for a variant, different for each; empty for the basic one."""
 
     def tilings(self, problem: Problem, variant: Variant, backend: Backend) -> Tilings:
         """The tilings that are worth a try."""

@@ -51,8 +51,8 @@ class Depthwise(OneWay):
 
     def tilings(self, problem: Problem, variant: None, backend: Backend) -> Tilings:
         del variant, backend
-        # Planes are never cut; the work is shared out by channels.  On CUDA one launch
-        # takes all images.
+        # Planes are never split; channels are distributed to workers.  On CUDA one
+        # launch computes all images.
         g = problem.geometry
         images = 1 if problem.module == "numpy" else max(g.images, 1)
         tile = Tile(images, tuple(max(n, 1) for n in g.out))
@@ -116,13 +116,13 @@ class Depthwise(OneWay):
     ) -> None:
         g, direct = job.problem.geometry, job.backend.direct
         dy, dx = _planes_of(dy, g), _planes_of(out, g)
-        turned = weights.swapaxes(1, 2)
+        transposed = weights.swapaxes(1, 2)
         if direct is not None:
             how = {"adjoint": True, "conjugated": job.problem.conjugates_weights}
             with job.backend.stage("direct", self.name):
-                direct.convolve(dy, turned, bias, dx, three_axes(g), **how)
+                direct.convolve(dy, transposed, bias, dx, three_axes(g), **how)
             return
-        flipped, offset = turned[..., ::-1, ::-1, ::-1], _offset(job, bias)
+        flipped, offset = transposed[..., ::-1, ::-1, ::-1], _offset(job, bias)
         self._run(job, "convolve", (dy, flipped, offset, dx, _adjoint_axes(g)))
 
     def weight_grad(self, job: Job, dy: Array, x: Array, out: Array) -> None:
@@ -134,7 +134,7 @@ class Depthwise(OneWay):
                 direct.correlate(x, dy, view, three_axes(g))
             return
         sums = job.shared["w"].reshape(view.shape)
-        axes = _input_axes(g), _spread_axes(g)
+        axes = _input_axes(g), _strided_axes(g)
         self._run(job, "correlate", (dy, x, sums, *axes))
         job.backend.copy(sums, view)
 
@@ -249,6 +249,6 @@ def _adjoint_axes(geometry: ConvGeometry) -> Any:
     )
 
 
-def _spread_axes(geometry: ConvGeometry) -> Any:
+def _strided_axes(geometry: ConvGeometry) -> Any:
     """Positions of dy, every element at the first element of its window over x."""
     return _rows(geometry, lambda a: (1, 1, 0, a.stride, 1))

@@ -154,7 +154,7 @@ class Fft(OneWay):
         view = filters_of(w, problem)
         shape = (*_frequencies(lengths), g.groups, g.group_channels, g.group_filters)
         spectra = kept["w"].reshape(shape)
-        places = _spread(g)
+        places = _tap_slices(g)
         step = max(1, _strip(problem) // max(g.groups * g.group_channels, 1))
 
         def body(number: int, start: int, own: dict[str, Array]) -> None:
@@ -225,7 +225,7 @@ class Fft(OneWay):
             for chunk, block in islice(enumerate(job.blocks), split, None, splits):
                 with job.backend.stage("transform", self.name, chunk):
                     spectra = _window_spectra(job, x, block, lengths, own)
-                    gradients = _spread_spectra(job, dy, block, lengths, strides, own)
+                    gradients = _dilated_spectra(job, dy, block, lengths, strides, own)
                 with job.backend.stage("gemm", self.name, chunk):
                     product = own["product"].reshape(shape)
                     job.backend.do(
@@ -236,7 +236,7 @@ class Fft(OneWay):
         job.each(range(splits), body)
         add_splits(job, list(sums))
         view = filters_of(out, job.problem)
-        places = _spread(g)
+        places = _tap_slices(g)
         step = max(1, _strip(job.problem) // max(g.groups * g.group_channels, 1))
 
         def finish(number: int, start: int, own: dict[str, Array]) -> None:
@@ -280,7 +280,7 @@ def _strip(problem: Problem) -> int:
     return max(g.channels, min(g.filters * g.group_channels, g.filters + g.channels))
 
 
-def _spread(geometry: ConvGeometry) -> tuple[Any, ...]:
+def _tap_slices(geometry: ConvGeometry) -> tuple[Any, ...]:
     """The positions of the taps in a transform."""
     return (..., *(slice(0, axis.extent, axis.dilation) for axis in geometry.axes))
 
@@ -312,7 +312,7 @@ def _window_spectra(
     return spectra
 
 
-def _spread_spectra(
+def _dilated_spectra(
     job: Job,
     dy: Array,
     block: Block,

@@ -48,7 +48,7 @@ from cuconv.strategies.base import (
 # Sums of weight gradients are kept as (patch × filters) if the patch is the longer
 # side: BLAS is a fifth faster then.  The transposed copy at the end pays off with this
 # many positions.
-_WORTH_TURNING = 1024
+_WORTH_TRANSPOSING = 1024
 # The most bytes of sums in all splits, beyond the two that two workers need.
 _SPLIT_BYTES = 4 * 2**20
 # Below this many positions, workers compute different filters, not positions; and the
@@ -58,15 +58,15 @@ FEW_POSITIONS, PART = 1024, 32
 # ns an element, of 112×112 0.2.
 _RUN = 32
 # A product for each image, or one for several side by side, which must be copied out;
-# for the weight gradient, lanes that sum blocks (each too), or that own filters.
+# for the weight gradient, splits by blocks (each too), or by filters.
 
 
 class Sharing(Enum):
-    """What products and lanes share; the words that a plan says of it."""
+    """The products and splits of a variant, as the phrases in a plan."""
 
     EACH = ""
     WIDE = "images side by side"
-    FILTERS = "filters apart"
+    FILTERS = "split by filters"
 
 
 EACH, WIDE, FILTERS = Sharing
@@ -126,7 +126,7 @@ class Im2col:
         columns = g.images * g.positions * g.groups * g.patch * run_cost(g)
         blocks = g.count_blocks(tiling.tile)
         products = g.groups * blocks * tiling.tile.images
-        turned = 0 if "w" in problem.zero_copy else g.filters * g.patch
+        transposed = 0 if "w" in problem.zero_copy else g.filters * g.patch
         if problem.op == "input_grad":
             regions = g.count_regions(tiling.region)
             again = g.reach(tiling.region) * regions / max(g.images * g.positions, 1)
@@ -134,7 +134,7 @@ class Im2col:
                 multiply=g.multiplications * max(again, 1),
                 short_side=min(positions, g.group_filters, g.patch),
                 scatter=columns,
-                transpose=turned,
+                transpose=transposed,
                 products=products,
                 blocks=blocks,
                 pieces=regions,
@@ -159,7 +159,7 @@ class Im2col:
             short_side=min(positions // images, g.group_filters // splits, g.patch),
             gather=columns * splits,
             copy=0 if direct else g.images * g.positions * g.filters,
-            transpose=turned,
+            transpose=transposed,
             products=products,
             blocks=blocks * splits,
             pieces=blocks * splits,
@@ -222,8 +222,8 @@ class Im2col:
 
         def body(number: int, region: Region, buffers: dict[str, Array]) -> None:
             del number
-            turned = weights.swapaxes(-1, -2)
-            _write_region(job, turned, dy, offset, dx, region, buffers)
+            transposed = weights.swapaxes(-1, -2)
+            _write_region(job, transposed, dy, offset, dx, region, buffers)
 
         job.each(geometry.regions(job.tiling.region), body)
 
@@ -317,10 +317,10 @@ def _dx_buffer(problem: Problem, region: Tile) -> tuple[Buffer, ...]:
     return (Buffer("dx", cells, problem.types.accumulate),)
 
 
-def _is_turned(problem: Problem) -> bool:
+def _is_transposed(problem: Problem) -> bool:
     """True if sums are kept as (patch × filters)."""
     g = problem.geometry
-    long = g.images * g.positions >= _WORTH_TURNING
+    long = g.images * g.positions >= _WORTH_TRANSPOSING
     return (
         g.channels_first
         and problem.module == "numpy"
@@ -335,14 +335,14 @@ def _sum_buffers(
     """One running sum for each split, the first in the result where it can be."""
     geometry = problem.geometry
     cells = geometry.filters * geometry.patch
-    in_place = sums_in_place(problem) and not _is_turned(problem)
+    in_place = sums_in_place(problem) and not _is_transposed(problem)
     splits, filters = tiling.splits, geometry.group_filters
     if tiling.variant == FILTERS:
         splits, filters = 1, -(-filters // tiling.splits)
     shared = Buffer("sums", (splits - in_place) * cells, problem.types.accumulate)
     if not (backend.needs_partial and geometry.count_blocks(tiling.tile) > splits):
         return (shared,), ()
-    by_filters = _is_turned(problem) or not geometry.channels_first
+    by_filters = _is_transposed(problem) or not geometry.channels_first
     row = filters if by_filters else geometry.patch
     own = geometry.groups * filters * geometry.patch
     partial = partial_cells(own, row, tiling.tile.positions)
@@ -353,7 +353,7 @@ def _sums(job: Job, out: Array) -> tuple[list[Array], list[Array]]:
     """Each split's running sum: as an array, and as the (1, G, K/G, patch) it is."""
     problem, geometry = job.problem, job.problem.geometry
     flat = job.shared["sums"]
-    if _is_turned(problem):
+    if _is_transposed(problem):
         shape = (geometry.groups, geometry.patch, geometry.group_filters)
         sums = list(flat.reshape(-1, *shape))
         return sums, [total[None].swapaxes(-1, -2) for total in sums]
@@ -365,7 +365,7 @@ def _sums(job: Job, out: Array) -> tuple[list[Array], list[Array]]:
 def _finish(job: Job, total: Array, out: Array) -> None:
     """Copy the finished sum to the result."""
     problem, geometry = job.problem, job.problem.geometry
-    if not _is_turned(problem):
+    if not _is_transposed(problem):
         job.backend.copy(total, out)
         return
     channels, kernel = geometry.group_channels, geometry.kernel

@@ -50,7 +50,7 @@ _MOST_BLOCKS = 2**31 - 1
 _PARTS = (1, 4, 16, 64)
 _ENOUGH_BLOCKS, _LEAST_TERMS = 512, 256
 # The overhead of copying two operands, in blocks of im2col; not measured.
-_TURNING = 0.5
+_COPYING = 0.5
 _WORD = 16  # bytes of the widest copy
 
 
@@ -58,10 +58,10 @@ class Operands(IntEnum):
     """Operands where they are stored, or copied so that channels come last."""
 
     IN_PLACE = 0
-    TURNED = 1
+    CHANNELS_LAST = 1
 
 
-IN_PLACE, TURNED = Operands
+IN_PLACE, CHANNELS_LAST = Operands
 
 
 class KernelVariant(NamedTuple):
@@ -88,10 +88,10 @@ class ImplicitGemm:
         sizes = block_sizes(problem.operand)
         rows, _, _ = _extents(problem)
         wide = [size for size in sizes if size[0] < 2 * rows] or sizes[-1:]
-        lies = (IN_PLACE, TURNED) if _can_turn(problem) else (IN_PLACE,)
+        layouts = (IN_PLACE, CHANNELS_LAST) if _can_copy(problem) else (IN_PLACE,)
         return tuple(
-            KernelVariant(*size, parts, lie)
-            for size, lie in itertools.product(wide, lies)
+            KernelVariant(*size, parts, layout)
+            for size, layout in itertools.product(wide, layouts)
             for parts in _PARTS
             if parts == 1 or self._is_worth_cutting(problem, size, parts)
         )
@@ -106,11 +106,11 @@ class ImplicitGemm:
         return few and "run" in problem.zero_copy and not strided
 
     def describe(self, variant: KernelVariant) -> str:
-        filters, columns, parts, lie = variant
+        filters, columns, parts, layout = variant
         words = [f"blocks of {filters}×{columns}"]
         if parts > 1:
             words.append(f"sums in {parts} parts")
-        if lie == TURNED:
+        if layout == CHANNELS_LAST:
             words.append("operands copied to channels last")
         return ", ".join(words)
 
@@ -126,11 +126,11 @@ class ImplicitGemm:
         self, problem: Problem, tiling: Tiling, backend: Backend
     ) -> Workspace:
         del backend
-        *_, parts, lie = tiling.variant
+        *_, parts, layout = tiling.variant
         g, own = problem.geometry, problem.operand
         cells = 0 if parts == 1 else parts * _results(problem)
         shared = [Buffer("parts", cells, problem.types.accumulate)]
-        if lie == IN_PLACE:
+        if layout == IN_PLACE:
             return Workspace((), tuple(shared))
         y = Buffer("dy", g.images * g.filters * g.positions, own)
         if problem.op == "input_grad":
@@ -143,18 +143,18 @@ class ImplicitGemm:
 
     def work(self, problem: Problem, tiling: Tiling) -> Work:
         g = problem.geometry
-        tall, wide, parts, lie = tiling.variant
+        tall, wide, parts, layout = tiling.variant
         terms, tiles = _extents(problem)[-1], _count_blocks(problem, (tall, wide))
         phases = math.prod(min(axis.stride, max(axis.size, 1)) for axis in g.axes)
         launches = phases if problem.op == "input_grad" else 1 + (parts > 1)
         sizes = g.images * (g.channels * g.cells + g.filters * g.positions)
-        by_dense, by_x = _vectors(problem, lie)
+        by_dense, by_x = _vectors(problem, layout)
         return Work(
             multiply=float(tiles) * tall * wide * terms,
             loads=float(tiles) * terms * (tall / by_dense + wide / by_x),
-            copy=sizes * (1 + lie) + (2 * parts * _results(problem) * (parts > 1)),
+            copy=sizes * (1 + layout) + (2 * parts * _results(problem) * (parts > 1)),
             tiles=tiles * parts,
-            blocks=launches + _TURNING * lie,
+            blocks=launches + _COPYING * layout,
         )
 
     def weights(self, job: Job, w: Array, kept: dict[str, Array]) -> Array:
@@ -173,8 +173,8 @@ class ImplicitGemm:
             # (G, K/G, C/G · taps) becomes (G, C/G · taps, K/G).
             flat = flat.reshape(1, g.groups, g.group_filters, g.patch)
         with job.backend.stage("weights", self.name):
-            turned = kept["w"].reshape(*flat.shape[:2], flat.shape[3], flat.shape[2])
-            _kernels(job).transpose(flat, turned)
+            exchanged = kept["w"].reshape(*flat.shape[:2], flat.shape[3], flat.shape[2])
+            _kernels(job).transpose(flat, exchanged)
         return kernel_last.transpose(0, 1, g.rank + 2, *range(2, g.rank + 2))
 
     def forward(
@@ -272,7 +272,7 @@ def _rows_of(array: Array) -> Array:
     return array.reshape(images, groups, math.prod(cells), channels)
 
 
-def _can_turn(problem: Problem) -> bool:
+def _can_copy(problem: Problem) -> bool:
     """True if a copy to channels last allows vector loads for tensor cores."""
     g = problem.geometry
     needed = {"forward": {"x", "w"}, "input_grad": {"dy", "w"}}
@@ -282,10 +282,10 @@ def _can_turn(problem: Problem) -> bool:
     return problem.is_for_tensor_cores and g.channels_first and direct and whole
 
 
-def _vectors(problem: Problem, lie: int) -> tuple[int, int]:
+def _vectors(problem: Problem, layout: int) -> tuple[int, int]:
     """Elements in one copy of the dense operand, and of ``x``."""
     wide = max(_WORD // problem.operand.itemsize, 1)
-    last = lie == TURNED or not problem.geometry.channels_first
+    last = layout == CHANNELS_LAST or not problem.geometry.channels_first
     if problem.is_for_tensor_cores:
         return wide, wide if last else 1
     by_rows = last and problem.op != "input_grad"

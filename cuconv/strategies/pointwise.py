@@ -38,7 +38,7 @@ _OPERANDS = {
 
 
 def _lies_ready(problem: Problem, variant: Sharing = EACH) -> bool:
-    """Whether nothing needs to be gathered or scattered."""
+    """True if nothing needs to be gathered or scattered."""
     if variant != EACH:
         return False
     if problem.op == "weight_grad" and problem.operand.kind == "c":
@@ -75,7 +75,7 @@ class Pointwise(Im2col):
         if problem.op == "input_grad":
             return found._replace(splits=filters_apart(problem, g.group_channels))
         if problem.op == "weight_grad" and _lies_ready(problem, variant):
-            # Images are apart in memory, and the gradient sums over them: several make
+            # Images are not contiguous, and the gradient sums over them: several make
             # one wide matrix only if they are copied, which pays for small ones.
             return found._replace(tile=lambda n: g.tile(n)._replace(images=1))
         return found

@@ -66,7 +66,7 @@ class TapMatmul(OneWay):
             return Tilings(positions, g.tile, 2)
         if problem.op == "forward":
             return Tilings(positions, g.tile)
-        # Blocks of one image would add to the same cells.
+        # Blocks of one image would add to the same elements.
         whole = tuple(max(n, 1) for n in g.out)
         return Tilings(positions, lambda n: g.tile(n)._replace(cells=whole))
 
@@ -172,9 +172,11 @@ class TapMatmul(OneWay):
                     buffers["product"], g, block, g.group_channels, met.shape
                 )
                 with job.backend.stage("gemm", self.name, chunk):
-                    turned = weights[met.tap][None].swapaxes(-1, -2)
+                    transposed = weights[met.tap][None].swapaxes(-1, -2)
                     fast = job.problem.fast
-                    job.backend.gemm(turned, columns.matrix, summand.matrix, fast=fast)
+                    job.backend.gemm(
+                        transposed, columns.matrix, summand.matrix, fast=fast
+                    )
                 with job.backend.stage("scatter", self.name, chunk):
                     into = total[(..., *met.inputs)]
                     job.backend.do(job.backend.xp.add, into, summand.cells, into)

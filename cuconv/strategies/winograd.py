@@ -153,7 +153,7 @@ class Winograd:
         self, problem: Problem, variant: tuple[int, ...], backend: Backend
     ) -> Tilings:
         g, itemsize = problem.geometry, problem.operand.itemsize
-        # A frequency has about 16 outputs; two of its cells for each are held.
+        # A frequency has about 16 outputs, with two elements for each in buffers.
         cells = (g.channels + g.filters) * 36 / 16
         positions = max(1, int(backend.block_bytes / (cells * itemsize)))
         tile = partial(_tile, g, _shape(g, variant, problem.operand), len(variant))

@@ -38,7 +38,7 @@ class Products:
 
     def shared(self, problem: Problem) -> tuple[Buffer, ...]:
         g = problem.geometry
-        return (Buffer("turned", g.filters * g.patch, problem.operand),)
+        return (Buffer("transposed", g.filters * g.patch, problem.operand),)
 
     def own(self, problem: Problem, tiling: Tiling, shape: Shape) -> tuple[Buffer, ...]:
         g, dtype = problem.geometry, problem.operand
@@ -53,13 +53,13 @@ class Products:
         problem, g = job.problem, job.problem.geometry
         view = outer_view(filters_of(w, problem), len(job.tiling.variant))
         # (G, K, C, outer, rows, last) becomes (last, rows, G, outer, C, K).
-        turned = job.shared["turned"].reshape(
+        transposed = job.shared["transposed"].reshape(
             [view.shape[i] for i in (5, 4, 0, 3, 2, 1)]
         )
-        copy_transposed(job, view, turned.transpose(2, 5, 4, 3, 1, 0))
+        copy_transposed(job, view, transposed.transpose(2, 5, 4, 3, 1, 0))
         u = flat.reshape(shape.frequencies, -1)
-        last, rows = turned.shape[:2]
-        _bands(job, turned.reshape(last, rows, -1), u, shape)
+        last, rows = transposed.shape[:2]
+        _bands(job, transposed.reshape(last, rows, -1), u, shape)
         outer = shape.axes[0].kernel * g.group_channels
         return u.reshape(shape.frequencies, g.groups, outer, g.group_filters)
 
@@ -376,7 +376,7 @@ def _finish(job: Job, total: Array, out: Array, shape: Shape) -> None:
     rows, last = shape.tiles
     count, size = shape.inputs
     view = outer_view(filters_of(out, problem), len(job.tiling.variant))
-    taps = job.shared["turned"].reshape([view.shape[i] for i in (5, 4, 0, 3, 2, 1)])
+    taps = job.shared["transposed"].reshape([view.shape[i] for i in (5, 4, 0, 3, 2, 1)])
     flat = taps.reshape(*taps.shape[:2], -1)
     source = total.reshape(size, count, -1)
 

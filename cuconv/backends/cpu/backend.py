@@ -29,7 +29,7 @@ from cuconv.profiling import stage
 if TYPE_CHECKING:
     from concurrent.futures import Future, ThreadPoolExecutor
 
-# Products of at most this many multiply-adds OpenBLAS takes as they lie; larger ones it
+# OpenBLAS multiplies up to this many multiply-adds without packing; larger ones it
 # packs first.  One core of an AMD EPYC (Zen 4), float32, GFLOP/s, whole and in parts:
 # 64×64×3136 96 and 109, 64×576×448 97 and 115, 128×256×784 103 and 112, 512×512×784 104
 # and 106, but 512×1024×392 104 and 87.
@@ -191,11 +191,11 @@ class CpuBackend:
                 cells = window[..., first * step + phase - before :: step]
                 run = slice(first, first + cells.shape[-1])
                 self.copy(cells, split[(..., *inside, phase, run)])
-        plain = (*outer, last._replace(stride=1))
+        single_step = (*outer, last._replace(stride=1))
         rank = geometry.rank
         for phase in range(step):
             part = columns[(slice(None),) * (2 + rank) + (slice(phase, None, step),)]
-            windows = _windows(split[..., phase, :], plain, part.shape)
+            windows = _windows(split[..., phase, :], single_step, part.shape)
             self._copy_windows(windows, part)
 
     def _copy_windows(self, source: Array, target: Array) -> None:

@@ -305,10 +305,10 @@ class CudaBackend:
             for axis, (start, _) in zip(geometry.axes, block.output, strict=True)
         )
         size = x.dtype.itemsize
-        words = vector_width(_layout(x), _layout(uncast), size)
-        packed = pack(x, uncast, geometry.axes, firsts, over_output=True, words=words)
+        width = vector_width(_layout(x), _layout(uncast), size)
+        packed = pack(x, uncast, geometry.axes, firsts, over_output=True, width=width)
         variant = copy_variant(
-            size, geometry.rank, wide=packed.wide, words=packed.words
+            size, geometry.rank, wide=packed.wide, width=packed.width
         )
         _launch(self.do, variant, packed, x, uncast)
         if uncast is not columns:

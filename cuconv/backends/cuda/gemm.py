@@ -124,10 +124,10 @@ def _as_cublas(matrix: Array) -> _Matrix:
     """The transpose of a matrix, as cuBLAS reads memory, with its leading dimension."""
     rows, columns = matrix.shape[-2:]
     batch, row, column = steps_of(matrix)
-    plain = column == 1 or columns == 1
-    long, short = (row, columns) if plain else (column, rows)
-    step = long if (rows if plain else columns) > 1 else max(short, 1)
-    operation = cublas.CUBLAS_OP_N if plain else cublas.CUBLAS_OP_T
+    is_rows = column == 1 or columns == 1
+    long, short = (row, columns) if is_rows else (column, rows)
+    step = long if (rows if is_rows else columns) > 1 else max(short, 1)
+    operation = cublas.CUBLAS_OP_N if is_rows else cublas.CUBLAS_OP_T
     dtype = _CUDA_TYPES[matrix.dtype.name]
     return _Matrix(dtype, operation, step, batch)
 

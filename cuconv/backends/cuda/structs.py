@@ -128,7 +128,7 @@ class Launch(NamedTuple):
     geometry: Array
     items: int
     wide: bool
-    words: VectorWidth
+    width: VectorWidth
 
 
 def divisor(value: int) -> tuple[int, int, int]:
@@ -156,7 +156,7 @@ def pack(
     firsts: tuple[int, ...],
     *,
     over_output: bool,
-    words: VectorWidth = _SINGLE,
+    width: VectorWidth = _SINGLE,
 ) -> Launch:
     """Pack the geometry of x (N, G, C, *spatial) and columns (N, G, C, *kernel, *out).
 
@@ -175,19 +175,19 @@ def pack(
         else (abs(x_steps[2]) < abs(x_steps[-1]))
     )
     if wide:
-        words = _SINGLE
-    channels = x.shape[2] // words.channels
-    x_steps, c_steps = (_in_words(s, words.channels) for s in (x_steps, c_steps))
-    items //= words.channels * words.positions
+        width = _SINGLE
+    channels = x.shape[2] // width.channels
+    x_steps, c_steps = (_in_vectors(s, width.channels) for s in (x_steps, c_steps))
+    items //= width.channels * width.positions
     lengths = zip(cells, out, firsts, strict=True)
     steps = zip(x_steps[3:], c_steps[3 : 3 + rank], c_steps[3 + rank :], strict=True)
-    at_once = (*(1,) * (rank - 1), words.positions)
+    at_once = (*(1,) * (rank - 1), width.positions)
     packed_axes = list(map(packed_axis, axes, lengths, steps, at_once))
     head = (*x.shape[:2], channels, *x_steps[:3], *c_steps[:3], items, int(fastest))
     by = divisor(x.shape[1]), divisor(channels)
     value: Any = (*head, *by, packed_axes)
     packed = np.array([value], dtype=GEOMETRY(rank, wide=wide))
-    return Launch(packed, items, wide, words)
+    return Launch(packed, items, wide, width)
 
 
 def pack_windows(
@@ -207,8 +207,8 @@ def pack_windows(
     return pack(cells, columns, each, firsts, over_output=over_output)
 
 
-def _in_words(steps: tuple[int, ...], channels: int) -> tuple[int, ...]:
-    """Steps in words of several channels, which are neighbours."""
+def _in_vectors(steps: tuple[int, ...], channels: int) -> tuple[int, ...]:
+    """Steps in vectors of several channels, which are contiguous."""
     if channels == 1:
         return steps
     return (*(s // channels for s in steps[:2]), 1, *(s // channels for s in steps[3:]))

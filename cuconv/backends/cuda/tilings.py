@@ -60,10 +60,10 @@ class Tiling(NamedTuple):
         """Bytes of shared memory: all stages of both operands' tiles, offset tables."""
         item, tiles = dtype.itemsize, 0
         for free, side in zip((self.filters, self.columns), sides, strict=True):
-            lies_along = self.tensor and side.along_terms
+            is_along = self.tensor and side.along_terms
             input_dilation = self.tensor and item == 4 and not side.along_terms
             padding = 8 if input_dilation else max(16 // item, 1)
-            line, lines = (self.terms, free) if lies_along else (free, self.terms)
+            line, lines = (self.terms, free) if is_along else (free, self.terms)
             tiles += (line + padding) * lines
         whole = -(-stages * tiles * item // 16) * 16
         places = (2 * self.terms + self.columns) * _PLACE_BYTES

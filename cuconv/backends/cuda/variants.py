@@ -49,13 +49,13 @@ def has_atomics(dtype: DType) -> bool:
 
 
 def copy_variant(
-    itemsize: int, rank: int, *, wide: bool, words: VectorWidth = _SINGLE
+    itemsize: int, rank: int, *, wide: bool, width: VectorWidth = _SINGLE
 ) -> Variant:
     """`im2col` for items of this many bytes, copied in vectors of this width."""
-    size = itemsize * words.channels
+    size = itemsize * width.channels
     # An item of 16 bytes may be aligned to 8 bytes only.
     element = "quadword_t" if size > max(itemsize, 8) else f"word{size}_t"
-    macros = f"ELEMENT={element}", f"VECTOR={words.positions}"
+    macros = f"ELEMENT={element}", f"VECTOR={width.positions}"
     return Variant("im2col", (*macros, *_index_macros(rank, wide=wide)))
 
 
@@ -162,8 +162,8 @@ def all_variants(architecture: int = 90) -> Iterator[Variant]:
 
 
 def _column_variants(rank: int) -> Iterator[Variant]:
-    for itemsize, words in _SEVERAL:
-        yield copy_variant(itemsize, rank, wide=False, words=words)
+    for itemsize, width in _SEVERAL:
+        yield copy_variant(itemsize, rank, wide=False, width=width)
     for wide in (False, True):
         for itemsize in (1, 2, 4, 8, 16):
             yield copy_variant(itemsize, rank, wide=wide)

@@ -6,7 +6,7 @@ The result depends on item size, shapes, steps and addresses alone.
 from typing import NamedTuple
 
 # Bytes of a vector, the widest first; there are no kernels for narrower ones.
-_WORDS = (16, 8)
+_VECTORS = (16, 8)
 # Item sizes with a kernel for vectors of positions; bytes are copied one by one.
 _ITEMS = (2, 4, 8)
 
@@ -36,23 +36,23 @@ def vector_width(x: ArrayLayout, columns: ArrayLayout, itemsize: int) -> VectorW
     A vector needs a contiguous axis whose length is a multiple of the vector's, and
     steps and an address that keep all vectors aligned.
     """
-    for size in _WORDS:
+    for size in _VECTORS:
         count = size // itemsize
-        if count > 1 and all(_fits(lie, 2, count, size) for lie in (x, columns)):
+        if count > 1 and all(_fits(layout, 2, count, size) for layout in (x, columns)):
             return VectorWidth(channels=count)
-    for size in _WORDS if itemsize in _ITEMS else ():
+    for size in _VECTORS if itemsize in _ITEMS else ():
         count = size // itemsize
         if count > 1 and _fits(columns, len(columns.shape) - 1, count, size):
             return VectorWidth(positions=count)
     return VectorWidth()
 
 
-def _fits(lie: ArrayLayout, axis: int, count: int, size: int) -> bool:
+def _fits(layout: ArrayLayout, axis: int, count: int, size: int) -> bool:
     """True if vectors of this many items divide an axis and are aligned."""
     others = [
         step
-        for i, (n, step) in enumerate(zip(lie.shape, lie.steps, strict=True))
+        for i, (n, step) in enumerate(zip(layout.shape, layout.steps, strict=True))
         if i != axis and n > 1
     ]
-    whole = lie.steps[axis] == 1 and lie.shape[axis] % count == 0
-    return whole and lie.address % size == 0 and not any(s % count for s in others)
+    whole = layout.steps[axis] == 1 and layout.shape[axis] % count == 0
+    return whole and layout.address % size == 0 and not any(s % count for s in others)
