@@ -141,7 +141,7 @@ BAD = [
     ({"memory_limit": "lots"}, ValueError, "64 MiB"),
     ({"memory_limit": 1.5}, TypeError, "memory_limit"),
     ({"precision": "exact"}, ValueError, "'strict', 'standard', 'fast'; got 'exact'"),
-    ({"precision": 32}, TypeError, "precision must be a word"),
+    ({"precision": 32}, TypeError, "precision must be a str"),
     ({"deterministic": "yes"}, TypeError, "deterministic .* 'yes'"),
     ({"deterministic": 1}, TypeError, "deterministic"),
     ({"threads": 2}, TypeError, "threads"),

@@ -482,7 +482,7 @@ def test_columns_refuse_a_bad_out(xp, function) -> None:
             call(out)
     pool = xp.ones(16)
     x, columns = pool[:9].reshape(1, 1, 9), pool.reshape(8, 2)
-    with pytest.raises(ValueError, match="out overlaps"):
+    with pytest.raises(ValueError, match="out may share memory with"):
         call(columns if function == "im2col" else x)
     if xp is not np:
         with pytest.raises(TypeError, match="mixed"):

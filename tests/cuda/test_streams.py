@@ -250,7 +250,7 @@ def test_plans_belong_to_a_device(standin) -> None:
     prepared = plan.prepare(w1)
     for call in (lambda: plan(x, w), lambda: plan.prepare(w), lambda: prepared(x)):
         with pytest.raises(
-            ValueError, match="lie on cuda:0 and the plan is for cuda:1"
+            ValueError, match="are on cuda:0 and the plan is for cuda:1"
         ):
             call()
     with pytest.raises(ValueError, match="different devices: x on device 0"):

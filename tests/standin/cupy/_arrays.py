@@ -191,9 +191,12 @@ def wrapped(function):
         arrays = [a for a in (*args, *kwargs.values()) if isinstance(a, ndarray)]
         named = {name: unwrap(value) for name, value in kwargs.items()}
         hosts = tuple(map(unwrap, args))
-        if isinstance(kwargs.get("out"), ndarray):
+        out = kwargs.get("out")
+        if isinstance(function, np.ufunc) and len(args) > function.nin:
+            out = args[function.nin]
+        if isinstance(out, ndarray):
             enqueue(lambda: function(*hosts, **named), hosts_of(*arrays))
-            return kwargs["out"]
+            return out
         host = function(*hosts, **named)
         return host if isinstance(host, bool) else result(host, *arrays)
 
