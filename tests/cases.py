@@ -340,7 +340,12 @@ def _bad_padding(draw: st.DrawFn, case: Case) -> Invalid:
     before = pads[axis][0]
     less = draw(st.integers(1, 20))
     pads[axis] = (before, span - less - size - before)
-    words = ("kernel is larger", f"axis {axis}", f"{span} cells", f"has {span - less} ")
+    words = (
+        "kernel is larger",
+        f"axis {axis}",
+        f"{span} elements",
+        f"has {span - less} ",
+    )
     return Invalid(_changed(case, padding=tuple(pads)), ValueError, words)
 
 

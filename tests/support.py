@@ -19,9 +19,8 @@ import cuconv
 from cuconv import testing
 from cuconv.arrays import SUPPORTED_TYPES
 from cuconv.backends.cpu import backend as host
-from cuconv.engine import autotune
+from cuconv.engine import autotune, recorded
 from cuconv.engine import call as calls
-from cuconv.engine import plan as planning
 from cuconv.memory import MemoryLimitError
 
 TESTS = Path(__file__).parent
@@ -570,14 +569,14 @@ def run_candidate(plan: cuconv.Plan, candidate: Any, arrays: Sequence[Any]) -> A
 def ran(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """The first candidate of every call that runs from now on."""
     seen: list[Any] = []
-    original = planning.LoweredCall.execute
+    original = recorded.LoweredCall.execute_first
 
     def spy(plan: Any, *arguments: Any) -> Any:
         result = original(plan, *arguments)
         seen.append(chosen(plan))
         return result
 
-    monkeypatch.setattr(planning.LoweredCall, "execute", spy)
+    monkeypatch.setattr(recorded.LoweredCall, "execute_first", spy)
     return seen
 
 
@@ -594,8 +593,8 @@ def let_win(monkeypatch: pytest.MonkeyPatch, name: str) -> list[int]:
         races.append(len(timed))
         return names.index(name)
 
-    monkeypatch.setattr(planning, "recall", recall)
-    monkeypatch.setattr(planning, "fastest", fastest)
+    monkeypatch.setattr(recorded, "recall", recall)
+    monkeypatch.setattr(recorded, "fastest", fastest)
     return races
 
 
@@ -665,14 +664,14 @@ def races_of(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         seen.append(len(candidates))
         return autotune.fastest(backend, candidates)
 
-    monkeypatch.setattr(planning, "fastest", spy)
+    monkeypatch.setattr(recorded, "fastest", spy)
     return seen
 
 
 def let_number_win(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
     """Let every race be won by the candidate of a number, whatever is on record."""
-    monkeypatch.setattr(planning, "recall", lambda *_: None)
-    monkeypatch.setattr(planning, "fastest", lambda _, each: number % len(each))
+    monkeypatch.setattr(recorded, "recall", lambda *_: None)
+    monkeypatch.setattr(recorded, "fastest", lambda _, each: number % len(each))
     forget_plans()
 
 

@@ -46,6 +46,7 @@ class Plan(LoweredCall):
     """
 
     def __init__(self, request: Request, lowering: Lowering | None = None) -> None:
+        types = request.types
         arrays = {name: stub_of(name, a) for name, a in request.arrays.items()}
         out = None if request.out is None else stub_of("out", request.out)
         request = request._replace(arrays=arrays, out=out)
@@ -53,7 +54,7 @@ class Plan(LoweredCall):
         lowering = lower(request) if lowering is None else lowering
         self.flops = 0 if request.geometry.is_empty else lowering.flops
         self.problem: Problem = request.problem()
-        self.result_shape, self.dtype = request.result_shape, request.types.result
+        self.result_shape, self.dtype = request.result_shape, types.result
         self.names = (*ROLES[self.call], *ZERO_POINTS)
         self._weights: dict[str, Array] = {}
         # Operands that are numbers, not arrays.

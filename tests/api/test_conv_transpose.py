@@ -393,7 +393,7 @@ def test_a_plan_speaks_of_the_callers_arrays() -> None:
     for part in (
         "the transposed convolution, float32, numpy",
         "x             (2, 6, 7, 5), w (6, 4, 3, 2), y (2, 4, 22, 6)",
-        "7 cells, 3 taps, stride 3, dilation 1, padding 1 and 0, 22 out",
+        "7 elements, 3 taps, stride 3, dilation 1, padding 1 and 0, 22 out",
         "winograd: it runs forward",
     ):
         assert part in words
@@ -593,7 +593,7 @@ SHAPES = {
     ),
     "a word": bad("padding", "'full'", padding="full"),
     "padding": bad(
-        "result has -1 cells on spatial axis 1",
+        "result has -1 elements on spatial axis 1",
         "reach 11",
         "3 and 9",
         x=(2, 6, 5, 9),
@@ -637,7 +637,7 @@ def test_arrays_are_named_as_the_caller_has_them(xp) -> None:
         words = ("dy has shape", str(wrong.shape), str(dy.shape))
         assert_refused(xp, call, ValueError, *words)
     one, three = xp.ones((1, 1, 1)), xp.ones((1, 1, 3))
-    with pytest.raises(ValueError, match="out may share memory with x in memory"):
+    with pytest.raises(ValueError, match="out may share memory with x"):
         cuconv.conv_transpose(three, one, out=three)
     with pytest.raises(ValueError, match="out may share memory with w in memory"):
         cuconv.conv_transpose(one, three, out=three)

@@ -56,18 +56,18 @@ SHAPES = {
     "too many axes": bad("x has 5 axes", "2 spatial", "need 4", "3", x=(2, *X)),
     "too few axes": bad("x has 2 axes", "2 spatial axes need 4", x=(9, 9)),
     "weights without space": bad("w has 2 axes", "at least 3", w=(8, 6)),
-    "kernel": bad("axis 0", "5 cells", "has 4 (4 + padding 0 + 0)", x=(1, 6, 4, 9)),
+    "kernel": bad("axis 0", "5 elements", "has 4 (4 + padding 0 + 0)", x=(1, 6, 4, 9)),
     "kernel, dilated": bad(
         "axis 1",
-        "11 cells (kernel 3, dilation 5)",
+        "11 elements (kernel 3, dilation 5)",
         "has 9 (9 + padding 0 + 0)",
         dilation=(1, 5),
     ),
     "kernel, cropped": bad(
-        "axis 1", "3 cells", "has 2 (9 + padding -4 + -3)", padding=(0, (-4, -3))
+        "axis 1", "3 elements", "has 2 (9 + padding -4 + -3)", padding=(0, (-4, -3))
     ),
-    "cropped away": bad("3 cells", "has -1 ", padding=(0, -5)),
-    "an empty axis": bad("axis 0", "5 cells", "has 0 (0 + padding", x=(2, 6, 0, 9)),
+    "cropped away": bad("3 elements", "has -1 ", padding=(0, -5)),
+    "an empty axis": bad("axis 0", "5 elements", "has 0 (0 + padding", x=(2, 6, 0, 9)),
     "no taps": bad("kernel_size", "axis 0 is 0", "1 …", w=(8, 6, 0, 3)),
     "stride 0": bad("stride", "axis 0 is 0", "1 …", stride=0),
     "a negative stride": bad("stride", "axis 1 is -2", stride=(1, -2)),
@@ -271,7 +271,9 @@ def test_out_that_overlaps_an_input(call) -> None:
             out = pool[start : start + cells].reshape(call.shape)
             before = to_host(pool).copy()
             again = partial(call.run, out, **{name: inside})
-            assert_refused(call.xp, again, ValueError, f"out may share memory with {name}")
+            assert_refused(
+                call.xp, again, ValueError, f"out may share memory with {name}"
+            )
             assert (to_host(pool) == before).all()
             checked += 1
     assert checked == 4
@@ -433,7 +435,7 @@ def test_a_limit_in_words(word) -> None:
     ],
 )
 def test_a_limit_that_is_none(limit, error) -> None:
-    with pytest.raises(error, match="memory_limit must be bytes or a word"):
+    with pytest.raises(error, match="memory_limit must be bytes"):
         parse_memory_limit(limit)
 
 

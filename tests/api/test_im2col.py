@@ -439,7 +439,7 @@ def test_columns_refuse_what_does_not_fit(xp) -> None:
     im2col = partial(cuconv.im2col, x)
     bad: list[tuple[type[Exception], str, Callable[[], Any]]] = [
         (ValueError, "x has 4 axes; 4 spatial axes need 6", lambda: im2col((3,) * 4)),
-        (ValueError, "5000 cells", lambda: im2col(5000)),
+        (ValueError, "5000 elements", lambda: im2col(5000)),
         (ValueError, "kernel_size of spatial axis 0 is 0", lambda: im2col(0)),
         (ValueError, "stride of spatial axis 0", lambda: im2col(2, stride=0)),
         (ValueError, "dilation of spatial", lambda: im2col(2, dilation=-1)),
@@ -449,7 +449,7 @@ def test_columns_refuse_what_does_not_fit(xp) -> None:
         (TypeError, "kernel_size", lambda: im2col("2")),
         (TypeError, "kernel_size.*2.0", lambda: im2col(2.0)),
         (TypeError, "x must be a NumPy or CuPy", lambda: cuconv.im2col([1, 2], 2)),
-        (ValueError, "5000 cells", lambda: cuconv.patches(x, 5000)),
+        (ValueError, "5000 elements", lambda: cuconv.patches(x, 5000)),
         (ValueError, "stride", lambda: cuconv.patches(x, 2, stride=0)),
         (
             *(ValueError, r"cols has shape \(64, 64, 4096, 4096\) and .* \(8, 2\)"),

@@ -691,7 +691,7 @@ REFUSED = [
     bad("4 spatial axes; pooling takes 3 at most", "max_pool", zeros((1,) * 6), 1),
     bad("divisor_override must not be 0", "avg_pool", X, 2, divisor_override=0),
     bad("norm_type must be positive and finite; got 0", "lp_pool", X, 0, 2),
-    bad("axis 0: it spans 9 cells .* input has 8", "max_pool", X, 9, padding=1),
+    bad("axis 0: it spans 9 elements .* input has 8", "max_pool", X, 9, padding=1),
     bad(r"dy has shape \(2, 3, 3, 4\) and must", "avg_pool_backward", ODD, X.shape, 2),
     bad(
         *(r"indices has shape \(2, 3, 3, 4\) and must have \(2, 3, 3, 3\)",),
@@ -703,7 +703,12 @@ REFUSED = [
         x=X,
     ),
     bad("output_size of spatial axis 1 is -1", "adaptive_avg_pool", X, (2, -1)),
-    bad("0 cells, too few for output_size 2", "adaptive_avg_pool", zeros((1, 1, 0)), 2),
+    bad(
+        "0 elements, too few for output_size 2",
+        "adaptive_avg_pool",
+        zeros((1, 1, 0)),
+        2,
+    ),
     bad(r"out has shape \(2, 3, 3, 4\) and the result", "max_pool", X, 2, out=ODD),
 ]
 MISTYPED = [

@@ -33,6 +33,7 @@ from support import (
 
 import cuconv
 from cuconv import testing
+from cuconv.backends.cpu.backend import CpuBackend
 from cuconv.strategies import strategies
 
 BIG = Case((4, 16, 31, 29), (24, 16, 3, 3), {"padding": 1})
@@ -58,8 +59,8 @@ def test_a_plan_shows_all_that_it_knows() -> None:
         "(8, 64, 28, 30)",
         "(32, 32, 3, 5)",
         str(y_shape),
-        "28 cells, 3 taps, stride 2, dilation 1, padding 1 and 0, 14 out",
-        "30 cells, 5 taps, stride 1, dilation 1, padding 2 and 2, 30 out",
+        "28 elements, 3 taps, stride 2, dilation 1, padding 1 and 0, 14 out",
+        "30 elements, 5 taps, stride 1, dilation 1, padding 2 and 2, 30 out",
         f"{chosen(plan).label}, precision standard",
         f"{plan.chunks} of ",
         f"{plan.workspace_bytes:,} bytes, limit 67,108,864",
@@ -415,6 +416,7 @@ def test_the_second_call_takes_nothing_large(op, monkeypatch) -> None:
         return made
 
     monkeypatch.setattr(np, "empty", spy)
+    monkeypatch.setattr(CpuBackend, "empty", staticmethod(spy))
     for _ in range(3):
         taken.clear()
         result = plan(*arrays)

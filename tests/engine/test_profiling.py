@@ -194,10 +194,13 @@ def test_without_nvtx_there_are_no_ranges(monkeypatch) -> None:
     assert np.isfinite(cuconv.conv(arrays.x, arrays.w, padding=1)).all()
 
 
-def test_the_domain_of_nvtx_takes_our_words() -> None:
+def test_the_domain_of_nvtx_takes_our_words(monkeypatch) -> None:
     """The real one, as it is installed: no profiler listens, and nothing is raised."""
     nvtx = pytest.importorskip("nvtx")
-    assert profiling._domain is not None
+    monkeypatch.delenv("NVTX_INJECTION64_PATH", raising=False)
+    assert profiling._find_domain() is None
+    monkeypatch.setenv("NVTX_INJECTION64_PATH", "a profiler")
+    assert profiling._find_domain() is not None
     assert profiling.DOMAIN == "cuconv"
     domain = nvtx.get_domain("cuconv")
     domain.push_range(message="gather im2col", payload=7)

@@ -330,7 +330,7 @@ def test_no_zero_between_cells_is_multiplied() -> None:
     shapes, options = ((1, 8, 16, 16), (8, 8, 8, 8)), {"padding": 5}
     plan = cuconv.plan_conv(*shapes, input_dilation=4, **options)
     y = math.prod(plan.result_shape[2:])
-    # Each output meets 2 × 2 cells of x, or fewer at the borders; 64 taps in all.
+    # Each output meets 2 × 2 elements of x, or fewer at the borders; 64 taps in all.
     assert plan.flops <= 2 * 8 * 8 * y * 4
     whole = 2 * 8 * 8 * y * 64
     assert plan.flops < whole / 15
@@ -428,7 +428,7 @@ def test_plans_are_printed_with_their_options() -> None:
     assert "parts         one copy, for 4 images and 11 rows" in mode
     input_dilation = str(cuconv.plan_conv(*shapes, input_dilation=(2, 1), padding=1))
     assert (
-        "9 cells, 3 taps, stride 1, dilation 1, input dilation 2, padding"
+        "9 elements, 3 taps, stride 1, dilation 1, input dilation 2, padding"
         in input_dilation
     )
     assert "parts         2 phases" in input_dilation
@@ -597,7 +597,7 @@ MISTAKES: list[tuple[type[Exception], str, dict[str, Any]]] = [
         *(ValueError, "padding_mode 'reflect' and input_dilation 3 of spatial axis 1"),
         {"padding_mode": "reflect", "input_dilation": (1, 3), "padding": 1},
     ),
-    (ValueError, "axis 0 is 0; it must lie in 1 … 2147483647", {"input_dilation": 0}),
+    (ValueError, "axis 0 is 0; it must be in 1 … 2147483647", {"input_dilation": 0}),
     (TypeError, "input_dilation must be made of integers", {"input_dilation": 1.5}),
     (ValueError, "has 3 values for 2 spatial axes", {"input_dilation": (2, 2, 2)}),
     (
@@ -634,7 +634,7 @@ def test_batch_groups_that_do_not_fit_are_named(xp) -> None:
 
 @pytest.mark.parametrize("mode", PADDING_MODES[1:])
 def test_an_empty_axis_has_nothing_to_repeat(xp, mode) -> None:
-    words = f"'{mode}' needs cells to repeat; spatial axis 1 has 0 and padding 2 + 1"
+    words = f"'{mode}' needs elements to repeat; spatial axis 1 has 0 and padding 2 + 1"
     with pytest.raises(ValueError, match=words.replace("+", r"\+")):
         cuconv.conv(
             xp.ones((1, 3, 5, 0)),
@@ -652,8 +652,8 @@ def test_transposed_convolutions_have_none_of_it(xp, name) -> None:
 
 
 BAD_ZEROS: list[tuple[type[Exception], str, dict[str, Any]]] = [
-    (ValueError, "x_zero_point is 256; in uint8 .* 0 … 255", {"x_zero_point": 256}),
-    (ValueError, "x_zero_point is -1; in uint8", {"x_zero_point": -1}),
+    (ValueError, "x_zero_point is 256; for uint8 .* 0 … 255", {"x_zero_point": 256}),
+    (ValueError, "x_zero_point is -1; for uint8", {"x_zero_point": -1}),
     (ValueError, "w_zero_point is 128; .* -128 … 127", {"w_zero_point": 128}),
     (TypeError, "an integer or an array; got float", {"w_zero_point": 0.5}),
     (TypeError, "has type int8 and x uint8", {"x_zero_point": np.zeros(1, "int8")}),
