@@ -394,7 +394,7 @@ def test_a_plan_speaks_of_the_callers_arrays() -> None:
         "the transposed convolution, float32, numpy",
         "x             (2, 6, 7, 5), w (6, 4, 3, 2), y (2, 4, 22, 6)",
         "7 elements, 3 taps, stride 3, dilation 1, padding 1 and 0, 22 out",
-        "winograd: it runs forward",
+        "winograd: it only runs the forward pass",
     ):
         assert part in words
     assert plan.flops == 2 * 2 * 6 * 7 * 5 * 4 * 6
@@ -639,9 +639,9 @@ def test_arrays_are_named_as_the_caller_has_them(xp) -> None:
     one, three = xp.ones((1, 1, 1)), xp.ones((1, 1, 3))
     with pytest.raises(ValueError, match="out may share memory with x"):
         cuconv.conv_transpose(three, one, out=three)
-    with pytest.raises(ValueError, match="out may share memory with w in memory"):
+    with pytest.raises(ValueError, match="out may share memory with w"):
         cuconv.conv_transpose(one, three, out=three)
-    with pytest.raises(ValueError, match="out may share memory with dy in memory"):
+    with pytest.raises(ValueError, match="out may share memory with dy"):
         cuconv.conv_transpose_input_grad(three, one, (1, 1, 3), out=three)
     with pytest.raises(ValueError, match="needs must be several"):
         cuconv.conv_transpose_backward(dy, x, w, needs="x")

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import textwrap
 from collections.abc import Iterator
 from functools import partial
@@ -307,7 +308,7 @@ def test_a_cache_that_cannot_be_written(tmp_path, monkeypatch, races, where) -> 
         def refused(*arguments: Any, **options: Any) -> Any:
             raise PermissionError(13, "read-only")
 
-        monkeypatch.setattr(tuning.tempfile, "NamedTemporaryFile", refused)
+        monkeypatch.setattr(tempfile, "NamedTemporaryFile", refused)
     monkeypatch.setenv("CUCONV_CACHE_DIR", str(place))
     forget_winners()
     arrays = operands(CASE, "float32")
