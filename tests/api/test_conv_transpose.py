@@ -643,7 +643,7 @@ def test_arrays_are_named_as_the_caller_has_them(xp) -> None:
         cuconv.conv_transpose(one, three, out=three)
     with pytest.raises(ValueError, match="out may share memory with dy"):
         cuconv.conv_transpose_input_grad(three, one, (1, 1, 3), out=three)
-    with pytest.raises(ValueError, match="needs must be several"):
+    with pytest.raises(ValueError, match="needs must be a tuple, list or set"):
         cuconv.conv_transpose_backward(dy, x, w, needs="x")
 
 
