@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from cuconv.arrays import (
     Array,
     Types,
@@ -188,7 +190,7 @@ def _zero_copy(
         if array.dtype != problem.operand or role == "bias":
             continue
         if role == "w":
-            fits = array.flags.c_contiguous and is_aligned(array)
+            fits = _is_weight_matrix(array, geometry, backend)
             fits = fits and not (problem.conjugates_weights or problem.flipped)
         else:
             cells = in_groups(array, geometry)
@@ -210,6 +212,22 @@ def _is_zero_copy_out(problem: Problem, out: Array | None, backend: Backend) -> 
     if out is None:
         return geometry.positions <= backend.largest_step
     if problem.op == "weight_grad":
-        return bool(out.flags.c_contiguous) and is_aligned(out)
+        return _is_weight_matrix(base_array(out), geometry, backend)
     cells = in_groups(base_array(out), geometry)
     return is_matrix_ready(cells, geometry.rank, backend.largest_step)
+
+
+def _is_weight_matrix(array: Array, geometry: ConvGeometry, backend: Backend) -> bool:
+    """Whether weights are one run of memory, as filters × patch or as its transpose.
+
+    Kernels on CUDA take them in the order of the layout alone.
+    """
+    if not is_aligned(array):
+        return False
+    if array.flags.c_contiguous or backend.xp is not np:
+        return bool(array.flags.c_contiguous)
+    inner = range(geometry.rank + 1)
+    order = (*(i + 1 for i in inner), 0)
+    if not geometry.channels_first:
+        order = (geometry.rank + 1, *inner)
+    return bool(array.transpose(order).flags.c_contiguous)
