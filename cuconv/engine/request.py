@@ -199,7 +199,7 @@ def _zero_copy(
             ready.add(role)
     if _is_zero_copy_out(problem, out, backend):
         ready.add("out")
-    if out is None or out.flags.c_contiguous:
+    if out is None or _is_one_run(out):
         ready.add("run")
     return frozenset(ready)
 
@@ -215,6 +215,17 @@ def _is_zero_copy_out(problem: Problem, out: Array | None, backend: Backend) -> 
         return _is_weight_matrix(base_array(out), geometry, backend)
     cells = in_groups(base_array(out), geometry)
     return is_matrix_ready(cells, geometry.rank, backend.largest_step)
+
+
+def _is_one_run(array: Array) -> bool:
+    """Whether an array is one run of memory, in whichever order of its axes."""
+    step = array.dtype.itemsize
+    pairs = zip(array.strides, array.shape, strict=True)
+    for stride, size in sorted((s, n) for s, n in pairs if n != 1):
+        if stride != step:
+            return False
+        step *= size
+    return True
 
 
 def _is_weight_matrix(array: Array, geometry: ConvGeometry, backend: Backend) -> bool:

@@ -2,12 +2,12 @@
 
     units       an axis of one cell and one tap vanishes
     spanned     an axis that the kernel spans runs as channels: one output, no sum moves
-    runs        neighbouring axes without windows (kernel 1, stride 1, no padding) are one
+    runs        neighbours without windows (kernel 1, stride 1, no padding) are one axis
     joined      where no window is left, images are positions of one matrix product
 
-Nothing is copied: a simplification is made only where the strides of every array let it
-be seen so.  Fully connected layers, kernels as large as the image, text networks, (1, k)
-kernels and one axis under the names of two come to their plainest form by this one rule.
+Nothing is copied: a simplification is made only where the strides of every array allow
+such a view.  One rule serves fully connected layers, kernels as large as the image,
+text networks, (1, k) kernels, and one axis under the names of two.
 
 With x (N, C, H, W), w (K, C, h, w) and w = W, for instance, the sum over c and w runs
 over channels (c, w):
@@ -318,6 +318,6 @@ def _layout(form: Form, x: Array) -> bool:
 
 
 def _viewed(array: Array, order: Sequence[int], shape: tuple[int, ...]) -> Array:
-    """View the axes in this order, those of one cell that it lacks last, then merged."""
+    """View the axes in this order, then merged; those that it lacks have one cell."""
     rest = [i for i in range(array.ndim) if i not in order]
     return array.transpose(*order, *rest).reshape(shape)
