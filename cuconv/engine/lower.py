@@ -12,16 +12,14 @@ def lower(request: Request) -> Lowering:
     A strategy that the user named, a memory limit or a CUDA graph may want the
     convolution as it was given.
     """
-    form = canonical.form_of(request)
-    if form is None:
-        return _lower(request)
+    found: Lowering | None = None
     try:
-        inner = _lower(canonical.simplified(request, form))
-    except ValueError:
-        return _lower(request)
+        found = canonical.lower(request, _lower)
     except MemoryLimitError as error:
         return _within(request, error)
-    return canonical.Canonical(form, canonical.roles_of(request), inner)
+    except ValueError:
+        pass
+    return _lower(request) if found is None else found
 
 
 def _within(request: Request, error: MemoryLimitError) -> Lowering:

@@ -17,9 +17,9 @@ over channels (c, w):
 
 import itertools
 import math
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import replace
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 
@@ -29,6 +29,7 @@ from cuconv.engine.lowering import Lowering
 from cuconv.engine.problem import ROLES, in_groups
 from cuconv.engine.request import Request
 from cuconv.geometry import Axis, ConvGeometry
+from cuconv.lazy import lazy
 
 # Of (N, G, C / G, *spatial) and of (K, C / G, *kernel), the axes before the last ones.
 _BEFORE_CELLS, _BEFORE_TAPS = 3, 2
@@ -40,9 +41,12 @@ _UNIT = Axis(size=1, kernel=1, stride=1, dilation=1, before=0, after=0)
 # as W · xᵀ, copied there and back, for 2 to 32 images; 480 to 120 took 0.7 times as
 # long for 5, 1.3 for 16, 0.7 for 64 (Intel Xeon with AMX, two cores).
 _LONG_ROW, _CACHED_WEIGHTS, _FEW, _MANY = 512, 2**16, 8, 64
+# What a geometry works out is kept with it.
+_geometry = lru_cache(maxsize=4096)(ConvGeometry)
 
 
-class Form(NamedTuple):
+@dataclass(frozen=True)
+class Form:
     """A convolution in other axes: the spatial axes of ``source``, by their numbers.
 
     ``channels`` run as channels, outermost first, where -1 stands for the channels of a
@@ -53,10 +57,10 @@ class Form(NamedTuple):
     source: ConvGeometry
     channels: tuple[int, ...]
     runs: tuple[tuple[int, ...], ...]
-    is_joined: bool = False
-    channels_first: bool = True
+    is_joined: bool
+    channels_first: bool
 
-    @property
+    @lazy
     def geometry(self) -> ConvGeometry:
         """The convolution that remains."""
         g = self.source
@@ -64,7 +68,7 @@ class Form(NamedTuple):
         axes = [_axis([g.axes[i] for i in run]) for run in self.runs]
         if self.is_joined:
             axes = [_UNIT._replace(size=g.images * math.prod(a.size for a in axes))]
-        return ConvGeometry(
+        return _geometry(
             images=1 if self.is_joined else g.images,
             channels=g.channels * spanned,
             axes=tuple(axes) or (_UNIT,),
@@ -78,8 +82,8 @@ class Form(NamedTuple):
     @property
     def is_changed(self) -> bool:
         """Whether it is not the source itself."""
-        same = self._replace(channels_first=self.source.channels_first)
-        return same.geometry != replace(self.source, batched=True)
+        own, other = self.source, self.geometry
+        return (own.images, own.axes) != (other.images, other.axes)
 
     def cells(self, array: Array) -> Array:
         """View x, y, or their gradients."""
@@ -119,9 +123,7 @@ class Form(NamedTuple):
 
     def view(self, role: str, array: Array) -> Array:
         """View the array that has this role in the convolution."""
-        if role in ("x", "dy"):
-            return self.cells(array)
-        return self.weights(array) if role == "w" else array
+        return self.weights(array) if role == "w" else self.cells(array)
 
 
 class Canonical(Lowering):
@@ -170,44 +172,55 @@ class Canonical(Lowering):
         return self.inner.weights_of(self.form.weights(w))
 
 
-def roles_of(request: Request) -> dict[str, str]:
-    """What each array is to the convolution, the result under the name ``out``."""
-    roles = {n: role for n, role in ROLES[request.call].items() if n in request.arrays}
-    result = "x" if request.is_input_grad else "dy"
-    return {**roles, "out": "w" if request.is_weight_grad else result}
+def lower(
+    request: Request, lower_other: Callable[[Request], Lowering]
+) -> Canonical | None:
+    """Lower in canonical form; None for a convolution that has it already.
 
-
-def simplified(request: Request, form: Form) -> Request:
-    """The request of the convolution that remains."""
-    arrays = {**request.arrays, "out": request.result}
-    for name, role in roles_of(request).items():
-        arrays[name] = form.view(role, arrays[name])
-    out = arrays.pop("out")
-    return request._replace(geometry=form.geometry, arrays=arrays, out=out)
-
-
-def form_of(request: Request) -> Form | None:
-    """The canonical form of a convolution; None where it has that already."""
-    geometry = request.geometry
+    Raises
+    ------
+    ValueError, MemoryLimitError
+        As ``lower_other`` does, which lowers the convolution that remains.
+    """
+    geometry, result = request.geometry, request.result
     if geometry.is_empty or not any(map(_is_simple, geometry.axes)):
         return None
-    if request.result.shape != request.result_shape:
+    if result.shape != request.result_shape:
         return None  # it is refused later
-    arrays = {**request.arrays, "out": request.result}
-    by_role = {role: arrays[name] for name, role in roles_of(request).items()}
-    x, y = (in_groups(by_role[role], geometry) for role in ("x", "dy"))
-    w = by_role["w"]
+    roles = {n: role for n, role in ROLES[request.call].items() if role != "bias"}
+    gradient = "x" if request.is_input_grad else "dy"
+    roles["out"] = "w" if request.is_weight_grad else gradient
+    arrays = {**request.arrays, "out": result}
+    form = _form_of(request, {role: arrays[name] for name, role in roles.items()})
+    if form is None:
+        return None
+    views = {name: form.view(role, arrays[name]) for name, role in roles.items()}
+    out = views.pop("out")
+    other = request._replace(
+        geometry=form.geometry, arrays={**request.arrays, **views}, out=out
+    )
+    return Canonical(form, roles, lower_other(other))
+
+
+def _form_of(request: Request, arrays: dict[str, Array]) -> Form | None:
+    """The canonical form of a convolution, whose arrays come by their roles."""
+    geometry = request.geometry
+    x, y = (in_groups(arrays[role], geometry) for role in ("x", "dy"))
+    w = arrays["w"]
     if not geometry.channels_first:
         rank = geometry.rank
         w = w.transpose(rank + 1, rank, *range(rank))
     channels = next(order for order in _orders(geometry, x, w))
     kept = [i for i in range(geometry.rank) if i not in channels]
     kept = [i for i in kept if not _is_unit(geometry.axes[i])]
-    form = Form(geometry, channels, _runs(geometry, kept, x, y))
-    joined = form._replace(is_joined=True)
-    if _joins(request, kept, x, y):
-        form = joined
-    return form._replace(channels_first=_layout(form, x)) if form.is_changed else None
+    runs, joins = _runs(geometry, kept, x, y), _joins(request, kept, x, y)
+    first = geometry.channels_first
+    if len(channels) > 1 and runs and not joins:
+        # What is gathered lies in long runs so; other weights stay as they lie.
+        inner, last = (_BEFORE_CELLS + i for i in (runs[-1][-1], channels[-1]))
+        first = x.strides[inner] < x.strides[last]
+    form = Form(geometry, channels, runs, joins, first)
+    return form if form.is_changed else None
 
 
 def _axis(axes: Sequence[Axis]) -> Axis:
@@ -303,18 +316,6 @@ def _merge(array: Array, axes: Sequence[int]) -> bool:
     """Whether these axes of an array run as one."""
     shape = [array.shape[i] for i in axes]
     return merged_stride(shape, [array.strides[i] for i in axes]) is not None
-
-
-def _layout(form: Form, x: Array) -> bool:
-    """Whether channels come first, so that what is gathered lies in long runs.
-
-    Weights that need no gathering stay as they lie.
-    """
-    g, last = form.source, form.channels[-1]
-    if len(form.channels) == 1 or form.is_joined or not form.runs:
-        return g.channels_first
-    inner = form.runs[-1][-1]
-    return bool(x.strides[_BEFORE_CELLS + inner] < x.strides[_BEFORE_CELLS + last])
 
 
 def _viewed(array: Array, order: Sequence[int], shape: tuple[int, ...]) -> Array:
