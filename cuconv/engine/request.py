@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from cuconv.arrays import (
     Array,
     Types,
@@ -188,7 +190,7 @@ def _zero_copy(
         if array.dtype != problem.operand or role == "bias":
             continue
         if role == "w":
-            fits = array.flags.c_contiguous and is_aligned(array)
+            fits = _is_weight_matrix(array, geometry, backend)
             fits = fits and not (problem.conjugates_weights or problem.flipped)
         else:
             cells = in_groups(array, geometry)
@@ -197,7 +199,7 @@ def _zero_copy(
             ready.add(role)
     if _is_zero_copy_out(problem, out, backend):
         ready.add("out")
-    if out is None or out.flags.c_contiguous:
+    if out is None or _is_one_run(out):
         ready.add("run")
     return frozenset(ready)
 
@@ -210,6 +212,33 @@ def _is_zero_copy_out(problem: Problem, out: Array | None, backend: Backend) -> 
     if out is None:
         return geometry.positions <= backend.largest_step
     if problem.op == "weight_grad":
-        return bool(out.flags.c_contiguous) and is_aligned(out)
+        return _is_weight_matrix(base_array(out), geometry, backend)
     cells = in_groups(base_array(out), geometry)
     return is_matrix_ready(cells, geometry.rank, backend.largest_step)
+
+
+def _is_one_run(array: Array) -> bool:
+    """Whether an array is one run of memory, in whichever order of its axes."""
+    step = array.dtype.itemsize
+    pairs = zip(array.strides, array.shape, strict=True)
+    for stride, size in sorted((s, n) for s, n in pairs if n != 1):
+        if stride != step:
+            return False
+        step *= size
+    return True
+
+
+def _is_weight_matrix(array: Array, geometry: ConvGeometry, backend: Backend) -> bool:
+    """Whether weights are one run of memory, as filters × patch or as its transpose.
+
+    Kernels on CUDA take them in the order of the layout alone.
+    """
+    if not is_aligned(array):
+        return False
+    if array.flags.c_contiguous or backend.xp is not np:
+        return bool(array.flags.c_contiguous)
+    inner = range(geometry.rank + 1)
+    order = (*(i + 1 for i in inner), 0)
+    if not geometry.channels_first:
+        order = (geometry.rank + 1, *inner)
+    return bool(array.transpose(order).flags.c_contiguous)

@@ -271,7 +271,7 @@ def test_the_first_call_of_a_process_may_be_in_a_capture(xp, monkeypatch) -> Non
 
 def test_where_nothing_can_be_captured_the_error_says_what_would_do(xp) -> None:
     """Four axes, which no kernel takes."""
-    x, w = xp.ones((1, 2, 2, 2, 2, 5), "f4"), xp.ones((3, 2, 1, 1, 1, 2), "f4")
+    x, w = xp.ones((1, 2, 3, 3, 3, 5), "f4"), xp.ones((3, 2, 2, 2, 2, 2), "f4")
     out = xp.empty((1, 3, 2, 2, 2, 4), "f4")
     with captured(xp), pytest.raises(ValueError, match="cannot be captured") as found:
         cuconv.conv(x, w, out=out)

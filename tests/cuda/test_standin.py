@@ -238,13 +238,13 @@ def test_kernels_are_loaded_once_per_device(standin, loaded):
 
 
 def test_precompile(xp):
-    # For each rank: the copy, two sums, what lies around an array and its adjoint; a
-    # product for integers; for floats two loops over channels, tiles of three sizes
-    # along one axis, and along two; and products without columns, for blocks of four
-    # sizes (three of doubles).  For any rank:
+    # For each rank, and each below: the copy, two sums, what lies around an array and
+    # its adjoint; a product for integers; for floats two loops over channels, tiles of
+    # three sizes along one axis, and along two; and products without columns, for
+    # blocks of four sizes (three of doubles).  For any rank:
     # pooling by maxima and means, and norms of floats, and their gradients, of which
     # that of a maximum takes indices or, of floats, x.
-    assert cuconv.precompile(("float32",), (2,)) == 5 + 2 + 6 + 4 * 4 + 7
+    assert cuconv.precompile(("float32",), (2,)) == 2 * 5 + 2 + 6 + 4 * 4 + 7
     assert cuconv.precompile(("float64",), (1,)) == 5 + 2 + 3 + 3 * 4 + 7
     assert cuconv.precompile(("int8",), (1, 2)) == 9 + 4 * 4 + 3
     with pytest.raises(TypeError, match="object"):

@@ -71,7 +71,8 @@ def precompile(
         else:
             for name in ("depthwise", "depthwise_weights"):
                 variants.add(direct_variant(name, dtype, dtype, wide=False))
-        for rank in ranks:
+        # In canonical form, a convolution may have fewer axes than were given.
+        for rank in range(1, max(ranks, default=0) + 1):
             variants.update(_column_variants(dtype, rank))
     for done, variant in enumerate(variants, 1):
         kernel(variant)
