@@ -89,16 +89,36 @@ def parse_memory_limit(limit: int | str) -> int:
     return number
 
 
+class Shortage:
+    """Blocks that may need a larger limit; `check` raises the error of the largest."""
+
+    error: MemoryLimitError | None = None
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(
+        self, kind: object, error: BaseException | None, trace: object
+    ) -> bool:
+        if not isinstance(error, MemoryLimitError):
+            return False
+        if self.error is None or error.smallest > self.error.smallest:
+            self.error = error
+        return True
+
+    def check(self) -> None:
+        """Raise if there was none that would do."""
+        if self.error is not None:
+            raise self.error
+
+
 def all_within(calls: Mapping[Key, Callable[[], R]]) -> dict[Key, R]:
     """Make every call; raise the error of the largest limit that one needs."""
-    results, errors = {}, []
+    results, shortage = {}, Shortage()
     for key, call in calls.items():
-        try:
+        with shortage:
             results[key] = call()
-        except MemoryLimitError as error:
-            errors.append(error)
-    if errors:
-        raise max(errors, key=lambda error: error.smallest)
+    shortage.check()
     return results
 
 

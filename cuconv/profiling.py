@@ -7,7 +7,6 @@ whose message names the strategy and whose payload counts the chunk.  A profiler
 """
 
 import os
-from collections.abc import Callable
 from types import TracebackType
 from typing import Any
 
@@ -22,51 +21,37 @@ def _find_domain() -> Any:
         import nvtx  # noqa: PLC0415 - importing it takes longer than all of ours
     except ImportError:
         return None
-    return nvtx.get_domain(DOMAIN)
+    found = nvtx.get_domain(DOMAIN)
+    return None if type(found).__name__ == "DummyDomain" else found
 
 
-_domain = _find_domain()
-
-
-def is_listening() -> bool:
-    """True if a profiler receives ranges."""
-    return _domain is not None and type(_domain).__name__ != "DummyDomain"
+# Where ranges go; None if no profiler receives them.
+domain = _find_domain()
 
 
 def push(message: str, chunk: int) -> None:
     """Begin a range."""
-    if _domain is not None:
-        _domain.push_range(message=message, payload=chunk)
+    if domain is not None:
+        domain.push_range(message=message, payload=chunk)
 
 
 def pop() -> None:
     """End the range that began last."""
-    if _domain is not None:
-        _domain.pop_range()
-
-
-def _at_once(function: Callable[..., object], *operands: Any) -> None:
-    function(*operands)
+    if domain is not None:
+        domain.pop_range()
 
 
 class stage:  # noqa: N801 - read as a statement: with stage("gather"): ...
-    """A range around one stage of a call; ``do`` begins and ends it, or records it."""
+    """A range around one stage of a call."""
 
-    __slots__ = ("_chunk", "_do", "_message")
+    __slots__ = ("chunk", "message")
 
-    def __init__(
-        self,
-        name: str,
-        strategy: str = "",
-        chunk: int = 0,
-        do: Callable[..., None] = _at_once,
-    ) -> None:
-        self._message = f"{name} {strategy}" if strategy else name
-        self._chunk = chunk
-        self._do = do
+    def __init__(self, name: str, strategy: str = "", chunk: int = 0) -> None:
+        self.message = f"{name} {strategy}" if strategy else name
+        self.chunk = chunk
 
     def __enter__(self) -> None:
-        self._do(push, self._message, self._chunk)
+        push(self.message, self.chunk)
 
     def __exit__(
         self,
@@ -74,4 +59,4 @@ class stage:  # noqa: N801 - read as a statement: with stage("gather"): ...
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._do(pop)
+        pop()

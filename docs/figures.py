@@ -212,7 +212,7 @@ def draw_timeline(figure):
     w = np.ones((16, 16, 3, 3), dtype=np.float32)
     options = {"padding": 1, "strategy": "im2col", "memory_limit": "512 KiB"}
     timeline = Timeline()
-    listening = mock.patch.object(profiling, "_domain", timeline)
+    listening = mock.patch.object(profiling, "domain", timeline)
     with listening, cuconv.config(num_threads=1):
         cuconv.conv2d(x, w, **options)
         timeline.ranges.clear()

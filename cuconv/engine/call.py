@@ -34,7 +34,7 @@ from cuconv.engine.request import (
     named_inputs,
 )
 from cuconv.engine.rewrites.zero_points import check_zero_points
-from cuconv.memory import all_within
+from cuconv.memory import Shortage
 from cuconv.options import Options
 from cuconv.profiling import stage
 
@@ -105,7 +105,8 @@ def run(
         text: object = marshal.dumps((options, more), 2)  # type: ignore[arg-type]
     except ValueError:
         text = repr((options, more))
-    captured = layouts is not None and is_capturing(arrays[0])
+    is_on_host = layouts is None or type(arrays[0]) is np.ndarray
+    captured = not is_on_host and is_capturing(arrays[0])
     key = call, layouts, text, settings(), captured
     plan = _PLANS.get(key)
     if plan is None or (plan.threads and plan.threads != backend_of(np).workers()):
@@ -260,12 +261,12 @@ def plan_gradients(
         backend = backend_of(module_of(named), dy)
         return BiasGrad(named["dy"], geometry, channels, chosen.settled(), backend)
 
-    calls: dict[str, Callable[[], Runnable]] = {
-        "x": lambda: plan("x"),
-        "w": lambda: plan("w"),
-        "bias": bias,
-    }
-    found = all_within({name: calls[name] for name in GRADIENTS if name in needs})
+    found, shortage = {}, Shortage()
+    for name in GRADIENTS:
+        if name in needs:
+            with shortage:
+                found[name] = bias() if name == "bias" else plan(name)
+    shortage.check()
     return GradientPlans(found)
 
 

@@ -23,9 +23,8 @@ from cuconv.engine.planner import PlanningResult
 from cuconv.engine.problem import NAMES, ROLES, Problem, check_shape, shapes_of
 from cuconv.engine.recorded import NEEDS_OUT, LoweredCall
 from cuconv.engine.request import ZERO_POINTS, Request
-from cuconv.engine.tile_search import Candidate
 from cuconv.geometry import Axis, ConvGeometry
-from cuconv.memory import allocated, buffer_bytes
+from cuconv.memory import allocated
 
 
 class Plan(LoweredCall):
@@ -56,15 +55,9 @@ class Plan(LoweredCall):
         self.problem: Problem = request.problem()
         self.result_shape, self.dtype = request.result_shape, types.result
         self.names = (*ROLES[self.call], *ZERO_POINTS)
-        self._weights: dict[str, Array] = {}
         # Operands that are numbers, not arrays.
         self._numbers = {n: a for n, a in arrays.items() if not is_array(a)}
         super().__init__(lowering, request.backend, request.options)
-
-    def renew(self) -> None:
-        """The same; and forget the plans for arrays that lie otherwise."""
-        super().renew()
-        self._others: dict[Any, Plan] = {}
 
     @property
     def _first(self) -> PlanningResult:
@@ -120,7 +113,7 @@ class Plan(LoweredCall):
     @property
     def is_prepared(self) -> bool:
         """True if weights are built in."""
-        return bool(self._weights)
+        return bool(self.weights)
 
     @property
     def is_capturable(self) -> bool:
@@ -128,11 +121,6 @@ class Plan(LoweredCall):
         return self.lowering.is_capturable and all(
             c.strategy.capturable and not self._memory_of(c) for c in self.candidates
         )
-
-    def _memory_of(self, candidate: Candidate) -> int:
-        """Bytes of a candidate's buffers, without those of prepared weights."""
-        kept = candidate.workspace.weights if self._weights else ()
-        return super()._memory_of(candidate) - buffer_bytes(kept)
 
     def __call__(self, *arrays: Array | None, out: Array | None = None) -> Array:
         """Run it.
@@ -162,11 +150,11 @@ class Plan(LoweredCall):
         key = layouts_of((*arrays, out))
         if key is None:
             arrays = tuple(map(base_array, arrays))
-        plan = self._others.get(key) if key is not None else None
+        plan = self.others.get(key) if key is not None else None
         if plan is None:
             plan = self._checked(arrays, out)
             if key is not None and self._is_tuned and not plan.problem.captured:
-                self._others[key] = plan
+                self.others[key] = plan
         elif out is not None:
             check_overlap(self.backend.xp, out, self._named(arrays))
         return plan.run(arrays, out)
@@ -265,7 +253,7 @@ class Plan(LoweredCall):
         plan._is_tuned = True  # noqa: SLF001 - a copy of itself
         each = enumerate(self.lowering.weights_of(w))
         prepared = {f"weights{n}": self._prepared(n, own) for n, own in each}
-        plan._weights = prepared  # noqa: SLF001
+        plan.weights = prepared
         return plan
 
     def _prepared(self, number: int, w: Array) -> Array:
@@ -285,8 +273,8 @@ class Plan(LoweredCall):
         result = backend.empty(self.result_shape, self.dtype) if out is None else out
         named = dict(zip(self.names, arrays, strict=False))
         named["out"] = result if out is None else base_array(out)
-        if self._weights or self._numbers:
-            named.update(self._weights, **self._numbers)
+        if self.weights or self._numbers:
+            named.update(self.weights, **self._numbers)
         if self.program is None:
             self.execute_first(named)
         else:

@@ -12,7 +12,8 @@ workers share, and every region of a `Recording` is the part of it that one work
 
 import copy
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from operator import itemgetter, methodcaller
 from typing import Any, NamedTuple, TypeAlias
@@ -143,7 +144,7 @@ class Program:
 
     def current_phases(self) -> tuple[Phase, ...]:
         """The phases, with ranges if a profiler receives them."""
-        return self.phases_with_ranges if profiling.is_listening() else self.phases
+        return self.phases if profiling.domain is None else self.phases_with_ranges
 
 
 def _joined(phases: Iterable[Phase]) -> tuple[Phase, ...]:
@@ -206,12 +207,13 @@ def _part(view: View, stub: ArrayStub) -> tuple[slice, ...] | None:
 
 
 class Recording:
-    """Replaces `do` and `each` of a backend, and records the calls."""
+    """Replaces `do`, `each` and `stage` of a backend, and records the calls."""
 
     def __init__(self, backend: Any, stubs: dict[str, ArrayStub]) -> None:
         self.stubs = stubs
         self.backend = copy.copy(backend)
         self.backend.do, self.backend.each = self.do, self.each
+        self.backend.stage = self.stage
         self.slots: Slots = []
         self.views: dict[View, int] = {}
         # Of each region: where the first worker's begins, how far apart they are, and
@@ -233,6 +235,14 @@ class Recording:
         takes_addresses = getattr(function, "takes_addresses", False)
         slots = [self._slot(o, is_address=takes_addresses) for o in operands]
         self._steps.append(Step(function, _picker(slots)))
+
+    @contextmanager
+    def stage(self, name: str, strategy: str = "", chunk: int = 0) -> Iterator[None]:
+        """Record a range."""
+        recorded = profiling.stage(name, strategy, chunk)
+        self.do(profiling.push, recorded.message, recorded.chunk)
+        yield
+        self.do(profiling.pop)
 
     def each(
         self,

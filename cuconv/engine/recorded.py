@@ -128,11 +128,15 @@ class LoweredCall(Recorded):
         self.lowering, self.options = lowering, options
         self.candidates: list[Candidate] = [part.best for part in lowering.parts]
         self._is_tuned = options.strategy != "benchmark"
+        # Weights that are built in, transformed or packed, by their names.
+        self.weights: dict[str, Array] = {}
         super().__init__(backend, lowering.chunks)
         self.renew()
 
     def renew(self) -> None:
         """Forget what was recorded, and see what the candidates that run ask for."""
+        # Plans for arrays with other layouts.
+        self.others: dict[Any, Any] = {}
         self._is_recordable = self.lowering.chunks <= MOST_BLOCKS
         self.program = None
         # For how many threads it is, where that matters: a device has none.
@@ -157,9 +161,10 @@ class LoweredCall(Recorded):
         return other
 
     def _memory_of(self, candidate: Candidate) -> int:
-        """Bytes of a candidate's buffers."""
+        """Bytes of a candidate's buffers, less those of weights that are built in."""
         needs, workers = candidate.workspace, candidate.tiling.workers
-        shared = buffer_bytes((*needs.weights, *needs.shared))
+        weights = () if self.weights else needs.weights
+        shared = buffer_bytes((*weights, *needs.shared))
         return shared + workers * buffer_bytes(needs.per_worker)
 
     @property

@@ -82,12 +82,6 @@ class Job(NamedTuple):
         self.backend.each(items, body, self.own, single_threaded=single)
 
 
-def verdict(refusals: Iterator[str]) -> tuple[bool, str]:
-    """The answer of `Strategy.supports`: the first reason against, if there is one."""
-    reason = next(refusals, "")
-    return not reason, reason
-
-
 class Blocks:
     """The blocks of a tiling; a few are kept, many are generated each time."""
 

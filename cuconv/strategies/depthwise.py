@@ -26,7 +26,6 @@ from cuconv.strategies.base import (
     filters_of,
     outer_view,
     three_axes,
-    verdict,
 )
 
 _OPERANDS = {
@@ -47,7 +46,8 @@ class Depthwise(OneWay):
     capturable = True
 
     def supports(self, problem: Problem) -> tuple[bool, str]:
-        return verdict(_refusals(problem))
+        reason = next(_refusals(problem), "")
+        return not reason, reason
 
     def tilings(self, problem: Problem, variant: None, backend: Backend) -> Tilings:
         del variant, backend

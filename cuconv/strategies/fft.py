@@ -43,7 +43,6 @@ from cuconv.strategies.base import (
     filters_of,
     output_cells,
     take_bias,
-    verdict,
 )
 
 # Kernels of fewer taps are faster by im2col, whatever the channels.
@@ -89,7 +88,8 @@ class Fft(OneWay):
     gains_from_size = False  # the cost of an element grows with the transform's length
 
     def supports(self, problem: Problem) -> tuple[bool, str]:
-        return verdict(_refusals(problem))
+        reason = next(_refusals(problem), "")
+        return not reason, reason
 
     def tilings(self, problem: Problem, variant: None, backend: Backend) -> Tilings:
         del variant

@@ -34,7 +34,6 @@ from cuconv.strategies.base import (
     Tilings,
     Workspace,
     filters_of,
-    verdict,
 )
 
 # The kernel counts elements along an axis in 32 bits, with room to add two of them; and
@@ -82,7 +81,8 @@ class ImplicitGemm:
     by_runs = False
 
     def supports(self, problem: Problem) -> tuple[bool, str]:
-        return verdict(_refusals(problem))
+        reason = next(_refusals(problem), "")
+        return not reason, reason
 
     def variants(self, problem: Problem) -> tuple[KernelVariant, ...]:
         sizes = block_sizes(problem.operand)

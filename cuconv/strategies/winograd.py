@@ -51,7 +51,6 @@ from cuconv.strategies.base import (
     output_cells,
     take_bias,
     three_axes,
-    verdict,
 )
 from cuconv.strategies.winograd_kernels import TileKernels, kernels_work
 from cuconv.strategies.winograd_products import Products, products_work
@@ -131,7 +130,8 @@ class Winograd:
     by_runs = False
 
     def supports(self, problem: Problem) -> tuple[bool, str]:
-        return verdict(_refusals(problem))
+        reason = next(_refusals(problem), "")
+        return not reason, reason
 
     def variants(self, problem: Problem) -> tuple[tuple[int, ...], ...]:
         """Tile sizes along the axes that are transformed."""

@@ -302,8 +302,7 @@ class CpuBackend:
         for inside, outside, _ in each:
             self.do(np.add, inside, outside, inside)
 
-    def stage(self, name: str, strategy: str = "", chunk: int = 0) -> stage:
-        return stage(name, strategy, chunk, self.do)
+    stage = stage
 
     @staticmethod
     def do(function: Callable[..., Any], *operands: Any) -> None:

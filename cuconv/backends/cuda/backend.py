@@ -183,8 +183,7 @@ class CudaBackend:
     def do(function: Callable[..., Any], *operands: Any) -> None:
         function(*operands)
 
-    def stage(self, name: str, strategy: str = "", chunk: int = 0) -> stage:
-        return stage(name, strategy, chunk, self.do)
+    stage = stage
 
     def each(
         self,

@@ -19,7 +19,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import numpy as np
 
@@ -29,7 +29,6 @@ from cuconv.engine.lowering import Lowering
 from cuconv.engine.problem import ROLES, in_groups
 from cuconv.engine.request import Request
 from cuconv.geometry import Axis, ConvGeometry
-from cuconv.lazy import lazy
 
 # Of (N, G, C / G, *spatial) and of (K, C / G, *kernel), the axes before the last ones.
 _BEFORE_CELLS, _BEFORE_TAPS = 3, 2
@@ -39,7 +38,7 @@ _UNIT = Axis(size=1, kernel=1, stride=1, dilation=1, before=0, after=0)
 # ms so and 0.60 as one.  A forward pass x · Wᵀ over a few images is slow in OpenBLAS
 # unless the weights stay in a cache: 512 to 1000 channels took 1.3 to 1.7 times as long
 # as W · xᵀ, copied there and back, for 2 to 32 images; 480 to 120 took 0.7 times as
-# long for 5, 1.3 for 16, 0.7 for 64 (Intel Xeon with AMX, two cores).
+# long for 5, 1.3 for 16, 0.7 for 64 (Intel Xeon, two cores).
 _LONG_ROW, _CACHED_WEIGHTS, _FEW, _MANY = 512, 2**16, 8, 64
 # What a geometry works out is kept with it.
 _geometry = lru_cache(maxsize=4096)(ConvGeometry)
@@ -60,7 +59,7 @@ class Form:
     is_joined: bool
     channels_first: bool
 
-    @lazy
+    @cached_property
     def geometry(self) -> ConvGeometry:
         """The convolution that remains."""
         g = self.source
