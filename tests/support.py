@@ -22,6 +22,7 @@ from cuconv.backends.cpu import backend as host
 from cuconv.engine import autotune
 from cuconv.engine import call as calls
 from cuconv.engine import plan as planning
+from cuconv.engine import recorded
 from cuconv.memory import MemoryLimitError
 
 TESTS = Path(__file__).parent
@@ -570,14 +571,14 @@ def run_candidate(plan: cuconv.Plan, candidate: Any, arrays: Sequence[Any]) -> A
 def ran(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """The first candidate of every call that runs from now on."""
     seen: list[Any] = []
-    original = planning.LoweredCall.execute
+    original = planning.Plan.run
 
     def spy(plan: Any, *arguments: Any) -> Any:
         result = original(plan, *arguments)
         seen.append(chosen(plan))
         return result
 
-    monkeypatch.setattr(planning.LoweredCall, "execute", spy)
+    monkeypatch.setattr(planning.Plan, "run", spy)
     return seen
 
 
@@ -594,8 +595,8 @@ def let_win(monkeypatch: pytest.MonkeyPatch, name: str) -> list[int]:
         races.append(len(timed))
         return names.index(name)
 
-    monkeypatch.setattr(planning, "recall", recall)
-    monkeypatch.setattr(planning, "fastest", fastest)
+    monkeypatch.setattr(recorded, "recall", recall)
+    monkeypatch.setattr(recorded, "fastest", fastest)
     return races
 
 
@@ -653,7 +654,9 @@ def keep_few_plans(monkeypatch: pytest.MonkeyPatch, most: int) -> Sized:
 def devices_that_plan(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The device of each plan that is made from now on."""
     asked: list[str] = []
-    note_plans(monkeypatch, calls, lambda request: asked.append(request.backend.device))
+    # `cuconv.conv` is the function; `plan_conv` plans in the module of that name.
+    for module in (calls, sys.modules["cuconv.conv"]):
+        note_plans(monkeypatch, module, lambda r: asked.append(r.backend.device))
     return asked
 
 
@@ -665,14 +668,14 @@ def races_of(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         seen.append(len(candidates))
         return autotune.fastest(backend, candidates)
 
-    monkeypatch.setattr(planning, "fastest", spy)
+    monkeypatch.setattr(recorded, "fastest", spy)
     return seen
 
 
 def let_number_win(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
     """Let every race be won by the candidate of a number, whatever is on record."""
-    monkeypatch.setattr(planning, "recall", lambda *_: None)
-    monkeypatch.setattr(planning, "fastest", lambda _, each: number % len(each))
+    monkeypatch.setattr(recorded, "recall", lambda *_: None)
+    monkeypatch.setattr(recorded, "fastest", lambda _, each: number % len(each))
     forget_plans()
 
 

@@ -33,8 +33,9 @@ from cuconv import testing
 from cuconv.arrays import accumulator
 from cuconv.backends.blocking import Blocking, block_sizes
 from cuconv.backends.cuda import cuda_backend
+from cuconv.engine.problem import in_groups
 from cuconv.geometry import ConvGeometry
-from cuconv.strategies.base import filters_of, in_groups
+from cuconv.strategies.base import filters_of
 
 pytestmark = pytest.mark.parametrize("xp", ["cupy"], indirect=True)
 MINE = {"strategy": "implicit_gemm"}
