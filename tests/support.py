@@ -22,6 +22,7 @@ from cuconv.backends.cpu import backend as host
 from cuconv.engine import autotune, recorded
 from cuconv.engine import call as calls
 from cuconv.engine import plan as planning
+from cuconv.engine import recorded
 from cuconv.memory import MemoryLimitError
 
 TESTS = Path(__file__).parent
@@ -654,7 +655,9 @@ def keep_few_plans(monkeypatch: pytest.MonkeyPatch, most: int) -> Sized:
 def devices_that_plan(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The device of each plan that is made from now on."""
     asked: list[str] = []
-    note_plans(monkeypatch, calls, lambda request: asked.append(request.backend.device))
+    # `cuconv.conv` is the function; `plan_conv` plans in the module of that name.
+    for module in (calls, sys.modules["cuconv.conv"]):
+        note_plans(monkeypatch, module, lambda r: asked.append(r.backend.device))
     return asked
 
 

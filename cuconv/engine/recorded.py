@@ -179,10 +179,17 @@ class LoweredCall(Recorded):
         return self.lowering.memory_limit - self.nbytes - overhead
 
     def execute_first(self, arrays: dict[str, Array]) -> None:
-        """Time the candidates if that was asked; record the steps, and run them."""
+        """Time the candidates if that was asked; record the steps, and run them.
+
+        While a CUDA graph is captured they are not recorded, to ask for a winner that
+        may be known at the next call.
+        """
         if not self._is_tuned:
             self._tune(arrays)
-        super().execute_first(arrays)
+        if self._is_tuned:
+            super().execute_first(arrays)
+        else:
+            self._run_steps(arrays)
 
     def _steps(self, backend: Any, arrays: dict[str, Array], memory: Memory) -> None:
         buffers = self.lowering.buffers

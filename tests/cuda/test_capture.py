@@ -74,7 +74,7 @@ def test_the_planner_takes_what_can_be_captured(xp, op, choices) -> None:
     assert choices[-1].workspace_bytes == 0
     assert plan.problem.captured
     assert plan.strategy == choices[-1].strategy.name
-    assert "cannot hold cuBLAS" in plan.passed_over["im2col"]
+    assert "cannot contain cuBLAS" in plan.passed_over["im2col"]
     host = operands(LINE, "float32")
     made_inside = plan(*of(op, host.on(xp)))
     testing.assert_equal(made_inside, reference(op, host, LINE))
@@ -125,7 +125,7 @@ def test_results_without_out_are_refused(xp) -> None:
     half = xp.zeros(columns.shape, "float16")
     target = xp.zeros(x.shape, "float16")
     calls = {
-        "give the array for the result as out=": [
+        "cannot allocate the result during CUDA graph capture: pass out=": [
             lambda: cuconv.conv(x, w, strategy="implicit_gemm", **LINE.options),
             lambda: cuconv.conv_input_grad(dy, w, x.shape, **LINE.options),
             lambda: cuconv.conv_weight_grad(dy, x, w.shape, **LINE.options),
@@ -137,7 +137,7 @@ def test_results_without_out_are_refused(xp) -> None:
             lambda: cuconv.conv_backward(dy, x, w, **LINE.options),
             lambda: cuconv.conv_backward(dy, x, w, needs=("bias",), **LINE.options),
         ],
-        "weights are prepared before": [lambda: plan.prepare(w)],
+        "prepare the weights before it": [lambda: plan.prepare(w)],
         "sums of float16 take memory": [
             lambda: cuconv.col2im(half, x.shape, 3, out=target)
         ],
@@ -212,7 +212,7 @@ def test_prepared_plans(xp) -> None:
     }
     out = xp.full(LINE.y_shape(), 77, "float32")
     with captured(xp) as graphs:
-        with pytest.raises(ValueError, match="prepared for im2col, which it cannot"):
+        with pytest.raises(ValueError, match="prepared for im2col, cannot be part"):
             plans["im2col"](x, out=out)
         plans["implicit_gemm"](x, out=out)
     w[...] = 0  # prepared weights are the plan's own

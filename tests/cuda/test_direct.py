@@ -290,7 +290,7 @@ def test_several_types_go_elsewhere(xp, op) -> None:
 
 def test_lengths_past_31_bits_go_elsewhere(xp) -> None:
     far = {"stride": 2**16, "dilation": 3, "groups": 2}
-    with pytest.raises(ValueError, match="lengths of 4294967303 cells, less than 2"):
+    with pytest.raises(ValueError, match="lengths of 4294967303 elements, less than 2"):
         cuconv.plan_conv(
             (1, 2, 2**18), (2, 1, 3), op="input_grad", device="cuda", **far, **DEPTHWISE
         )

@@ -33,8 +33,9 @@ from cuconv import testing
 from cuconv.arrays import accumulator
 from cuconv.backends.blocking import Blocking, block_sizes
 from cuconv.backends.cuda import cuda_backend
+from cuconv.engine.problem import in_groups
 from cuconv.geometry import ConvGeometry
-from cuconv.strategies.base import filters_of, in_groups
+from cuconv.strategies.base import filters_of
 
 pytestmark = pytest.mark.parametrize("xp", ["cupy"], indirect=True)
 MINE = {"strategy": "implicit_gemm"}
@@ -198,7 +199,7 @@ def test_operands_turned_so_that_channels_come_last(xp, op, dtype, precision, pr
     assert len(turned) == len(candidates_of(plan)) / 2 > 0
     for candidate in turned:
         own = with_candidate(plan, candidate)
-        assert "channels turned last" in candidate.label
+        assert "operands copied to channels last" in candidate.label
         if prepares and op != "weight_grad":
             got = own.prepare(arrays.w)(
                 *(a for a in of(op, arrays) if a is not arrays.w)
@@ -335,7 +336,7 @@ def test_refusals_say_why(xp):
     with pytest.raises(ValueError, match="4 axes, 3 at most"):
         cuconv.conv(four, four, **MINE)
     far = 2**30
-    with pytest.raises(ValueError, match=rf"spans {3 * far + 8} cells, {2**29} are"):
+    with pytest.raises(ValueError, match=rf"spans {3 * far + 8} elements, {2**29} are"):
         cuconv.conv(x, w, padding=far, stride=far, **MINE)
 
 
