@@ -244,7 +244,7 @@ def test_a_plan_shows_what_was_asked(op) -> None:
     assert (said["x_shape"], said["w_shape"]) == (case.x_shape, case.w_shape)
     assert (said["y_shape"], said["stride"]) == (case.y_shape(), (2, 1))
     assert said["flops"] == 2 * 2 * 4 * 3 * 15
-    assert "axis 1        5 cells, 5 taps" in str(plan)
+    assert "axis 1        5 elements, 5 taps" in str(plan)
 
 
 def test_prepared_weights(xp) -> None:
