@@ -19,10 +19,9 @@ import cuconv
 from cuconv import testing
 from cuconv.arrays import SUPPORTED_TYPES
 from cuconv.backends.cpu import backend as host
-from cuconv.engine import autotune
+from cuconv.engine import autotune, recorded
 from cuconv.engine import call as calls
 from cuconv.engine import plan as planning
-from cuconv.engine import recorded
 from cuconv.memory import MemoryLimitError
 
 TESTS = Path(__file__).parent

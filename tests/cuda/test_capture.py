@@ -203,6 +203,31 @@ def test_a_plan_from_outside_is_made_anew_inside(xp, op, choices) -> None:
     testing.assert_equal(out, reference(op, host, LINE))
 
 
+@pytest.mark.parametrize("prepares", [False, True])
+def test_a_plan_that_ran_outside_is_no_other_inside(xp, prepares, choices) -> None:
+    """What a plan keeps of a call outside is nothing for a capture, and back."""
+    host = operands(LINE, "float32")
+    x, w, _ = host.on(xp)
+    arrays = (x,) if prepares else (x, w)
+    plan = cuconv.plan_conv(
+        LINE.x_shape, LINE.w_shape, device="cuda", strategy="im2col", **LINE.options
+    )
+    plan = plan.prepare(w) if prepares else plan
+    out, wanted = xp.empty(LINE.y_shape(), "float32"), reference("forward", host, LINE)
+    words = (
+        "for im2col, cannot be part" if prepares else "'im2col' cannot run .* captured"
+    )
+    for _ in range(2):
+        plan(*arrays, out=out)
+        testing.assert_equal(plan(*arrays), wanted)
+        count = len(choices)
+        with captured(xp), device_allocations(xp) as seen:
+            for given, said in ((out, words), (None, "captured, .* pass out=")):
+                with pytest.raises(ValueError, match=said):
+                    plan(*arrays, out=given)
+        assert (seen.count, len(choices)) == (0, count)
+
+
 def test_prepared_plans(xp) -> None:
     """Captured where a graph can hold what they were prepared for, else refused."""
     host = operands(LINE, "float32")
