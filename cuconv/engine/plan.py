@@ -147,13 +147,15 @@ class Plan(LoweredCall):
             plan; while a CUDA graph is captured, without ``out``, and for a prepared
             plan that cannot be captured.
         """
-        key = layouts_of((*arrays, out))
-        if key is None:
+        layouts = layouts_of((*arrays, out))
+        if layouts is None:
             arrays = tuple(map(base_array, arrays))
-        plan = self.others.get(key) if key is not None else None
+        # What runs outside a CUDA graph may not run while one is captured.
+        key = layouts, self.backend.is_capturing()
+        plan = self.others.get(key) if layouts is not None else None
         if plan is None:
             plan = self._checked(arrays, out)
-            if key is not None and self._is_tuned and not plan.problem.captured:
+            if layouts is not None and self._is_tuned and not plan.problem.captured:
                 self.others[key] = plan
         elif out is not None:
             check_overlap(self.backend.xp, out, self._named(arrays))

@@ -11,17 +11,21 @@ from support import (
     OPERATIONS,
     Case,
     call_into,
+    candidates_of,
     captured,
     device_allocations,
+    forget_plans,
     forget_winners,
     integers,
     let_win,
     of,
     operands,
+    plan_of,
     reference,
     replay,
     to_host,
     wanted_shape,
+    with_candidate,
 )
 
 import cuconv
@@ -199,6 +203,31 @@ def test_a_plan_from_outside_is_made_anew_inside(xp, op, choices) -> None:
     testing.assert_equal(out, reference(op, host, LINE))
 
 
+@pytest.mark.parametrize("prepares", [False, True])
+def test_a_plan_that_ran_outside_is_no_other_inside(xp, prepares, choices) -> None:
+    """What a plan keeps of a call outside is nothing for a capture, and back."""
+    host = operands(LINE, "float32")
+    x, w, _ = host.on(xp)
+    arrays = (x,) if prepares else (x, w)
+    plan = cuconv.plan_conv(
+        LINE.x_shape, LINE.w_shape, device="cuda", strategy="im2col", **LINE.options
+    )
+    plan = plan.prepare(w) if prepares else plan
+    out, wanted = xp.empty(LINE.y_shape(), "float32"), reference("forward", host, LINE)
+    words = (
+        "for im2col, cannot be part" if prepares else "'im2col' cannot run .* captured"
+    )
+    for _ in range(2):
+        plan(*arrays, out=out)
+        testing.assert_equal(plan(*arrays), wanted)
+        count = len(choices)
+        with captured(xp), device_allocations(xp) as seen:
+            for given, said in ((out, words), (None, "captured, .* pass out=")):
+                with pytest.raises(ValueError, match=said):
+                    plan(*arrays, out=given)
+        assert (seen.count, len(choices)) == (0, count)
+
+
 def test_prepared_plans(xp) -> None:
     """Captured where a graph can hold what they were prepared for, else refused."""
     host = operands(LINE, "float32")
@@ -219,6 +248,39 @@ def test_prepared_plans(xp) -> None:
     graphs[0].launch()
     xp.cuda.Device().synchronize()
     testing.assert_equal(out, reference("forward", host, LINE))
+
+
+def test_a_workspace_is_refused_by_its_size(xp, monkeypatch, choices) -> None:
+    """A graph allocates nothing: not for operands copied to channels last either."""
+    case = Case((2, 32, 7, 10), (48, 32, 3, 2), {"padding": 1})
+    host = operands(case, "float16")
+    arrays, wanted = host.on(xp), reference("forward", host, case)
+    out = xp.full(case.y_shape(), 77, "float16")
+    mine = {"strategy": "implicit_gemm"}
+    plan = plan_of("forward", case, "float16", device="cuda", **mine)
+    needy = next(c for c in candidates_of(plan) if c.workspace_bytes)
+    copying = with_candidate(plan, needy)
+    prepared = copying.prepare(arrays.w)
+    testing.assert_equal(copying(arrays.x, arrays.w), wanted)
+    testing.assert_equal(prepared(arrays.x), wanted)
+    with captured(xp) as graphs, device_allocations(xp) as seen:
+        copying(arrays.x, arrays.w, out=out)
+        with pytest.raises(ValueError, match="prepared for implicit_gemm, cannot be"):
+            prepared(arrays.x, out=out)
+        assert choices[-1].workspace_bytes == 0, "it was not planned anew"
+        # Where nothing does without one, its size is said.
+        strategy = type(needy.strategy)
+        monkeypatch.setattr(strategy, "variants", lambda *_: (needy.tiling.variant,))
+        words = f"implicit_gemm: needs {needy.workspace_bytes} bytes of workspace, "
+        for options in (mine, {}):
+            forget_plans()
+            with pytest.raises(ValueError, match=words):
+                call_into("forward", arrays, case, out, **options)
+    assert seen.count == 0
+    assert np.all(to_host(out) == 77), "it ran while it was recorded"
+    graphs[0].launch()
+    xp.cuda.Device().synchronize()
+    testing.assert_equal(out, wanted)
 
 
 def test_the_stream_of_the_arrays_device_counts(xp) -> None:
