@@ -18,12 +18,11 @@ __all__ = ["PADDING_MODES", "Variant", "all_variants", "kernel_source", "strateg
 @contextmanager
 def without_ranges() -> Iterator[None]:
     """Calls without their NVTX ranges."""
-    domain = profiling._domain  # noqa: SLF001
-    profiling._domain = None  # noqa: SLF001
+    domain, profiling.domain = profiling.domain, None
     try:
         yield
     finally:
-        profiling._domain = domain  # noqa: SLF001
+        profiling.domain = domain
 
 
 @contextmanager

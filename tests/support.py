@@ -19,7 +19,7 @@ import cuconv
 from cuconv import testing
 from cuconv.arrays import SUPPORTED_TYPES
 from cuconv.backends.cpu import backend as host
-from cuconv.engine import autotune, recorded
+from cuconv.engine import autotune, recorded, separable
 from cuconv.engine import call as calls
 from cuconv.engine import plan as planning
 from cuconv.memory import MemoryLimitError
@@ -571,14 +571,14 @@ def run_candidate(plan: cuconv.Plan, candidate: Any, arrays: Sequence[Any]) -> A
 def ran(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """The first candidate of every call that runs from now on."""
     seen: list[Any] = []
-    original = planning.Plan.run
+    for kind in (planning.Plan, separable.SeparablePlan):
 
-    def spy(plan: Any, *arguments: Any) -> Any:
-        result = original(plan, *arguments)
-        seen.append(chosen(plan))
-        return result
+        def spy(plan: Any, *arguments: Any, run: Any = kind.run) -> Any:
+            result = run(plan, *arguments)
+            seen.append(chosen(plan))
+            return result
 
-    monkeypatch.setattr(planning.Plan, "run", spy)
+        monkeypatch.setattr(kind, "run", spy)
     return seen
 
 
