@@ -49,7 +49,7 @@ def test_one_thread_holds_while_any_call_runs() -> None:
     blas = host._Blas()
     with threadpool_limits(2, "blas"):
         before = blas_threads()
-        first, second = blas.one_thread(), blas.one_thread()
+        first, second = blas, blas
         first.__enter__()
         second.__enter__()
         assert set(blas_threads()) <= {1}
@@ -102,7 +102,7 @@ def test_a_child_forked_during_a_call_has_all_blas_threads(monkeypatch) -> None:
     monkeypatch.setattr(host, "ThreadpoolController", Later)
     with threadpool_limits(2, "blas"):
         wanted = blas_threads()
-        with host._BLAS.one_thread():
+        with host._BLAS:
             assert blas_threads() != wanted
             pid = os.fork()
             if pid == 0:

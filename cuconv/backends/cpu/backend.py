@@ -340,6 +340,9 @@ class CpuBackend:
             phases = program.current_phases()
             if is_small:
                 _run(phases, first)
+            elif not others and program.buffered <= _SMALL_BYTES:
+                with _BLAS:
+                    _run(phases, first)
             elif not others:
                 self.parallel(
                     lambda _: _run(phases, first),
@@ -371,7 +374,7 @@ class CpuBackend:
             return
         others: list[Future[None]] = []
         # Threaded BLAS rounds by its number of threads, and other calls change that.
-        with _BLAS.one_thread():
+        with _BLAS:
             try:
                 others += (_submit(run, worker) for worker in range(1, workers))
                 run(0)
@@ -696,7 +699,7 @@ def _taps(kernel: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
 
 
 class _Blas:
-    """The threads of NumPy's BLAS, and calls that limit it to one.
+    """The threads of NumPy's BLAS; one within ``with``.
 
     The limit is a property of the process, so overlapping calls share it: the first
     to enter sets it and the last to leave restores what was there.
@@ -720,21 +723,19 @@ class _Blas:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 0
         return max(1, min([*now, cores or os.cpu_count() or 1])) if now else 1
 
-    @contextmanager
-    def one_thread(self) -> Iterator[None]:
+    def __enter__(self) -> None:
         with self._lock:
             if self._users == 0:
                 self._before = [lib.get_num_threads() for lib in self._libraries]
                 self._set([1] * len(self._libraries))
             self._users += 1
-        try:
-            yield
-        finally:
-            with self._lock:
-                self._users -= 1
-                if self._users == 0:
-                    self._set(self._before)
-                    self._before = []
+
+    def __exit__(self, *error: object) -> None:
+        with self._lock:
+            self._users -= 1
+            if self._users == 0:
+                self._set(self._before)
+                self._before = []
 
     def restore(self) -> None:
         """Restore the number of threads after a fork ended a call's thread."""
