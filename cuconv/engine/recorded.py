@@ -181,8 +181,8 @@ class LoweredCall(Recorded):
     def execute_first(self, arrays: dict[str, Array]) -> None:
         """Time the candidates if that was asked; record the steps, and run them.
 
-        While a CUDA graph is captured they are not recorded, to ask for a winner that
-        may be known at the next call.
+        Candidates without a winner yet, in a CUDA-graph capture, run unrecorded: the
+        next call asks again.
         """
         if not self._is_tuned:
             self._tune(arrays)
