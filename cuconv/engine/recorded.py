@@ -24,7 +24,7 @@ from cuconv.memory import ALIGNED, Buffer, buffer_bytes, carve, with_start
 from cuconv.options import Options
 
 # Why a call without `out` is refused while a CUDA graph is captured.
-NEEDS_OUT = "cannot allocate the result during CUDA graph capture: pass out="
+NEEDS_OUT = "the result cannot be allocated: pass out="
 # The most blocks that are recorded: with more, the work takes far longer than computing
 # the steps anew.
 MOST_BLOCKS = 32

@@ -129,7 +129,7 @@ def test_results_without_out_are_refused(xp) -> None:
     half = xp.zeros(columns.shape, "float16")
     target = xp.zeros(x.shape, "float16")
     calls = {
-        "cannot allocate the result during CUDA graph capture: pass out=": [
+        "the result cannot be allocated: pass out=": [
             lambda: cuconv.conv(x, w, strategy="implicit_gemm", **LINE.options),
             lambda: cuconv.conv_input_grad(dy, w, x.shape, **LINE.options),
             lambda: cuconv.conv_weight_grad(dy, x, w.shape, **LINE.options),
