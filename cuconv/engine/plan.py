@@ -155,7 +155,7 @@ class Plan(LoweredCall):
         plan = self.others.get(key) if layouts is not None else None
         if plan is None:
             plan = self._checked(arrays, out)
-            if layouts is not None and self._is_tuned and not plan.problem.captured:
+            if layouts is not None and not plan.problem.captured:
                 self.others[key] = plan
         elif out is not None:
             check_overlap(self.backend.xp, out, self._named(arrays))
