@@ -381,7 +381,9 @@ def largest_fitting(fits: Callable[[int], bool], limit: int) -> int:
     """The largest number up to ``limit`` that fits, 0 if none does."""
     if fits(limit):
         return limit
-    low, high = 0, limit
+    if limit < 1 or not fits(1):
+        return 0
+    low, high = 1, limit
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (middle, high) if fits(middle) else (low, middle)
