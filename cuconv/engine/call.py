@@ -6,7 +6,7 @@
 Calls with Dask arrays branch off here, in `plan_convolution`.
 """
 
-import marshal
+import pickle
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -101,13 +101,13 @@ def run(
     outs = out if type(out) is tuple else (out,)
     layouts = layouts_of((*arrays, *outs))
     try:
-        # Bytes, in which 1, 1.0 and True differ.
-        text: object = marshal.dumps((options, more), 2)  # type: ignore[arg-type]
-    except ValueError:
+        # Bytes, in which 1, 1.0, True and np.int8(1) differ.
+        text: object = pickle.dumps((options, more), 5)
+    except Exception:  # noqa: BLE001 - objects raise whatever they like
         text = repr((options, more))
     is_on_host = layouts is None or type(arrays[0]) is np.ndarray
     captured = not is_on_host and is_capturing(arrays[0])
-    key = call, layouts, text, settings(), captured
+    key = call, layouts, type(out), text, settings(), captured
     plan = _PLANS.get(key)
     if plan is None or (plan.threads and plan.threads != backend_of(np).workers()):
         arrays = tuple(map(base_array, arrays))

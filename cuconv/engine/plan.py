@@ -26,6 +26,9 @@ from cuconv.engine.request import ZERO_POINTS, Request
 from cuconv.geometry import Axis, ConvGeometry
 from cuconv.memory import allocated
 
+# The most layouts of arrays for which a plan keeps another.
+_MOST_LAYOUTS = 64
+
 
 class Plan(LoweredCall):
     """The plan of one convolution, or of a gradient of one; print it to read it.
@@ -152,13 +155,22 @@ class Plan(LoweredCall):
             arrays = tuple(map(base_array, arrays))
         # What runs outside a CUDA graph may not run while one is captured.
         key = layouts, self.backend.is_capturing()
-        plan = self.others.get(key) if layouts is not None else None
-        if plan is None:
-            plan = self._checked(arrays, out)
-            if layouts is not None and not plan.problem.captured:
-                self.others[key] = plan
-        elif out is not None:
-            check_overlap(self.backend.xp, out, self._named(arrays))
+        if layouts is not None and key in self.others:
+            # None is this plan: it keeps no reference to itself.
+            plan = self.others[key] or self
+            if out is not None:
+                check_overlap(self.backend.xp, out, self._named(arrays))
+            return plan.run(arrays, out)
+        bias = arrays[1] if self.is_prepared and len(arrays) == 2 else None
+        if isinstance(bias, self.backend.xp.ndarray) and not key[1]:
+            packed = self.backend.xp.array(bias, order="C", copy=True)
+            if stub_of("bias", bias).layout != stub_of("bias", packed).layout:
+                return self(arrays[0], packed, out=out)
+        plan = self._checked(arrays, out)
+        if layouts is not None and not plan.problem.captured:
+            if len(self.others) >= _MOST_LAYOUTS:
+                self.others.clear()
+            self.others[key] = None if plan is self else plan
         return plan.run(arrays, out)
 
     def _named(self, arrays: Sequence[Array | None]) -> dict[str, Array]:
@@ -176,8 +188,9 @@ class Plan(LoweredCall):
             if misplaced:
                 named = {**given, "out": out}
                 each = (f"{n} has strides {named[n].strides}" for n in misplaced)
+                found = ", ".join(each)
                 raise ValueError(
-                    f"a prepared plan takes C-contiguous arrays; {', '.join(each)}"
+                    f"a prepared plan takes aligned C-contiguous arrays; {found}"
                 )
             if not self.is_capturable:
                 what = f"the plan, prepared for {self.strategy}, cannot be part of it"
