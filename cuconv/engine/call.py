@@ -210,7 +210,9 @@ class GradientPlans:
         """Run every plan."""
         dy, x, w = arrays
         operands = {"x": (dy, w), "w": (dy, x), "bias": (dy,)}
-        found = {n: plan.run(operands[n], out) for n, plan in self._plans.items()}
+        # The sums of the bias first: the workspace of the others is kept.
+        names = [name for name in ("bias", "x", "w") if name in self._plans]
+        found = {n: self._plans[n].run(operands[n], out) for n in names}
         if self.w_shape is not None and "w" in found:
             found["w"] = found["w"].reshape(self.w_shape)
         return ConvGradients(**found)

@@ -258,7 +258,7 @@ class CpuBackend:
 
     def sum(self, array: Array, axes: tuple[int, ...], dtype: DType) -> Array:
         if array.dtype == dtype:
-            return np.add.reduce(array, axes)
+            return np.add.reduce(array, axes, dtype)
         sums = []
 
         def body(worker: int) -> None:
