@@ -114,8 +114,8 @@ def run(
         with stage("plan"):
             plan = make(call, arrays, out, options, more)
         # An object that shows its address says nothing: another may have it later.
-        is_unclear = layouts is None or (type(text) is str and " at 0x" in text)
-        if not is_unclear:
+        is_clear = type(text) is bytes or " at 0x" not in str(text)
+        if layouts is not None and is_clear:
             if len(_PLANS) >= _MOST_PLANS:
                 _PLANS.clear()
             _PLANS[key] = plan

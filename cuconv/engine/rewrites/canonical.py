@@ -1,6 +1,6 @@
 """Canonical form: the same convolution over fewer axes, by other views of its arrays.
 
-    units       an axis of one cell and one tap vanishes
+    units       an axis of one element and one tap vanishes
     spanned     an axis that the kernel spans runs as channels: one output, no sum moves
     runs        neighbours without windows (kernel 1, stride 1, no padding) are one axis
     joined      where no window is left, images are positions of one matrix product
@@ -88,7 +88,7 @@ class Form:
         """View x, y, or their gradients."""
         g = self.source
         grouped = in_groups(array, g)
-        # In y, nothing is left of an axis that channels take: it has one cell.
+        # In y, nothing is left of an axis that channels take: it has one element.
         images = grouped.shape[0]
         channels = (1, *(_BEFORE_CELLS + i for i in self.channels))
         runs = [tuple(_BEFORE_CELLS + i for i in run) for run in self.runs]
@@ -215,7 +215,7 @@ def _form_of(request: Request, arrays: dict[str, Array]) -> Form | None:
     runs, joins = _runs(geometry, kept, x, y), _joins(request, kept, x, y)
     first = geometry.channels_first
     if len(channels) > 1 and runs and not joins:
-        # What is gathered lies in long runs so; other weights stay as they lie.
+        # The gather then copies long runs; strides of other weights are unchanged.
         inner, last = (_BEFORE_CELLS + i for i in (runs[-1][-1], channels[-1]))
         first = x.strides[inner] < x.strides[last]
     form = Form(geometry, channels, runs, joins, first)
@@ -304,8 +304,8 @@ def _is_faster_joined(request: Request) -> bool:
         return True
     if geometry.positions >= _LONG_ROW:
         return False
-    is_turned = not request.is_input_grad and geometry.channels_first
-    if geometry.positions > 1 or not is_turned:
+    is_transposed = not request.is_input_grad and geometry.channels_first
+    if geometry.positions > 1 or not is_transposed:
         return True
     is_cached = geometry.filters * geometry.patch <= _CACHED_WEIGHTS
     return is_cached and not _FEW <= geometry.images < _MANY
@@ -318,6 +318,6 @@ def _merge(array: Array, axes: Sequence[int]) -> bool:
 
 
 def _viewed(array: Array, order: Sequence[int], shape: tuple[int, ...]) -> Array:
-    """View the axes in this order, then merged; those that it lacks have one cell."""
+    """View the axes in this order, then merged; axes that it lacks are of length 1."""
     rest = [i for i in range(array.ndim) if i not in order]
     return array.transpose(*order, *rest).reshape(shape)
