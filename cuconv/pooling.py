@@ -118,7 +118,7 @@ Whether a mean divides by the cells of the padding too.  What hangs over beyond 
 (``ceil_mode``) is never counted.
 """,
     "divisor_override": "A number to divide every sum by instead.",
-    "return_indices": "Whether to say where each maximum lies too.",
+    "return_indices": "Whether to return the index of each maximum too.",
     "dtype": """
 Type of the result, real or complex; by default that of ``x``, and float64 for integers
 and booleans, as for `numpy.mean`.  Half types are summed in float32.

@@ -7,7 +7,6 @@ from cuconv.arrays import Array, DType, Types, grouped
 from cuconv.backends.blocking import uses_tensor_cores
 from cuconv.geometry import ConvGeometry
 
-OPERATIONS = ("forward", "input_grad", "weight_grad")
 # The names of the adjoint convolution's operations for a transposed convolution: y of
 # one is x of the other, and the weights are the same.
 TRANSPOSED = {

@@ -55,7 +55,7 @@ _BACKWARD = "dy", "x", "depthwise", "pointwise"
 # Gradients that are summed over pieces.
 _SUMMED = "ddepthwise", "dpointwise"
 _TAKES_MEMORY = (
-    "a separable convolution takes memory for what lies between its steps: call "
+    "a separable convolution takes memory for the array between its steps: call "
     "depthwise_conv and conv, both with out="
 )
 

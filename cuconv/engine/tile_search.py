@@ -370,13 +370,6 @@ def _last_worthwhile(costs: list[float]) -> int:
     return best
 
 
-def _is_taken(cost: float, floors: list[float], place: int) -> bool:
-    """True if a cost is the last worthwhile one, given the lower bounds of others."""
-    before = min(floors[:place], default=float("inf")) * _ALMOST
-    after = min(floors[place + 1 :], default=float("inf")) * _ALMOST
-    return cost < before * _WORTH_FEWER and cost * _WORTH_FEWER < after
-
-
 def largest_fitting(fits: Callable[[int], bool], limit: int) -> int:
     """The largest number up to ``limit`` that fits, 0 if none does."""
     if fits(limit):
