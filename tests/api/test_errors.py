@@ -27,6 +27,7 @@ from support import (
 
 import cuconv
 from cuconv import arrays as array_rules
+from cuconv import testing
 from cuconv.memory import MemoryLimitError, parse_memory_limit
 
 HUGE = 2**20
@@ -372,11 +373,18 @@ def test_types_without_arithmetic_are_refused(dtype) -> None:
     assert_refused(np, call, (TypeError, ValueError), "dy has")
 
 
-def test_types_with_nothing_in_common(xp) -> None:
-    """float16 and bfloat16 hold numbers that the other cannot."""
-    x, w = large(xp, *X, dtype="float16"), large(xp, *W, dtype="bfloat16")
-    words = ("float16", "bfloat16", "common")
-    assert_refused(xp, lambda: cuconv.conv(x, w), TypeError, *words)
+@pytest.mark.parametrize("dtype", ["float16", "int32"])
+def test_types_with_nothing_in_common(xp, dtype) -> None:
+    """Versions of ml_dtypes before 0.7 have no type for bfloat16 with these."""
+    try:
+        common = np.result_type(dtype, np.dtype("bfloat16"))
+    except TypeError:
+        x, w = large(xp, *X, dtype=dtype), large(xp, *W, dtype="bfloat16")
+        words = (dtype, "bfloat16", "common")
+        assert_refused(xp, lambda: cuconv.conv(x, w), TypeError, *words)
+    else:
+        x, w = (xp.full((1, 2, 3), 2, each) for each in (dtype, "bfloat16"))
+        testing.assert_equal(cuconv.conv(x, w), np.full((1, 1, 1), 24), dtype=common)
 
 
 class _Somewhere:

@@ -339,7 +339,7 @@ def test_the_limit_holds_by_measurement(xp) -> None:
             testing.assert_equal(mine, to_host(other))
         with pytest.raises(MemoryLimitError, match=f"smallest .* is {least} bytes"):
             each(memory_limit=least - 1)
-    assert peak(xp, partial(call, memory_limit=8 * between)) > between
+    assert peak(xp, partial(call, memory_limit=8 * between), between) > between
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
