@@ -281,14 +281,25 @@ def alignment_of(array: Array) -> int:
 
 
 def strided(
-    array: Array, shape: tuple[int, ...], strides: tuple[int, ...], offset: int = 0
+    array: Array,
+    shape: tuple[int, ...],
+    strides: tuple[int, ...],
+    offset: int = 0,
+    dtype: DType | None = None,
 ) -> Array:
-    """View the memory of an array with other strides, from ``offset`` bytes on."""
+    """View the memory of an array with other strides, from ``offset`` bytes on.
+
+    ``dtype`` is the type of the array, or a void type for several of its items.
+    """
+    dtype = array.dtype if dtype is None else dtype
     if not isinstance(array, np.ndarray):
-        place = array.data + offset
-        return type(array)(shape, array.dtype, place, strides=strides)
+        return type(array)(shape, dtype, array.data + offset, strides=strides)
     if type(array) is np.ndarray and array.flags.c_contiguous and array.size:
-        return np.ndarray(shape, array.dtype, array, offset, strides)
+        return np.ndarray(shape, dtype, array, offset, strides)
+    if dtype != array.dtype:
+        size = array.itemsize
+        items = (*shape, dtype.itemsize // size), (*strides, size)
+        return strided(array, *items, offset).view(dtype)[..., 0]
     if offset:
         # The interface has no word for bfloat16.
         array = np.asarray(_Shifted(array, offset)).view(array.dtype)

@@ -64,9 +64,9 @@ class ConvOptions(TypedDict, total=False):
         int32.
     strategy
         ``"auto"``; ``"benchmark"`` to time the candidates on these arrays and remember
-        the fastest; or the name of one: ``"im2col"``, ``"pointwise"``,
-        ``"tap_matmul"``, ``"winograd"``, ``"depthwise"``, ``"fft"`` (NumPy only) and
-        ``"implicit_gemm"`` (CuPy only).
+        the fastest; or the name of one: ``"im2col"``, ``"partial_im2col"``,
+        ``"pointwise"``, ``"tap_matmul"``, ``"winograd"``, ``"depthwise"``, ``"fft"``
+        (NumPy only) and ``"implicit_gemm"`` (CuPy only).
     precision
         ``"strict"``: every result is a direct sum of products.  ``"standard"``:
         Winograd too, in tiles of up to 6 elements: float32 within 1e-5 of the largest

@@ -33,7 +33,7 @@ INTEGERS = tuple(t for t in SUPPORTED_TYPES if np.dtype(t).kind in "iu")
 COMPLEX = ("complex64", "complex128")
 HALVES = ("float16", "bfloat16")
 # What computes plain sums of products, and what does not.
-STRICT = ("im2col", "pointwise", "tap_matmul", "depthwise")
+STRICT = ("im2col", "pointwise", "partial_im2col", "tap_matmul", "depthwise")
 ROUNDED = ("winograd", "fft")
 
 

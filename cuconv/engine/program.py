@@ -177,7 +177,8 @@ def _maker(view: View, stub: ArrayStub) -> Callable[[Array], Array] | None:
     shaped: Any = stub.reshape(view.shape) if is_whole else stub
     if is_whole and view == View.of(shaped, is_address=False):
         return methodcaller("reshape", view.shape)
-    return partial(strided, shape=view.shape, strides=view.strides, offset=view.offset)
+    _, offset, shape, strides, dtype, _ = view
+    return partial(strided, shape=shape, strides=strides, offset=offset, dtype=dtype)
 
 
 def _part(view: View, stub: ArrayStub) -> tuple[slice, ...] | None:

@@ -13,6 +13,7 @@ from cuconv.strategies.depthwise import Depthwise
 from cuconv.strategies.fft import Fft
 from cuconv.strategies.im2col import Im2col
 from cuconv.strategies.implicit_gemm import ImplicitGemm
+from cuconv.strategies.partial_im2col import PartialIm2col
 from cuconv.strategies.pointwise import Pointwise
 from cuconv.strategies.tap_matmul import TapMatmul
 from cuconv.strategies.winograd import Winograd
@@ -24,6 +25,7 @@ STRATEGIES: tuple[Strategy, ...] = (
     Winograd(),
     Fft(),
     ImplicitGemm(),
+    PartialIm2col(),
     TapMatmul(),
     Im2col(),
 )

@@ -87,6 +87,7 @@ def test_the_planner_takes_what_can_be_captured(xp, op, choices) -> None:
 BLAS = {
     "im2col": LINE,
     "tap_matmul": LINE,
+    "partial_im2col": LINE,
     "pointwise": Case((2, 3, 11), (4, 3, 1), {}),
     "winograd": Case((2, 3, 11), (4, 3, 3), {"padding": 1}),
     "fft": Case((2, 3, 40), (4, 3, 27), {"precision": "fast"}),

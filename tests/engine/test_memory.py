@@ -173,7 +173,7 @@ def test_several_workers_share_the_limit(choices) -> None:
         case = BIG["two axes"]
         call = partial(run, op, big_arrays(np, case, "float32"), case)
         with cuconv.config(num_threads=4):
-            for limit in (2**18, 2**20, 2**22, 2**24):
+            for limit in (2**17, 2**20, 2**22, 2**24):
                 assert_within(np, call, max(limit, smallest_limit(call)))
     workers = {candidate.tiling.workers for candidate in choices}
     assert min(workers) == 1

@@ -78,7 +78,7 @@ STAGES = {
 
 @pytest.mark.parametrize("op", OPERATIONS)
 def test_the_stages_of_an_operation(xp, domain, op) -> None:
-    run(op, operands(PADDED, "float32").on(xp), PADDED)
+    run(op, operands(PADDED, "float32").on(xp), PADDED, strategy="im2col")
     domain.assert_balanced()
     assert domain.messages() - {"pad"} == STAGES[op]
     assert domain.ranges[0].message == "plan"
@@ -87,7 +87,7 @@ def test_the_stages_of_an_operation(xp, domain, op) -> None:
 def test_an_input_gradient_of_stride_1_gathers_from_dy(domain) -> None:
     """With NumPy, where adding columns up costs more than gathering them."""
     arrays = operands(FLIPPED, "float32")
-    run("input_grad", arrays, FLIPPED)
+    run("input_grad", arrays, FLIPPED, strategy="im2col")
     domain.assert_balanced()
     assert domain.messages() - {"pad"} == STAGES["forward"]
 
@@ -98,11 +98,11 @@ def test_padding_is_a_stage_of_gathering() -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(profiling, "domain", recorder)
         forget_plans()  # one that is known may have its zeros already
-        run("forward", operands(PADDED, "float32"), PADDED)
+        run("forward", operands(PADDED, "float32"), PADDED, strategy="im2col")
         plain = Recorder()
         patch.setattr(profiling, "domain", plain)
         case = PADDED._replace(options={"stride": (2, 1)})
-        run("forward", operands(case, "float32"), case)
+        run("forward", operands(case, "float32"), case, strategy="im2col")
     inside = {r.inside for r in recorder.ranges if r.message == "pad"}
     assert inside == {("gather im2col",)}
     assert "pad" not in plain.messages()
@@ -137,7 +137,7 @@ def test_the_payload_counts_the_chunks(xp, domain, op) -> None:
 
 def test_backward_shows_both_gradients(xp, domain) -> None:
     x, w, dy = operands(PADDED, "float32").on(xp)
-    cuconv.conv_backward(dy, x, w, **PADDED.options)
+    cuconv.conv_backward(dy, x, w, strategy="im2col", **PADDED.options)
     domain.assert_balanced()
     wanted = STAGES["input_grad"] | STAGES["weight_grad"]
     assert domain.messages() - {"pad"} == wanted

@@ -39,6 +39,11 @@ _LEAST_INNER, _MOST_INNER, _PART_ROWS = 48, 640, 32
 # stay in the cache.  512×128×3136 in place, 784 columns apart: 92 whole, 80 in parts.
 _MOST_SPAN = 2**19
 _AVX512 = ("SkylakeX", "Cooperlake", "SapphireRapids")
+# NumPy copies the elements of a contiguous run one by one; as one item of so many bytes
+# at most, they are copied faster.  An Intel Xeon (AVX-512) took, in ns for an element
+# of float32, 2.3 and 0.72 in runs of 2, 1.2 and 0.25 of 4, 0.53 and 0.36 of 8, 0.23 and
+# 0.13 of 16, 0.15 and 0.12 of 32, 0.11 and 0.10 of 64.
+_SHORT_RUN = 256
 # The largest workspace of programs that set no buffer size: NumPy's buffers for arrays
 # that fit into it are less than what `CpuBackend.overhead` counts, whatever their size.
 _SMALL_BYTES = 2**16
@@ -252,6 +257,7 @@ class CpuBackend:
             self.do(np.add, out, bias, out)
 
     def copy(self, source: Array, target: Array) -> None:
+        source, target = _runs_as_items(source, target)
         self.do(np.ndarray.__setitem__, target, ..., source)
 
     empty: Any = staticmethod(np.empty)
@@ -659,6 +665,21 @@ def _windows(source: Array, axes: tuple[Axis, ...], shape: tuple[int, ...]) -> A
     taps = (s * axis.dilation for s, axis in zip(spatial, axes, strict=True))
     steps = (s * axis.stride for s, axis in zip(spatial, axes, strict=True))
     return strided(source, shape, (*head, *taps, *steps))
+
+
+def _runs_as_items(source: Array, target: Array) -> tuple[Array, Array]:
+    """View short runs that are contiguous in both arrays as one item each."""
+    if source.dtype != target.dtype or source.shape != target.shape:
+        return source, target
+    run, inner = target.itemsize, target.ndim
+    while inner and source.strides[inner - 1] == target.strides[inner - 1] == run:
+        inner -= 1
+        run *= target.shape[inner]
+    if not (inner and target.itemsize < run <= _SHORT_RUN):
+        return source, target
+    item = np.dtype((np.void, run))
+    merged = *target.shape[:inner], run // target.itemsize
+    return tuple(a.reshape(merged).view(item)[..., 0] for a in (source, target))
 
 
 def _without_ones(array: Array) -> Array:
