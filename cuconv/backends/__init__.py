@@ -318,17 +318,8 @@ class Backend(Protocol):
     ) -> None:
         """The adjoint of `pad_copy`, in a fixed order; ``add`` to what is there."""
 
-    def parallel(
-        self,
-        body: Callable[[int], None],
-        workers: int,
-        *,
-        single_threaded: bool = False,
-    ) -> None:
-        """Run ``body(0) … body(workers - 1)``, and return when all are done.
-
-        ``single_threaded``: one worker, and no product for which BLAS uses threads.
-        """
+    def run_alone(self, body: Callable[[], None]) -> None:
+        """Run steps that are not recorded, with the buffers of NumPy within bounds."""
 
 
 def backend_of(xp: Any, array: Array | None = None) -> Backend:

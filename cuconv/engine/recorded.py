@@ -92,14 +92,13 @@ class Recorded(ABC):
         """Run the steps without recording them."""
         backend = self.backend
 
-        def body(worker: int) -> None:
-            del worker
+        def body() -> None:
             with backend.memory(self.nbytes) as raw:
                 self._steps(backend, arrays, Memory(raw))
 
         # As a worker, with what NumPy buffers within bounds.
         with backend.device_of(next(iter(arrays.values()))):
-            backend.parallel(body, 1, single_threaded=True)
+            backend.run_alone(body)
 
     def _recorded(self, arrays: dict[str, Array]) -> Program | None:
         """Record the steps for arrays of this layout, unless they are too many."""

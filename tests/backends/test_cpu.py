@@ -2,6 +2,7 @@
 
 import os
 import threading
+import time
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ from threadpoolctl import threadpool_limits
 
 import cuconv
 from cuconv.backends.cpu import backend as host
+from cuconv.backends.cpu import threads
 from cuconv.memory import ALIGNED
 
 
@@ -46,7 +48,7 @@ def test_blas_has_its_threads_again_after_an_error(monkeypatch) -> None:
 
 def test_one_thread_holds_while_any_call_runs() -> None:
     """Overlapping calls: the first lowers the number, the last one restores it."""
-    blas = host._Blas()
+    blas = threads.Blas()
     with threadpool_limits(2, "blas"):
         before = blas_threads()
         first, second = blas, blas
@@ -91,7 +93,7 @@ def _compare_in_a_child(x: np.ndarray, w: np.ndarray) -> None:
 
 
 def test_a_child_forked_during_a_call_has_all_blas_threads(monkeypatch) -> None:
-    class Later(host.ThreadpoolController):
+    class Later(threads.ThreadpoolController):
         """A second BLAS, loaded since: the child finds more than its parent did."""
 
         def select(self, **words: Any) -> Any:
@@ -99,7 +101,7 @@ def test_a_child_forked_during_a_call_has_all_blas_threads(monkeypatch) -> None:
             found.lib_controllers *= 2
             return found
 
-    monkeypatch.setattr(host, "ThreadpoolController", Later)
+    monkeypatch.setattr(threads, "ThreadpoolController", Later)
     with threadpool_limits(2, "blas"):
         wanted = blas_threads()
         with host._BLAS:
@@ -144,3 +146,48 @@ def test_two_calls_never_share_an_arena() -> None:
         with pytest.raises(KeyError), arenas.borrowed(100):
             raise KeyError("in a call")
     assert len(arenas._kept) == 2, "an arena is brought back by a call that fails"
+
+
+def test_an_error_of_any_worker_reaches_the_caller_and_stops_the_others() -> None:
+    for failing in range(3):
+        done: list[int] = []
+        queue = threads.Queue(range(1000))
+
+        def body(worker: int, failing: int = failing, queue: Any = queue) -> None:
+            for item in queue:
+                if worker == failing:
+                    raise KeyError(worker)
+                time.sleep(1e-3)
+                done.append(item)  # noqa: B023
+
+        with pytest.raises(KeyError, match=str(failing)):
+            host._WORKERS.share(body, 3, queue.close)
+        assert len(done) < 1000
+
+
+def test_workers_are_kept_off_the_core_of_the_caller() -> None:
+    if threads._core is None or len(os.sched_getaffinity(0)) < 2:
+        pytest.skip("it needs Linux and two cores")
+    before, seen = os.sched_getaffinity(0), []
+
+    def body(worker: int) -> None:
+        if worker:
+            seen.append((os.sched_getaffinity(0), threads._core()))
+
+    for core in sorted(before) * 3:
+        os.sched_setaffinity(0, {core})
+        try:
+            host._WORKERS.share(body, 2, lambda: None)
+        finally:
+            os.sched_setaffinity(0, before)
+        # The caller may use one core alone, and so may its worker.
+        assert seen.pop() == ({core}, core)
+    for _ in range(20):
+        caller = threads._core()
+        host._WORKERS.share(body, 2, lambda: None)
+        (allowed, core) = seen.pop()
+        assert allowed < before
+        assert core in allowed
+        if caller == threads._core():
+            assert caller not in allowed
+    assert os.sched_getaffinity(0) == before

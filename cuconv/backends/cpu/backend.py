@@ -5,29 +5,24 @@ import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from contextvars import copy_context
 from functools import partial
 from time import perf_counter
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
-from threadpoolctl import ThreadpoolController
 
 from cuconv.arrays import Array, DType, Types, stored, strided
 from cuconv.backends import padding
-from cuconv.backends.cpu.machine import BUFFER_ITEMS, call_overhead, cpu_machine
+from cuconv.backends.cpu.machine import call_overhead, cpu_machine
 from cuconv.backends.cpu.pooling import CpuPools
+from cuconv.backends.cpu.threads import Blas, Queue, Workers, small_buffers
 from cuconv.backends.padding import Reading
-from cuconv.backends.sharing import Shared
 from cuconv.config import settings
 from cuconv.engine.costs import CPU_RATES
 from cuconv.engine.program import Item, Phase, Program, Slots
 from cuconv.geometry import Axis, Block, Ranges, Tile, WindowGeometry
 from cuconv.memory import ALIGNED, Buffer, aligned_start
 from cuconv.profiling import stage
-
-if TYPE_CHECKING:
-    from concurrent.futures import Future, ThreadPoolExecutor
 
 # OpenBLAS multiplies up to this many multiply-adds without packing; larger ones it
 # packs first.  One core of an AMD EPYC (Zen 4), float32, GFLOP/s, whole and in parts:
@@ -38,7 +33,6 @@ _LEAST_INNER, _MOST_INNER, _PART_ROWS = 48, 640, 32
 # It reads them many times: the rows of the right side must be close enough in memory to
 # stay in the cache.  512×128×3136 in place, 784 columns apart: 92 whole, 80 in parts.
 _MOST_SPAN = 2**19
-_AVX512 = ("SkylakeX", "Cooperlake", "SapphireRapids")
 # NumPy copies the elements of a contiguous run one by one; as one item of so many bytes
 # at most, they are copied faster.  An Intel Xeon (AVX-512) took, in ns for an element
 # of float32, 2.3 and 0.72 in runs of 2, 1.2 and 0.25 of 4, 0.53 and 0.36 of 8, 0.23 and
@@ -265,15 +259,8 @@ class CpuBackend:
     def sum(self, array: Array, axes: tuple[int, ...], dtype: DType) -> Array:
         if array.dtype == dtype:
             return np.add.reduce(array, axes, dtype)
-        sums = []
-
-        def body(worker: int) -> None:
-            del worker
-            sums.append(np.add.reduce(array, axes, dtype))
-
-        # This limits the buffers that NumPy uses for the cast.
-        self.parallel(body, 1, single_threaded=True)
-        return sums[0]
+        with small_buffers():  # for the cast
+            return np.add.reduce(array, axes, dtype)
 
     def add_unsafely(self, target: Array, summand: Array) -> None:
         self.xp.add(target, summand, out=target, casting="unsafe")
@@ -322,14 +309,14 @@ class CpuBackend:
         *,
         single_threaded: bool,
     ) -> None:
-        queue = Shared(enumerate(items))
+        queue = Queue(enumerate(items))
 
         def work(worker: int) -> None:
             for number, item in queue:
-                _STOPPING.check()
                 body(number, item, scratch[worker])
 
-        self.parallel(work, len(scratch), single_threaded=single_threaded)
+        with small_buffers(), _one_blas_thread(single_threaded):
+            _WORKERS.share(work, len(scratch), queue.close)
 
     def execute(self, program: Program, arrays: dict[str, Array]) -> None:
         is_small = program.single_threaded and program.buffered <= _SMALL_BYTES
@@ -340,58 +327,32 @@ class CpuBackend:
             return
         arena = _ARENAS.take(program.nbytes)
         try:
-            first, *others = arena.slots_of(program)
-            first = first.copy()
-            program.place(arrays, first)
+            each = [slots.copy() for slots in arena.slots_of(program)]
+            for slots in each:
+                program.place(arrays, slots)
             phases = program.current_phases()
             if is_small:
-                _run(phases, first)
-            elif not others and program.buffered <= _SMALL_BYTES:
-                with _BLAS:
-                    _run(phases, first)
-            elif not others:
-                self.parallel(
-                    lambda _: _run(phases, first),
-                    1,
-                    single_threaded=program.single_threaded,
-                )
-            else:
-                each = [first]
-                for slots in others:
-                    each.append(slots.copy())
-                    program.place(arrays, each[-1])
+                _run(phases, each[0])
+                return
+            # Threaded BLAS rounds by its number of threads, and other calls change it.
+            with small_buffers(), _one_blas_thread(program.single_threaded):
                 for items, workers in phases:
-                    body = partial(_run_shared, Shared(items), each)
-                    self.parallel(body, min(len(items), workers))
+                    queue = Queue(items)
+                    count = min(len(items), workers)
+                    _WORKERS.share(
+                        partial(_run_shared, queue, each), count, queue.close
+                    )
         finally:
             _ARENAS.give_back(arena)
 
-    def parallel(
-        self,
-        body: Callable[[int], None],
-        workers: int,
-        *,
-        single_threaded: bool = False,
-    ) -> None:
-        stop = threading.Event()
-        run = partial(_work, body, stop)
-        if single_threaded:
-            run(0)
-            return
-        others: list[Future[None]] = []
-        # Threaded BLAS rounds by its number of threads, and other calls change that.
-        with _BLAS:
-            try:
-                others += (_submit(run, worker) for worker in range(1, workers))
-                run(0)
-            except BaseException:
-                stop.set()
-                raise
-            finally:
-                _wait(others)
-        for error in (future.exception() for future in others):
-            if error is not None:
-                raise error
+    def run_alone(self, body: Callable[[], None]) -> None:
+        with small_buffers():
+            body()
+
+
+def _one_blas_thread(is_single: bool) -> AbstractContextManager[object]:  # noqa: FBT001
+    """Limit BLAS to one thread, unless it uses no other anyway."""
+    return nullcontext() if is_single else _BLAS
 
 
 def _run(phases: tuple[Phase, ...], slots: Slots) -> None:
@@ -406,7 +367,6 @@ def _run_shared(queue: Iterable[Item], each: list[Slots], worker: int) -> None:
     """Run the items that this worker gets."""
     slots = each[worker]
     for steps in queue:
-        _STOPPING.check()
         for function, operands in steps:
             function(*operands(slots))
 
@@ -481,79 +441,6 @@ class _Arenas:
             if self._held + arena.nbytes <= self._most:
                 self._kept.append(arena)
                 self._held += arena.nbytes
-
-
-class _Stopping(threading.local):
-    """The event that tells the worker of a thread to stop."""
-
-    event: threading.Event | None = None
-
-    def check(self) -> None:
-        if self.event is not None and self.event.is_set():
-            raise _StoppedError
-
-
-class _StoppedError(Exception):
-    """Another worker of the same call has failed, and its error is the one to raise."""
-
-
-_STOPPING = _Stopping()
-
-
-def _work(body: Callable[[int], None], stop: threading.Event, worker: int) -> None:
-    """Run a body with a known size of NumPy's buffers for strided operands."""
-    outer, _STOPPING.event = _STOPPING.event, stop
-    before = np.setbufsize(BUFFER_ITEMS)
-    try:
-        body(worker)
-    except _StoppedError:
-        pass
-    except BaseException:
-        stop.set()
-        raise
-    finally:
-        np.setbufsize(before)
-        _STOPPING.event = outer
-
-
-def _pool() -> "ThreadPoolExecutor":
-    """The threads of all calls, made when the first call has several workers."""
-    global _POOL  # noqa: PLW0603 - one state for the process
-    if _POOL is None:
-        from concurrent.futures import ThreadPoolExecutor  # noqa: PLC0415 - imports logging
-
-        _POOL = ThreadPoolExecutor(thread_name_prefix="cuconv")
-    return _POOL
-
-
-def _submit(run: Callable[[int], None], worker: int) -> "Future[None]":
-    """Submit a worker to the pool, in the caller's context (for `numpy.errstate`)."""
-    try:
-        return _pool().submit(copy_context().run, run, worker)
-    except RuntimeError as error:
-        if "shutdown" not in str(error):
-            raise
-        # The interpreter is ending and takes no more threads: do the work here.
-        from concurrent.futures import Future  # noqa: PLC0415
-
-        done: Future[None] = Future()
-        run(worker)
-        done.set_result(None)
-        return done
-
-
-def _wait(futures: "list[Future[None]]") -> None:
-    """Wait until no worker touches the arrays any more, interrupted or not."""
-    interruption: BaseException | None = None
-    while True:
-        try:
-            for future in futures:
-                future.exception()
-            break
-        except KeyboardInterrupt as error:
-            interruption = error
-    if interruption is not None:
-        raise interruption
 
 
 def _add_product(do: Do, a: Array, b: Array, out: Array, partial: Array) -> None:
@@ -719,78 +606,22 @@ def _taps(kernel: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
             yield (tap, *rest)
 
 
-class _Blas:
-    """The threads of NumPy's BLAS; one within ``with``.
-
-    The limit is a property of the process, so overlapping calls share it: the first
-    to enter sets it and the last to leave restores what was there.
-    """
-
-    def __init__(self) -> None:
-        controller = ThreadpoolController().select(user_api="blas")
-        self._libraries = controller.lib_controllers
-        self._lock = threading.Lock()
-        self._users = 0
-        self._before: list[int] = []
-        # OpenBLAS for AVX-512 multiplies up to a million multiply-adds without packing.
-        self.has_small_products = bool(self._libraries) and all(
-            getattr(library, "architecture", "") in _AVX512
-            for library in self._libraries
-        )
-
-    def threads(self) -> int:
-        with self._lock:
-            now = self._before or [lib.get_num_threads() for lib in self._libraries]
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 0
-        return max(1, min([*now, cores or os.cpu_count() or 1])) if now else 1
-
-    def __enter__(self) -> None:
-        with self._lock:
-            if self._users == 0:
-                self._before = [lib.get_num_threads() for lib in self._libraries]
-                self._set([1] * len(self._libraries))
-            self._users += 1
-
-    def __exit__(self, *error: object) -> None:
-        with self._lock:
-            self._users -= 1
-            if self._users == 0:
-                self._set(self._before)
-                self._before = []
-
-    def restore(self) -> None:
-        """Restore the number of threads after a fork ended a call's thread."""
-        if self._before:
-            self._set(self._before)
-
-    def _set(self, threads: list[int]) -> None:
-        for library, count in zip(self._libraries, threads, strict=True):
-            library.set_num_threads(count)
-            # threadpoolctl lets only one thread set OpenBLAS's number of threads until
-            # that thread gives it up; the last of several calls to leave may be
-            # another.
-            give_way = getattr(library, "clear_controlling_thread", None)
-            if give_way:
-                give_way()
-
-
 def _begin() -> None:
     """Set up the state that all calls share, also in a forked child.
 
     A child has none of its parent's threads, and a lock of theirs may never be
     released.
     """
-    global _ARENAS, _BLAS, _POOL  # noqa: PLW0603 - one state for the process
+    global _ARENAS, _BLAS, _WORKERS  # noqa: PLW0603 - one state for the process
     if "_BLAS" in globals():
         _BLAS.restore()
-    _BLAS = _Blas()
-    _POOL = None
+    _BLAS, _WORKERS = Blas(), Workers()
     _ARENAS = _Arenas(CpuBackend.default_memory_limit)
 
 
 _ARENAS: _Arenas
-_BLAS: _Blas
-_POOL: "ThreadPoolExecutor | None"
+_BLAS: Blas
+_WORKERS: Workers
 _begin()
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_begin)

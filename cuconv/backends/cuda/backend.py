@@ -395,15 +395,8 @@ class CudaBackend:
         mode = _MODES[reading.mode]
         _launch(self.do, variant, packed, copied, cells, mode, np.int32(add))
 
-    def parallel(
-        self,
-        body: Callable[[int], None],
-        workers: int,
-        *,
-        single_threaded: bool = False,
-    ) -> None:
-        del workers, single_threaded
-        body(0)
+    def run_alone(self, body: Callable[[], None]) -> None:
+        body()
 
 
 def _launch(

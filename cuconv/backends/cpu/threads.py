@@ -1,0 +1,251 @@
+"""The threads of a call: its workers, the cores they run on, and those of BLAS."""
+
+import ctypes
+import os
+import sys
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from contextvars import Context, copy_context
+from functools import partial
+from typing import TypeVar
+
+import numpy as np
+from threadpoolctl import ThreadpoolController
+
+from cuconv.backends.cpu.machine import BUFFER_ITEMS
+
+Item = TypeVar("Item")
+
+_AVX512 = ("SkylakeX", "Cooperlake", "SapphireRapids")
+# The most threads to keep for later calls.
+_MOST_IDLE = 64
+# The core of the calling thread, where the system has a call for it: 0.1 µs.
+_core: Callable[[], int] | None = (
+    getattr(ctypes.CDLL(None), "sched_getcpu", None)
+    if sys.platform == "linux"
+    else None
+)
+
+
+class Queue(Iterator[Item]):
+    """Items for the workers of a call: each goes to the first worker that asks."""
+
+    def __init__(self, items: Iterable[Item]) -> None:
+        self._items = iter(items)
+        self._lock = threading.Lock()
+
+    def __next__(self) -> Item:
+        with self._lock:
+            return next(self._items)
+
+    def close(self) -> None:
+        """Keep all further items back: one of the workers has failed."""
+        with self._lock:
+            self._items = iter(())
+
+
+class _Worker:
+    """A thread that runs jobs of one call at a time."""
+
+    def __init__(self) -> None:
+        self._start, self._end = threading.Lock(), threading.Lock()
+        self._start.acquire()
+        self._end.acquire()
+        self._job: tuple[Context, Callable[[], None]] | None = None
+        self._cores: set[int] = set()
+        self._thread = threading.Thread(target=self._serve, name="cuconv", daemon=True)
+        self._thread.start()
+
+    def run(self, job: Callable[[], None]) -> None:
+        """Start a job in the caller's context (for `numpy.errstate`)."""
+        self._job = copy_context(), job
+        self._leave_core()
+        self._start.release()
+
+    def stop(self) -> None:
+        """End the thread."""
+        self._job = None
+        self._start.release()
+
+    def wait(self) -> None:
+        """Wait for the end of a job, interrupted or not: it uses the call's arrays."""
+        interruption: BaseException | None = None
+        while True:
+            try:
+                self._end.acquire()
+            except KeyboardInterrupt as error:
+                interruption = error
+            else:
+                break
+        if interruption is not None:
+            raise interruption
+
+    def _leave_core(self) -> None:
+        """Keep the thread off the core of the caller.
+
+        After a sleep, Linux leaves both on one core for 15 to 25 ms.  The product of 64
+        × 256 × 3136 in two halves took 0.95 to 1.3 ms then, and 0.5 on two cores, on an
+        Intel Xeon.
+        """
+        if _core is None:
+            return
+        allowed = os.sched_getaffinity(0)
+        cores = allowed - {_core()} or allowed
+        if cores != self._cores:
+            try:
+                os.sched_setaffinity(self._thread.native_id or 0, cores)
+            except OSError:  # cores that may be seen and not chosen
+                return
+            self._cores = cores
+
+    def _serve(self) -> None:
+        while True:
+            self._start.acquire()
+            if self._job is None:
+                return
+            context, job = self._job
+            self._job = None
+            context.run(job)
+            del context, job
+            self._end.release()
+
+
+class Workers:
+    """Threads for all calls: those that no call uses wait for the next."""
+
+    def __init__(self) -> None:
+        self._idle: list[_Worker] = []
+
+    def share(
+        self,
+        body: Callable[[int], None],
+        count: int,
+        close: Callable[[], None],
+    ) -> None:
+        """Run ``body(worker)`` for each of so many workers; the caller is worker 0.
+
+        ``close`` is called when one fails, so that the others stop soon.
+        """
+        errors: list[BaseException] = []
+        run = partial(_guarded, body, close, errors)
+        others: list[_Worker] = []
+        try:
+            for worker in range(1, count):
+                other = self._take()
+                if other is None:
+                    run(worker)
+                else:
+                    others.append(other)
+                    other.run(partial(run, worker))
+            body(0)
+        except BaseException:
+            close()
+            raise
+        finally:
+            self._give_back(others)
+        if errors:
+            raise errors[0]
+
+    def _take(self) -> _Worker | None:
+        try:
+            return self._idle.pop()
+        except IndexError:
+            pass
+        try:
+            return _Worker()
+        except RuntimeError:  # the interpreter is ending and starts no threads
+            return None
+
+    def _give_back(self, others: list[_Worker]) -> None:
+        interruption: BaseException | None = None
+        for other in others:
+            try:
+                other.wait()
+            except KeyboardInterrupt as error:
+                interruption = error
+            if len(self._idle) < _MOST_IDLE:
+                self._idle.append(other)
+            else:
+                other.stop()
+        if interruption is not None:
+            raise interruption
+
+
+def _guarded(
+    body: Callable[[int], None],
+    close: Callable[[], None],
+    errors: list[BaseException],
+    worker: int,
+) -> None:
+    """Run a body with a known size of NumPy's buffers, and keep its error."""
+    try:
+        with small_buffers():
+            body(worker)
+    except BaseException as error:  # noqa: BLE001 - raised by the caller
+        close()
+        errors.append(error)
+
+
+class small_buffers:  # noqa: N801 - used as a function
+    """Limit the buffers that NumPy uses for strided operands, within ``with``."""
+
+    def __enter__(self) -> None:
+        self._before = np.setbufsize(BUFFER_ITEMS)
+
+    def __exit__(self, *error: object) -> None:
+        np.setbufsize(self._before)
+
+
+class Blas:
+    """The threads of NumPy's BLAS; one within ``with``.
+
+    The limit is a property of the process, so overlapping calls share it: the first
+    to enter sets it and the last to leave restores what was there.
+    """
+
+    def __init__(self) -> None:
+        controller = ThreadpoolController().select(user_api="blas")
+        self._libraries = controller.lib_controllers
+        self._lock = threading.Lock()
+        self._users = 0
+        self._before: list[int] = []
+        # OpenBLAS for AVX-512 multiplies up to a million multiply-adds without packing.
+        self.has_small_products = bool(self._libraries) and all(
+            getattr(library, "architecture", "") in _AVX512
+            for library in self._libraries
+        )
+
+    def threads(self) -> int:
+        with self._lock:
+            now = self._before or [lib.get_num_threads() for lib in self._libraries]
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 0
+        return max(1, min([*now, cores or os.cpu_count() or 1])) if now else 1
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if self._users == 0:
+                self._before = [lib.get_num_threads() for lib in self._libraries]
+                self._set([1] * len(self._libraries))
+            self._users += 1
+
+    def __exit__(self, *error: object) -> None:
+        with self._lock:
+            self._users -= 1
+            if self._users == 0:
+                self._set(self._before)
+                self._before = []
+
+    def restore(self) -> None:
+        """Restore the number of threads after a fork ended a call's thread."""
+        if self._before:
+            self._set(self._before)
+
+    def _set(self, threads: list[int]) -> None:
+        for library, count in zip(self._libraries, threads, strict=True):
+            library.set_num_threads(count)
+            # threadpoolctl lets only one thread set OpenBLAS's number of threads until
+            # that thread gives it up; the last of several calls to leave may be
+            # another.
+            give_way = getattr(library, "clear_controlling_thread", None)
+            if give_way:
+                give_way()
