@@ -517,7 +517,7 @@ EACH_TYPE = [
 
 
 # More than two million multiply-adds: worth several workers.
-BUSY = Case((4, 16, 30, 28), (32, 16, 3, 3), {"padding": 1})
+BUSY = Case((12, 16, 30, 28), (32, 16, 3, 3), {"padding": 1})
 
 
 def blas_threads() -> list[int]:
@@ -604,7 +604,7 @@ def let_win(monkeypatch: pytest.MonkeyPatch, name: str) -> list[int]:
 
 def make_busy(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let every problem be worth several workers, however small it is."""
-    eager = host.CPU_RATES._replace(worth_workers=0)
+    eager = host.CPU_RATES._replace(worth_workers=0, worker=0)
     monkeypatch.setattr(host.CpuBackend, "rates", eager)
     forget_plans()
 

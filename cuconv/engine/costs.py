@@ -119,29 +119,30 @@ def price(work: Work, rates: Rates) -> Price:
     return Price(float(product + each + work.blocks * rates.block), float(crowded))
 
 
-# Fitted to the layers of ResNet-50 and VGG-16, N = 8, on two AMD EPYC cores (Zen 4,
-# 1 MiB of L2 cache each, 32 MiB of L3) with NumPy 2.4 and OpenBLAS 0.3.31: least
-# squares of the relative error over 264 runs of one worker, repeated within 12 %.
+# Fitted to 1,525 candidates for 427 passes of layers of eight networks, N = 1 and 8,
+# forward and both gradients, on one core of an Intel Xeon (AVX-512, 2 MiB of L2 cache)
+# with NumPy 2.4 and OpenBLAS 0.3.31: least squares of the relative error.  The cheapest
+# takes 1.04 times as long as the fastest (geometric mean), nine in ten less than 1.2.
 CPU_RATES = Rates(
-    multiply=0.0196,
-    short=6.7,
-    gather=0.15,
-    scatter=0.5,
-    copy=0.4,
-    transform=0.1,
-    last_transform=0.4,
-    transpose=2.0,
-    reread=0.3,
-    fourier=0.25,
-    direct=0.035,
+    multiply=0.0164,
+    short=2,
+    gather=0.26,
+    scatter=0.3,
+    copy=0.27,
+    transform=0.06,
+    last_transform=0.59,
+    transpose=0.58,
+    reread=0.22,
+    fourier=0.2,
+    direct=0.03,
     loads=0,
-    products=1_000,
+    products=300,
     crowding=0.5,
-    block=60_000,
-    worker=30_000,
-    # 3×3 layers of 16 channels took 0.94 times as long on one core as on two at 10.6
-    # million multiply-adds (0.3 ms), and 1.15 times at 14.5 million.
-    worth_workers=300_000,
+    block=5_000,
+    worker=60_000,
+    # With two workers, layers of 0.3 to 0.5 ms took 1.05 times as long as with one, and
+    # those of 0.5 to 1 ms 0.78 times, in passes over networks after 50 ms of sleep.
+    worth_workers=450_000,
 )
 
 # From data sheets of an H200 and not yet measured on one: float32 products at 45

@@ -165,29 +165,43 @@ def test_an_error_of_any_worker_reaches_the_caller_and_stops_the_others() -> Non
         assert len(done) < 1000
 
 
-def test_workers_are_kept_off_the_core_of_the_caller() -> None:
-    if threads._core is None or len(os.sched_getaffinity(0)) < 2:
+def test_threads_of_a_call_have_cores_of_their_own() -> None:
+    """And the caller has all of its cores again afterwards."""
+    before = os.sched_getaffinity(0) if threads._core else set()
+    if len(before) < 2:
         pytest.skip("it needs Linux and two cores")
-    before, seen = os.sched_getaffinity(0), []
+    seen: dict[int, set[int]] = {}
 
     def body(worker: int) -> None:
-        if worker:
-            seen.append((os.sched_getaffinity(0), threads._core()))
+        seen[worker] = os.sched_getaffinity(0)
 
-    for core in sorted(before) * 3:
-        os.sched_setaffinity(0, {core})
-        try:
-            host._WORKERS.share(body, 2, lambda: None)
-        finally:
-            os.sched_setaffinity(0, before)
-        # The caller may use one core alone, and so may its worker.
-        assert seen.pop() == ({core}, core)
-    for _ in range(20):
-        caller = threads._core()
-        host._WORKERS.share(body, 2, lambda: None)
-        (allowed, core) = seen.pop()
-        assert allowed < before
-        assert core in allowed
-        if caller == threads._core():
-            assert caller not in allowed
+    for count in (2, len(before), 2) * 3:
+        seen.clear()
+        host._WORKERS.share(body, count, lambda: None)
+        assert os.sched_getaffinity(0) == before
+        assert sorted(seen) == list(range(count))
+        assert set().union(*seen.values()) == before
+        assert sum(map(len, seen.values())) == len(before)
+    with pytest.raises(KeyError):
+        host._WORKERS.share({}.__getitem__, 2, lambda: None)
     assert os.sched_getaffinity(0) == before
+
+
+def test_more_workers_than_cores_take_any() -> None:
+    before = os.sched_getaffinity(0) if threads._core else {0}
+    seen: list[int] = []
+
+    def body(worker: int) -> None:
+        seen.append(worker)
+        if threads._core:
+            assert len(os.sched_getaffinity(0)) == 1
+
+    for core in sorted(before):
+        if threads._core:
+            os.sched_setaffinity(0, {core})
+        try:
+            host._WORKERS.share(body, 3, lambda: None)
+        finally:
+            if threads._core:
+                os.sched_setaffinity(0, before)
+    assert sorted(seen) == sorted([0, 1, 2] * len(before))

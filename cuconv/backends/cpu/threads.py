@@ -5,6 +5,7 @@ import os
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from contextvars import Context, copy_context
 from functools import partial
 from typing import TypeVar
@@ -56,10 +57,15 @@ class _Worker:
         self._thread = threading.Thread(target=self._serve, name="cuconv", daemon=True)
         self._thread.start()
 
-    def run(self, job: Callable[[], None]) -> None:
-        """Start a job in the caller's context (for `numpy.errstate`)."""
+    def run(self, job: Callable[[], None], cores: set[int]) -> None:
+        """Start a job on these cores, in the caller's context (for `numpy.errstate`).
+
+        No cores: those that it has.
+        """
         self._job = copy_context(), job
-        self._leave_core()
+        if cores and cores != self._cores:
+            _set_cores(self._thread.native_id or 0, cores)
+            self._cores = cores
         self._start.release()
 
     def stop(self) -> None:
@@ -79,24 +85,6 @@ class _Worker:
                 break
         if interruption is not None:
             raise interruption
-
-    def _leave_core(self) -> None:
-        """Keep the thread off the core of the caller.
-
-        After a sleep, Linux leaves both on one core for 15 to 25 ms.  The product of 64
-        × 256 × 3136 in two halves took 0.95 to 1.3 ms then, and 0.5 on two cores, on an
-        Intel Xeon.
-        """
-        if _core is None:
-            return
-        allowed = os.sched_getaffinity(0)
-        cores = allowed - {_core()} or allowed
-        if cores != self._cores:
-            try:
-                os.sched_setaffinity(self._thread.native_id or 0, cores)
-            except OSError:  # cores that may be seen and not chosen
-                return
-            self._cores = cores
 
     def _serve(self) -> None:
         while True:
@@ -129,20 +117,21 @@ class Workers:
         errors: list[BaseException] = []
         run = partial(_guarded, body, close, errors)
         others: list[_Worker] = []
-        try:
-            for worker in range(1, count):
-                other = self._take()
-                if other is None:
-                    run(worker)
-                else:
-                    others.append(other)
-                    other.run(partial(run, worker))
-            body(0)
-        except BaseException:
-            close()
-            raise
-        finally:
-            self._give_back(others)
+        with _cores_apart(count) as cores:
+            try:
+                for worker in range(1, count):
+                    other = self._take()
+                    if other is None:
+                        run(worker)
+                    else:
+                        others.append(other)
+                        other.run(partial(run, worker), cores[worker])
+                body(0)
+            except BaseException:
+                close()
+                raise
+            finally:
+                self._give_back(others)
         if errors:
             raise errors[0]
 
@@ -169,6 +158,33 @@ class Workers:
                 other.stop()
         if interruption is not None:
             raise interruption
+
+
+@contextmanager
+def _cores_apart(count: int) -> Iterator[list[set[int]]]:
+    """Give so many threads cores of their own, the caller's thread within ``with``.
+
+    Linux wakes a thread on the core of the one that wakes it, where both stay for
+    milliseconds, also where they take the interpreter's lock in turns.  The product of
+    64 × 256 × 3136 in two halves took 0.95 to 1.3 ms after a sleep, and 0.5 on two
+    cores, on an Intel Xeon; setting the cores of two threads takes 1 µs.
+    """
+    allowed = set() if _core is None or count < 2 else os.sched_getaffinity(0)
+    if _core is None or len(allowed) < max(count, 2):
+        yield [allowed] * count
+        return
+    mine = _core()
+    cores = [mine, *sorted(allowed - {mine})]
+    _set_cores(0, set(cores[::count]))
+    try:
+        yield [set(cores[worker::count]) for worker in range(count)]
+    finally:
+        _set_cores(0, allowed)
+
+
+def _set_cores(thread: int, cores: set[int]) -> None:
+    with suppress(OSError):  # cores that may be seen and not chosen
+        os.sched_setaffinity(thread, cores)
 
 
 def _guarded(
