@@ -7,7 +7,7 @@ because a CuPy array can only exist where CuPy was imported first.
 import math
 import sys
 from collections.abc import Iterable, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import pairwise
 from typing import Any, NamedTuple, TypeAlias
 
@@ -197,6 +197,13 @@ class ArrayStub(np.ndarray):
             for size, stride in zip(self.shape, self.strides, strict=True)
         )
         return self.shape, moves, self.dtype, alignment_of(self)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        made = partial(stub_array, misaligned=alignment_of(self))
+        return made, (self.shape, self.dtype, self.strides)
+
+    def __deepcopy__(self, memo: object) -> "ArrayStub":
+        return self
 
     def __array_finalize__(self, base: Any) -> None:
         self.source = getattr(base, "source", None)
