@@ -41,6 +41,11 @@ def is_half(dtype: DType) -> bool:
     return dtype.itemsize == 2 and dtype.name in _HALF_TYPES
 
 
+def native(dtype: DType) -> DType:
+    """A type in the machine's own byte order, which results have."""
+    return dtype.newbyteorder("=")
+
+
 def accumulator(dtype: DType) -> DType:
     """The type that elements of this type are summed in: float32 for halves."""
     return np.dtype(np.float32) if is_half(dtype) else dtype
@@ -380,7 +385,7 @@ def _resolved(arrays: tuple[tuple[str, DType], ...], dtype: DType | None) -> Typ
 
 def _common(what: str, *dtypes: DType) -> DType:
     try:
-        return np.result_type(*(d.newbyteorder("=") for d in dtypes))
+        return np.result_type(*map(native, dtypes))
     except TypeError:
         names = ", ".join(dict.fromkeys(d.name for d in dtypes))
         raise TypeError(
