@@ -125,7 +125,8 @@ def check_deterministic(value: object) -> bool:
 
 def _check_threads(value: Any) -> int:
     try:
-        number = None if isinstance(value, bool) else operator.index(value)
+        is_boolean = isinstance(value, (bool, np.bool_))
+        number = None if is_boolean else operator.index(value)
     except TypeError:
         number = None
     if number is None:

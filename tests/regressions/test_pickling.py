@@ -37,8 +37,8 @@ by_way = pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
 
 def own_errors() -> Iterator[type[BaseException]]:
     for module in pkgutil.walk_packages(cuconv.__path__, "cuconv."):
-        if "__main__" in module.name or ".cuda." in module.name:
-            continue
+        if ".cuda." in module.name or module.name in ("cuconv.__main__", "cuconv.demo"):
+            continue  # CuPy is needed, or what draws
         for kind in vars(importlib.import_module(module.name)).values():
             is_error = isinstance(kind, type) and issubclass(kind, BaseException)
             if is_error and kind.__module__ == module.name:
@@ -50,7 +50,7 @@ def test_every_error_stays_what_it_is(way) -> None:
     """An error with another signature than its message hangs `multiprocessing.Pool`."""
     kinds = list(own_errors())
     assert cuconv.MemoryLimitError in kinds
-    assert len(kinds) >= 3
+    assert len(kinds) >= 2
     for kind in kinds:
         arguments = (100, 4096, "the forward pass")
         error = kind(*arguments[: 3 if kind is cuconv.MemoryLimitError else 1])
