@@ -1,5 +1,8 @@
 """Convolution for NumPy and CuPy arrays, as deep learning defines it."""
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from cuconv.arrays import array_module
 from cuconv.backends import default_array_module, precompile, release_memory
 from cuconv.config import config
@@ -113,3 +116,19 @@ __all__ = [
     "separable_conv",
     "separable_conv_backward",
 ]
+
+# Modules that are imported when they are first asked for.
+_LATER = ("layers", "testing")
+
+if TYPE_CHECKING:
+    from cuconv import layers as layers
+    from cuconv import testing as testing
+else:
+
+    def __getattr__(name: str) -> Any:
+        if name in _LATER:
+            return importlib.import_module(f"cuconv.{name}")
+        raise AttributeError(f"module 'cuconv' has no attribute {name!r}")
+
+    def __dir__() -> list[str]:
+        return sorted({*globals(), *_LATER})

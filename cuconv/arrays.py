@@ -7,7 +7,7 @@ because a CuPy array can only exist where CuPy was imported first.
 import math
 import sys
 from collections.abc import Iterable, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import pairwise
 from typing import Any, NamedTuple, TypeAlias
 
@@ -39,6 +39,11 @@ def is_half(dtype: DType) -> bool:
     """True if this is float16 or bfloat16."""
     # NumPy works the name out each time.
     return dtype.itemsize == 2 and dtype.name in _HALF_TYPES
+
+
+def native(dtype: DType) -> DType:
+    """A type in the machine's own byte order, which results have."""
+    return dtype.newbyteorder("=")
 
 
 def accumulator(dtype: DType) -> DType:
@@ -197,6 +202,13 @@ class ArrayStub(np.ndarray):
             for size, stride in zip(self.shape, self.strides, strict=True)
         )
         return self.shape, moves, self.dtype, alignment_of(self)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        made = partial(stub_array, misaligned=alignment_of(self))
+        return made, (self.shape, self.dtype, self.strides)
+
+    def __deepcopy__(self, memo: object) -> "ArrayStub":
+        return self
 
     def __array_finalize__(self, base: Any) -> None:
         self.source = getattr(base, "source", None)
@@ -373,7 +385,7 @@ def _resolved(arrays: tuple[tuple[str, DType], ...], dtype: DType | None) -> Typ
 
 def _common(what: str, *dtypes: DType) -> DType:
     try:
-        return np.result_type(*(d.newbyteorder("=") for d in dtypes))
+        return np.result_type(*map(native, dtypes))
     except TypeError:
         names = ", ".join(dict.fromkeys(d.name for d in dtypes))
         raise TypeError(

@@ -4,17 +4,24 @@ The order of precedence: the option of the call, the innermost `config` block, t
 environment, the library's default.
 """
 
+import operator
 import os
+import warnings
 from collections.abc import Callable
 from contextvars import ContextVar
 from functools import cache
 from types import TracebackType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Never
+
+import numpy as np
 
 from cuconv.memory import MemoryLimit, parse_memory_limit
 
 PRECISIONS = ("strict", "standard", "fast")
 
+# Not settings, but read: by ``strategy="benchmark"``; by the tests and the benchmarks.
+_CACHE = "CUCONV_CACHE_DIR"
+_OF_TESTS = "CUCONV_REQUIRE_GPU", "CUCONV_SHIM_", "CUCONV_TORCH_PYTHON"
 _SWITCHES = {"1": True, "true": True, "0": False, "false": False}
 
 
@@ -32,7 +39,8 @@ class config:  # noqa: N801 - read as a statement: with config(...): ...
 
     They apply to this thread (or asynchronous task) alone, as with `numpy.errstate`.
     Outside any block, the environment variables ``CUCONV_NUM_THREADS``,
-    ``CUCONV_MEMORY_LIMIT``, ``CUCONV_PRECISION`` and ``CUCONV_DETERMINISTIC`` apply.
+    ``CUCONV_MEMORY_LIMIT``, ``CUCONV_PRECISION`` and ``CUCONV_DETERMINISTIC`` apply;
+    another with that beginning is warned of.
 
     Parameters
     ----------
@@ -63,7 +71,11 @@ class config:  # noqa: N801 - read as a statement: with config(...): ...
         memory_limit: MemoryLimit = None,
         precision: str | None = None,
         deterministic: bool | None = None,
+        **unknown: Never,
     ) -> None:
+        for name in unknown:
+            names = ", ".join(_CHECKS)
+            raise TypeError(f"there is no option {name!r}; the options are {names}")
         given = {
             "num_threads": num_threads,
             "memory_limit": memory_limit,
@@ -106,17 +118,22 @@ def check_precision(value: object) -> str:
 
 def check_deterministic(value: object) -> bool:
     """Raise if the value is neither True nor False."""
-    if value is not True and value is not False:
+    if not isinstance(value, (bool, np.bool_)):
         raise TypeError(f"deterministic must be True, False or None; got {value!r}")
-    return value
+    return bool(value)
 
 
-def _check_threads(value: object) -> int:
-    if type(value) is not int:
+def _check_threads(value: Any) -> int:
+    try:
+        is_boolean = isinstance(value, (bool, np.bool_))
+        number = None if is_boolean else operator.index(value)
+    except TypeError:
+        number = None
+    if number is None:
         raise TypeError(f"num_threads must be an integer; got {value!r}")
-    if value < 1:
+    if number < 1:
         raise ValueError(f"num_threads must be at least 1; got {value}")
-    return value
+    return number
 
 
 _CHECKS: dict[str, Callable[[Any], Any]] = {
@@ -130,9 +147,11 @@ _CHECKS: dict[str, Callable[[Any], Any]] = {
 @cache
 def _from_environment() -> Settings:
     """Settings from ``CUCONV_…`` variables, read once."""
+    variables = {f"CUCONV_{name.upper()}": name for name in _CHECKS}
+    _warn_of_others((*variables, _CACHE))
     found = {}
-    for name, check in _CHECKS.items():
-        variable = f"CUCONV_{name.upper()}"
+    for variable, name in variables.items():
+        check = _CHECKS[name]
         word = os.environ.get(variable, "").strip()
         if not word:
             continue
@@ -141,6 +160,16 @@ def _from_environment() -> Settings:
         except (TypeError, ValueError) as error:
             raise ValueError(f"{variable}={word!r}: {error}") from None
     return Settings(**found)
+
+
+def _warn_of_others(known: tuple[str, ...]) -> None:
+    """Warn of variables that look like ours and are none."""
+    for name in sorted(os.environ):
+        is_ours = name in known or name.startswith(_OF_TESTS)
+        if name.startswith("CUCONV_") and not is_ours:
+            names = ", ".join(known)
+            words = f"{name} is not read; the variables of cuconv are {names}"
+            warnings.warn(words, stacklevel=4)
 
 
 def _meant(name: str, word: str) -> object:

@@ -1,5 +1,6 @@
 """Conversion of other libraries' arrays without copies."""
 
+import sys
 from typing import Any
 
 import numpy as np
@@ -37,7 +38,8 @@ def asarray(array: Any) -> Array:
         If it is on a CUDA device and no GPU works here.
     BufferError
         If the other library does not share it: a PyTorch tensor that requires a
-        gradient needs ``detach()`` first, a bfloat16 one another type.
+        gradient needs ``detach()`` first.  One of bfloat16 needs ml_dtypes to be
+        installed.
 
     Examples
     --------
@@ -74,6 +76,24 @@ def _by_dlpack(array: Any) -> Array:
             f"the array is on a device that DLPack numbers {device}; NumPy reads "
             f"{_CPU[0]} and {_CPU[1]}, CuPy {_DEVICE[0]} and {_DEVICE[1]}"
         )
+    if str(getattr(array, "dtype", "")) == "torch.bfloat16":
+        return _bfloat16_of(array)
+    return _numpy_of(array)
+
+
+def _bfloat16_of(tensor: Any) -> Array:
+    """Share a tensor by its bits: NumPy's DLPack has no bfloat16."""
+    try:
+        from ml_dtypes import bfloat16  # noqa: PLC0415 - when first needed
+    except ImportError as error:
+        raise BufferError("an array of bfloat16 needs ml_dtypes") from error
+    if tensor.requires_grad:  # its bits, as integers, have no gradient
+        raise BufferError("the array is not shared: it requires a gradient; detach()")
+    # There is no tensor where PyTorch was not imported.
+    return _numpy_of(tensor.view(sys.modules["torch"].int16)).view(bfloat16)
+
+
+def _numpy_of(array: Any) -> Array:
     try:
         return np.from_dlpack(array)
     except RuntimeError as error:

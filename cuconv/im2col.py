@@ -43,12 +43,14 @@ def im2col(
         ``"batched"``: (N, C·taps, positions), or (C·taps, positions) without a batch.
         With channels last the patch axis runs taps first, then channels: (taps·C).
     out
-        Array to write to, of that shape and the type of ``x``.
+        Array to write to, of that shape and the type of ``x``, in the machine's own
+        byte order.
 
     Returns
     -------
     array
-        The columns, in the type and the module of ``x``; zero where windows hang over.
+        The columns, in the type and the module of ``x``, and the machine's own byte
+        order; zero where windows hang over.
 
     Raises
     ------
@@ -103,14 +105,16 @@ def col2im(
     kernel_size, stride, padding, dilation, layout, order
         As for `im2col`.
     out
-        Array to write to, of shape ``x_shape`` and the type of ``cols``.
+        Array to write to, of shape ``x_shape`` and the type of ``cols``, in the
+        machine's own byte order.
     deterministic
         False allows CUDA to add atomically, in any order; True and None do not.
 
     Returns
     -------
     array
-        Of shape ``x_shape`` and the type of ``cols``; halves are summed in float32.
+        Of shape ``x_shape`` and the type of ``cols``, in the machine's own byte order;
+        halves are summed in float32.
 
     Raises
     ------
@@ -211,6 +215,7 @@ def patches(
     -------
     array
         (N, C, *out, *kernel), in either layout; without N if ``x`` has no batch axis.
+        Of the type and the byte order of ``x``.
         Read-only with NumPy; CuPy has no such thing, so do not write to it.
 
     Raises

@@ -55,6 +55,11 @@ class MemoryLimitError(MemoryError):
         )
         self.limit = limit
         self.smallest = smallest
+        self._what = what
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # By default an exception is made again from its message alone.
+        return type(self), (self.limit, self.smallest, self._what), self.__dict__
 
 
 def parse_memory_limit(limit: int | str) -> int:

@@ -3,10 +3,12 @@
 One domain, ``cuconv``, and a range for each stage (plan, pad, gather, gemm, scatter),
 whose message names the strategy and whose payload counts the chunk.  A profiler sets
 ``NVTX_INJECTION64_PATH`` for the process that it observes: without that, and where
-`nvtx` has no build, there are no ranges.
+`nvtx` has no build, there are no ranges.  Where it fails, they end with a warning: no
+profiler breaks a call.
 """
 
 import os
+import warnings
 from types import TracebackType
 from typing import Any
 
@@ -21,8 +23,17 @@ def _find_domain() -> Any:
         import nvtx  # noqa: PLC0415 - importing it takes longer than all of ours
     except ImportError:
         return None
-    found = nvtx.get_domain(DOMAIN)
+    try:
+        found = nvtx.get_domain(DOMAIN)
+    except Exception as error:  # noqa: BLE001 - a profiler raises whatever it likes
+        _warn(error)
+        return None
     return None if type(found).__name__ == "DummyDomain" else found
+
+
+def _warn(error: Exception) -> None:
+    words = f"there are no more NVTX ranges of cuconv: {type(error).__name__}: {error}"
+    warnings.warn(words, RuntimeWarning, stacklevel=4)
 
 
 # Where ranges go; None if no profiler receives them.
@@ -32,13 +43,23 @@ domain = _find_domain()
 def push(message: str, chunk: int) -> None:
     """Begin a range."""
     if domain is not None:
-        domain.push_range(message=message, payload=chunk)
+        _tell("push_range", message=message, payload=chunk)
 
 
 def pop() -> None:
     """End the range that began last."""
     if domain is not None:
-        domain.pop_range()
+        _tell("pop_range")
+
+
+def _tell(name: str, **values: object) -> None:
+    """Call a method of the domain; no ranges from then on if it fails."""
+    global domain  # noqa: PLW0603 - one profiler for the process
+    try:
+        getattr(domain, name)(**values)
+    except Exception as error:  # noqa: BLE001 - a profiler raises whatever it likes
+        domain = None
+        _warn(error)
 
 
 class stage:  # noqa: N801 - read as a statement: with stage("gather"): ...

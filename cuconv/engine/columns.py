@@ -12,6 +12,7 @@ from cuconv.arrays import (
     base_array,
     check_type,
     module_of,
+    native,
 )
 from cuconv.backends import Backend, backend_of, refuse_capture
 from cuconv.backends.columns import (
@@ -20,6 +21,7 @@ from cuconv.backends.columns import (
     column_cells,
     single_group,
 )
+from cuconv.config import check_deterministic
 from cuconv.engine.recorded import RecordedPlan, Result, Workspace, check_results
 from cuconv.engine.tile_search import largest_fitting
 from cuconv.geometry import Block, Tile, WindowGeometry
@@ -43,15 +45,16 @@ def _gather(
     backend: Backend, geometry: WindowGeometry, order: str, dtype: DType
 ) -> RecordedPlan:
     """Plan `im2col`."""
+    result = native(dtype)
     column = max(geometry.channels * geometry.taps * dtype.itemsize, 1)
     tile = geometry.tile(max(backend.block_bytes // column, 1))
     workers, threads = _workers(backend, geometry.column_bytes(dtype.itemsize))
-    buffers = backend.gather_buffers(geometry, tile, dtype, dtype)
+    buffers = backend.gather_buffers(geometry, tile, dtype, result)
     return RecordedPlan(
         backend,
         GatherSteps(geometry, order, tile),
         ("x",),
-        (Result("out", geometry.column_shape(order), dtype),),
+        (Result("out", geometry.column_shape(order), result),),
         Workspace(buffers, workers, geometry.count_blocks(tile)),
         threads=threads,
     )
@@ -66,10 +69,11 @@ def _scatter(
     deterministic: bool,
 ) -> RecordedPlan:
     """Plan `col2im`; halves are summed in a buffer."""
-    sums = accumulator(dtype)
+    result = native(dtype)
+    sums = accumulator(result)
     cell = max(geometry.channels * sums.itemsize, 1)
     tile = geometry.region_tile(max(backend.block_bytes // cell, 1))
-    is_cast = sums != dtype
+    is_cast = sums != result
     if is_cast:
         refuse_capture(backend, f"sums of {dtype} take memory")
     cells = tile.positions * geometry.channels
@@ -79,7 +83,7 @@ def _scatter(
         backend,
         ScatterSteps(geometry, order, tile, deterministic),
         ("cols",),
-        (Result("out", geometry.x_shape, dtype),),
+        (Result("out", geometry.x_shape, result),),
         Workspace(buffers, workers, geometry.count_regions(tile)),
         threads=threads,
     )
@@ -120,7 +124,8 @@ def plan_columns(
         if array.shape != shape:
             raise ValueError(f"cols has shape {array.shape} and must have {shape}")
         backend = backend_of(xp, array)
-        deterministic = more["deterministic"] is not False
+        asked = more["deterministic"]
+        deterministic = asked is None or check_deterministic(asked)
         plan = _scatter(
             backend, geometry, order, array.dtype, deterministic=deterministic
         )
@@ -157,7 +162,7 @@ def _step_bytes(
     """Everything that one step allocates."""
     cells = tile.positions * geometry.channels * geometry.taps
     columns = Buffer("columns", cells, dtype).nbytes
-    buffers = backend.gather_buffers(geometry, tile, dtype, dtype)
+    buffers = backend.gather_buffers(geometry, tile, dtype, native(dtype))
     overhead = backend.overhead(1, dtype.itemsize)
     return overhead + columns + workspace_bytes(buffers)
 
@@ -179,7 +184,7 @@ def _steps(
     backend: Backend, x: Array, geometry: WindowGeometry, tile: Tile, order: str
 ) -> Iterator[tuple[Block, Array]]:
     cells = single_group(x, geometry)
-    buffers = backend.gather_buffers(geometry, tile, x.dtype, x.dtype)
+    buffers = backend.gather_buffers(geometry, tile, x.dtype, native(x.dtype))
     for chunk, block in enumerate(geometry.blocks(tile)):
         refuse_capture(backend, _EACH_TAKES_MEMORY)
         with backend.device_of(x), stage("gather", "im2col", chunk):
@@ -199,7 +204,7 @@ def _step(
     """The columns of one block, in an array of their own."""
     first, last = block.images
     shape = geometry.column_shape(order, last - first, block.shape)
-    columns = backend.xp.empty(shape, dtype=x.dtype)
+    columns = backend.xp.empty(shape, dtype=native(x.dtype))
     if columns.size:
         into = column_cells(columns, geometry, block.shape, order)
         backend.gather(

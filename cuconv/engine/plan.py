@@ -15,7 +15,7 @@ from cuconv.arrays import (
     module_of,
     stub_of,
 )
-from cuconv.backends import backend_of, refuse_capture
+from cuconv.backends import backend_of, backend_on, refuse_capture
 from cuconv.engine.execute import Memory, job_of
 from cuconv.engine.lower import lower
 from cuconv.engine.lowering import Lowering
@@ -26,15 +26,17 @@ from cuconv.engine.request import ZERO_POINTS, Request
 from cuconv.geometry import Axis, ConvGeometry
 from cuconv.memory import allocated
 
-# The most layouts of arrays for which a plan keeps another.
+# The most layouts of arrays for which a plan keeps another; few if each has weights.
 _MOST_LAYOUTS = 64
+_MOST_PREPARED = 4
 
 
 class Plan(LoweredCall):
     """The plan of one convolution, or of a gradient of one; print it to read it.
 
     Made by `cuconv.plan_conv`.  A plan is fixed: shapes, types, strategy, blocks and
-    memory.  Calling it with arrays runs it.
+    memory.  Calling it with arrays runs it.  `pickle` and `copy` take what it was made
+    from, with its weights if they are built in: it is planned again where it is loaded.
 
     Examples
     --------
@@ -46,6 +48,9 @@ class Plan(LoweredCall):
     >>> plan(np.arange(5.0).reshape(1, 1, 5), np.ones((1, 1, 3)))
     array([[[3., 6., 9.]]])
     """
+
+    # Weights as they were given, where they are built in.
+    _w: Array | None = None
 
     def __init__(self, request: Request, lowering: Lowering | None = None) -> None:
         types = request.types
@@ -161,14 +166,10 @@ class Plan(LoweredCall):
             if out is not None:
                 check_overlap(self.backend.xp, out, self._named(arrays))
             return plan.run(arrays, out)
-        bias = arrays[1] if self.is_prepared and len(arrays) == 2 else None
-        if isinstance(bias, self.backend.xp.ndarray) and not key[1]:
-            packed = self.backend.xp.array(bias, order="C", copy=True)
-            if stub_of("bias", bias).layout != stub_of("bias", packed).layout:
-                return self(arrays[0], packed, out=out)
         plan = self._checked(arrays, out)
         if layouts is not None and not plan.problem.captured:
-            if len(self.others) >= _MOST_LAYOUTS:
+            most = _MOST_PREPARED if self.is_prepared else _MOST_LAYOUTS
+            if len(self.others) >= most:
                 self.others.clear()
             self.others[key] = None if plan is self else plan
         return plan.run(arrays, out)
@@ -184,20 +185,21 @@ class Plan(LoweredCall):
         captured = self.backend.is_capturing()
         self.check_result(out, given, captured=captured)
         misplaced = self._misplaced(given, out)
-        if self.is_prepared:
-            if misplaced:
-                named = {**given, "out": out}
-                each = (f"{n} has strides {named[n].strides}" for n in misplaced)
-                found = ", ".join(each)
-                raise ValueError(
-                    f"a prepared plan takes aligned C-contiguous arrays; {found}"
-                )
-            if not self.is_capturable:
-                what = f"the plan, prepared for {self.strategy}, cannot be part of it"
-                refuse_capture(self.backend, what, captured=captured)
+        needs_another = misplaced or (captured and not self.is_capturable)
+        if not self.is_prepared:
+            if needs_another or not self._is_tuned:
+                return Plan(self.request._replace(arrays=given, out=out))
             return self
-        if misplaced or not self._is_tuned or (captured and not self.is_capturable):
-            return Plan(self.request._replace(arrays=given, out=out))
+        if needs_another:
+            named = {**given, "out": out}
+            places = ", ".join(f"{n} has strides {named[n].strides}" for n in misplaced)
+            what = f"the plan, prepared for {self.strategy}, cannot be part of it"
+            if places:
+                what = f"a prepared plan takes aligned C-contiguous arrays; {places}"
+            refuse_capture(self.backend, what, captured=captured)
+            own = {**self.request.arrays, **given}
+            other = Plan(self.request._replace(arrays=own, out=out))
+            return other._with_weights(self._w)
         return self
 
     def check_result(
@@ -263,6 +265,7 @@ class Plan(LoweredCall):
     def _with_weights(self, w: Array) -> "Plan":
         """The same plan with weights that nobody else writes, of the operands' type."""
         plan = self.with_candidates(self.candidates)
+        plan._w = w  # noqa: SLF001 - a copy of itself
         plan.names = tuple(name for name in self.names if name != "w")
         # Prepared weights are what one candidate takes, and no other.
         plan._is_tuned = True  # noqa: SLF001 - a copy of itself
@@ -281,6 +284,13 @@ class Plan(LoweredCall):
                 candidate, backend, Memory(raw), 0, number, with_weights=False
             )
             return candidate.strategy.weights(job, w, kept)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        *given, backend = self.request
+        w = self._w
+        if w is not None and not isinstance(w, np.ndarray):
+            w = w.get()
+        return _planned_again, (given, backend.device, w)
 
     def run(self, arrays: Sequence[Array | None], out: Array | None) -> Array:
         """Run it on checked arrays."""
@@ -428,6 +438,16 @@ class Plan(LoweredCall):
         g = self.request.geometry
         both = g.x_shape, g.y_shape
         return both[::-1] if self.problem.transposed else both
+
+
+def _planned_again(given: Sequence[Any], device: str, w: Array | None) -> Plan:
+    """The plan of a request; ``w``, weights to build in, are on the host."""
+    backend = backend_on(device)
+    plan = Plan(Request._make((*given, backend)))
+    if w is None:
+        return plan
+    with backend.device_of(backend.empty((), w.dtype)):
+        return plan._with_weights(backend.xp.asarray(w))  # noqa: SLF001
 
 
 def _groups_text(geometry: ConvGeometry) -> str:

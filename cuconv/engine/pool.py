@@ -21,6 +21,7 @@ from cuconv.arrays import (
     check_type,
     module_of,
     module_of_blocks,
+    native,
     resolve_types,
 )
 from cuconv.engine.pool_plan import INDEX, limit_of, plan_of, y_shape
@@ -214,7 +215,7 @@ def _max(
     dtype = given["x"].dtype
     _check_ordered("x", dtype)
     with_indices = bool(options.get("return_indices"))
-    dtypes = (_native(dtype),) * 3
+    dtypes = (native(dtype),) * 3
     return PoolProblem(MAXIMUM, geometry, *dtypes, with_indices=with_indices), given
 
 
@@ -235,9 +236,9 @@ def _max_gradient(
             raise TypeError(f"indices have type {indices.dtype} and must have int64")
     if x is not None:
         _check_ordered("x", x.dtype)
-    dtype = _native(dy.dtype)
+    dtype = native(dy.dtype)
     dtypes = dtype, accumulator(dtype), dtype
-    values = None if x is None else _native(x.dtype)
+    values = None if x is None else native(x.dtype)
     problem = PoolProblem(MAXIMUM, geometry, *dtypes, is_gradient=True, values=values)
     return problem, given
 
@@ -274,11 +275,11 @@ def _norm(
 ) -> tuple[PoolProblem, Named]:
     geometry = _x_geometry(call, named["x"], options, more)
     given, power = _checked(named), more["norm_type"]
-    dtype = _native(given["x"].dtype)
+    dtype = native(given["x"].dtype)
     for name, array in given.items():
         if array.dtype.kind not in "fV":
             raise TypeError(f"{name} has type {array.dtype}; lp_pool takes real floats")
-        if _native(array.dtype) != dtype:
+        if native(array.dtype) != dtype:
             raise TypeError(f"{name} has type {array.dtype} and x has {dtype}")
     if not isinstance(power, Real):
         raise TypeError(f"norm_type must be a number; got {power!r}")
@@ -307,12 +308,7 @@ _PROBLEMS: dict[str, Callable[..., tuple[PoolProblem, Named]]] = {
 
 
 def _mean_type(dtype: DType) -> DType:
-    return np.dtype(np.float64) if dtype.kind in "biu" else _native(dtype)
-
-
-def _native(dtype: DType) -> DType:
-    """A type in the machine's own byte order, which results have."""
-    return dtype.newbyteorder("=")
+    return np.dtype(np.float64) if dtype.kind in "biu" else native(dtype)
 
 
 def _check_ordered(name: str, dtype: DType) -> None:

@@ -1,6 +1,5 @@
 """Plans whose steps are recorded at their first run, and replayed later."""
 
-import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol, Self
@@ -154,8 +153,8 @@ class LoweredCall(Recorded):
 
     def with_candidates(self, candidates: list[Candidate]) -> Self:
         """The same call, whose parts are run by these."""
-        other = copy.copy(self)
-        other.candidates = candidates.copy()
+        other = object.__new__(type(self))
+        other.__dict__.update(self.__dict__, candidates=candidates.copy())
         other.renew()
         return other
 

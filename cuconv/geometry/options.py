@@ -4,6 +4,8 @@ import operator
 from collections.abc import Sequence
 from typing import NamedTuple, TypeAlias
 
+import numpy as np
+
 from cuconv.geometry.axis import Axis, EvenAxis, Range, Ranges, dilated_size
 
 LARGEST_PARAMETER = 2**31 - 1
@@ -31,12 +33,12 @@ def as_index(name: str, value: object) -> int:
     if type(value) is int:
         return value
     try:
-        return operator.index(value)  # type: ignore[arg-type]
+        if not isinstance(value, np.bool_):  # NumPy 2.0 takes it for 0 or 1
+            return operator.index(value)  # type: ignore[arg-type]
     except TypeError:
-        kind = type(value).__name__
-        raise TypeError(
-            f"{name} must be made of integers; got {value!r} ({kind})"
-        ) from None
+        pass
+    kind = type(value).__name__
+    raise TypeError(f"{name} must be made of integers; got {value!r} ({kind})")
 
 
 def frozen(name: str, value: object) -> object:

@@ -144,7 +144,14 @@ BAD = [
     ({"precision": 32}, TypeError, "precision must be a str"),
     ({"deterministic": "yes"}, TypeError, "deterministic .* 'yes'"),
     ({"deterministic": 1}, TypeError, "deterministic"),
-    ({"threads": 2}, TypeError, "threads"),
+    ({"deterministic": np.int64(1)}, TypeError, "deterministic"),
+    ({"num_threads": np.True_}, TypeError, "num_threads .* np.True_"),
+    ({"num_threads": np.float64(2)}, TypeError, "num_threads must be an integer"),
+    (
+        {"num_thread": 2},
+        TypeError,
+        "no option 'num_thread'; the options are num_threads, memory_limit, precision",
+    ),
 ]
 
 
@@ -152,6 +159,17 @@ BAD = [
 def test_what_has_no_meaning_is_refused_at_once(options, error, words) -> None:
     with pytest.raises(error, match=words):
         cuconv.config(**options)
+
+
+def test_numbers_and_booleans_of_numpy_are_taken() -> None:
+    numbers = {"num_threads": np.int64(3), "memory_limit": np.uint32(2**20)}
+    for same in (np.True_, np.False_):
+        with cuconv.config(**numbers, deterministic=same):
+            assert settings() == Settings(3, 2**20, "standard", bool(same))
+            assert type(settings().num_threads) is int
+            assert type(settings().deterministic) is bool
+    plan = cuconv.plan_conv((1, 1, 3), (1, 1, 2), deterministic=np.False_)
+    assert plan.as_dict()["deterministic"] is False
 
 
 # The environment
@@ -203,6 +221,27 @@ def test_an_empty_variable_says_nothing() -> None:
     done = run_with(SHOW, **{f"CUCONV_{name}": " " for name in names})
     assert done.stderr == ""
     assert done.stdout.startswith("(None, None, 'standard', None)")
+
+
+def test_a_variable_that_is_not_read_is_warned_of_once() -> None:
+    code = """
+    import warnings
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        import cuconv
+        for _ in range(2):
+            cuconv.plan_conv((1, 1, 3), (1, 1, 2))
+    for warning in seen:
+        print(warning.category.__name__, warning.message)
+    """
+    others = {"CUCONV_CACHE_DIR": "", "CUCONV_REQUIRE_GPU": "1", "CUCONV": "1"}
+    assert run_with(code, CUCONV_NUM_THREADS="1", **others).stdout == ""
+    done = run_with(code, CUCONV_THREADS="1", CUCONV_NUM_THREADS="1")
+    assert done.stdout.strip() == (
+        "UserWarning CUCONV_THREADS is not read; the variables of cuconv are "
+        "CUCONV_NUM_THREADS, CUCONV_MEMORY_LIMIT, CUCONV_PRECISION, "
+        "CUCONV_DETERMINISTIC, CUCONV_CACHE_DIR"
+    )
 
 
 WRONG = [

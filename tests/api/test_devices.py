@@ -1,5 +1,7 @@
 """Arrays of other libraries come in by an explicit call, and share their memory."""
 
+import sys
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -93,6 +95,49 @@ def test_a_library_that_does_not_share_is_heard():
 
     with pytest.raises(BufferError, match=r"not shared: it requires a gradient"):
         cuconv.asarray(Reluctant(np.ones(3)))
+
+
+class Tensor(ByDlpack):
+    """A tensor of PyTorch, of bfloat16 or of a view of its bits."""
+
+    requires_grad = False
+
+    def __init__(self, array: Any, dtype: str = "torch.bfloat16") -> None:
+        super().__init__(array)
+        self.dtype = dtype
+
+    def view(self, dtype: str) -> "Tensor":
+        return Tensor(self.owner.view(dtype), dtype)
+
+
+def test_a_tensor_of_bfloat16_shares_its_memory(monkeypatch):
+    ml_dtypes = pytest.importorskip("ml_dtypes")
+    monkeypatch.setitem(sys.modules, "torch", SimpleNamespace(int16="int16"))
+    own = integers((1, 2, 6), "float32").astype(ml_dtypes.bfloat16)
+    for array in (own, own[..., ::2]):
+        seen = cuconv.asarray(Tensor(array))
+        assert seen.dtype == ml_dtypes.bfloat16
+        assert (seen == array).all()
+        assert np.shares_memory(seen, own)
+    trained = Tensor(own)
+    trained.requires_grad = True
+    with pytest.raises(BufferError, match=r"requires a gradient; detach\(\)"):
+        cuconv.asarray(trained)
+    monkeypatch.setitem(sys.modules, "ml_dtypes", None)
+    with pytest.raises(BufferError, match="needs ml_dtypes"):
+        cuconv.asarray(Tensor(own))
+
+
+def test_a_tensor_of_torch_itself():
+    torch = pytest.importorskip("torch")
+    for dtype in ("bfloat16", "float16", "float32"):
+        tensor = torch.arange(12).reshape(1, 2, 6).to(getattr(torch, dtype))
+        for each in (tensor, tensor[..., ::2], tensor.transpose(1, 2)):
+            seen = cuconv.asarray(each)
+            assert seen.dtype.name == dtype
+            assert seen.astype("f4").tolist() == each.tolist()
+        with pytest.raises(BufferError, match="grad"):
+            cuconv.asarray(tensor.requires_grad_())
 
 
 def test_device_memory_without_a_gpu(monkeypatch):

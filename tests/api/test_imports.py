@@ -66,6 +66,25 @@ def test_a_call_on_numpy_does_not_either() -> None:
     assert not {name for name in loaded if name.startswith("cuconv.backends.cuda")}
 
 
+def test_layers_and_testing_are_imported_when_they_are_asked_for() -> None:
+    code = """
+    import sys
+    import cuconv
+    later = {"cuconv.layers", "cuconv.testing"}
+    assert not later & set(sys.modules)
+    assert {"layers", "testing", "conv"} <= set(dir(cuconv))
+    assert not later & set(sys.modules)
+    assert cuconv.layers.Conv2d and cuconv.testing.conv_reference
+    assert later <= set(sys.modules)
+    assert len(dir(cuconv)) == len(set(dir(cuconv)))
+    try:
+        cuconv.layer
+    except AttributeError as error:
+        print(error)
+    """
+    assert run_python(code) == "module 'cuconv' has no attribute 'layer'\n"
+
+
 def test_import_brings_in_nothing_heavy() -> None:
     """What the demonstration and the tests need is no business of the library."""
     heavy = {"scipy", "matplotlib", "sklearn", "rich", "PIL", "hypothesis", "pytest"}

@@ -244,6 +244,8 @@ def test_prepared_plans(xp) -> None:
     with captured(xp) as graphs:
         with pytest.raises(ValueError, match="prepared for im2col, cannot be part"):
             plans["im2col"](x, out=out)
+        with pytest.raises(ValueError, match="C-contiguous arrays; x has strides"):
+            plans["implicit_gemm"](x[..., ::-1], out=out)
         plans["implicit_gemm"](x, out=out)
     w[...] = 0  # prepared weights are the plan's own
     graphs[0].launch()

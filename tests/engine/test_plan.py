@@ -360,23 +360,15 @@ def test_prepared_weights_of_every_kind(xp, dtype) -> None:
         testing.assert_equal(got, wanted_of(op, case, dtype), dtype=dtype)
 
 
-def test_a_prepared_plan_says_where_arrays_must_lie(xp) -> None:
-    """Or it takes them as they lie; it never computes something else."""
-    taken = refused = 0
+def test_a_prepared_plan_takes_arrays_wherever_they_lie(xp) -> None:
     for case in CASES.values():
         arrays = operands(case, "float32")
         plan = plan_of("forward", case, device=device_of(xp))
         prepared = plan.prepare(to_device(xp, arrays.w))
         wanted = wanted_of("forward", case)
         for place in PLACES.values():
-            try:
-                got = prepared(place(xp, arrays.x))
-            except ValueError as error:
-                refused += "C-contiguous" in str(error)
-                continue
-            testing.assert_equal(got, wanted)
-            taken += 1
-    assert taken + refused == len(CASES) * len(PLACES)
+            for _ in range(2):
+                testing.assert_equal(prepared(place(xp, arrays.x)), wanted)
 
 
 def test_prepared_plans_stay_within_the_limit() -> None:

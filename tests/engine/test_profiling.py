@@ -194,6 +194,46 @@ def test_without_nvtx_there_are_no_ranges(monkeypatch) -> None:
     assert np.isfinite(cuconv.conv(arrays.x, arrays.w, padding=1)).all()
 
 
+class Broken:
+    """A domain whose ranges fail from the second on."""
+
+    begun = 0
+
+    def push_range(self, message: str, payload: int) -> None:
+        self.begun += 1
+        if self.begun > 1:
+            raise OSError("the profiler has gone")
+
+    def pop_range(self) -> None:
+        pass
+
+
+@pytest.mark.parametrize("broken", [Broken(), object()])
+def test_a_profiler_that_fails_breaks_no_call(broken, monkeypatch) -> None:
+    """As `nvtx` before 0.2.15: no ``push_range``, or one without a message."""
+    monkeypatch.setattr(profiling, "domain", broken)
+    forget_plans()
+    arrays = operands(PADDED)
+    with pytest.warns(RuntimeWarning, match="no more NVTX ranges of cuconv: ") as seen:
+        y = cuconv.conv(arrays.x, arrays.w, **PADDED.options)
+    assert len(seen) == 1
+    assert profiling.domain is None
+    wanted = cuconv.conv(arrays.x, arrays.w, **PADDED.options)
+    assert (y == wanted).all()
+
+
+def test_a_profiler_that_fails_at_once_is_none(monkeypatch) -> None:
+    nvtx = pytest.importorskip("nvtx")
+
+    def fail(name: str) -> None:
+        raise OSError(name)
+
+    monkeypatch.setenv("NVTX_INJECTION64_PATH", "a profiler")
+    monkeypatch.setattr(nvtx, "get_domain", fail)
+    with pytest.warns(RuntimeWarning, match="OSError: cuconv"):
+        assert profiling._find_domain() is None
+
+
 def test_the_domain_of_nvtx_takes_our_words(monkeypatch) -> None:
     """The real one, as it is installed: no profiler listens, and nothing is raised."""
     nvtx = pytest.importorskip("nvtx")

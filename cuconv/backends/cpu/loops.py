@@ -32,8 +32,15 @@ if TYPE_CHECKING:
 else:
     from numba import njit
 
-    # Sums may be reordered, for vector instructions; nothing else is relaxed.
-    compiled = njit(nogil=True, cache=True, fastmath={"reassoc", "contract"})
+    def compiled(function):  # noqa: D103 - as above
+        # Sums may be reordered, for vector instructions; nothing else is relaxed.
+        options = {"nogil": True, "fastmath": {"reassoc", "contract"}}
+        try:
+            return njit(cache=True, **options)(function)
+        except RuntimeError:
+            # No folder for the cache: neither the package nor the home is writable.
+            return njit(**options)(function)
+
 
 Cells = Any
 

@@ -44,8 +44,8 @@ for _name in (
     *("abs", "add", "all", "any", "argmax", "array_equal", "ascontiguousarray", "clip"),
     *("concatenate", "conjugate", "empty_like", "exp", "isnan", "log", "matmul", "max"),
     *("maximum", "mean", "minimum", "moveaxis", "multiply", "negative", "pad"),
-    *("sqrt", "square", "stack", "subtract", "sum", "tanh", "transpose", "where"),
-    *("zeros_like", "ones_like", "linalg"),
+    *("sqrt", "square", "stack", "subtract", "sum", "tanh", "tensordot", "transpose"),
+    *("where", "zeros_like", "ones_like", "linalg", "einsum"),
 ):
     if _name != "linalg":
         globals()[_name] = wrapped(getattr(_np, _name))
