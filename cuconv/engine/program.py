@@ -14,7 +14,7 @@ import copy
 import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from functools import partial
+from functools import cached_property, partial
 from operator import itemgetter, methodcaller
 from typing import Any, NamedTuple, TypeAlias
 
@@ -32,6 +32,11 @@ MOST_BYTES = 2**18
 
 
 Slots: TypeAlias = list[Any]
+
+
+def takes_addresses(function: Callable[..., Any]) -> bool:
+    """True if it takes the addresses of arrays."""
+    return getattr(function, "takes_addresses", False)
 
 
 class TooManySteps(Exception):  # noqa: N818 - a signal, no error
@@ -117,6 +122,21 @@ class Program:
                 self.laid.append((slot, view.source, *layout))
             else:
                 self.made.append((slot, view.source, _maker(view, stub)))
+
+    @cached_property
+    def functions(self) -> set[Callable[..., Any]]:
+        """The functions of all steps."""
+        return {f for items, _ in self.phases for item in items for f, _ in item}
+
+    @cached_property
+    def addresses(self) -> list[tuple[int, str, int]]:
+        """The slots of addresses, each with the source and the offset."""
+        return [(slot, v.source, v.offset) for v, slot in self.views if v.is_address]
+
+    @cached_property
+    def arrays(self) -> list[tuple[int, View]]:
+        """The slots of arrays."""
+        return [(slot, view) for view, slot in self.views if not view.is_address]
 
     def bound(self, raw: Array) -> list[Slots]:
         """The slots of every worker, with views of an aligned NumPy workspace."""
@@ -233,8 +253,8 @@ class Recording:
         if self._steps is None:
             self._steps = []
             self._phases.append(([self._steps], 1))
-        takes_addresses = getattr(function, "takes_addresses", False)
-        slots = [self._slot(o, is_address=takes_addresses) for o in operands]
+        by_address = takes_addresses(function)
+        slots = [self._slot(o, is_address=by_address) for o in operands]
         self._steps.append(Step(function, _picker(slots)))
 
     @contextmanager

@@ -13,7 +13,7 @@ import pytest
 from support import Case, integers, operands, reference, to_host
 
 import cuconv
-from cuconv.backends.cuda import cuda_backend
+from cuconv.backends.cuda import compiler, cuda_backend
 from cuconv.backends.cuda import winograd as module
 from cuconv.backends.cuda.gemm import gemm
 from cuconv.backends.cuda.variants import TILE_SIZES, all_variants
@@ -101,8 +101,8 @@ def wide_index(request, monkeypatch):
 def variants(monkeypatch):
     """What is launched in this test."""
     seen = []
-    original = module.kernel
-    monkeypatch.setattr(module, "kernel", lambda v: seen.append(v) or original(v))
+    original = compiler.kernel
+    monkeypatch.setattr(compiler, "kernel", lambda v: seen.append(v) or original(v))
     return seen
 
 
@@ -218,7 +218,7 @@ def test_offsets_past_31_bits_have_wide_indices(xp, monkeypatch, strides, firsts
         seen.append(variant)
         return lambda *_, shared_mem: None
 
-    monkeypatch.setattr(module, "kernel", kernel)
+    monkeypatch.setattr(compiler, "kernel", kernel)
     tile = Tiled(4, (4, 4), (2, 2))
     cell = xp.zeros(1, dtype="float32")
     steps = tuple(4 * step for step in strides)

@@ -18,7 +18,7 @@ from cuconv.arrays import (
     strided,
 )
 from cuconv.backends import padding
-from cuconv.backends.cuda.compiler import Do, kernel, launch
+from cuconv.backends.cuda.compiler import Do, launch
 from cuconv.backends.cuda.depthwise import (
     MOST_BLOCKS,
     DirectLaunch,
@@ -27,7 +27,7 @@ from cuconv.backends.cuda.depthwise import (
 )
 from cuconv.backends.cuda.device import gpu_of, is_capturing
 from cuconv.backends.cuda.elements import Variant
-from cuconv.backends.cuda.gemm import gemm
+from cuconv.backends.cuda.gemm import CUBLAS, gemm, multiply
 from cuconv.backends.cuda.implicit_gemm import CudaContraction
 from cuconv.backends.cuda.pooling import PoolLaunch, PoolTypes, pack_pool, pool_macros
 from cuconv.backends.cuda.structs import (
@@ -50,7 +50,7 @@ from cuconv.backends.cuda.winograd import CudaTiles
 from cuconv.backends.padding import Reading
 from cuconv.engine.costs import cuda_block_bytes, cuda_rates
 from cuconv.engine.pool_problem import PoolInputs, PoolProblem, PoolTiling
-from cuconv.engine.program import Program
+from cuconv.engine.program import Program, takes_addresses
 from cuconv.geometry import (
     PADDING_MODES,
     Axis,
@@ -89,15 +89,15 @@ class DirectKernels:
         if bias is not None:
             (step,) = steps_of(bias)
         how = {"adjoint": adjoint, "conjugated": conjugated}
-        launch = pack_cells(source, w, out, axes, sums, step, **how)
-        offset = np.uintp(0) if bias is None else bias
-        _launch_direct(self._do, "depthwise", launch, source, w, offset, out)
+        packed = pack_cells(source, w, out, axes, sums, step, **how)
+        arrays = source, w, _or_null(bias), out
+        _launch_direct(self._do, "depthwise", packed, *arrays)
 
     def correlate(
         self, x: Array, dy: Array, out: Array, axes: tuple[Axis, ...]
     ) -> None:
-        launch = pack_sums(x, out, dy, axes, accumulator(x.dtype))
-        _launch_direct(self._do, "depthwise_weights", launch, x, dy, out)
+        packed = pack_sums(x, out, dy, axes, accumulator(x.dtype))
+        _launch_direct(self._do, "depthwise_weights", packed, x, dy, out)
 
 
 class PoolKernels:
@@ -124,8 +124,8 @@ class PoolKernels:
         indices: Array | None,
     ) -> None:
         del tiling, scratch
-        launch = pack_pool(problem, x, y, other_y=indices)
-        _launch_pool(self._do, "pool", problem, launch, x, y, _or_null(indices))
+        packed = pack_pool(problem, x, y, other_y=indices)
+        _launch_pool(self._do, "pool", problem, packed, x, y, _or_null(indices))
 
     def backward(
         self,
@@ -138,9 +138,9 @@ class PoolKernels:
         del tiling, scratch
         dy, indices, x, y = given
         other = indices if y is None else y
-        launch = pack_pool(problem, dx, dy, x, other)
+        packed = pack_pool(problem, dx, dy, x, other)
         arrays = dy, _or_null(y), _or_null(indices), _or_null(x), dx
-        _launch_pool(self._do, "pool_gradient", problem, launch, *arrays)
+        _launch_pool(self._do, "pool_gradient", problem, packed, *arrays)
 
 
 class CudaBackend:
@@ -181,6 +181,8 @@ class CudaBackend:
 
     @staticmethod
     def do(function: Callable[..., Any], *operands: Any) -> None:
+        if takes_addresses(function):
+            operands = tuple(map(_address, operands))
         function(*operands)
 
     stage = stage
@@ -198,7 +200,8 @@ class CudaBackend:
             body(number, item, scratch[0])
 
     def execute(self, program: Program, arrays: dict[str, Array]) -> None:
-        with cupy.cuda.Device(self._index):
+        products = CUBLAS if multiply in program.functions else nullcontext()
+        with cupy.cuda.Device(self._index), products:
             self._execute(program, arrays)
 
     def _execute(self, program: Program, arrays: dict[str, Array]) -> None:
@@ -209,14 +212,12 @@ class CudaBackend:
             for name, (start, *_) in program.regions.items():
                 places[name] = memory + start
         addresses = {name: place.ptr for name, place in places.items()}
-        for view, slot in program.views:
-            if view.is_address:
-                slots[slot] = np.uintp(addresses[view.source] + view.offset)
-            else:
-                place = places[view.source] + view.offset
-                slots[slot] = cupy.ndarray(
-                    view.shape, view.dtype, place, strides=view.strides
-                )
+        for slot, source, offset in program.addresses:
+            slots[slot] = addresses[source] + offset
+        for slot, view in program.arrays:
+            place = places[view.source] + view.offset
+            layout = view.shape, view.dtype, place
+            slots[slot] = cupy.ndarray(*layout, strides=view.strides)
         for items, _ in program.current_phases():
             for steps in items:
                 for function, operands in steps:
@@ -405,8 +406,7 @@ def _launch(
     if not packed.items:
         return
     blocks = -(-min(packed.items, MOST_THREADS) // _THREADS)
-    arguments = (source, target, packed.geometry, *more)
-    do(launch, kernel(variant), blocks, _THREADS, 0, *arguments)
+    launch(do, variant, blocks, _THREADS, source, target, packed.geometry, *more)
 
 
 def _layout(array: Array) -> ArrayLayout:
@@ -419,7 +419,7 @@ def _launch_direct(do: Do, name: str, packed: DirectLaunch, *arrays: Any) -> Non
         return
     variant = direct_variant(name, source.dtype, out.dtype, wide=packed.wide)
     blocks = min(share.blocks, MOST_BLOCKS)
-    do(launch, kernel(variant), blocks, share.threads, 0, *arrays, packed.packed)
+    launch(do, variant, blocks, share.threads, *arrays, packed.packed)
 
 
 def _launch_pool(
@@ -429,12 +429,17 @@ def _launch_pool(
         return
     macros = pool_macros(problem.kind, PoolTypes.of(problem), wide=packed.wide)
     blocks = -(-min(packed.items, MOST_THREADS) // _THREADS)
-    run = kernel(Variant(name, macros))
-    do(launch, run, blocks, _THREADS, 0, *arrays, packed.packed)
+    variant = Variant(name, macros)
+    launch(do, variant, blocks, _THREADS, *arrays, packed.packed)
+
+
+def _address(operand: Any) -> Any:
+    """The address of an array; other operands as they are."""
+    return operand.data.ptr if isinstance(operand, cupy.ndarray) else operand
 
 
 def _or_null(array: Array | None) -> Any:
-    return np.uintp(0) if array is None else array
+    return 0 if array is None else array
 
 
 def _like(flat: Array, columns: Array) -> Array:

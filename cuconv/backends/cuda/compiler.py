@@ -25,16 +25,22 @@ from cuconv.backends.cuda.variants import (
 from cuconv.engine.costs import MODERN
 
 _SHARED_WITHOUT_ASKING = 48 * 1024
-# Calls a function with operands, or records that.
+# Calls a function with operands, or records that. Functions of which `takes_addresses`
+# is true receive the addresses of arrays.
 Do: TypeAlias = Callable[..., None]
 
 
-def launch(run: Any, blocks: int, threads: int, shared: int, *arguments: Any) -> None:
-    """Launch a kernel on the current stream; arrays count by their address alone."""
-    run((blocks,), (threads,), arguments, shared_mem=shared)
+def launch(
+    do: Do, variant: Variant, blocks: int, threads: int, *arguments: Any
+) -> None:
+    """Launch a kernel on the current stream, or record that."""
+    run, grid, block, shared = kernel(variant), (blocks,), (threads,), variant.shared
 
+    def step(*arguments: Any) -> None:
+        run(grid, block, arguments, shared_mem=shared)
 
-launch.takes_addresses = True  # type: ignore[attr-defined]
+    step.takes_addresses = True  # type: ignore[attr-defined]
+    do(step, *arguments)
 
 
 def kernel(variant: Variant) -> Any:

@@ -7,7 +7,7 @@ Everything here, and so the order of a sum, depends on shapes, strides and types
 
 import math
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -21,6 +21,7 @@ from cuconv.backends.cuda.structs import (
     reach_of,
     spans_of,
     steps_of,
+    struct,
 )
 from cuconv.geometry import Axis
 
@@ -201,11 +202,11 @@ def _packed(
     packed_axes = list(map(packed_axis, axes, lengths, spatial))
     counts = (*out.shape[:3], source.shape[2], share.each, *map(int, flags))
     heads = [step for each in steps for step in each[:3]]
-    value: Any = (
+    value = (
         *(*counts, share.taps_each, share.block_filters, *by),
         *(*heads, bias_step, share.items, share.blocks, packed_axes),
     )
-    return DirectLaunch(np.array([value], dtype=DIRECT(wide=wide)), wide, share)
+    return DirectLaunch(struct(value, DIRECT(wide=wide)), wide, share)
 
 
 def _reach(

@@ -1,16 +1,18 @@
 """Matrix products with ``out``: cuBLAS for floats, our kernel for integers."""
 
+import threading
 from collections.abc import Iterable, Iterator, Sequence
+from functools import cache
 from itertools import product
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from cupy.cuda import cublas, runtime
 from cupy.cuda.device import get_cublas_handle
 
-from cuconv.arrays import Array, is_half, strided
-from cuconv.backends.cuda.compiler import Do, kernel, launch
-from cuconv.backends.cuda.structs import PRODUCT, steps_of
+from cuconv.arrays import Array, DType, is_half, strided
+from cuconv.backends.cuda.compiler import Do, launch
+from cuconv.backends.cuda.structs import PRODUCT, steps_of, struct
 from cuconv.backends.cuda.variants import product_variant
 
 _TILE = 16
@@ -30,18 +32,61 @@ _SCALARS = {name: name for name in ("float64", "complex64", "complex128")}
 _DISALLOW_REDUCED_PRECISION_REDUCTION = 16
 
 
+class Cublas(threading.local):
+    """cuBLAS for the products of a call, on the current device and stream.
+
+    Each product has its own mode, so that neither TF32 nor sums in half precision occur
+    by accident; the mode before the call is restored.
+    """
+
+    handle = 0
+
+    def __enter__(self) -> None:
+        self.handle = get_cublas_handle()
+        self._mode = self._before = cublas.getMathMode(self.handle)
+
+    def __exit__(self, *error: object) -> None:
+        self._set(self._before)
+        self.handle = 0
+
+    def _set(self, mode: int) -> None:
+        if mode != self._mode:
+            cublas.setMathMode(self.handle, mode)
+            self._mode = mode
+
+    def multiply(self, product: "_Product", left: int, right: int, into: int) -> None:
+        """Multiply matrices at these addresses."""
+        self._set(product.mode)
+        cublas.gemmStridedBatchedEx(
+            *(self.handle, *product.sizes, product.alpha, left, *product.left),
+            *(right, *product.right, product.beta, into, *product.into),
+            *(product.batches, product.compute_type, cublas.CUBLAS_GEMM_DEFAULT),
+        )
+
+
+CUBLAS = Cublas()
+
+
 class _Matrix(NamedTuple):
-    """A matrix for cuBLAS, column-major: a C-ordered one is transposed."""
+    """The arguments of cuBLAS after the address of a matrix."""
 
     dtype: int
-    operation: int
     step: int
     batch: int
 
-    @property
-    def how(self) -> tuple[int, int, int]:
-        """The arguments of cuBLAS after the address."""
-        return self.dtype, self.step, self.batch
+
+class _Product(NamedTuple):
+    """The arguments of cuBLAS beside the addresses of matrices."""
+
+    mode: int
+    sizes: tuple[int, ...]
+    alpha: int
+    beta: int
+    left: _Matrix
+    right: _Matrix
+    into: _Matrix
+    batches: int
+    compute_type: int
 
 
 def gemm(
@@ -120,8 +165,11 @@ def _fit(matrices: Sequence[Array], strides: Iterable[int]) -> bool:
     return not is_half(matrices[0].dtype) or all(s % 16 == 0 for s in strides)
 
 
-def _as_cublas(matrix: Array) -> _Matrix:
-    """The transpose of a matrix, as cuBLAS reads memory, with its leading dimension."""
+def _as_cublas(matrix: Array) -> tuple[int, _Matrix]:
+    """The transpose of a matrix, as cuBLAS reads memory, with its leading dimension.
+
+    Before it comes the operation of cuBLAS: a C-ordered matrix is transposed already.
+    """
     rows, columns = matrix.shape[-2:]
     batch, row, column = steps_of(matrix)
     is_rows = column == 1 or columns == 1
@@ -129,75 +177,47 @@ def _as_cublas(matrix: Array) -> _Matrix:
     step = long if (rows if is_rows else columns) > 1 else max(short, 1)
     operation = cublas.CUBLAS_OP_N if is_rows else cublas.CUBLAS_OP_T
     dtype = _CUDA_TYPES[matrix.dtype.name]
-    return _Matrix(dtype, operation, step, batch)
+    return operation, _Matrix(dtype, step, batch)
 
 
 def _multiply(do: Do, a: Array, b: Array, out: Array, *, add: bool, fast: bool) -> None:
     """One call of cuBLAS: the product of every pair of (batch, rows, columns)."""
     # cuBLAS counts columns first: outᵀ = bᵀ · aᵀ.
-    left, right, into = _as_cublas(b), _as_cublas(a), _as_cublas(out)
-    scalar = _SCALARS.get(a.dtype.name, "float32")
-    alpha, beta = np.array(1, dtype=scalar), np.array(add, dtype=scalar)
-    mode = (
-        _DISALLOW_REDUCED_PRECISION_REDUCTION
-        if is_half(a.dtype)
-        else cublas.CUBLAS_DEFAULT_MATH
-    )
-    sizes = left.operation, right.operation, *out.shape[:0:-1], a.shape[-1]
+    matrices = _as_cublas(b), _as_cublas(a), _as_cublas(out)
+    (turn_left, left), (turn_right, right), (_, into) = matrices
+    mode = cublas.CUBLAS_DEFAULT_MATH
+    if is_half(a.dtype):
+        mode = _DISALLOW_REDUCED_PRECISION_REDUCTION
     product = _Product(
         mode,
-        sizes,
-        alpha,
-        beta,
+        (turn_left, turn_right, *out.shape[:0:-1], a.shape[-1]),
+        _scalar(a.dtype, 1).ctypes.data,
+        _scalar(a.dtype, int(add)).ctypes.data,
         left,
         right,
         into,
         len(out),
         _compute_type(a, fast=fast),
     )
-    do(_run, product, b, a, out)
+    do(multiply, product, b, a, out)
 
 
-class _Product(NamedTuple):
-    """All arguments of a call of cuBLAS beside addresses."""
-
-    mode: int
-    sizes: tuple[int, ...]
-    alpha: Array
-    beta: Array
-    left: _Matrix
-    right: _Matrix
-    into: _Matrix
-    batches: int
-    compute_type: int
+def multiply(product: _Product, left: int, right: int, into: int) -> None:
+    """Call cuBLAS: a step of a call, or a call of its own."""
+    if CUBLAS.handle:
+        CUBLAS.multiply(product, left, right, into)
+    else:
+        with CUBLAS:
+            CUBLAS.multiply(product, left, right, into)
 
 
-def _run(product: _Product, left: Any, right: Any, into: Any) -> None:
-    """Call cuBLAS, with neither TF32 nor sums in half precision by accident."""
-    left, right, into = map(_address, (left, right, into))
-    handle = get_cublas_handle()
-    before = cublas.getMathMode(handle)
-    cublas.setMathMode(handle, product.mode)
-    try:
-        cublas.gemmStridedBatchedEx(
-            handle,
-            *product.sizes,
-            product.alpha.ctypes.data,
-            *(left, *product.left.how),
-            *(right, *product.right.how),
-            product.beta.ctypes.data,
-            *(into, *product.into.how),
-            *(product.batches, product.compute_type, cublas.CUBLAS_GEMM_DEFAULT),
-        )
-    finally:
-        cublas.setMathMode(handle, before)
+multiply.takes_addresses = True  # type: ignore[attr-defined]
 
 
-_run.takes_addresses = True  # type: ignore[attr-defined]
-
-
-def _address(array: Any) -> int:
-    return int(array if isinstance(array, np.uintp) else array.data.ptr)
+@cache
+def _scalar(dtype: DType, value: int) -> Array:
+    """Alpha or beta, of which cuBLAS takes the address: it stays where it is."""
+    return np.array(value, dtype=_SCALARS.get(dtype.name, "float32"))
 
 
 def _compute_type(matrix: Array, *, fast: bool) -> int:
@@ -217,7 +237,5 @@ def _integer_product(do: Do, a: Array, b: Array, out: Array, *, add: bool) -> No
         image, *rest = steps_of(matrix)
         steps.append((0 if matrix.shape[0] == 1 else image, *rest))
     head = (groups, rows, columns, a.shape[-1], tiles, int(add))
-    packed = np.array([(*head, *steps)], dtype=PRODUCT)
-    run = kernel(product_variant(out.dtype))
-    blocks = min(tiles, _MOST_BLOCKS)
-    do(launch, run, blocks, _TILE * _TILE, 0, a, b, out, packed)
+    packed, variant = struct((*head, *steps), PRODUCT), product_variant(out.dtype)
+    launch(do, variant, min(tiles, _MOST_BLOCKS), _TILE * _TILE, a, b, out, packed)

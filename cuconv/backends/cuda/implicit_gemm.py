@@ -12,9 +12,9 @@ import numpy as np
 
 from cuconv.arrays import Array, DType, alignment_of
 from cuconv.backends.blocking import Blocking, uses_tensor_cores
-from cuconv.backends.cuda.compiler import Do, kernel, launch
+from cuconv.backends.cuda.compiler import Do, launch
 from cuconv.backends.cuda.elements import Variant
-from cuconv.backends.cuda.structs import CONTRACTION, MATRICES, steps_of
+from cuconv.backends.cuda.structs import CONTRACTION, MATRICES, steps_of, struct
 from cuconv.backends.cuda.tilings import (
     Operand,
     Tiling,
@@ -155,10 +155,9 @@ class CudaContraction:
         images, groups, rows, columns = source.shape
         tiles = images * groups * -(-rows // _TILE) * -(-columns // _TILE)
         steps = (*steps_of(source)[:3], *steps_of(target)[:3])
-        packed = np.array([(groups, rows, columns, tiles, *steps)], dtype=MATRICES)
-        run = kernel(transpose_variant(source.dtype.itemsize))
-        blocks = min(tiles, _MOST_BLOCKS)
-        self._do(launch, run, blocks, _THREADS, 0, source, target, packed)
+        packed = struct((groups, rows, columns, tiles, *steps), MATRICES)
+        variant, blocks = transpose_variant(source.itemsize), min(tiles, _MOST_BLOCKS)
+        launch(self._do, variant, blocks, _THREADS, source, target, packed)
 
 
 def _run(
@@ -170,20 +169,19 @@ def _run(
     out: Array,
     parts: Array,
 ) -> None:
-    variant = product.variant
     into = out if product.parts == 1 else parts
-    arguments = (dense, x, x if bias is None else bias, into, product.packed)
-    sizes = product.blocks, product.threads, variant.shared
-    do(launch, kernel(variant), *sizes, *arguments)
+    arrays = dense, x, x if bias is None else bias, into
+    sizes = product.blocks, product.threads
+    launch(do, product.variant, *sizes, *arrays, product.packed)
     if product.parts > 1:
         _sum_parts(do, parts, out, product.parts)
 
 
 def _sum_parts(do: Do, parts: Array, out: Array, number: int) -> None:
-    run = kernel(parts_variant(parts.dtype, out.dtype))
+    variant = parts_variant(parts.dtype, out.dtype)
     blocks = max(1, min(-(-out.size // _THREADS), 2**16))
     numbers = np.int64(out.size), np.int64(number)
-    do(launch, run, blocks, _THREADS, 0, parts, out, *numbers)
+    launch(do, variant, blocks, _THREADS, parts, out, *numbers)
 
 
 def _view(array: Array) -> _View:
@@ -289,7 +287,7 @@ def _launch(
         conjugated=how.conjugated,
         stages=3 if modern else 2,
     )
-    value = np.array([packed], dtype=CONTRACTION)
+    value = struct(packed, CONTRACTION)
     return _Launch(variant, value, tiles, tiling.threads, parts)
 
 

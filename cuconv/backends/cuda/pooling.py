@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Iterator
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -16,6 +16,7 @@ from cuconv.backends.cuda.structs import (
     reach_of,
     spans_of,
     steps_of,
+    struct,
 )
 from cuconv.engine.pool_problem import MAXIMUM, MEAN, NORM, PoolProblem
 from cuconv.geometry import Axis
@@ -92,14 +93,14 @@ def pack_pool(
         packed_axes.append((packed_axis(axis, lengths, steps), *more))
         planes *= axis.size
     fastest = _channels_are_closer(x if own else y)
-    value: Any = (
+    value = (
         *(*y.shape[:2], items, int(fastest)),
         *(step for s in (x_steps, y_steps, *others) for step in s[:2]),
         divisor(y.shape[1]),
         *(problem.divisor or 0, problem.norm, _least(problem.result)),
         packed_axes[::-1],
     )
-    return PoolLaunch(np.array([value], dtype=POOL(wide=wide)), items, wide)
+    return PoolLaunch(struct(value, POOL(wide=wide)), items, wide)
 
 
 def _steps(array: Array | None) -> tuple[int, ...]:

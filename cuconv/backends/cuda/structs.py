@@ -62,6 +62,15 @@ CONTRACTION = np.dtype(
 )
 
 
+def struct(value: Any, dtype: DType) -> Array:
+    """Pack a kernel's argument of this type, as bytes.
+
+    At each launch CuPy asks for the ``__array_interface__``, in which NumPy would list
+    the fields: 20 µs for most structs of ours on a Xeon, where plain bytes take 0.8.
+    """
+    return np.array([value], dtype).view(f"V{dtype.itemsize}")
+
+
 def divisor_type(index: str) -> DType:
     """The type of ``struct Divisor``."""
     fields = [("value", index), ("multiplier", "u4"), ("shift", "u4")]
@@ -185,8 +194,7 @@ def pack(
     packed_axes = list(map(packed_axis, axes, lengths, steps, at_once))
     head = (*x.shape[:2], channels, *x_steps[:3], *c_steps[:3], items, int(fastest))
     by = divisor(x.shape[1]), divisor(channels)
-    value: Any = (*head, *by, packed_axes)
-    packed = np.array([value], dtype=GEOMETRY(rank, wide=wide))
+    packed = struct((*head, *by, packed_axes), GEOMETRY(rank, wide=wide))
     return Launch(packed, items, wide, width)
 
 

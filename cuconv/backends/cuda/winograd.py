@@ -7,9 +7,15 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from cuconv.arrays import Array, DType
-from cuconv.backends.cuda.compiler import Do, kernel, launch
+from cuconv.backends.cuda.compiler import Do, launch
 from cuconv.backends.cuda.elements import Variant
-from cuconv.backends.cuda.structs import MOST_THREADS, TRANSFORM, divisor, steps_of
+from cuconv.backends.cuda.structs import (
+    MOST_THREADS,
+    TRANSFORM,
+    divisor,
+    steps_of,
+    struct,
+)
 from cuconv.backends.cuda.variants import tile_variant
 
 _THREADS = 256
@@ -161,8 +167,8 @@ def _run(
 ) -> None:
     variant, packed = _packed(transform)
     blocks = -(-min(transform.items, MOST_THREADS) // _THREADS)
-    arguments = source, target, source if bias is None else bias, packed
-    do(launch, kernel(variant), blocks, _THREADS, 0, *arguments)
+    arrays = source, target, source if bias is None else bias
+    launch(do, variant, blocks, _THREADS, *arrays, packed)
 
 
 @lru_cache(maxsize=1024)
@@ -177,7 +183,7 @@ def _packed(launch: _Launch) -> tuple[Variant, Array]:
     ]
     head = launch.items, launch.adds_bias, *launch.firsts, *launch.sizes
     squares = launch.left.square(), launch.right.square()
-    value: Any = (*head, *sides, launch.digits(), *squares)
+    value = (*head, *sides, launch.digits(), *squares)
     key = launch.right.dtype, launch.left.extent, launch.right.extent
-    packed = np.array([value], dtype=TRANSFORM(*key, wide=wide))
+    packed = struct(value, TRANSFORM(*key, wide=wide))
     return tile_variant(*key, wide=wide), packed

@@ -129,7 +129,7 @@ class RawKernel:
             raise ValueError(f"cannot launch {blocks} blocks of {threads} threads")
         with _lock:
             kept = [_argument(a) for a in args]
-            addresses = [int(a) for a in args if isinstance(a, np.uintp) and a]
+            addresses = [int(a) for a in args if type(a) is int and a]
             pointers = (ctypes.c_void_p * len(kept))(
                 *(ctypes.addressof(k) for k in kept)
             )
@@ -173,8 +173,10 @@ def _argument(value):
         if value.size != 1:
             raise TypeError("only a NumPy array of one item is passed by value")
         return ctypes.create_string_buffer(value.tobytes(), value.nbytes)
-    if isinstance(value, np.uintp) and value:
-        memory.check_inside(int(value), int(value) + 1)
+    if type(value) is int:
+        if value:
+            memory.check_inside(value, value + 1)
+        return ctypes.c_int64(value)
     if isinstance(value, np.generic):
         return ctypes.create_string_buffer(value.tobytes(), value.nbytes)
     raise TypeError(f"Unsupported type {type(value)}")
