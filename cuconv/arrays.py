@@ -144,9 +144,12 @@ def _is_on_host(array: object) -> bool:
 
 
 def _is_on_device(array: object) -> bool:
-    # A CuPy array can only exist where CuPy was imported.
-    device_type = getattr(sys.modules.get("cupy"), "ndarray", ())
-    return isinstance(array, device_type)
+    return isinstance(array, _device_type())
+
+
+def _device_type() -> Any:
+    """The type of CuPy's arrays; one can only exist where CuPy was imported."""
+    return getattr(sys.modules.get("cupy"), "ndarray", ())
 
 
 # What `cuconv.asarray` can look through.
@@ -255,6 +258,7 @@ def layouts_of(arrays: Iterable[Array | None]) -> tuple[object, ...] | None:
     """A key for shapes, strides, types and alignment; None for other arrays."""
     key: list[object] = []
     array: Any
+    device_type: Any = None
     for array in arrays:
         kind = type(array)
         if kind is np.ndarray:
@@ -262,7 +266,7 @@ def layouts_of(arrays: Iterable[Array | None]) -> tuple[object, ...] | None:
             key += (array.shape, array.strides, array.dtype, flags)
         elif array is None:
             key.append(None)
-        elif kind is getattr(sys.modules.get("cupy"), "ndarray", None):
+        elif kind is (device_type := device_type or _device_type()):
             place = array.data
             key += (array.shape, array.strides, array.dtype, place.ptr % ALIGNMENT)
             key.append(place.device_id)

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from cuconv.arrays import Array, DType, Types, array_module
+from cuconv.arrays import Array, DType, Types
 from cuconv.backends.blocking import Blocking
 from cuconv.backends.cpu.backend import CpuBackend
 from cuconv.backends.cpu.machine import jit_is_installed as jit_is_installed
@@ -352,7 +352,9 @@ def is_capturing(array: Array | None) -> bool:
     """Whether a CUDA graph is being captured on the device of an array."""
     if array is None or isinstance(array, np.ndarray):
         return False
-    return backend_of(array_module(array), array).is_capturing()
+    from cuconv.backends.cuda import cuda_backend
+
+    return cuda_backend(int(array.device.id)).is_capturing()
 
 
 def refuse_capture(

@@ -124,11 +124,6 @@ class Program:
                 self.made.append((slot, view.source, _maker(view, stub)))
 
     @cached_property
-    def functions(self) -> set[Callable[..., Any]]:
-        """The functions of all steps."""
-        return {f for items, _ in self.phases for item in items for f, _ in item}
-
-    @cached_property
     def addresses(self) -> list[tuple[int, str, int]]:
         """The slots of addresses, each with the source and the offset."""
         return [(slot, v.source, v.offset) for v, slot in self.views if v.is_address]

@@ -81,7 +81,8 @@ class Recorded(ABC):
         """
         if self._is_recordable:
             self._is_recordable = False
-            self.program = self._recorded(arrays)
+            with self.backend.device_of(next(iter(arrays.values()))):
+                self.program = self._recorded(arrays)
         if self.program is not None:
             self.backend.execute(self.program, arrays)
         else:

@@ -27,12 +27,13 @@ from cuconv.backends.cuda.depthwise import (
 )
 from cuconv.backends.cuda.device import gpu_of, is_capturing
 from cuconv.backends.cuda.elements import Variant
-from cuconv.backends.cuda.gemm import CUBLAS, gemm, multiply
+from cuconv.backends.cuda.gemm import CUBLAS, gemm
 from cuconv.backends.cuda.implicit_gemm import CudaContraction
 from cuconv.backends.cuda.pooling import PoolLaunch, PoolTypes, pack_pool, pool_macros
 from cuconv.backends.cuda.structs import (
     MOST_THREADS,
     Launch,
+    copied_as_columns,
     pack,
     pack_windows,
     steps_of,
@@ -200,15 +201,14 @@ class CudaBackend:
             body(number, item, scratch[0])
 
     def execute(self, program: Program, arrays: dict[str, Array]) -> None:
-        products = CUBLAS if multiply in program.functions else nullcontext()
-        with cupy.cuda.Device(self._index), products:
+        with cupy.cuda.Device(self._index), CUBLAS:
             self._execute(program, arrays)
 
     def _execute(self, program: Program, arrays: dict[str, Array]) -> None:
         slots = program.slots.copy()
         places = {name: arrays[name].data for name in program.sources}
         if program.nbytes:
-            memory = cupy.empty(program.nbytes - ALIGNED, cupy.uint8).data
+            memory = cupy.cuda.alloc(program.nbytes - ALIGNED)
             for name, (start, *_) in program.regions.items():
                 places[name] = memory + start
         addresses = {name: place.ptr for name, place in places.items()}
@@ -304,15 +304,19 @@ class CudaBackend:
             axis.first(start)
             for axis, (start, _) in zip(geometry.axes, block.output, strict=True)
         )
-        size = x.dtype.itemsize
-        width = vector_width(_layout(x), _layout(uncast), size)
-        packed = pack(x, uncast, geometry.axes, firsts, over_output=True, width=width)
-        variant = copy_variant(
-            size, geometry.rank, wide=packed.wide, width=packed.width
-        )
-        _launch(self.do, variant, packed, x, uncast)
+        self._gather(x, uncast, geometry.axes, firsts)
         if uncast is not columns:
             self.do(cupy.copyto, columns, uncast)
+
+    def _gather(
+        self, x: Array, columns: Array, axes: tuple[Axis, ...], firsts: tuple[int, ...]
+    ) -> None:
+        """Copy windows to columns; see `pack`."""
+        size = x.dtype.itemsize
+        width = vector_width(_layout(x), _layout(columns), size)
+        packed = pack(x, columns, axes, firsts, over_output=True, width=width)
+        variant = copy_variant(size, len(axes), wide=packed.wide, width=packed.width)
+        _launch(self.do, variant, packed, x, columns)
 
     def scatter(
         self,
@@ -365,7 +369,12 @@ class CudaBackend:
         gemm(self.do, a, b, out, add=add or bias is not None, fast=fast)
 
     def copy(self, source: Array, target: Array) -> None:
-        self.do(cupy.copyto, target, source, "unsafe")
+        views = copied_as_columns(source, target)
+        if views is None:
+            self.do(cupy.copyto, target, source, "unsafe")
+            return
+        axes = tuple(Axis(n, 1, 1, 1, 0, 0) for n in views[0].shape[3:])
+        self._gather(*views, axes, (0,) * len(axes))
 
     def pad_copy(
         self,
@@ -397,7 +406,8 @@ class CudaBackend:
         _launch(self.do, variant, packed, copied, cells, mode, np.int32(add))
 
     def run_alone(self, body: Callable[[], None]) -> None:
-        body()
+        with CUBLAS:
+            body()
 
 
 def _launch(

@@ -33,32 +33,36 @@ _DISALLOW_REDUCED_PRECISION_REDUCTION = 16
 
 
 class Cublas(threading.local):
-    """cuBLAS for the products of a call, on the current device and stream.
+    """cuBLAS for the products of a call, set up by the first of them.
 
     Each product has its own mode, so that neither TF32 nor sums in half precision occur
     by accident; the mode before the call is restored.
     """
 
-    handle = 0
+    is_open = False
+    _handle = _mode = _before = 0
 
     def __enter__(self) -> None:
-        self.handle = get_cublas_handle()
-        self._mode = self._before = cublas.getMathMode(self.handle)
+        self.is_open = True
 
     def __exit__(self, *error: object) -> None:
-        self._set(self._before)
-        self.handle = 0
+        if self._handle:
+            self._set(self._before)
+        self.is_open, self._handle = False, 0
 
     def _set(self, mode: int) -> None:
         if mode != self._mode:
-            cublas.setMathMode(self.handle, mode)
+            cublas.setMathMode(self._handle, mode)
             self._mode = mode
 
     def multiply(self, product: "_Product", left: int, right: int, into: int) -> None:
         """Multiply matrices at these addresses."""
+        if not self._handle:
+            self._handle = get_cublas_handle()
+            self._mode = self._before = cublas.getMathMode(self._handle)
         self._set(product.mode)
         cublas.gemmStridedBatchedEx(
-            *(self.handle, *product.sizes, product.alpha, left, *product.left),
+            *(self._handle, *product.sizes, product.alpha, left, *product.left),
             *(right, *product.right, product.beta, into, *product.into),
             *(product.batches, product.compute_type, cublas.CUBLAS_GEMM_DEFAULT),
         )
@@ -204,7 +208,7 @@ def _multiply(do: Do, a: Array, b: Array, out: Array, *, add: bool, fast: bool) 
 
 def multiply(product: _Product, left: int, right: int, into: int) -> None:
     """Call cuBLAS: a step of a call, or a call of its own."""
-    if CUBLAS.handle:
+    if CUBLAS.is_open:
         CUBLAS.multiply(product, left, right, into)
     else:
         with CUBLAS:

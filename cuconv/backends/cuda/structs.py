@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from cuconv.arrays import Array, DType
+from cuconv.arrays import Array, DType, alignment_of, strided
 from cuconv.backends.cuda.vector_width import VectorWidth
 from cuconv.backends.padding import Reading
 from cuconv.geometry import Axis
@@ -213,6 +213,40 @@ def pack_windows(
     firsts = tuple(start for start, _ in reading.windows)
     columns = copied[(slice(None),) * 3 + (None,) * len(each)]
     return pack(cells, columns, each, firsts, over_output=over_output)
+
+
+def copied_as_columns(source: Array, target: Array) -> tuple[Array, Array] | None:
+    """View arrays as x (N, G, C, *spatial) and its columns under a single tap.
+
+    Axes that are contiguous in both are merged.  The innermost axis of the target is
+    the last, or the channels if it is contiguous in both: vectors are read then too.
+    None for arrays that the kernel cannot copy: of two types, at odd addresses, or with
+    more axes than it has.
+    """
+    item, arrays = target.itemsize, (source, target)
+    odd = any(
+        alignment_of(a) % min(item, 8) or any(s % item for s in a.strides)
+        for a in arrays
+    )
+    if source.dtype != target.dtype or odd:
+        return None
+    pairs = zip(source.shape, source.strides, strict=True)
+    moves = [0 if size == 1 else step for size, step in pairs]
+    moves = [0] * (target.ndim - source.ndim) + moves
+    axes = zip(target.shape, moves, target.strides, strict=True)
+    merged: list[tuple[int, ...]] = []
+    for size, *steps in sorted(axes, key=lambda axis: -abs(axis[2])):
+        if merged and merged[-1][1:] == tuple(size * step for step in steps):
+            merged[-1] = size * merged[-1][0], *steps
+        elif size != 1:
+            merged.append((size, *steps))
+    channel = merged.pop() if merged and merged[-1][1:] == (item,) * 2 else (1, 0, 0)
+    outer = [(1, 0, 0)] * (3 - len(merged)) + merged
+    shape, *strides = zip(*outer[:2], channel, *outer[2:], strict=True)
+    if len(shape) > 6:
+        return None
+    x, columns = (strided(a, shape, s) for a, s in zip(arrays, strides, strict=True))
+    return x, columns[(slice(None),) * 3 + (None,) * (len(outer) - 2)]
 
 
 def _in_vectors(steps: tuple[int, ...], channels: int) -> tuple[int, ...]:
