@@ -8,6 +8,7 @@ from cuconv.arrays import (
     Array,
     Stored,
     flattened,
+    is_aligned,
     stored,
 )
 from cuconv.backends import Backend
@@ -235,8 +236,10 @@ def take_bias(job: Job, bias: Array | None) -> Array | None:
     if bias is None:
         return None
     copy = job.shared["bias"]
-    job.backend.copy(bias, copy)
-    return copy.reshape(1, job.problem.geometry.groups, -1, 1)
+    if bias.dtype != copy.dtype or not is_aligned(bias):
+        job.backend.copy(bias, copy)
+        bias = copy
+    return bias.reshape(1, job.problem.geometry.groups, -1, 1)
 
 
 def bias_buffer(problem: Problem) -> tuple[Buffer, ...]:
