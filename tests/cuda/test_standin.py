@@ -238,15 +238,15 @@ def test_kernels_are_loaded_once_per_device(standin, loaded):
 
 
 def test_precompile(xp):
-    # For each rank, and each below: the copy, two sums, what lies around an array and
-    # its adjoint; a product for integers; for floats two loops over channels, tiles of
-    # three sizes along one axis, and along two; and products without columns, for
-    # blocks of four sizes (three of doubles).  For any rank:
-    # pooling by maxima and means, and norms of floats, and their gradients, of which
-    # that of a maximum takes indices or, of floats, x.
-    assert cuconv.precompile(("float32",), (2,)) == 2 * 5 + 2 + 6 + 4 * 4 + 7
-    assert cuconv.precompile(("float64",), (1,)) == 5 + 2 + 3 + 3 * 4 + 7
-    assert cuconv.precompile(("int8",), (1, 2)) == 9 + 4 * 4 + 3
+    # For each rank, and each below: the copy in every width, two sums, what lies around
+    # an array and its adjoint; a product for integers; for floats two loops over
+    # channels, tiles of three sizes along one axis, and along two; and products without
+    # columns, for blocks of four sizes (three of doubles). For any rank: pooling by
+    # maxima and means, and norms of floats, and their gradients, of which that of a
+    # maximum takes indices or, of floats, x.
+    assert cuconv.precompile(("float32",), (2,)) == 2 * 9 + 2 + 6 + 4 * 4 + 7
+    assert cuconv.precompile(("float64",), (1,)) == 7 + 2 + 3 + 3 * 4 + 7
+    assert cuconv.precompile(("int8",), (1, 2)) == 13 + 4 * 4 + 3
     with pytest.raises(TypeError, match="object"):
         cuconv.precompile((object,))
 
@@ -322,6 +322,14 @@ def products(xp: Any, layout: str) -> None:
         run(op, operands(case, "float32").on(xp), case, strategy="implicit_gemm")
 
 
+def columns(xp: Any) -> None:
+    """With a bias: columns and the bias are copied in vectors of 4, and of 2."""
+    for size in (8, 10):
+        shapes = (2, 4, size, size), (4, 4, 3, 3), (4,)
+        x, w, bias = (xp.ones(shape, "float32") for shape in shapes)
+        cuconv.conv(x, w, bias, padding=1, strategy="im2col")
+
+
 def convolutions(xp: Any) -> None:
     x, w = xp.ones((1, 2, 5, 5), "float16"), xp.ones((3, 2, 3, 3), "float16")
     cuconv.conv_backward(cuconv.conv(x, w), x, w)
@@ -341,6 +349,7 @@ def pooling(xp: Any) -> None:
     ("dtype", "calls"),
     [
         ("float16", convolutions),
+        ("float32", columns),
         ("float16", pooling),
         *(("float32", partial(products, layout=layout)) for layout in LAYOUTS),
     ],

@@ -13,7 +13,7 @@ from cuconv.backends.cuda.pooling import pool_variants
 from cuconv.backends.cuda.source import kernel_source
 from cuconv.backends.cuda.tilings import usual_variants
 from cuconv.backends.cuda.variants import (
-    copy_variant,
+    copy_variants,
     direct_variant,
     has_atomics,
     pad_adjoint_variant,
@@ -88,7 +88,7 @@ def precompile(
 
 
 def _column_variants(dtype: DType, rank: int) -> Iterator[Variant]:
-    yield copy_variant(dtype.itemsize, rank, wide=False)
+    yield from copy_variants([dtype.itemsize], rank)
     yield pad_copy_variant(dtype.itemsize, rank, wide=False)
     yield pad_adjoint_variant(accumulator(dtype), rank, wide=False)
     for own in {dtype, accumulator(dtype)}:

@@ -1,6 +1,6 @@
 """The variants of each kernel: element type × index width × rank."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
@@ -10,7 +10,7 @@ from cuconv.backends.cuda.elements import ELEMENTS, SUMS, Variant
 from cuconv.backends.cuda.pooling import pool_variants
 from cuconv.backends.cuda.structs import GEOMETRY, MATRICES, PRODUCT, TRANSFORM
 from cuconv.backends.cuda.tilings import parts_variant, usual_variants
-from cuconv.backends.cuda.vector_width import VectorWidth
+from cuconv.backends.cuda.vector_width import VectorWidth, vector_widths
 from cuconv.engine.costs import MODERN
 
 # The types of the depthwise kernels, and the type that each is summed in.
@@ -18,19 +18,6 @@ _DIRECT_SUMS = {
     **dict.fromkeys(("float16", "bfloat16"), "float32"),
     **{name: name for name in ("float32", "float64", "complex64", "complex128")},
 }
-# Item sizes and vector widths that have a kernel of their own.
-_SEVERAL = (
-    *(
-        (8, VectorWidth(channels=2)),
-        (8, VectorWidth(positions=2)),
-        (4, VectorWidth(positions=4)),
-    ),
-    *(
-        (4, VectorWidth(positions=2)),
-        (2, VectorWidth(positions=8)),
-        (2, VectorWidth(positions=4)),
-    ),
-)
 _SINGLE = VectorWidth()
 _HAS_ATOMICS = {
     *("word4_t", "word8_t", "float16_t", "bfloat16_t"),
@@ -57,6 +44,13 @@ def copy_variant(
     element = "quadword_t" if size > max(itemsize, 8) else f"word{size}_t"
     macros = f"ELEMENT={element}", f"VECTOR={width.positions}"
     return Variant("im2col", (*macros, *_index_macros(rank, wide=wide)))
+
+
+def copy_variants(itemsizes: Iterable[int], rank: int) -> Iterable[Variant]:
+    """`im2col` for items of these sizes, in every width and with a narrow index."""
+    pairs = ((size, width) for size in itemsizes for width in vector_widths(size))
+    each = (copy_variant(size, rank, wide=False, width=width) for size, width in pairs)
+    return dict.fromkeys(each)
 
 
 def sum_variant(kernel: str, dtype: DType, rank: int, *, wide: bool) -> Variant:
@@ -162,11 +156,11 @@ def all_variants(architecture: int = 90) -> Iterator[Variant]:
 
 
 def _column_variants(rank: int) -> Iterator[Variant]:
-    for itemsize, width in _SEVERAL:
-        yield copy_variant(itemsize, rank, wide=False, width=width)
+    itemsizes = 1, 2, 4, 8, 16
+    yield from copy_variants(itemsizes, rank)
+    yield from (copy_variant(itemsize, rank, wide=True) for itemsize in itemsizes)
     for wide in (False, True):
-        for itemsize in (1, 2, 4, 8, 16):
-            yield copy_variant(itemsize, rank, wide=wide)
+        for itemsize in itemsizes:
             yield pad_copy_variant(itemsize, rank, wide=wide)
         for element in dict.fromkeys(ELEMENTS.values()):
             yield _sum_variant("col2im_gather", element, rank, wide=wide)

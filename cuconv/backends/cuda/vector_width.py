@@ -30,6 +30,14 @@ class VectorWidth(NamedTuple):
     positions: int = 1
 
 
+def vector_widths(itemsize: int) -> list[VectorWidth]:
+    """Every width that items of this size can be copied in."""
+    counts = [size // itemsize for size in _VECTORS if size > itemsize]
+    by_channels = [VectorWidth(channels=count) for count in counts]
+    by_positions = [VectorWidth(positions=count) for count in counts]
+    return [VectorWidth(), *by_channels, *(by_positions if itemsize in _ITEMS else ())]
+
+
 def vector_width(x: ArrayLayout, columns: ArrayLayout, itemsize: int) -> VectorWidth:
     """The widest vectors in which columns (N, G, C, *kernel, *out) can be written.
 
