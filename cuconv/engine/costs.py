@@ -82,16 +82,20 @@ class Rates(NamedTuple):
 class Price(NamedTuple):
     """Nanoseconds of one worker: of steps that scale with workers, and of others.
 
-    The others wait for memory, for which workers compete.
+    The others wait for memory, for which workers compete.  The work is in so many
+    pieces: with two workers, five take as long as six.
     """
 
     even: float
     crowded: float
+    pieces: int = 1
 
     def of(self, workers: int, rates: Rates) -> float:
         """Nanoseconds with this number of workers."""
+        rounds = math.ceil(self.pieces / workers)
+        share = rounds / max(self.pieces, rounds, 1)
         crowd = 1 + rates.crowding * (workers - 1)
-        return self.even / workers + self.crowded / crowd + (workers - 1) * rates.worker
+        return self.even * share + self.crowded / crowd + (workers - 1) * rates.worker
 
 
 def price(work: Work, rates: Rates) -> Price:
@@ -116,27 +120,28 @@ def price(work: Work, rates: Rates) -> Price:
         + work.transpose * rates.transpose
         + work.reread * rates.reread
     )
-    return Price(float(product + each + work.blocks * rates.block), float(crowded))
+    even = product + each + work.blocks * rates.block
+    return Price(float(even), float(crowded), work.pieces)
 
 
-# Fitted to 1,525 candidates for 427 passes of layers of eight networks, N = 1 and 8,
+# Fitted to 1,575 candidates for 428 passes of layers of eight networks, N = 1 and 8,
 # forward and both gradients, on one core of an Intel Xeon (AVX-512, 2 MiB of L2 cache)
 # with NumPy 2.4 and OpenBLAS 0.3.31: least squares of the relative error.  The cheapest
-# takes 1.04 times as long as the fastest (geometric mean), nine in ten less than 1.2.
+# takes 1.04 times as long as the fastest (geometric mean), nine in ten at most 1.12.
 CPU_RATES = Rates(
-    multiply=0.0164,
-    short=2,
-    gather=0.26,
-    scatter=0.3,
-    copy=0.27,
-    transform=0.06,
-    last_transform=0.59,
-    transpose=0.58,
-    reread=0.22,
+    multiply=0.015,
+    short=4,
+    gather=0.27,
+    scatter=0.29,
+    copy=0.24,
+    transform=0.25,
+    last_transform=0.53,
+    transpose=1.0,
+    reread=0.014,
     fourier=0.2,
     direct=0.03,
     loads=0,
-    products=300,
+    products=30,
     crowding=0.5,
     block=5_000,
     worker=60_000,

@@ -215,9 +215,9 @@ class TileSearch:
         if work.pieces == one == 1 and not apart:
             blocks = geometry.count_blocks(self._tile(self._preferred(pieces)))
             even = price.even + (blocks - 1) * work.blocks * rates.block
-            reread = min(blocks - 1, 1) * work.reread
-            price = Price(even, price.crowded + reread * rates.reread)
-        return price.of(_NOTIONAL_WORKERS, rates)
+            price = price._replace(even=even)
+        balanced = price._replace(pieces=_NOTIONAL_WORKERS)
+        return balanced.of(_NOTIONAL_WORKERS, rates)
 
     def _shared(self, pieces: int, splits: int) -> "_Fit | None":
         """A tiling with room for a second worker, if its blocks are not too small."""

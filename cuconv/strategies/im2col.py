@@ -162,6 +162,7 @@ class Im2col:
             gather=columns * splits,
             copy=0 if direct else g.images * g.positions * g.filters,
             transpose=transposed,
+            reread=blocks * images * g.filters * g.patch,
             products=products,
             blocks=blocks * splits,
             pieces=blocks * splits,
