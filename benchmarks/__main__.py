@@ -14,10 +14,11 @@ from rich.console import Console
 from rich.progress import track
 
 from benchmarks import machine, records, report, small_call
-from benchmarks.cases import Case
+from benchmarks.cases import TRAINING
 from benchmarks.gpu.checks import probe
 from benchmarks.gpu.scale import FULL, QUICK
 from benchmarks.layers import OPERATIONS, Pool
+from benchmarks.networks import Network
 from benchmarks.peers import PEERS, PRECISIONS, on_cuda, wishes_of
 from benchmarks.runner import Effort, measure_case, new_record, workers
 from benchmarks.suites import SUITES, Suite
@@ -31,9 +32,11 @@ PEER_HELP = f"""{SEVERAL}: {", ".join(PEERS)}; cuconv with options is cuconv@4Mi
 cuconv@fast, cuconv@im2col (default: the suite's)"""
 ROUNDS_HELP = "rounds in which the peers take turns (default: %(default)s)"
 SECONDS_HELP = "time for a peer on a case, all rounds together (default: %(default)s)"
+SUITE_HELP = f"of {', '.join((*SUITES, SMALL_CALL))} (default: resnet50 and small_call)"
 QUICK_HELP = "a smoke test: the first two layers of each suite, batch 1, few calls"
 REUSE_HELP = "let cuconv write into one result array, call after call"
-TORCH_HELP = "the interpreter of an environment with PyTorch (default: this one)"
+TORCH_HELP = """the interpreter of an environment with PyTorch and ONNX Runtime
+(default: this one)"""
 
 
 def parser() -> argparse.ArgumentParser:
@@ -41,10 +44,11 @@ def parser() -> argparse.ArgumentParser:
         prog="python -m benchmarks", description=__doc__.partition("\n")[0]
     )
     add, suites = words.add_argument, (*SUITES, SMALL_CALL)
-    suite_help = f"{SEVERAL} (default: resnet50 and small_call)"
-    add("--suite", action="append", choices=suites, help=suite_help)
-    add("--operation", action="append", choices=OPERATIONS, help=SEVERAL)
-    add("--layer", default="", help="layers whose name contains this")
+    add("suite", nargs="*", action="extend", choices=[[], *suites], help=SUITE_HELP)
+    add("--suite", action="append", choices=suites, help=SEVERAL)
+    several = (*OPERATIONS, TRAINING)
+    add("--operation", action="append", choices=several, help=SEVERAL)
+    add("--layer", default="", help="layers, or networks, whose name contains this")
     add("--peer", action="append", help=PEER_HELP)
     add("--batch", type=int, help="(default: the suite's)")
     add("--repeats", type=int, default=USUAL.rounds, help=ROUNDS_HELP)
@@ -86,8 +90,8 @@ def chosen_suites(chosen: argparse.Namespace) -> list[Suite]:
 def show(record: records.Record, console: Console) -> None:
     for line in (report.machine_line(record), report.ceiling_line(record)):
         console.print(line, highlight=False)
-    for operation in report.values_of(record, "operation"):
-        report.layer_table(record, operation).show()
+    for table in report.tables(record):
+        table.show()
     if len(record["peers"]) > 1:
         legend = report.LEGEND.format(subject=report.subject_of(record))
         console.print(legend, highlight=False)
@@ -106,15 +110,10 @@ def run(chosen: argparse.Namespace, suites: Sequence[Suite]) -> None:
     elif suites:
         where |= machine.apart(machine.rates, quick=chosen.quick)
     for suite in suites:
-        cases = [
-            Case(layer, operation, suite.batch)
-            for operation in suite.operations
-            for layer in suite.layers
-        ]
         with workers(suite.peers, wishes, chosen.torch_python) as peers:
             more = {"wishes": wishes, "machine": where}
             record = new_record(suite.name, suite.batch, effort, peers, **more)
-            for case in track(cases, suite.name, console=Console(stderr=True)):
+            for case in track(suite.cases(), suite.name, console=Console(stderr=True)):
                 record["cases"].append(measure_case(case, peers, effort))
         found.append(record)
         if folder:
@@ -147,9 +146,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         narrow = [f"--operation {name}" for name in chosen.operation or ()]
         narrow += [f"--layer {chosen.layer!r}"] * bool(chosen.layer)
         words.error(f"no suite has it: {' '.join(narrow)}")
-    pools = [op for suite in suites for op in suite.operations if op in Pool.operations]
-    if chosen.device == "cuda" and pools:
-        words.error(f"--device cuda has no check of {', '.join(dict.fromkeys(pools))}")
+    unchecked = [s.name for s in suites if isinstance(s.layers[0], Pool | Network)]
+    if chosen.device == "cuda" and unchecked:
+        words.error(f"--device cuda has no check of {', '.join(unchecked)}")
     run(chosen, suites)
 
 

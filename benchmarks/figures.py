@@ -124,6 +124,33 @@ def draw_rates(record: Record) -> Any:
     return draw_layers(record, report.rate, unit, *ceilings_of(record))
 
 
+def draw_networks(record: Record) -> Any:
+    """Time of cuconv ÷ time of the next peer: passes, first passes and layers."""
+    subject, peer = report.subject_of(record), report.others_of(record)[0]
+    operations = report.values_of(record, "operation")
+    names = report.values_of(record, "name")
+    grid = {"sharex": True, "sharey": True, "squeeze": False}
+    size = (4 * len(operations) + 2, 1.3 + 0.3 * len(names))
+    figure, panels = subplots(1, len(operations), figsize=size, **grid)
+    passes = {"a pass": record, "the first pass": report.first_passes(record)}
+    for panel, operation in zip(panels[0], operations, strict=True):
+        for case in report.cases_of(record, operation):
+            ours, theirs = (report.layers_of(case, each) for each in (subject, peer))
+            each = [ours[name] / time for name, time in theirs.items() if ours]
+            panel.plot(each, [names.index(case["name"])] * len(each), "|", color="0.6")
+        for place, (label, own) in enumerate(passes.items()):
+            found = report.ratios(report.cases_of(own, operation), subject, peer)
+            at = [names.index(name) for name in found]
+            marks = {"ls": "", "label": label, **look("", place)}
+            panel.plot(found.values(), at, **marks)
+        panel.axvline(1, color="0.4", ls="--")
+        panel.set(title=operation, xlabel=f"time of {subject} ÷ time of {peer}")
+        logarithmic(panel, "x")
+        panel.set_yticks(range(len(names)), names)
+    panels[0][0].set_ylim(len(names) - 0.5, -0.5)
+    return finished(figure, panels[0][0])
+
+
 def ceilings_of(record: Record) -> tuple[dict[str, float], str]:
     """The rates that no case exceeds by much, by arithmetic, and what reaches them."""
     machine = record["machine"]
@@ -215,7 +242,10 @@ def draw_blocks(rows: Sequence[dict[str, Any]]) -> Any:
     return draw_lines(lines, sizes, xlabel=xlabel, ylabel=ylabel)
 
 
-SWEEPS = {
+# Of the records that have one picture.
+DRAWERS = {
+    "networks": [draw_networks],
+    "networks_batch8": [draw_networks],
     "sweep_memory": [draw_memory],
     "sweep_size": [draw_size],
     "sweep_kernel": [draw_kernel],
@@ -224,7 +254,7 @@ SWEEPS = {
 
 def draw(record: Record, folder: Path = RESULTS) -> list[Path]:
     """The pictures that the pages show of a record."""
-    drawers = SWEEPS.get(record["suite"], [draw_times, draw_rates])
+    drawers = DRAWERS.get(record["suite"], [draw_times, draw_rates])
     pairs = zip(drawers, pages.images_of(record), strict=True)
     return [saved(drawer, record, folder / name) for drawer, name in pairs]
 

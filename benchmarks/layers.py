@@ -30,6 +30,7 @@ class Layer:
     dilation: Sizes
     groups: int = 1
     label: str = ""
+    bias: bool = False
 
     @property
     def kind(self) -> str:
@@ -83,6 +84,7 @@ class Layer:
             "x": (batch, self.channels, *self.size),
             "w": (self.filters, self.channels // self.groups, *self.kernel),
             "dy": (batch, self.filters, *self.out),
+            "bias": (self.filters,),
         }
 
     def multiplications(self, batch: int) -> int:
@@ -131,7 +133,7 @@ class Transposed(Layer):
 
     def shapes(self, batch: int) -> dict[str, Sizes]:
         found = self.adjoint.shapes(batch)
-        return {"x": found["dy"], "w": found["w"], "dy": found["x"]}
+        return {**found, "x": found["dy"], "dy": found["x"], "bias": (self.filters,)}
 
 
 @dataclass(frozen=True)
@@ -160,6 +162,20 @@ class Pool(Layer):
         return {"x": found["x"], "dy": found["dy"], "indices": found["dy"]}
 
 
+@dataclass(frozen=True)
+class GlobalPool(Pool):
+    """The mean of every whole plane."""
+
+    operations: ClassVar[dict[str, tuple[str, ...]]] = {"global_avg_pool": ("x", "dy")}
+
+    def _words(self, _: str) -> tuple[str, ...]:
+        return str(self.channels), "global"
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return {}
+
+
 OPERATIONS = {**Layer.operations, **Transposed.operations, **Pool.operations}
 
 
@@ -178,6 +194,7 @@ def layer(
     dilation: int = 1,
     groups: int = 1,
     label: str = "",
+    bias: bool = False,
 ) -> Layer:
     """Channels, size, filters, kernel and stride, if not 1; equal along every axis.
 
@@ -186,7 +203,7 @@ def layer(
     channels, size, filters, kernel, stride = (*sizes, 1)[:5]
     before = dilation * (kernel - 1) // 2 if padding is None else padding
     along, *window = ((n,) * rank for n in (size, kernel, stride, before, dilation))
-    everything: Any = (channels, along, filters, *window, groups, label)
+    everything: Any = (channels, along, filters, *window, groups, label, bias)
     return Layer(*everything)
 
 

@@ -53,7 +53,8 @@ def is_sweep(record: Record) -> bool:
 
 
 def images_of(record: Record) -> list[str]:
-    tails = [""] if is_sweep(record) else ["-times", "-rates"]
+    has_one = is_sweep(record) or report.has_networks(record)
+    tails = [""] if has_one else ["-times", "-rates"]
     return [f"{records.stem_of(record)}{tail}.png" for tail in tails]
 
 
@@ -67,7 +68,7 @@ def readme_parts(found: Sequence[Record]) -> Iterator[str]:
             rows = [row for record in here for row in summary_rows(record, peers)]
             yield paragraph(
                 "Time of cuconv ÷ time of a peer, geometric means over the layers of "
-                "networks: below 1, cuconv is faster."
+                "networks, or over networks: below 1, cuconv is faster."
             )
             yield report.Table("", header, rows).markdown()
             yield from (paragraph(f"{line}.") for line in origins(here))
@@ -103,10 +104,7 @@ def docs_parts(found: Sequence[Record]) -> Iterator[str]:
         yield paragraph(" ".join(f"{line}." for line in lines))
         if not is_sweep(record):
             yield paragraph(report.LEGEND.format(subject=report.subject_of(record)))
-            for part in report.values_of(record, "operation", "arithmetic"):
-                yield report.layer_table(record, *part[: 1 + on_gpu]).section()
-                if on_gpu:
-                    yield report.strategy_table(record, *part).section()
+            yield from (table.section() for table in report.tables(record))
         yield from map(image, images_of(record))
 
 

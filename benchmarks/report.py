@@ -1,12 +1,13 @@
 """Tables of a record: ratios, geometric means, and what went wrong."""
 
 import importlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from heapq import nlargest
 from operator import itemgetter
 from statistics import geometric_mean
 from typing import Any, NamedTuple
 
-from benchmarks.records import CaseRecord, Record
+from benchmarks.records import CaseRecord, Finding, Record
 
 Cell = str | float | None
 
@@ -14,6 +15,8 @@ LEGEND = (
     "Milliseconds; in brackets the time of {subject} ÷ that of the peer: below 1, "
     "{subject} is faster."
 )
+# So many layers of a network are shown: those on which most is lost.
+MOST_LOST = 10
 
 
 class Table(NamedTuple):
@@ -119,6 +122,10 @@ def cases_of(
     ]
 
 
+def has_networks(record: Record) -> bool:
+    return values_of(record, "kind") == ["network"]
+
+
 # Numbers.
 
 
@@ -137,6 +144,15 @@ def ratios(cases: Iterable[CaseRecord], subject: str, peer: str) -> dict[str, fl
     """By layer; layers that were not timed on both are left out."""
     found = {case["name"]: ratio(case, subject, peer) for case in cases}
     return {name: each for name, each in found.items() if each is not None}
+
+
+def layers_of(case: CaseRecord, peer: str) -> dict[str, float]:
+    """Milliseconds of the layers of a network, equal ones together."""
+    found: dict[str, float] = {}
+    times = case["findings"].get(peer, {}).get("layers", ())
+    for name, time in zip(case["layers"], times, strict=False):
+        found[name] = found.get(name, 0) + time
+    return found
 
 
 def mean_cell(cases: Sequence[CaseRecord], subject: str, peer: str) -> str:
@@ -175,6 +191,47 @@ def floor(case: CaseRecord, machine: dict[str, Any]) -> tuple[float, str] | None
 
 
 # Tables.
+
+
+def tables(record: Record) -> Iterator[Table]:
+    """Every table of a record."""
+    on_gpu = record["device"] == "cuda"
+    for part in values_of(record, "operation", "arithmetic"):
+        yield layer_table(record, *part[: 1 + on_gpu])
+        if on_gpu:
+            yield strategy_table(record, *part)
+        if has_networks(record):
+            yield layer_table(first_passes(record), part[0])
+            yield from (lost_table(record, part[0], p) for p in others_of(record)[:1])
+
+
+def first_passes(record: Record) -> Record:
+    """The same record with the times of first passes."""
+
+    def first(finding: Finding) -> Finding:
+        return {**finding, "milliseconds": finding.get("first_milliseconds")}
+
+    cases = [
+        {**case, "findings": {peer: first(f) for peer, f in case["findings"].items()}}
+        for case in record["cases"]
+    ]
+    return {**record, "suite": f"{record['suite']}, first pass", "cases": cases}
+
+
+def lost_table(record: Record, operation: str, peer: str) -> Table:
+    """The layers of each network that take longest beyond what they take the peer."""
+    subject, rows = subject_of(record), []
+    for case in cases_of(record, operation):
+        ours, theirs = layers_of(case, subject), layers_of(case, peer)
+        lost = {name: ours[name] - time for name, time in theirs.items() if ours}
+        slower = [name for name, time in lost.items() if time > 0]
+        for name in nlargest(MOST_LOST, slower, key=lost.__getitem__):
+            compared = f"{digits(theirs[name])} ({quotient(ours[name] / theirs[name])})"
+            count = case["layers"].count(name)
+            times = [digits(ours[name]), compared, lost[name]]
+            rows.append([f"{case['name']}, {name}", count, *times])
+    header = ["layer", "times", subject, peer, "lost, ms"]
+    return Table(f"{title(record, operation, None)}: most lost to {peer}", header, rows)
 
 
 def layer_table(record: Record, operation: str, arithmetic: str | None = None) -> Table:

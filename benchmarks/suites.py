@@ -2,7 +2,9 @@
 
 from dataclasses import dataclass
 
+from benchmarks.cases import Case
 from benchmarks.layers import Layer, Pool, Transposed, depthwise, doubling, layer, pool
+from benchmarks.networks import NETWORKS, Network, Pass
 
 Layers = tuple[Layer, ...]
 
@@ -12,10 +14,19 @@ class Suite:
     """Layers, and how they are measured when nobody says otherwise."""
 
     name: str
-    layers: Layers
+    layers: tuple[Layer | Network, ...]
     batch: int = 8
     peers: tuple[str, ...] = ("cuconv", "torch", "im2col_rows", "im2col_columns")
     operations: tuple[str, ...] = tuple(Layer.operations)
+
+    def cases(self) -> list[Case | Pass]:
+        return [
+            Pass(each, operation, self.batch)
+            if isinstance(each, Network)
+            else Case(each, operation, self.batch)
+            for operation in self.operations
+            for each in self.layers
+        ]
 
 
 def resnet50() -> Layers:
@@ -136,6 +147,7 @@ KERNELS = tuple(layer(64, 56, 64, kernel) for kernel in range(1, 12, 2))
 LIMITS = tuple(f"cuconv@{2**i}MiB" for i in range(9))
 WHOLE_BUFFER = ("cuconv", "im2col_rows", "im2col_columns")
 PYTORCH = ("cuconv", "torch")
+WITH_ONNX = (*PYTORCH, "onnxruntime")
 
 SUITES = {
     suite.name: suite
@@ -150,6 +162,8 @@ SUITES = {
         Suite("single_image", resnet50(), batch=1),
         Suite("transposed", TRANSPOSED, 8, PYTORCH, tuple(Transposed.operations)),
         Suite("pooling", POOLING, 8, PYTORCH, tuple(Pool.operations)),
+        Suite("networks", NETWORKS, 1, WITH_ONNX, Network.operations),
+        Suite("networks_batch8", NETWORKS, 8, WITH_ONNX, Network.operations),
         Suite("sweep_memory", SWEPT, peers=("cuconv", *LIMITS)),
         Suite("sweep_size", SIZES, 1, ("cuconv", "naive")),
         Suite("sweep_kernel", KERNELS, 4, WHOLE_BUFFER, ("forward",)),

@@ -7,10 +7,16 @@ import numpy as np
 
 from benchmarks import records
 from benchmarks.cases import Case
-from benchmarks.layers import Layer, Pool, Transposed, doubling, layer, pool
-from benchmarks.runner import (
-    summary,
+from benchmarks.layers import (
+    GlobalPool,
+    Layer,
+    Pool,
+    Transposed,
+    doubling,
+    layer,
+    pool,
 )
+from benchmarks.runner import Effort, Session, summary
 from cuconv.testing import (
     conv_input_grad_reference,
     conv_reference,
@@ -34,6 +40,7 @@ TINY = {
     "pointwise": layer(5, 4, 3, 1),
     "line": layer(3, 13, 4, 4, 3, rank=1, dilation=2),
     "volume": layer(2, 4, 3, 3, rank=3),
+    "biased": layer(4, 7, 6, 3, 2, groups=2, bias=True),
 }
 
 
@@ -51,6 +58,7 @@ TINY_OTHERS = {
     "whole pool": pool(2, 5, 5, 5),
     "line pool": pool(3, 11, 4, 2, padding=1, rank=1),
     "volume pool": pool(2, 5, 2, 2, rank=3),
+    "global pool": GlobalPool(**vars(pool(3, 5, 5, 5))),
 }
 
 
@@ -59,6 +67,8 @@ OPERATIONS = tuple(Layer.operations)
 
 def reference(case: Case) -> np.ndarray:
     """What the loops of `cuconv.testing` say, which share no line with benchmarks."""
+    if case.operation == "global_avg_pool":
+        return case.operands()[0].mean((2, 3), keepdims=True, dtype=float)
     if kind := {"max": "max", "avg": "mean"}.get(case.operation[:3]):
         (x,) = Case(case.layer, "max_pool", case.batch).operands()
         if case.operation.endswith("_backward"):
@@ -74,7 +84,9 @@ def reference(case: Case) -> np.ndarray:
         "transpose_weight_grad": conv_transpose_weight_grad_reference,
     }[case.operation]
     shapes = [case.result_shape] if case.result_name != "dy" else []
-    return function(*case.operands(), *shapes, **case.layer.options)
+    first, second, *biases = case.operands()
+    result = function(first, second, *shapes, **case.layer.options)
+    return result + sum(bias[:, None, None] for bias in biases)
 
 
 def planted(times: dict[str, list[float | None]], **changes: Any) -> records.Record:
@@ -119,3 +131,20 @@ def finding(milliseconds: float | None) -> dict[str, Any]:
         return {"status": "refused", "reason": "too large"}
     times = summary([milliseconds / 1e3])
     return {"status": "ok", "error": 1e-7, "extra_bytes": 2**20, **times}
+
+
+class LocalWorker:
+    """A session without a process, which counts its requests."""
+
+    def __init__(self, name: str) -> None:
+        self.session, self.asked = Session(name, {}), []
+
+    def ask(self, do: str, **words: Any) -> dict[str, Any]:
+        self.asked.append(do)
+        return self.session.answer(do, **words)
+
+    def end(self) -> None:
+        self.asked.append("end")
+
+
+TINY_EFFORT = Effort(rounds=3, seconds=3e-3)

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from benchmarks.cases import RANDOM, TOLERANCES, Case, Host, relative_error
+from benchmarks.cases import RANDOM, TOLERANCES, Case, Host, largest_error
 from benchmarks.layers import Sizes
 from benchmarks.taps import Array, norm_error, reference
 
@@ -73,7 +73,7 @@ class Device:
     def prepare(self, case: Case) -> Prepared:
         own = case.operands()
         sets = [tuple(map(self.put, own))]
-        return sets, lambda result: relative_error(case, own, self.take(result))
+        return sets, partial(largest_error, case, own)
 
     def seconds(self, call: Call) -> float:
         start = perf_counter()
@@ -87,7 +87,7 @@ class Device:
         result = call()
         _, peak = tracemalloc.get_traced_memory()
         tracemalloc.stop()
-        return int(peak - before - result.nbytes)
+        return peak - before - nbytes_of(result)
 
     def synchronize(self) -> None: ...
 
@@ -111,7 +111,13 @@ class ResidentDevice(Device):
         forget_peak.write_text("5")
         before = resident("VmRSS")
         result = call()
-        return max(0, resident("VmHWM") - before - int(result.nbytes))
+        return max(0, resident("VmHWM") - before - nbytes_of(result))
+
+
+def nbytes_of(result: Any) -> int:
+    """Of an array, or of several and None for those that there are not."""
+    several = result if isinstance(result, tuple) else (result,)
+    return sum(int(array.nbytes) for array in several if array is not None)
 
 
 class GpuDevice(Device):
@@ -259,8 +265,9 @@ class Peer:
 
     def call(self, case: Case, *operands: Array) -> Call:
         """A measurable call; what it needs beforehand is done here."""
-        if not hasattr(self, case.operation):
-            raise RefusedError(f"this peer has no {case.operation}")
+        if not hasattr(self, case.operation) or case.has_bias:
+            bias = " with a bias" * case.has_bias
+            raise RefusedError(f"this peer has no {case.operation}{bias}")
         return partial(getattr(self, case.operation), case, *operands)
 
     def first_channels(self, _case: Case, result: Array) -> Array:

@@ -13,21 +13,22 @@ from benchmark_cases import (
     OPERATIONS,
     PLAIN,
     TINY,
+    TINY_EFFORT,
     TINY_OTHERS,
+    LocalWorker,
     planted,
     reference,
 )
 
 from benchmarks import pages, records, report, small_call
 from benchmarks.cases import Case, relative_error
-from benchmarks.layers import Layer, Pool, Transposed, layer, pool
+from benchmarks.layers import GlobalPool, Layer, Pool, Transposed, layer, pool
 from benchmarks.peers import PEERS, make_peer, on_cuda, wishes_of
 from benchmarks.peers.base import RefusedError, Wishes
 from benchmarks.peers.whole_buffer import Columns
 from benchmarks.runner import (
     Effort,
     Process,
-    Session,
     Worker,
     measure_case,
     summary,
@@ -149,7 +150,8 @@ def test_other_suites() -> None:
 def test_suites_are_in_order(suite) -> None:
     names = [each.name for each in suite.layers]
     assert len(set(names)) == len(names) > 1
-    assert all(min(each.out) > 0 for each in suite.layers)
+    cases = [case for each in suite.cases() for case in each.cases]
+    assert all(min(case.layer.out) > 0 for case in cases)
     assert all(wishes_of(peer, {}) for peer in suite.peers)
     rank = {"audio1d": 1, "unet3d": 3}.get(suite.name)
     assert rank is None or all(len(each.out) == rank for each in suite.layers)
@@ -200,7 +202,7 @@ def test_indices_are_those_of_the_definition() -> None:
 def test_pooling_has_no_strategies() -> None:
     case = Case(TINY_OTHERS["pool"], "max_pool", 2)
     with pytest.raises(RefusedError, match="no strategies"):
-        peer_named("cuconv@im2col").call(case, *case.operands())
+        peer_named("cuconv@im2col").plan(case)
 
 
 def test_a_gradient_of_zeros_is_wrong() -> None:
@@ -216,7 +218,7 @@ def test_peers_answer_rightly(peer, each, operation) -> None:
     case, one = Case(each, operation, 2), peer_named(peer)
     operands = case.operands()
     kept = [array.copy() for array in operands]
-    if peer != "cuconv" and operation not in OPERATIONS:
+    if peer != "cuconv" and (operation not in OPERATIONS or case.has_bias):
         with pytest.raises(RefusedError, match=f"no {operation}"):
             one.call(case, *operands)
         return
@@ -292,20 +294,6 @@ def test_a_gpu_has_its_own_peers() -> None:
 # Processes.
 
 
-class LocalWorker:
-    """A session without a process, which counts its requests."""
-
-    def __init__(self, name: str) -> None:
-        self.session, self.asked = Session(name, {}), []
-
-    def ask(self, do: str, **words: Any) -> dict[str, Any]:
-        self.asked.append(do)
-        return self.session.answer(do, **words)
-
-
-TINY_EFFORT = Effort(rounds=3, seconds=3e-3)
-
-
 def test_a_wrong_peer_is_caught_and_not_timed(monkeypatch) -> None:
     """Filters that are flipped, as those of signal processing are."""
 
@@ -378,7 +366,8 @@ def test_a_process_answers(peer) -> None:
 def test_pytorch_answers_rightly() -> None:
     """In every operation, built and checked but not timed."""
     cases = [Case(*parameter.values, 2) for parameter in OTHERS]
-    assert {c.operation for c in cases} == {*Transposed.operations, *Pool.operations}
+    operations = {**Transposed.operations, **Pool.operations, **GlobalPool.operations}
+    assert {c.operation for c in cases} == set(operations)
     with workers(["torch"], {"device": "cpu"}, TORCH_PYTHON) as found:
         worker = found["torch"]
         if worker.hello["status"] == "missing":
