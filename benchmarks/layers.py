@@ -1,7 +1,9 @@
 """A layer: the shapes of its arrays, its options, its operations and its name."""
 
+import json
 from dataclasses import dataclass, field
 from math import prod
+from pathlib import Path
 from typing import Any, ClassVar
 
 Sizes = tuple[int, ...]
@@ -56,6 +58,10 @@ class Layer:
         """Keywords that cuconv and PyTorch share."""
         names = ("stride", "padding", "dilation", "groups")
         return {name: getattr(self, name) for name in names}
+
+    @property
+    def window(self) -> tuple[Sizes, Sizes, Sizes, Sizes]:
+        return self.kernel, self.stride, self.padding, self.dilation
 
     @property
     def padded(self) -> Sizes:
@@ -114,8 +120,7 @@ class Transposed(Layer):
     @property
     def adjoint(self) -> Layer:
         """The convolution from the result to the input."""
-        window = (self.kernel, self.stride, self.padding, self.dilation)
-        return Layer(self.filters, self.out, self.channels, *window, self.groups)
+        return Layer(self.filters, self.out, self.channels, *self.window, self.groups)
 
     def _words(self, window: str) -> tuple[str, ...]:
         return *super()._words(window), flag("o", self.output_padding)
@@ -126,8 +131,7 @@ class Transposed(Layer):
 
     @property
     def out(self) -> Sizes:
-        window = (self.kernel, self.stride, self.padding, self.dilation)
-        axes = zip(self.size, *window, self.output_padding, strict=True)
+        axes = zip(self.size, *self.window, self.output_padding, strict=True)
         sizes = ((n - 1) * s - 2 * p + d * (k - 1) + o + 1 for n, k, s, p, d, o in axes)
         return tuple(sizes)
 
@@ -176,7 +180,8 @@ class GlobalPool(Pool):
         return {}
 
 
-OPERATIONS = {**Layer.operations, **Transposed.operations, **Pool.operations}
+KINDS: tuple[type[Layer], ...] = (Layer, Transposed, Pool, GlobalPool)
+OPERATIONS = [name for kind in KINDS for name in kind.operations]
 
 
 def times(sizes: Sizes) -> str:
@@ -192,9 +197,7 @@ def layer(
     rank: int = 2,
     padding: int | None = None,
     dilation: int = 1,
-    groups: int = 1,
-    label: str = "",
-    bias: bool = False,
+    **more: Any,
 ) -> Layer:
     """Channels, size, filters, kernel and stride, if not 1; equal along every axis.
 
@@ -203,22 +206,28 @@ def layer(
     channels, size, filters, kernel, stride = (*sizes, 1)[:5]
     before = dilation * (kernel - 1) // 2 if padding is None else padding
     along, *window = ((n,) * rank for n in (size, kernel, stride, before, dilation))
-    everything: Any = (channels, along, filters, *window, groups, label, bias)
-    return Layer(*everything)
+    everything: Any = (channels, along, filters, *window)
+    return Layer(*everything, **more)
 
 
-def depthwise(channels: int, size: int, *window: int) -> Layer:
-    return layer(channels, size, channels, *window, groups=channels)
+def read_lists(name: str) -> dict[str, list[dict[str, Any]]]:
+    """Lists of layers in a file beside this one: the arguments of `layer_of`."""
+    text = Path(__file__).with_name(f"{name}.json").read_text(encoding="utf-8")
+    found: dict[str, list[dict[str, Any]]] = json.loads(text)
+    return found
 
 
-def doubling(
-    *sizes: int, padding: int = 0, output_padding: int = 0, label: str = ""
-) -> Transposed:
-    """A transposed convolution of stride 2: channels, size, filters and kernel."""
-    plain = layer(*sizes, 2, padding=padding, label=label)
-    return Transposed(**vars(plain), output_padding=(output_padding,) * 2)
-
-
-def pool(channels: int, size: int, *window: int, padding: int = 0, **more: Any) -> Pool:
-    sizes = (channels, size, channels, *window)
-    return Pool(**vars(layer(*sizes, padding=padding, groups=channels, **more)))
+def layer_of(size: list[int], operation: str = "forward", **sizes: Any) -> Layer:
+    """The layer of a forward operation; what is usual may be left out."""
+    ones, zeros = [1] * len(size), [0] * len(size)
+    usual = {"stride": ones, "padding": zeros, "dilation": ones, "kernel": size}
+    (kind,) = (each for each in KINDS if operation in each.operations)
+    if kind is Transposed:
+        usual["output_padding"] = zeros
+    if issubclass(kind, Pool):
+        sizes |= dict.fromkeys(("filters", "groups"), sizes["channels"])
+    options: Any = {
+        name: tuple(each) if isinstance(each, list) else each
+        for name, each in {**usual, "size": size, **sizes}.items()
+    }
+    return kind(**options)

@@ -6,36 +6,21 @@ rapidocr-onnxruntime and a detector of voices).  Padding at one end alone, of tw
 poolings, is part of their inputs, since PyTorch has no such option.
 """
 
-import json
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, ClassVar
 
 from benchmarks.cases import TRAINING, Case
-from benchmarks.layers import GlobalPool, Layer, Pool, Transposed
-
-LISTS = Path(__file__).with_suffix(".json")
-
-
-@dataclass(frozen=True)
-class Step:
-    """A layer with its operation forward, and the images that it takes for each input.
-
-    A detector of text, for example, finds several words in a photograph.
-    """
-
-    layer: Layer
-    operation: str
-    images: int
+from benchmarks.layers import layer_of, read_lists
 
 
 @dataclass(frozen=True)
 class Network:
+    """Cases for one input; some take several images for it: words in a photograph."""
+
     operations: ClassVar[tuple[str, ...]] = ("forward", TRAINING)
-    kind: ClassVar[str] = "network"
 
     name: str
-    steps: tuple[Step, ...]
+    forward: tuple[Case, ...]
 
 
 @dataclass(frozen=True)
@@ -49,13 +34,11 @@ class Pass:
 
     @property
     def cases(self) -> tuple[Case, ...]:
-        steps = self.network.steps
-        if self.operation == TRAINING:
-            convolutions = (step for step in steps if step.operation == "forward")
-            steps = tuple(replace(step, operation=TRAINING) for step in convolutions)
-        return tuple(
-            Case(step.layer, step.operation, self.batch * step.images) for step in steps
-        )
+        cases = (replace(c, batch=self.batch * c.batch) for c in self.network.forward)
+        if self.operation != TRAINING:
+            return tuple(cases)
+        convolutions = (case for case in cases if case.operation == "forward")
+        return tuple(replace(case, operation=TRAINING) for case in convolutions)
 
     @property
     def described(self) -> dict[str, Any]:
@@ -66,35 +49,16 @@ class Pass:
             "batch": self.batch,
             "arithmetic": self.arithmetic,
             "name": self.network.name,
-            "kind": self.network.kind,
+            "kind": "network",
             "multiplications": sum(case.multiplications for case in self.cases),
         }
 
 
-def step_of(operation: str, size: list[int], images: int = 1, **sizes: Any) -> Step:
-    """A line of a list, which leaves out what is usual."""
-    ones, zeros = [1] * len(size), [0] * len(size)
-    found = {"stride": ones, "padding": zeros, "dilation": ones, "size": size, **sizes}
-    kind: type[Layer] = Layer
-    if operation == "transpose":
-        kind, found["output_padding"] = Transposed, zeros
-    elif operation != "forward":
-        kind = GlobalPool if operation == "global_avg_pool" else Pool
-        found |= dict.fromkeys(("filters", "groups"), sizes["channels"])
-        found.setdefault("kernel", size)
-    options: Any = {
-        name: tuple(each) if isinstance(each, list) else each
-        for name, each in found.items()
-    }
-    return Step(kind(**options), operation, images)
+def case_of(operation: str = "forward", images: int = 1, **sizes: Any) -> Case:
+    return Case(layer_of(operation=operation, **sizes), operation, images)
 
 
-def read_networks() -> tuple[Network, ...]:
-    lists = json.loads(LISTS.read_text(encoding="utf-8"))
-    return tuple(
-        Network(name, tuple(step_of(**line) for line in lines))
-        for name, lines in lists.items()
-    )
-
-
-NETWORKS = read_networks()
+NETWORKS = tuple(
+    Network(name, tuple(case_of(**each) for each in lines))
+    for name, lines in read_lists("networks").items()
+)

@@ -6,7 +6,6 @@ process and the operands of the case, its wishes, what to do, and the case, whic
 process that was started anew builds first.
 """
 
-import platform
 import statistics
 import subprocess
 import sys
@@ -20,10 +19,8 @@ from multiprocessing.connection import Connection
 from time import perf_counter, process_time, sleep
 from typing import Any, NamedTuple
 
-import numpy as np
-
 from benchmarks.cases import Case
-from benchmarks.machine import ROOT, provenance
+from benchmarks.machine import ROOT, provenance, versions
 from benchmarks.networks import Pass
 from benchmarks.peers import is_elsewhere, make_peer
 from benchmarks.peers.base import Call, Peer, RefusedError
@@ -73,13 +70,7 @@ class Session:
 
     def open(self) -> Reply:
         """Load the peer; its versions."""
-        blas = np.show_config(mode="dicts")["Build Dependencies"]["blas"]
-        versions = {
-            "python": platform.python_version(),
-            "numpy": np.__version__,
-            "blas": f"{blas['name']} {blas['version']}",
-        }
-        return {"versions": versions | self.peer.versions()}
+        return {"versions": versions() | self.peer.versions()}
 
     def build(self, case: Case | Pass) -> Reply:
         """Run once and check: only a peer that answers rightly is worth timing.

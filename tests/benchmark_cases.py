@@ -7,15 +7,7 @@ import numpy as np
 
 from benchmarks import records
 from benchmarks.cases import Case
-from benchmarks.layers import (
-    GlobalPool,
-    Layer,
-    Pool,
-    Transposed,
-    doubling,
-    layer,
-    pool,
-)
+from benchmarks.layers import GlobalPool, Layer, Pool, Transposed, layer
 from benchmarks.runner import Effort, Session, summary
 from cuconv.testing import (
     conv_input_grad_reference,
@@ -27,6 +19,18 @@ from cuconv.testing import (
     pool_grad_reference,
     pool_reference,
 )
+
+
+def pool(channels: int, size: int, *window: int, padding: int = 0, **more: Any) -> Pool:
+    sizes = (channels, size, channels, *window)
+    return Pool(**vars(layer(*sizes, padding=padding, groups=channels, **more)))
+
+
+def doubling(*sizes: int, padding: int = 0, output_padding: int = 0) -> Transposed:
+    """Of stride 2: channels, size, filters and kernel."""
+    plain = layer(*sizes, 2, padding=padding)
+    return Transposed(**vars(plain), output_padding=(output_padding,) * 2)
+
 
 PLAIN = layer(3, 6, 4, 3)
 

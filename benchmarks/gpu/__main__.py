@@ -4,7 +4,6 @@ Whatever fails, hangs or is missing is recorded with the end of its output, and 
 goes on.  JSON is kept after each step; the targets are printed last.
 """
 
-import argparse
 import importlib
 import os
 import sys
@@ -12,13 +11,12 @@ import tempfile
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from time import monotonic
 from typing import Any
 
 from benchmarks import machine, records
 from benchmarks.gpu import checks
 from benchmarks.gpu.scale import FULL, QUICK, Scale
-from benchmarks.gpu.steps import Outcome, Stage, Step, limits, run_stages
+from benchmarks.gpu.steps import Stage, Step, limits, run_stages, say
 from benchmarks.gpu.tables import tables
 from benchmarks.records import Record
 
@@ -33,13 +31,15 @@ class GpuRun:
         self.scale, self.folder, self.torch_python = scale, folder, torch_python
         self.found = {**machine.provenance(), "machine": machine.host(), "steps": {}}
         self.suites: dict[str, Record] = {}
-        self._begun = monotonic()
 
     def stages(self) -> list[Stage]:
         """What there is to do, the most important first."""
-        probes = {"gather": 15, "col2im": 15, "blocks": 20, "launch": 20}
+
+        def probe(name: str, share: float) -> Stage:
+            return (Step(name, share, partial(checks.probe, name, self.scale)),)
+
         return [
-            (Step("machine", 20, partial(checks.probe, "machine", self.scale)),),
+            probe("machine", 20),
             (
                 Step("exact", 60, checks.exact),
                 Step("tests", 120, partial(checks.tests, self.scale)),
@@ -47,72 +47,59 @@ class GpuRun:
                 Step("racecheck", 120, partial(checks.exact, tool="racecheck")),
             ),
             (Step("comparisons", 250, self.compare),),
-            *(
-                (Step(name, share, partial(checks.probe, name, self.scale)),)
-                for name, share in probes.items()
-            ),
+            *(probe("gather", 15), probe("col2im", 15)),
+            *(probe("blocks", 20), probe("launch", 20)),
         ]
 
     def compare(self, limit: float) -> dict[str, Any]:
         what = (self.scale, self.found["machine"], self.keep_suite)
         return checks.compare(*what, self.torch_python, limit)
 
-    def say(self, words: str) -> None:
-        print(f"[{monotonic() - self._begun:4.0f} s] {words}", file=sys.stderr)
-
-    def keep(self, outcomes: dict[str, Outcome]) -> None:
-        self.found["steps"] = outcomes
-        self.found["machine"] |= outcomes["machine"]["found"]
-        records.write(self.found, records.GPU, self.folder)
-
     def keep_suite(self, record: Record) -> None:
         self.suites[record["suite"]] = record
         records.write(record, records.stem_of(record), self.folder)
-        self.say(f"  {record['suite']}: {len(record['cases'])} cases")
+        say(f"  {record['suite']}: {len(record['cases'])} cases")
 
     def run(self, seconds: float) -> bool:
         """Run the steps, show what they found, and say whether none has failed."""
         # Without what earlier runs remember of tuned calls.
         with tempfile.TemporaryDirectory() as folder:
             os.environ["CUCONV_CACHE_DIR"] = folder
-            outcomes = run_stages(self.stages(), seconds, self.keep, self.say)
+            for outcomes in run_stages(self.stages(), seconds):
+                self.found["steps"] = outcomes
+                self.found["machine"] |= outcomes["machine"]["found"]
+                records.write(self.found, records.GPU, self.folder)
         self.draw()
         for table in tables(self.found, self.suites.values()):
             table.show()
-        return all(one["status"] != "failed" for one in outcomes.values())
+        ended = self.found["steps"].values()
+        return all(one["status"] != "failed" for one in ended)
 
     def draw(self) -> None:
         """Pictures of what was measured, where Matplotlib is installed."""
         try:
             figures = importlib.import_module("benchmarks.figures")
             drawn = figures.draw_gpu(self.found, self.suites.values(), self.folder)
-            self.say(f"drawn: {', '.join(path.name for path in drawn)}")
+            say(f"drawn: {', '.join(path.name for path in drawn)}")
         except Exception as error:  # noqa: BLE001 - the numbers are kept already
-            self.say(f"no pictures: {type(error).__name__}: {error}")
-            self.say("`python -m benchmarks.figures` draws them from the JSON later")
+            say(f"no pictures: {type(error).__name__}: {error}")
+            say("`python -m benchmarks.figures` draws them from the JSON later")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    words = argparse.ArgumentParser(
-        prog="python -m benchmarks.gpu", description=__doc__.partition("\n")[0]
-    )
-    add, keep = words.add_argument, words.add_mutually_exclusive_group()
-    keep.add_argument("--out", type=Path, metavar="FOLDER", default=Path("gpu-run"))
-    save_help = f"write to {records.RESULTS.name}/"
-    keep.add_argument("--save", action="store_true", help=save_help)
+    words = records.parser("benchmarks.gpu", __doc__, Path("gpu-run"))
+    add = words.add_argument
     add("--minutes", type=float, default=8.0, help="for all of it")
     add("--quick", action="store_true", help="a smoke test")
     add("--plan", action="store_true", help="show the steps; run none")
-    torch_help = "the interpreter of an environment with PyTorch (default: this one)"
-    add("--torch-python", metavar="PATH", default=sys.executable, help=torch_help)
+    add("--torch-python", **records.TORCH_PYTHON)
     chosen = words.parse_args(arguments)
-    if chosen.save and chosen.quick:
+    if chosen.out == records.RESULTS and chosen.quick:
         words.error("--save keeps whole runs: no --quick")
     seconds = 60 * chosen.minutes - FINISH
     if seconds <= 0:
         words.error(f"--minutes must be more than {FINISH / 60}")
-    folder = records.RESULTS if chosen.save else chosen.out
-    run = GpuRun(QUICK if chosen.quick else FULL, folder, chosen.torch_python)
+    run = GpuRun(QUICK if chosen.quick else FULL, chosen.out, chosen.torch_python)
     if chosen.plan:
         stages = run.stages()
         for stage, limit in zip(stages, limits(stages, seconds), strict=True):

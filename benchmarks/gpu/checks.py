@@ -5,75 +5,63 @@ import os
 import pickle
 import re
 import shutil
-import tempfile
+import sys
 from collections.abc import Callable
-from pathlib import Path
+from itertools import product
 from time import monotonic
-from typing import Any, NamedTuple
-from xml.etree import ElementTree as ET
+from typing import Any
 
 from benchmarks.cases import Case
 from benchmarks.gpu.scale import HALF_AND_WHOLE, Scale
-from benchmarks.gpu.steps import Findings, StepError, child, last, merged, python
+from benchmarks.gpu.steps import Findings, StepError, child, last, merged
 from benchmarks.internals import strategies
-from benchmarks.layers import Layer
 from benchmarks.records import Record
 from benchmarks.runner import Effort, measure_case, new_record, workers
 
-MOST_FAILURES = 30
+MOST_MISTAKES = 30
 MOST_WORKERS = 8
 # An answer that takes longer means that a kernel hangs.
 PATIENCE = 60.0
 WISHES = {"device": "cuda", "precision": "standard"}
 SUMMARY = re.compile(r"(?:ERROR|RACECHECK) SUMMARY: (\d+)")
+COUNTS = re.compile(r"(\d+) (passed|failed|skipped|errors?|checked|wrong)\b")
+# The last line of pytest, and of `benchmarks.gpu.exact`.
+LAST = re.compile(r"^.*\d+ \w+ in \d.*$|^\d+ checked, \d+ wrong$", re.MULTILINE)
+MISTAKES = re.compile(r"^(?:FAILED|ERROR|wrong:) .*", re.MULTILINE)
 
 
 def probe(name: str, scale: Scale, limit: float) -> Findings:
     """What a probe found; `StepError` carries what a failed one had found before."""
-    words = pickle.dumps(scale).hex()
-    ended = child(python("-m", "benchmarks.gpu.probes", name, words), limit)
+    words = ["-m", "benchmarks.gpu.probes", name, pickle.dumps(scale).hex()]
+    ended = child([sys.executable, *words], limit)
     return ended.checked(merged(ended.output))
 
 
 def tests(scale: Scale, limit: float) -> Findings:
-    """``pytest -m gpu`` with a GPU required; counts, and the ends of failures."""
-    with tempfile.TemporaryDirectory() as folder:
-        report = Path(folder) / "junit.xml"
-        words = ["-m", "pytest", "-m", "gpu", "-q", "-p", "no:cacheprovider"]
-        words += ["--continue-on-collection-errors", f"--junitxml={report}"]
-        if importlib.util.find_spec("xdist"):
-            workers = max(1, min(MOST_WORKERS, (os.cpu_count() or 1) // 2))
-            words += ["-n", str(workers)]
-        command = python(*words, *scale.tests)
-        ended = child(command, limit, {"CUCONV_REQUIRE_GPU": "1"})
-        found = counts(report.read_text("utf-8")) if report.exists() else {}
-    if not ended.checked(found).get("tests"):
+    """``pytest -m gpu`` with a GPU required: counts, and the tests that failed."""
+    words = ["-m", "pytest", "-m", "gpu", "-q", "-rfE", "-p", "no:cacheprovider"]
+    words.append("--continue-on-collection-errors")
+    if importlib.util.find_spec("xdist"):
+        workers = max(1, min(MOST_WORKERS, (os.cpu_count() or 1) // 2))
+        words += ["-n", str(workers)]
+    command = [sys.executable, *words, *scale.tests]
+    ended = child(command, limit, CUCONV_REQUIRE_GPU="1")
+    found = counts(ended.output)
+    if not ended.checked(found).get("passed"):
         raise StepError("failed", "no test ran", last(ended.output), found)
     return found
 
 
-def counts(junit: str) -> Findings:
-    """Numbers of tests, and the ends of the texts of those that failed."""
-    suites = [*ET.fromstring(junit).iter("testsuite")]  # noqa: S314 - pytest's own
-    names = ("tests", "failures", "errors", "skipped")
-    found: dict[str, Any] = {
-        name: sum(int(suite.get(name, "0")) for suite in suites) for name in names
-    }
-    failed = [
-        {
-            "name": f"{case.get('classname')}::{case.get('name')}",
-            "tail": last(trouble.text or str(trouble.get("message")))[-12:],
-        }
-        for suite in suites
-        for case in suite.iter("testcase")
-        for trouble in (*case.findall("failure"), *case.findall("error"))
-    ]
-    return {**found, "failed": failed[:MOST_FAILURES]}
+def counts(text: str) -> Findings:
+    """The numbers in the last line of a check, and its lines about mistakes."""
+    line = "".join(LAST.findall(text)[-1:])
+    found: Findings = {name: int(number) for number, name in COUNTS.findall(line)}
+    return {**found, "mistakes": MISTAKES.findall(text)[:MOST_MISTAKES]}
 
 
 def exact(limit: float, tool: str = "") -> Findings:
     """Every strategy on small integers; under a tool of compute-sanitizer's, if any."""
-    command = python("-m", "benchmarks.gpu.exact")
+    command = [sys.executable, "-m", "benchmarks.gpu.exact"]
     if tool:
         program = shutil.which("compute-sanitizer")
         if program is None:
@@ -82,31 +70,14 @@ def exact(limit: float, tool: str = "") -> Findings:
         pool = ["--without-pool"] if tool == "memcheck" else []
         command = [program, *words, *command, *pool]
     ended = child(command, limit)
-    text = ended.output + ended.errors
-    summary = SUMMARY.search(text)
-    counted = re.search(r"(\d+) checked, (\d+) wrong", text)
-    wrong = [line for line in text.splitlines() if line.startswith("wrong: ")]
-    found: Findings = {
-        "errors": int(summary[1]) if summary else None,
-        "checked": int(counted[1]) if counted else 0,
-        "wrong": int(counted[2]) if counted else None,
-        "mistakes": wrong[:MOST_FAILURES],
-    }
+    summary = SUMMARY.search(ended.output + ended.errors)
+    found = {**counts(ended.output), "errors": int(summary[1]) if summary else None}
     if ended.checked(found) and tool and summary is None:
         raise StepError("failed", f"{tool} gave no summary", last(ended.output), found)
     return found
 
 
 # cuconv and PyTorch's cuDNN on the layers of networks, in every arithmetic.
-
-
-class Job(NamedTuple):
-    """Layers of a suite in one operation and one arithmetic."""
-
-    suite: str
-    operation: str
-    arithmetic: str
-    layers: tuple[Layer, ...]
 
 
 def peers() -> tuple[str, ...]:
@@ -116,18 +87,20 @@ def peers() -> tuple[str, ...]:
     return (*layouts, *named, "cupy_im2col")
 
 
-def jobs(scale: Scale) -> list[Job]:
-    """What matters most comes first: forward before gradients, ResNet-50 first."""
+def jobs(scale: Scale) -> list[tuple[str, list[Case]]]:
+    """Suites, each with the cases of one operation and one arithmetic.
+
+    What matters most comes first: forward before gradients, ResNet-50 first.
+    """
     suites = {
         "resnet50": (scale.arithmetics, scale.layers),
         "mobilenetv2": (HALF_AND_WHOLE, scale.depthwise),
     }
     return [
-        Job(suite, operation, arithmetic, layers)
+        (suite, [Case(each, operation, scale.batch, arithmetic) for each in layers])
         for operations in (("forward",), ("input_grad", "weight_grad"))
         for suite, (arithmetics, layers) in suites.items()
-        for arithmetic in arithmetics
-        for operation in operations
+        for arithmetic, operation in product(arithmetics, operations)
     ]
 
 
@@ -141,20 +114,19 @@ def compare(
     """Measure every job until the limit; ``keep`` is told of a record after each."""
     end, left, effort = monotonic() + limit, 0, Effort(scale.rounds, scale.seconds)
     found: dict[str, Record] = {}
+    origin = {"wishes": WISHES, "machine": where}
     with workers(peers(), WISHES, torch_python, PATIENCE) as asked:
-        for suite, operation, arithmetic, layers in jobs(scale):
+        for suite, cases in jobs(scale):
             if suite not in found:
-                origin = {"wishes": WISHES, "machine": where}
                 found[suite] = new_record(suite, scale.batch, effort, asked, **origin)
-            for layer in layers:
+            for case in cases:
                 if monotonic() > end:
                     left += 1
-                    continue
-                case = Case(layer, operation, scale.batch, arithmetic)
-                found[suite]["cases"].append(measure_case(case, asked, effort))
+                else:
+                    found[suite]["cases"].append(measure_case(case, asked, effort))
             keep(found[suite])
-    cases = sum(len(record["cases"]) for record in found.values())
-    summary = {"cases": cases, "unmeasured": left}
+    cases_of = (len(record["cases"]) for record in found.values())
+    summary = {"cases": sum(cases_of), "unmeasured": left}
     if left:
         raise StepError("late", f"{left} cases are left", found=summary)
     return summary

@@ -3,11 +3,11 @@
 from dataclasses import dataclass
 
 from benchmarks.layers import Layer
-from benchmarks.suites import mobilenetv2, resnet50
+from benchmarks.suites import LAYERS
 
 ARITHMETICS = ("float32", "tf32", "float16", "bfloat16")
 HALF_AND_WHOLE = ("float32", "float16")
-RESNET50 = resnet50()
+RESNET50 = LAYERS["resnet50"]
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,7 @@ class Scale:
     # Layers of the two suites that are compared with cuDNN.
     layers: tuple[Layer, ...] = RESNET50
     depthwise: tuple[Layer, ...] = tuple(
-        each for each in mobilenetv2() if each.kind == "depthwise"
+        each for each in LAYERS["mobilenetv2"] if each.kind == "depthwise"
     )
     arithmetics: tuple[str, ...] = ARITHMETICS
     # Layers whose columns are gathered, added back and cut in blocks of other sizes.

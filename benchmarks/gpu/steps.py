@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from time import monotonic
 from typing import Any, NamedTuple
@@ -19,6 +19,7 @@ GRACE = 0.1
 LONGEST_GRACE = 10.0
 # Less than this is not worth a start.
 LEAST_SECONDS = 1.0
+BEGUN = monotonic()
 
 Findings = dict[str, Any]
 # How a step ended: its ``status`` (ok, failed, late, missing or skipped), ``seconds``,
@@ -34,7 +35,8 @@ class StepError(Exception):
         self, status: str, reason: str, tail: Sequence[str] = (), found: Any = None
     ) -> None:
         super().__init__(reason)
-        self.status, self.tail, self.found = status, [*tail], found or {}
+        self.outcome: Outcome = {"status": status, "reason": reason, "tail": [*tail]}
+        self.outcome["found"] = found or {}
 
 
 class Step(NamedTuple):
@@ -49,21 +51,20 @@ class Step(NamedTuple):
 Stage = tuple[Step, ...]
 
 
+def say(words: str) -> None:
+    print(f"[{monotonic() - BEGUN:4.0f} s] {words}", file=sys.stderr)
+
+
 def limits(stages: Sequence[Stage], seconds: float) -> list[float]:
     """The limit of each stage if all before it take theirs."""
     shares = [max(step.share for step in stage) for stage in stages]
     return [seconds * share / sum(shares) for share in shares]
 
 
-def run_stages(
-    stages: Sequence[Stage],
-    seconds: float,
-    keep: Callable[[dict[str, Outcome]], None] = lambda _: None,
-    say: Callable[[str], None] = lambda _: None,
-) -> dict[str, Outcome]:
+def run_stages(stages: Sequence[Stage], seconds: float) -> Iterator[dict[str, Outcome]]:
     """Run the stages in order; what one leaves of its time, the later ones share.
 
-    ``keep`` is told of all outcomes after each stage, so that nothing is lost.
+    After each it gives the outcomes so far, so that nothing is lost.
     """
     end = monotonic() + seconds
     outcomes: dict[str, Outcome] = {}
@@ -72,30 +73,25 @@ def run_stages(
         say(f"{', '.join(step.name for step in stage)}: {limit:.0f} s at most")
         with ThreadPoolExecutor(len(stage)) as pool:
             ended = pool.map(outcome, stage, [limit] * len(stage))
-            found = {step.name: one for step, one in zip(stage, ended, strict=True)}
-        for name, one in found.items():
-            reason = f": {one['reason']}" if "reason" in one else ""
-            say(f"{name}: {one['status']} after {one['seconds']:.1f} s{reason}")
-        outcomes |= found
-        keep(outcomes)
-    return outcomes
+            outcomes |= {step.name: one for step, one in zip(stage, ended, strict=True)}
+        yield outcomes
 
 
 def outcome(step: Step, limit: float) -> Outcome:
     """How a step ends, whatever happens in it."""
     begun = monotonic()
-    ended: Outcome = {"status": "ok", "found": {}}
     try:
         if limit < LEAST_SECONDS:
             raise StepError("skipped", f"{limit:.1f} s were left")  # noqa: TRY301
-        ended["found"] = step.run(limit)
+        ended = {"status": "ok", "found": step.run(limit)}
     except StepError as error:
-        ended = {"status": error.status, "reason": str(error)}
-        ended |= {"tail": error.tail, "found": error.found}
+        ended = error.outcome
     except Exception as error:  # noqa: BLE001 - any failure is an outcome
-        ended = {"status": "failed", "reason": f"{type(error).__name__}: {error}"}
-        ended |= {"tail": last(traceback.format_exc()), "found": {}}
-    return {**ended, "seconds": monotonic() - begun, "limit": limit}
+        tail, reason = last(traceback.format_exc()), f"{type(error).__name__}: {error}"
+        ended = StepError("failed", reason, tail).outcome
+    took = monotonic() - begun
+    say(f"{step.name}: {ended['status']} after {took:.1f} s {ended.get('reason', '')}")
+    return {**ended, "seconds": took, "limit": limit}
 
 
 def last(text: str) -> list[str]:
@@ -113,22 +109,20 @@ class Ended(NamedTuple):
         """Return what it found; `StepError` if it did not end well."""
         if self.status == 0:
             return found
-        tail = [*last(self.output), *last(self.errors)][-2 * TAIL :]
+        tail = [*last(self.output), *last(self.errors)]
         if self.status is None:
             raise StepError("late", "it was stopped at its limit", tail, found)
         raise StepError("failed", f"it ended with status {self.status}", tail, found)
 
 
-def child(
-    command: Sequence[str], limit: float, environment: dict[str, str] | None = None
-) -> Ended:
+def child(command: Sequence[str], limit: float, **environment: str) -> Ended:
     """Run a process with its children; interrupt, and at last kill, what is late."""
     grace = min(GRACE * limit, LONGEST_GRACE)
     stop = ("timeout", "--signal=INT", f"--kill-after={grace}", f"{limit - grace}")
     done = subprocess.run(  # noqa: S603
         [*stop, *command],
         cwd=ROOT,
-        env={**os.environ, **(environment or {})},
+        env={**os.environ, **environment},
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
@@ -139,25 +133,20 @@ def child(
     return Ended(done.stdout, done.stderr, None if is_late else done.returncode)
 
 
-def python(*words: str) -> list[str]:
-    return [sys.executable, *words]
-
-
 def merged(lines: str) -> Findings:
     """One object from lines of JSON; one that was cut short counts for nothing."""
+    whole = (line for line in lines.splitlines(keepends=True) if line.endswith("\n"))
+    return join(map(json.loads, whole))
+
+
+def join(parts: Iterable[Findings]) -> Findings:
+    """One object: lists and objects of a name are joined, others replaced."""
     found: Findings = {}
-    for line in lines.splitlines(keepends=True):
-        if line.endswith("\n"):
-            join(found, json.loads(line))
-    return found
-
-
-def join(found: Findings, more: Findings) -> None:
-    """Add to what was found: lists grow, objects are joined, others are replaced."""
-    for name, value in more.items():
+    for name, value in (item for part in parts for item in part.items()):
         if isinstance(value, list):
-            found.setdefault(name, []).extend(value)
+            found[name] = [*found.get(name, ()), *value]
         elif isinstance(value, dict):
-            found.setdefault(name, {}).update(value)
+            found[name] = {**found.get(name, {}), **value}
         else:
             found[name] = value
+    return found

@@ -17,12 +17,13 @@ from benchmark_cases import (
     TINY_OTHERS,
     LocalWorker,
     planted,
+    pool,
     reference,
 )
 
 from benchmarks import pages, records, report, small_call
 from benchmarks.cases import Case, relative_error
-from benchmarks.layers import GlobalPool, Layer, Pool, Transposed, layer, pool
+from benchmarks.layers import GlobalPool, Layer, Pool, Transposed, layer
 from benchmarks.peers import PEERS, make_peer, on_cuda, wishes_of
 from benchmarks.peers.base import RefusedError, Wishes
 from benchmarks.peers.whole_buffer import Columns

@@ -13,7 +13,7 @@ from benchmark_cases import PLAIN, TINY, TINY_EFFORT, TINY_OTHERS, LocalWorker, 
 from benchmarks import pages, records, report
 from benchmarks.cases import TRAINING, Case, largest_error
 from benchmarks.layers import Layer
-from benchmarks.networks import NETWORKS, Network, Pass, Step
+from benchmarks.networks import NETWORKS, Network, Pass
 from benchmarks.peers import make_peer
 from benchmarks.runner import measure_case, summary, workers
 from benchmarks.suites import SUITES
@@ -23,11 +23,11 @@ BIASED = TINY["biased"]
 TINY_NETWORK = Network(
     "tiny",
     (
-        Step(PLAIN, "forward", 1),
-        Step(BIASED, "forward", 3),
-        Step(TINY_OTHERS["doubling"], "transpose", 1),
-        Step(TINY_OTHERS["pool"], "max_pool", 1),
-        Step(TINY_OTHERS["global pool"], "global_avg_pool", 1),
+        Case(PLAIN, "forward", 1),
+        Case(BIASED, "forward", 3),
+        Case(TINY_OTHERS["doubling"], "transpose", 1),
+        Case(TINY_OTHERS["pool"], "max_pool", 1),
+        Case(TINY_OTHERS["global pool"], "global_avg_pool", 1),
     ),
 )
 PASSES = [Pass(TINY_NETWORK, operation, 2) for operation in Network.operations]
@@ -37,7 +37,7 @@ def test_the_lists_are_the_networks() -> None:
     """Layers and multiplications of an image, as the models have them."""
     found = {
         network.name: (
-            len(network.steps),
+            len(network.forward),
             len(Pass(network, TRAINING, 1).cases),
             Pass(network, "forward", 1).described["multiplications"],
         )
@@ -46,11 +46,11 @@ def test_the_lists_are_the_networks() -> None:
     assert found["resnet50"] == (55, 53, 4_087_136_256)
     assert found["vgg19"] == (21, 16, 19_508_428_800)
     assert [layers for layers, *_ in found.values()] == [6, 8, 54, 64, 71, 55, 21, 74]
-    steps = [step for network in NETWORKS for step in network.steps]
-    assert sum(step.layer.bias for step in steps) == 136
-    assert {step.images for step in steps} == {1, 5, 44}
+    cases = [case for network in NETWORKS for case in network.forward]
+    assert sum(case.has_bias for case in cases) == 136
+    assert {case.batch for case in cases} == {1, 5, 44}
     kinds = {"forward", "transpose", "max_pool", "avg_pool", "global_avg_pool"}
-    assert {step.operation for step in steps} == kinds
+    assert {case.operation for case in cases} == kinds
 
 
 def test_a_pass_has_every_layer_and_training_every_convolution() -> None:
