@@ -8,14 +8,14 @@ from typing import Any
 import numpy as np
 
 from benchmarks.layers import Layer, Sizes
-from benchmarks.taps import maxima, plane
+from benchmarks.taps import plane
 
 Host = np.ndarray[Any, np.dtype[Any]]
 
 # How products are formed, each with the largest error that is not a mistake: TF32 and
 # float16 keep ten bits of a factor, bfloat16 seven; all of them are summed in float32.
 TOLERANCES = {"float32": 1e-4, "tf32": 2e-3, "float16": 5e-3, "bfloat16": 2e-2}
-# Arrays of random numbers, in the order of their seeds; indices follow from x.
+# Arrays of random numbers, in the order of their seeds.
 RANDOM = ("x", "w", "dy", "bias")
 # A convolution forward and all its gradients, in one call with several results.
 TRAINING = "training"
@@ -85,13 +85,6 @@ class Case:
     def result_shape(self) -> Sizes:
         return self.shapes[self.result_name]
 
-    def operands(self) -> tuple[Host, ...]:
-        """Standard normal float32, the same in every process; weights are scaled.
-
-        Indices are those of the maxima of x.
-        """
-        return tuple(map(self._operand, self.operand_names))
-
     @property
     def described(self) -> dict[str, Any]:
         """What a record says of it."""
@@ -105,16 +98,6 @@ class Case:
             "multiplications": self.multiplications,
             "moved_bytes": self.nbytes(),
         }
-
-    def _operand(self, name: str) -> Host:
-        found: Host
-        if name == "indices":
-            _, found = maxima(self.layer, self._operand("x"))
-            return found
-        rng = np.random.default_rng(RANDOM.index(name))
-        found = rng.standard_normal(self.shapes[name], dtype=np.float32)
-        scale = self.layer.patch**0.5 if name == "w" else 1
-        return found / np.float32(scale)
 
 
 def results_of(case: Case, result: Any) -> list[tuple[Case, Any]]:

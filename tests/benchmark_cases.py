@@ -8,6 +8,7 @@ import numpy as np
 from benchmarks import records
 from benchmarks.cases import Case
 from benchmarks.layers import GlobalPool, Layer, Pool, Transposed, layer
+from benchmarks.peers.base import Device
 from benchmarks.runner import Effort, Session, summary
 from cuconv.testing import (
     conv_input_grad_reference,
@@ -67,16 +68,17 @@ TINY_OTHERS = {
 
 
 OPERATIONS = tuple(Layer.operations)
+operands_of = Device().operands
 
 
 def reference(case: Case) -> np.ndarray:
     """What the loops of `cuconv.testing` say, which share no line with benchmarks."""
     if case.operation == "global_avg_pool":
-        return case.operands()[0].mean((2, 3), keepdims=True, dtype=float)
+        return operands_of(case)[0].mean((2, 3), keepdims=True, dtype=float)
     if kind := {"max": "max", "avg": "mean"}.get(case.operation[:3]):
-        (x,) = Case(case.layer, "max_pool", case.batch).operands()
+        (x,) = operands_of(Case(case.layer, "max_pool", case.batch))
         if case.operation.endswith("_backward"):
-            dy = case.operands()[0]
+            dy = operands_of(case)[0]
             return pool_grad_reference(dy, x, kind=kind, **case.layer.options)
         return pool_reference(x, kind=kind, **case.layer.options).y
     function = {
@@ -88,7 +90,7 @@ def reference(case: Case) -> np.ndarray:
         "transpose_weight_grad": conv_transpose_weight_grad_reference,
     }[case.operation]
     shapes = [case.result_shape] if case.result_name != "dy" else []
-    first, second, *biases = case.operands()
+    first, second, *biases = operands_of(case)
     result = function(first, second, *shapes, **case.layer.options)
     return result + sum(bias[:, None, None] for bias in biases)
 

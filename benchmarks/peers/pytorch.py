@@ -28,6 +28,8 @@ CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
 class TorchDevice(ResidentDevice):
+    join: Any = staticmethod(torch.cat)
+
     def put(self, array: Host) -> Array:
         return torch.from_numpy(array)
 

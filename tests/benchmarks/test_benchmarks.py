@@ -16,6 +16,7 @@ from benchmark_cases import (
     TINY_EFFORT,
     TINY_OTHERS,
     LocalWorker,
+    operands_of,
     planted,
     pool,
     reference,
@@ -161,7 +162,7 @@ def test_suites_are_in_order(suite) -> None:
 def test_sizes_are_those_of_cuconv() -> None:
     for each in (*TINY.values(), *SUITES["large_kernel"].layers[:1]):
         case = Case(each, "forward", 2)
-        y = peer_named("cuconv").call(case, *case.operands())()
+        y = peer_named("cuconv").call(case, *operands_of(case))()
         assert y.shape == case.result_shape == each.shapes(2)["dy"]
 
 
@@ -180,7 +181,7 @@ def test_names_tell_the_shape() -> None:
 def test_taps_are_the_definition(each, operation) -> None:
     """Whole, and every plane by itself."""
     case = Case(each, operation, 2)
-    true, operands = reference(case), case.operands()
+    true, operands = reference(case), operands_of(case)
     wide = [a if a.dtype == int else a.astype(np.float64) for a in operands]
     got = by_taps(each, operation, wide)
     assert got.shape == true.shape == case.result_shape
@@ -210,14 +211,14 @@ def test_a_gradient_of_zeros_is_wrong() -> None:
     """Though it is mostly zeros."""
     case = Case(pool(64, 7, 7, 7), "max_pool_backward", 2)
     zeros = np.zeros(case.result_shape, np.float32)
-    assert relative_error(case, case.operands(), zeros) == 1.0
+    assert relative_error(case, operands_of(case), zeros) == 1.0
 
 
 @pytest.mark.parametrize("peer", NUMPY_PEERS)
 @pytest.mark.parametrize(("each", "operation"), ALL)
 def test_peers_answer_rightly(peer, each, operation) -> None:
     case, one = Case(each, operation, 2), peer_named(peer)
-    operands = case.operands()
+    operands = operands_of(case)
     kept = [array.copy() for array in operands]
     if peer != "cuconv" and (operation not in OPERATIONS or case.has_bias):
         with pytest.raises(RefusedError, match=f"no {operation}"):
@@ -238,15 +239,15 @@ def test_peers_answer_rightly(peer, each, operation) -> None:
 
 def test_operands_are_the_same_everywhere() -> None:
     case = Case(PLAIN, "forward", 2)
-    x, w = case.operands()
-    assert np.array_equal(x, Case(PLAIN, "weight_grad", 2).operands()[1])
+    x, w = operands_of(case)
+    assert np.array_equal(x, operands_of(Case(PLAIN, "weight_grad", 2))[1])
     assert 0.5 < x.std() < 2
     assert w.std() < 0.5
 
 
 def test_errors_are_found() -> None:
     case = Case(PLAIN, "forward", 1)
-    operands, right = case.operands(), reference(case)
+    operands, right = operands_of(case), reference(case)
     assert relative_error(case, operands, right) < 1e-12
     assert relative_error(case, operands, right * 1.01) == pytest.approx(0.01)
     corner = right.copy()
@@ -266,9 +267,9 @@ def test_columns_that_are_too_large_are_refused() -> None:
 
 def test_one_result_is_reused_when_that_is_asked_for() -> None:
     case = Case(PLAIN, "input_grad", 1)
-    call = peer_named("cuconv", reuse_out=True).call(case, *case.operands())
+    call = peer_named("cuconv", reuse_out=True).call(case, *operands_of(case))
     assert call() is call()
-    fresh = peer_named("cuconv").call(case, *case.operands())
+    fresh = peer_named("cuconv").call(case, *operands_of(case))
     assert fresh() is not fresh()
 
 

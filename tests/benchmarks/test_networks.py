@@ -8,7 +8,15 @@ from typing import Any
 
 import numpy as np
 import pytest
-from benchmark_cases import PLAIN, TINY, TINY_EFFORT, TINY_OTHERS, LocalWorker, planted
+from benchmark_cases import (
+    PLAIN,
+    TINY,
+    TINY_EFFORT,
+    TINY_OTHERS,
+    LocalWorker,
+    operands_of,
+    planted,
+)
 
 from benchmarks import pages, records, report
 from benchmarks.cases import TRAINING, Case, largest_error
@@ -66,13 +74,13 @@ def test_a_pass_has_every_layer_and_training_every_convolution() -> None:
 @pytest.mark.parametrize("each", [TINY["groups"], BIASED], ids=["plain", "biased"])
 def test_training_is_a_convolution_and_its_gradients(each, layout) -> None:
     case = Case(each, TRAINING, 2)
-    operands, peer = case.operands(), make_peer(f"cuconv@{layout}", {})
+    operands, peer = operands_of(case), make_peer(f"cuconv@{layout}", {})
     results = peer.call(case, *operands)()
     found = peer.first_channels(case, results)
     assert largest_error(case, operands, found) < 1e-5
     for place, operation in enumerate(Layer.operations):
         alone = replace(case, operation=operation)
-        other = peer.call(alone, *alone.operands())()
+        other = peer.call(alone, *operands_of(alone))()
         np.testing.assert_allclose(
             found[place], peer.first_channels(alone, other), rtol=1e-4, atol=1e-5
         )
