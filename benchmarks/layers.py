@@ -64,6 +64,11 @@ class Layer:
         return self.kernel, self.stride, self.padding, self.dilation
 
     @property
+    def around(self) -> list[tuple[int, int]]:
+        """The padding of every axis of x, as `numpy.pad` takes it."""
+        return [(0, 0), (0, 0), *((p, p) for p in self.padding)]
+
+    @property
     def padded(self) -> Sizes:
         """The spatial sizes of the padded input."""
         return tuple(n + 2 * p for n, p in zip(self.size, self.padding, strict=True))

@@ -148,10 +148,9 @@ def maxima(layer: Layer, x: Array) -> tuple[Array, Array]:
 
     The first of equals; -1 where a window lies on padding alone.
     """
-    around = ((0, 0), (0, 0), *((p, p) for p in layer.padding))
-    padded: Any = np.pad(x, around, constant_values=-np.inf)
+    padded: Any = np.pad(x, layer.around, constant_values=-np.inf)
     places = np.arange(prod(layer.size)).reshape(layer.size)
-    places = np.pad(places, around[2:], constant_values=-1)
+    places = np.pad(places, layer.around[2:], constant_values=-1)
     most = np.full((*x.shape[:2], *layer.out), -np.inf, x.dtype)
     found = np.full(most.shape, -1)
     for tap in np.ndindex(layer.kernel):
