@@ -5,6 +5,7 @@ process of its own and they take turns; a peer whose result is wrong is not time
 """
 
 import argparse
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -13,8 +14,9 @@ from rich.progress import track
 
 from benchmarks import machine, records, report, small_call
 from benchmarks.cases import TRAINING
-from benchmarks.gpu.checks import probe
+from benchmarks.gpu.probes import command
 from benchmarks.gpu.scale import FULL, QUICK
+from benchmarks.gpu.steps import Step, run_step
 from benchmarks.layers import OPERATIONS, Pool
 from benchmarks.networks import Network
 from benchmarks.peers import PEERS, PRECISIONS, on_cuda, wishes_of
@@ -91,7 +93,11 @@ def run(chosen: argparse.Namespace, suites: Sequence[Suite]) -> None:
     effort = Effort(2, 0.02) if quick else Effort(chosen.repeats, chosen.seconds)
     where, found = machine.host(), []
     if suites and chosen.device == "cuda":
-        where |= probe("machine", QUICK if quick else FULL, PROBE_LIMIT)
+        step = Step("machine", 1, command("machine", QUICK if quick else FULL))
+        ended = run_step(step, PROBE_LIMIT)
+        if "reason" in ended:
+            sys.exit("\n".join([*ended.get("tail", ()), ended["reason"]]))
+        where |= ended["found"]
     elif suites:
         where |= machine.apart(machine.rates, quick=quick)
     for suite in suites:

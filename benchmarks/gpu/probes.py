@@ -1,7 +1,7 @@
 """What a process of its own measures on a GPU: ``python -m benchmarks.gpu.probes``.
 
-It takes the name of a probe and a pickled `Scale`, and prints a line of JSON for each
-finding, so that what was found before a failure is not lost.
+It takes the name of a probe, or ``compare``, and a pickled `Scale`, and prints a line
+of JSON for each finding, so that what was found before a failure is not lost.
 """
 
 import json
@@ -16,11 +16,13 @@ from contextlib import suppress
 from functools import partial
 from itertools import cycle, product
 from math import prod
+from pathlib import Path
 from time import perf_counter
 from typing import Any
 
 import cuconv
 from benchmarks.cases import Case
+from benchmarks.gpu.compare import compare
 from benchmarks.gpu.scale import ARITHMETICS, HALF_AND_WHOLE, Scale
 from benchmarks.internals import block_bytes, gemm, strategies
 from benchmarks.layers import Layer, Sizes, layer
@@ -241,16 +243,27 @@ def graph(stream: Any, call: Callable[[], Any], times: int) -> Any:
     return stream.end_capture()
 
 
-PROBES = {probe.__name__: probe for probe in (machine, gather, col2im, blocks, launch)}
+PROBES = {each.__name__: each for each in (machine, gather, col2im, blocks, launch)}
+
+
+def command(name: str, scale: Scale, *more: str) -> list[str]:
+    """The command that prints what a probe finds."""
+    words = (name, pickle.dumps(scale).hex(), *more)
+    return [sys.executable, "-m", "benchmarks.gpu.probes", *words]
 
 
 def main() -> None:
-    name, words = sys.argv[1:]
+    name, words, *more = sys.argv[1:]
     findings = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # what libraries print is no finding
     scale = pickle.loads(bytes.fromhex(words))  # noqa: S301 - of our own process
-    for found in PROBES[name](scale):
-        line = found if name == "machine" else {name: [found]}
+    if name == "compare":
+        folder, torch_python = more
+        found = compare(scale, Path(folder), torch_python)
+    else:
+        found = PROBES[name](scale)
+    for each in found:
+        line = each if name in ("machine", "compare") else {name: [each]}
         print(json.dumps(line), file=findings, flush=True)
 
 
