@@ -1,15 +1,19 @@
 """Layers, references and records that several tests of the benchmarks share."""
 
-from dataclasses import asdict
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
+import pytest
 
 from benchmarks import records
 from benchmarks.cases import Case
 from benchmarks.layers import GlobalPool, Layer, Pool, Transposed, layer
 from benchmarks.peers.base import Device
-from benchmarks.runner import Effort, Session, summary
+from benchmarks.runner import Effort, Session, Worker, summary, workers
 from cuconv.testing import (
     conv_input_grad_reference,
     conv_reference,
@@ -101,20 +105,8 @@ def planted(times: dict[str, list[float | None]], **changes: Any) -> records.Rec
     cases = []
     for i, each in enumerate(layers):
         findings = {peer: finding(column[i]) for peer, column in times.items()}
-        case = Case(each, "forward", 2)
-        cases.append(
-            {
-                "layer": asdict(each),
-                "operation": "forward",
-                "batch": 2,
-                "arithmetic": "float32",
-                "name": each.name,
-                "kind": each.kind,
-                "multiplications": 10**6,
-                "moved_bytes": case.nbytes(),
-                "findings": findings,
-            }
-        )
+        more = {"multiplications": 10**6, "findings": findings}
+        cases.append({**Case(each, "forward", 2).described, **more})
     return {
         "suite": "resnet50",
         "device": "cpu",
@@ -137,6 +129,17 @@ def finding(milliseconds: float | None) -> dict[str, Any]:
         return {"status": "refused", "reason": "too large"}
     times = summary([milliseconds / 1e3])
     return {"status": "ok", "error": 1e-7, "extra_bytes": 2**20, **times}
+
+
+@contextmanager
+def worker_of(peer: str) -> Iterator[Worker]:
+    """A peer in a process, which may be that of another environment."""
+    python = os.environ.get("CUCONV_TORCH_PYTHON", sys.executable)
+    with workers([peer], {"device": "cpu"}, python) as found:
+        worker = found[peer]
+        if worker.hello["status"] == "missing":
+            pytest.skip(f"{peer} is not installed: {worker.hello['reason']}")
+        yield worker
 
 
 class LocalWorker:

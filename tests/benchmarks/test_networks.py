@@ -1,8 +1,6 @@
 """Whole networks: their lists, a pass through one, and what is reported of it."""
 
 import json
-import os
-import sys
 from dataclasses import replace
 from typing import Any
 
@@ -16,6 +14,7 @@ from benchmark_cases import (
     LocalWorker,
     operands_of,
     planted,
+    worker_of,
 )
 
 from benchmarks import pages, records, report
@@ -23,10 +22,9 @@ from benchmarks.cases import TRAINING, Case, largest_error
 from benchmarks.layers import Layer
 from benchmarks.networks import NETWORKS, Network, Pass
 from benchmarks.peers import make_peer
-from benchmarks.runner import measure_case, summary, workers
+from benchmarks.runner import measure_case, summary
 from benchmarks.suites import SUITES
 
-TORCH_PYTHON = os.environ.get("CUCONV_TORCH_PYTHON", sys.executable)
 BIASED = TINY["biased"]
 TINY_NETWORK = Network(
     "tiny",
@@ -123,10 +121,7 @@ def test_a_wrong_layer_is_named() -> None:
 
 @pytest.mark.parametrize("peer", ["torch", "onnxruntime"])
 def test_other_libraries_answer_rightly(peer) -> None:
-    with workers([peer], {"device": "cpu"}, TORCH_PYTHON) as found:
-        worker = found[peer]
-        if worker.hello["status"] == "missing":
-            pytest.skip(f"it is not installed: {worker.hello['reason']}")
+    with worker_of(peer) as worker:
         for case in PASSES:
             reply = worker.ask("build", case=case)
             refuses = peer == "onnxruntime" and case.operation == TRAINING
