@@ -8,6 +8,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 from rich.console import Console
 from rich.progress import track
@@ -28,7 +29,7 @@ ALL = (*SUITES, SMALL_CALL)
 SEVERAL = "may be repeated"
 # Seconds in which a GPU says what it is and how fast.
 PROBE_LIMIT = 600
-SUITE_HELP = f"of {', '.join(ALL)} (default: resnet50 and small_call)"
+SUITE_HELP = f"{SEVERAL}: {', '.join(ALL)} (default: resnet50 and small_call)"
 PEER_HELP = f"""{SEVERAL}: {", ".join(PEERS)}; cuconv with options is cuconv@4MiB,
 cuconv@fast, cuconv@im2col (default: the suite's)"""
 ROUNDS_HELP = "rounds in which the peers take turns (default: %(default)s)"
@@ -40,8 +41,9 @@ REUSE_HELP = "let cuconv write into one result array, call after call"
 def parser() -> argparse.ArgumentParser:
     words, usual = records.parser("benchmarks", __doc__), Effort()
     add, operations = words.add_argument, (*OPERATIONS, TRAINING)
-    add("suite", nargs="*", action="extend", choices=[[], *ALL], help=SUITE_HELP)
-    add("--suite", action="append", choices=ALL, help=SEVERAL)
+    suite: Any = {"dest": "suite", "metavar": "SUITE", "help": SUITE_HELP}
+    add(nargs="*", action="extend", choices=[[], *ALL], **suite)
+    add("--suite", action="append", choices=ALL, **suite)
     add("--operation", action="append", choices=operations, help=SEVERAL)
     add("--layer", default="", help="layers, or networks, whose name contains this")
     add("--peer", action="append", help=PEER_HELP)
@@ -76,18 +78,17 @@ def chosen_suites(chosen: argparse.Namespace) -> list[Suite]:
     return found
 
 
-def show(record: records.Record, console: Console) -> None:
-    for line in (report.machine_line(record), report.ceiling_line(record)):
-        console.print(line, highlight=False)
+def show(record: records.Record) -> None:
+    print(f"{report.machine_line(record)}\n{report.ceiling_line(record)}\n")
     for table in report.tables(record):
         table.show()
     if len(record["peers"]) > 1:
-        console.print(report.legend(record), highlight=False)
+        print(report.legend(record))
 
 
 def run(chosen: argparse.Namespace, suites: Sequence[Suite]) -> None:
     """Measure, keep each record, and show them all."""
-    quick, console = chosen.quick, Console()
+    quick = chosen.quick
     names = ("device", "precision", "memory_limit", "reuse_out")
     wishes = {name: getattr(chosen, name) for name in names}
     effort = Effort(2, 0.02) if quick else Effort(chosen.repeats, chosen.seconds)
@@ -110,12 +111,12 @@ def run(chosen: argparse.Namespace, suites: Sequence[Suite]) -> None:
         if chosen.out:
             records.write(record, records.stem_of(record), chosen.out)
     for record in found:
-        show(record, console)
+        show(record)
     if SMALL_CALL in chosen.suite:
         small = small_call.run(quick=quick)
         if chosen.out:
             records.write({**machine.provenance(), **small}, SMALL_CALL, chosen.out)
-        console.print(report.small_call_text(small), highlight=False)
+        print(report.small_call_text(small))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -50,7 +50,8 @@ STYLE: Any = {
 }
 
 Value = Callable[[CaseRecord, str], float | None]
-Plot = Callable[[Any, list[CaseRecord]], None]
+# Draws cases on a panel, each at the place of its name.
+Plot = Callable[[Any, list[CaseRecord], dict[str, int]], None]
 
 
 def look(peer: str, place: int) -> dict[str, Any]:
@@ -86,27 +87,19 @@ def draw_panels(record: Record, label: str, plot: Plot) -> Any:
     """
     operations = report.values_of(record, "operation")
     rows = report.values_of(record, "arithmetic")
-    names = report.values_of(record, "name")
-    size = (4 * len(operations) + 2, (1.3 + 0.24 * len(names)) * len(rows))
+    places = {name: at for at, name in enumerate(report.values_of(record, "name"))}
+    size = (4 * len(operations) + 2, (1.3 + 0.24 * len(places)) * len(rows))
     grid = {"sharex": True, "sharey": True, "squeeze": False, "figsize": size}
     figure, panels = subplots(len(rows), len(operations), **grid)
-    places = zip(panels.flat, product(rows, operations), strict=True)
-    for panel, (arithmetic, operation) in places:
-        panel.set_yticks(range(len(names)), names)
-        plot(panel, report.cases_of(record, operation, arithmetic))
+    parts = zip(panels.flat, product(rows, operations), strict=True)
+    for panel, (arithmetic, operation) in parts:
+        plot(panel, report.cases_of(record, operation, arithmetic), places)
         several = f", {arithmetic}" if len(rows) > 1 else ""
         panel.set(title=f"{operation}{several}", xlabel=label)
         logarithmic(panel, "x")
-    panels[0][0].set_ylim(len(names) - 0.5, -0.5)
+        panel.set_yticks(range(len(places)), places)
+    panels[0][0].set_ylim(len(places) - 0.5, -0.5)
     return finished(figure, panels[0][0])
-
-
-def draw_dots(
-    panel: Any, names: Iterable[str], values: Iterable[float], **style: Any
-) -> None:
-    """A dot for each value beside its name on the vertical axis."""
-    known = [each.get_text() for each in panel.get_yticklabels()]
-    panel.plot([*values], [*map(known.index, names)], ls="", **style)
 
 
 def draw_layers(
@@ -116,10 +109,11 @@ def draw_layers(
     shown = [report.subject_of(record), *report.others_of(record)]
     peers = [peer for peer in record["peers"] if peer in shown]
 
-    def plot(panel: Any, cases: list[CaseRecord]) -> None:
+    def plot(panel: Any, cases: list[CaseRecord], places: dict[str, int]) -> None:
         for place, peer in enumerate(peers):
             found = {c["name"]: n for c in cases if (n := value(c, peer))}
-            draw_dots(panel, found, found.values(), **look(peer, place))
+            at = [places[name] for name in found]
+            panel.plot(found.values(), at, ls="", **look(peer, place))
         if ceiling := ceilings.get(cases[0]["arithmetic"]):
             panel.axvline(ceiling, color="0.4", ls="--", label=best)
 
@@ -147,18 +141,21 @@ def ceilings_of(record: Record) -> tuple[dict[str, float], str]:
 
 def draw_networks(record: Record) -> Any:
     """Time of cuconv ÷ time of the next peer: passes, first passes and layers."""
-    subject, peer = report.subject_of(record), report.others_of(record)[0]
+    subject = report.subject_of(record)
+    peer = next(iter(report.others_of(record)), subject)
 
-    def plot(panel: Any, cases: list[CaseRecord]) -> None:
+    def plot(panel: Any, cases: list[CaseRecord], places: dict[str, int]) -> None:
         for case in cases:
             ours, theirs = (report.layers_of(case, name) for name in (subject, peer))
             each = [ours[name] / time for name, time in theirs.items() if ours]
-            draw_dots(panel, [case["name"]] * len(each), each, marker="|", color="0.6")
+            at = [places[case["name"]]] * len(each)
+            panel.plot(each, at, ls="", marker="|", color="0.6")
         firsts = [*map(report.first_pass, cases)]
         passes = {"a pass": cases, "the first pass": firsts}
         for place, (label, timed) in enumerate(passes.items()):
             found = report.ratios(timed, subject, peer)
-            draw_dots(panel, found, found.values(), **look(label, place))
+            at = [places[name] for name in found]
+            panel.plot(found.values(), at, ls="", **look(label, place))
         panel.axvline(1, color="0.4", ls="--")
 
     return draw_panels(record, f"time of {subject} ÷ time of {peer}", plot)

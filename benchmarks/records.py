@@ -58,9 +58,12 @@ def stem_of(record: Record) -> str:
 
 
 def write(found: Any, name: str, folder: Path = RESULTS) -> None:
+    """At once: who is interrupted here leaves what there was."""
     folder.mkdir(parents=True, exist_ok=True)
     text = json.dumps(found, indent=1, ensure_ascii=False, allow_nan=False)
-    (folder / f"{name}.json").write_text(text + "\n", encoding="utf-8")
+    part = folder / f"{name}.part"
+    part.write_text(text + "\n", encoding="utf-8")
+    part.replace(folder / f"{name}.json")
 
 
 def read(name: str, folder: Path = RESULTS) -> Any:

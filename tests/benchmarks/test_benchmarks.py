@@ -551,6 +551,8 @@ def test_pictures_are_drawn(tmp_path, suite) -> None:
     peers: dict[str, list[float | None]] = {
         name: [1.0, 2.0, None] for name in SUITES[suite].peers
     }
-    drawn = draw(planted(peers, suite=suite), tmp_path)
+    record = planted(peers, suite=suite)
+    record["cases"] += [{**c, "operation": "input_grad"} for c in record["cases"]]
+    drawn = draw(record, tmp_path)
     assert len(drawn) == (1 if "sweep" in suite else 2)
     assert all(path.stat().st_size > 5000 for path in drawn)
