@@ -1,21 +1,25 @@
 """One measurement: its operands, and how far a result is from the right one."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from math import isfinite, prod
 from typing import Any
 
 import numpy as np
 
 from benchmarks.layers import Layer, Sizes
-from benchmarks.taps import maxima, plane
+from benchmarks.taps import plane
 
 Host = np.ndarray[Any, np.dtype[Any]]
 
 # How products are formed, each with the largest error that is not a mistake: TF32 and
 # float16 keep ten bits of a factor, bfloat16 seven; all of them are summed in float32.
 TOLERANCES = {"float32": 1e-4, "tf32": 2e-3, "float16": 5e-3, "bfloat16": 2e-2}
-# Arrays of random numbers, in the order of their seeds; indices follow from x.
-RANDOM = ("x", "w", "dy")
+# Arrays of random numbers, in the order of their seeds.
+RANDOM = ("x", "w", "dy", "bias")
+# A convolution forward and all its gradients, in one call with several results.
+TRAINING = "training"
+BIASED = ("forward", "transpose", TRAINING)
 # So many planes of a result are compared on a CPU.
 PLANES = 8
 
@@ -31,12 +35,28 @@ class Case:
 
     @property
     def operand_names(self) -> tuple[str, ...]:
-        return self.layer.operations[self.operation][:-1]
+        names = self._names[:-1]
+        return (*names, "bias") if self.has_bias else names
 
     @property
     def result_name(self) -> str:
         """The array that has the shape of the result."""
-        return self.layer.operations[self.operation][-1]
+        return self._names[-1]
+
+    @property
+    def has_bias(self) -> bool:
+        return self.layer.bias and self.operation in BIASED
+
+    @property
+    def _names(self) -> tuple[str, ...]:
+        if self.operation == TRAINING:
+            return "dy", "x", "w", "dy"
+        return self.layer.operations[self.operation]
+
+    @property
+    def cases(self) -> "tuple[Case, ...]":
+        """Itself alone: a pass through a network has several."""
+        return (self,)
 
     @property
     def dtype(self) -> str:
@@ -52,6 +72,12 @@ class Case:
         )
 
     @property
+    def multiplications(self) -> int:
+        """Training has those of each result."""
+        times = len(self.layer.operations) if self.operation == TRAINING else 1
+        return times * self.layer.multiplications(self.batch)
+
+    @property
     def shapes(self) -> dict[str, Sizes]:
         return self.layer.shapes(self.batch)
 
@@ -59,29 +85,44 @@ class Case:
     def result_shape(self) -> Sizes:
         return self.shapes[self.result_name]
 
-    def operands(self) -> tuple[Host, ...]:
-        """Standard normal float32, the same in every process; weights are scaled.
-
-        Indices are those of the maxima of x.
-        """
-        return tuple(map(self._operand, self.operand_names))
-
-    def _operand(self, name: str) -> Host:
-        found: Host
-        if name == "indices":
-            _, found = maxima(self.layer, self._operand("x"))
-            return found
-        rng = np.random.default_rng(RANDOM.index(name))
-        found = rng.standard_normal(self.shapes[name], dtype=np.float32)
-        scale = self.layer.patch**0.5 if name == "w" else 1
-        return found / np.float32(scale)
+    @property
+    def described(self) -> dict[str, Any]:
+        """What a record says of it."""
+        return {
+            "layer": asdict(self.layer),
+            "operation": self.operation,
+            "batch": self.batch,
+            "arithmetic": self.arithmetic,
+            "name": self.layer.name,
+            "kind": self.layer.kind,
+            "multiplications": self.multiplications,
+            "moved_bytes": self.nbytes(),
+        }
 
 
-def relative_error(case: Case, operands: tuple[Host, ...], result: Host) -> float:
+def results_of(case: Case, result: Any) -> list[tuple[Case, Any]]:
+    """Each result with the case of it alone; the gradient for a bias has none."""
+    if case.operation != TRAINING:
+        return [(case, result)]
+    parts = [replace(case, operation=name) for name in case.layer.operations]
+    return [*zip(parts, result, strict=False)]
+
+
+def largest_error(case: Case, operands: Sequence[Host], result: Any) -> float:
+    """The largest `relative_error` of the results."""
+    arrays = dict(zip(case.operand_names, operands, strict=True))
+    return max(
+        relative_error(part, [arrays[name] for name in part.operand_names], got)
+        for part, got in results_of(case, result)
+    )
+
+
+def relative_error(case: Case, operands: Sequence[Host], result: Any) -> float:
     """Of some planes, against their largest true value; inf if there is a NaN.
 
     The first plane, the last, and random ones.
     """
+    result = np.asarray(result)
     if result.shape != case.result_shape:
         raise ValueError(f"the result is {result.shape}, not {case.result_shape}")
     heads = result.shape[:2]

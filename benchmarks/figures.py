@@ -4,9 +4,8 @@ From the JSON under ``results/`` it draws PNG files beside it, and writes the ta
 README.md and docs/benchmarks.md.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import product
-from math import nan, prod
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,6 @@ from benchmarks import pages, records, report
 from benchmarks.gpu import tables
 from benchmarks.machine import ROOT
 from benchmarks.records import RESULTS, CaseRecord, Record
-from benchmarks.suites import LIMITS
 
 mpl.use("Agg")
 
@@ -52,25 +50,23 @@ STYLE: Any = {
 }
 
 Value = Callable[[CaseRecord, str], float | None]
+# Draws cases on a panel, each at the place of its name.
+Plot = Callable[[Any, list[CaseRecord], dict[str, int]], None]
 
 
 def look(peer: str, place: int) -> dict[str, Any]:
     colour, marker = LOOKS.get(peer, OTHERS[place % len(OTHERS)])
-    return {"color": colour, "marker": marker, "ms": 5}
+    return {"color": colour, "marker": marker, "ms": 5, "label": peer}
 
 
-def logarithmic(panel: Any, axis: str) -> None:
+def logarithmic(panel: Any, axes: str) -> None:
     """With ticks at 1, 2 and 5 that read as numbers."""
-    getattr(panel, f"set_{axis}scale")("log")
-    ruler = getattr(panel, f"{axis}axis")
-    ruler.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    ruler.set_major_formatter("{x:g}")
-    ruler.set_minor_formatter(NullFormatter())
-
-
-def powers_of_two(panel: Any, ticks: Sequence[int]) -> None:
-    panel.set_xscale("log", base=2)
-    panel.set_xticks(ticks, ticks)
+    for axis in axes:
+        getattr(panel, f"set_{axis}scale")("log")
+        ruler = getattr(panel, f"{axis}axis")
+        ruler.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        ruler.set_major_formatter("{x:g}")
+        ruler.set_minor_formatter(NullFormatter())
 
 
 def finished(figure: Any, panel: Any) -> Any:
@@ -81,38 +77,47 @@ def finished(figure: Any, panel: Any) -> Any:
     return figure
 
 
-# Layers.
+# Layers and networks.
+
+
+def draw_panels(record: Record, label: str, plot: Plot) -> Any:
+    """A column of panels for each operation, and a row for each arithmetic.
+
+    The names of the cases are along the vertical axis.
+    """
+    operations = report.values_of(record, "operation")
+    rows = report.values_of(record, "arithmetic")
+    places = {name: at for at, name in enumerate(report.values_of(record, "name"))}
+    size = (4 * len(operations) + 2, (1.3 + 0.24 * len(places)) * len(rows))
+    grid = {"sharex": True, "sharey": True, "squeeze": False, "figsize": size}
+    figure, panels = subplots(len(rows), len(operations), **grid)
+    parts = zip(panels.flat, product(rows, operations), strict=True)
+    for panel, (arithmetic, operation) in parts:
+        plot(panel, report.cases_of(record, operation, arithmetic), places)
+        several = f", {arithmetic}" if len(rows) > 1 else ""
+        panel.set(title=f"{operation}{several}", xlabel=label)
+        logarithmic(panel, "x")
+        panel.set_yticks(range(len(places)), places)
+    panels[0][0].set_ylim(len(places) - 0.5, -0.5)
+    return finished(figure, panels[0][0])
 
 
 def draw_layers(
     record: Record, value: Value, label: str, ceilings: dict[str, float], best: str
 ) -> Any:
-    """A dot for each layer and peer, and a line for each ceiling.
-
-    A column of panels for each operation, and a row for each arithmetic.
-    """
-    operations = report.values_of(record, "operation")
-    rows = report.values_of(record, "arithmetic")
-    names = report.values_of(record, "name")
+    """A dot for each layer and peer, and a line for each ceiling."""
     shown = [report.subject_of(record), *report.others_of(record)]
-    size = (4 * len(operations) + 2, (1.3 + 0.24 * len(names)) * len(rows))
-    grid = {"sharex": True, "sharey": True, "squeeze": False, "figsize": size}
-    figure, panels = subplots(len(rows), len(operations), **grid)
-    places = zip(panels.flat, product(rows, operations), strict=True)
-    for panel, (arithmetic, operation) in places:
-        cases = report.cases_of(record, operation, arithmetic)
-        for place, peer in enumerate(p for p in record["peers"] if p in shown):
+    peers = [peer for peer in record["peers"] if peer in shown]
+
+    def plot(panel: Any, cases: list[CaseRecord], places: dict[str, int]) -> None:
+        for place, peer in enumerate(peers):
             found = {c["name"]: n for c in cases if (n := value(c, peer))}
-            at = [names.index(name) for name in found]
-            panel.plot(found.values(), at, ls="", label=peer, **look(peer, place))
-        if ceiling := ceilings.get(arithmetic):
+            at = [places[name] for name in found]
+            panel.plot(found.values(), at, ls="", **look(peer, place))
+        if ceiling := ceilings.get(cases[0]["arithmetic"]):
             panel.axvline(ceiling, color="0.4", ls="--", label=best)
-        several = f", {arithmetic}" if len(rows) > 1 else ""
-        panel.set(title=f"{operation}{several}", xlabel=label)
-        logarithmic(panel, "x")
-        panel.set_yticks(range(len(names)), names)
-    panels[0][0].set_ylim(len(names) - 0.5, -0.5)
-    return finished(figure, panels[0][0])
+
+    return draw_panels(record, label, plot)
 
 
 def draw_times(record: Record) -> Any:
@@ -134,98 +139,96 @@ def ceilings_of(record: Record) -> tuple[dict[str, float], str]:
     return {**own, **machine.get("rates", {})}, "large matrix product"
 
 
-# Sweeps.
+def draw_networks(record: Record) -> Any:
+    """Time of cuconv ÷ time of the next peer: passes, first passes and layers."""
+    subject = report.subject_of(record)
+    peer = next(iter(report.others_of(record)), subject)
+
+    def plot(panel: Any, cases: list[CaseRecord], places: dict[str, int]) -> None:
+        for case in cases:
+            ours, theirs = (report.layers_of(case, name) for name in (subject, peer))
+            each = [ours[name] / time for name, time in theirs.items() if ours]
+            at = [places[case["name"]]] * len(each)
+            panel.plot(each, at, ls="", marker="|", color="0.6")
+        firsts = [*map(report.first_pass, cases)]
+        passes = {"a pass": cases, "the first pass": firsts}
+        for place, (label, timed) in enumerate(passes.items()):
+            found = report.ratios(timed, subject, peer)
+            at = [places[name] for name in found]
+            panel.plot(found.values(), at, ls="", **look(label, place))
+        panel.axvline(1, color="0.4", ls="--")
+
+    return draw_panels(record, f"time of {subject} ÷ time of {peer}", plot)
 
 
-def draw_memory(record: Record) -> Any:
-    """Time and measured peak memory against the memory limit, a line for each layer."""
+# Lines.
+
+
+def draw_lines(panel: Any, points: Iterable[tuple[str, float, float]]) -> None:
+    """A line for each name of points, on logarithmic axes."""
+    lines: dict[str, list[tuple[float, float]]] = {}
+    for name, x, y in points:
+        lines.setdefault(name, []).append((x, y))
+    for place, (name, each) in enumerate(lines.items()):
+        panel.plot(*zip(*each, strict=True), **look(name, place))
+    logarithmic(panel, "xy")
+
+
+# What each sweep varies, with its value and the line that it belongs to.
+SWEEPS: dict[str, tuple[str, Callable[[CaseRecord, str], tuple[str, float]]]] = {
+    "sweep_memory": ("memory_limit, MiB", lambda case, peer: (case["name"], mib(peer))),
+    "sweep_size": ("image size", lambda case, peer: (peer, case["layer"]["size"][0])),
+    "sweep_kernel": ("kernel size", lambda case, p: (p, case["layer"]["kernel"][0])),
+}
+
+
+def mib(peer: str) -> float:
+    """The memory limit of a peer; none is no point of a line."""
+    return float(peer.partition("@")[2].removesuffix("MiB") or "nan")
+
+
+def draw_sweep(record: Record) -> Any:
+    """Time and measured peak memory against what is varied."""
+    label, place_of = SWEEPS[record["suite"]]
     operations = report.values_of(record, "operation")
-    limits = [int(name.removeprefix("cuconv@").removesuffix("MiB")) for name in LIMITS]
-    units = {"milliseconds": ("milliseconds", 1)}
-    units["peak memory, MiB"] = ("extra_bytes", 2**20)
     grid = {"sharex": True, "sharey": "row", "squeeze": False, "figsize": (11, 6)}
     figure, panels = subplots(2, len(operations), **grid)
-    for row, (label, (name, unit)) in zip(panels, units.items(), strict=True):
-        row[0].set_ylabel(label)
+    units = {"milliseconds": ("milliseconds", 1.0)}
+    units["peak memory, MiB"] = ("extra_bytes", 2.0**20)
+    for row, (quantity, (name, unit)) in zip(panels, units.items(), strict=True):
         for panel, operation in zip(row, operations, strict=True):
-            for place, case in enumerate(report.cases_of(record, operation)):
-                found = [case["findings"].get(peer, {}).get(name) for peer in LIMITS]
-                values = [(each or nan) / unit for each in found]
-                panel.plot(limits, values, label=case["name"], **look("", place))
-            powers_of_two(panel, limits)
-            logarithmic(panel, "y")
-    for upper, lower, operation in zip(*panels, operations, strict=True):
-        upper.set_title(operation)
-        lower.set_xlabel("memory_limit, MiB")
-        lower.plot(limits, limits, color="0.4", ls="--", label="the limit")
-    return finished(figure, panels[1][0])
-
-
-def draw_lines(
-    lines: Mapping[str, dict[int, float]], powers: Sequence[int] = (), **labels: Any
-) -> Any:
-    """A line for each name, over powers of two or on a logarithmic axis."""
-    figure, panel = plt.subplots(figsize=(6, 4))
-    for place, (name, values) in enumerate(lines.items()):
-        panel.plot([*values], [*values.values()], label=name, **look(name, place))
-    panel.set(**labels)
-    if powers:
-        powers_of_two(panel, powers)
-    else:
-        logarithmic(panel, "y")
-    return finished(figure, panel)
-
-
-def draw_size(record: Record) -> Any:
-    """How many times as fast as loops, against the image size."""
-    lines: dict[str, dict[int, float]] = {}
-    for case in record["cases"]:
-        own = lines.setdefault(case["operation"], {})
-        faster = report.ratio(case, "naive", "cuconv")
-        own[case["layer"]["size"][0]] = faster or nan
-    ylabel = "time of loops ÷ time of cuconv"
-    return draw_lines(lines, xlabel="image size", ylabel=ylabel)
-
-
-def draw_kernel(record: Record) -> Any:
-    """Peak memory beyond inputs and result, in units of the input."""
-    lines: dict[str, dict[int, float]] = {peer: {} for peer in record["peers"]}
-    ticks = []
-    for case in report.cases_of(record, "forward"):
-        layer = case["layer"]
-        ticks.append(layer["kernel"][0])
-        nbytes = 4 * case["batch"] * layer["channels"] * prod(layer["size"])
-        for peer, finding in case["findings"].items():
-            if extra := finding.get("extra_bytes"):
-                lines[peer][ticks[-1]] = extra / nbytes
-    ylabel = "peak memory ÷ input"
-    return draw_lines(lines, xlabel="kernel size", ylabel=ylabel, xticks=ticks)
+            pairs = product(report.cases_of(record, operation), record["peers"])
+            draw_lines(
+                panel,
+                (
+                    (*place_of(case, peer), value / unit)
+                    for case, peer in pairs
+                    if (value := case["findings"][peer].get(name))
+                ),
+            )
+            panel.set(title=operation, xlabel=label, ylabel=quantity)
+    return finished(figure, panels[0][0])
 
 
 def draw_blocks(rows: Sequence[dict[str, Any]]) -> Any:
-    """Time of im2col ÷ the best, against the size of its blocks."""
-    lines: dict[str, dict[int, float]] = {}
-    for row in rows:
-        own = lines.setdefault(f"{row['layer']} {row['type']}", {})
-        own[row["mib"]] = row["milliseconds"]
-    for name, own in lines.items():
-        lines[name] = {mib: each / min(own.values()) for mib, each in own.items()}
-    sizes = sorted({row["mib"] for row in rows})
-    xlabel, ylabel = "columns in a block, MiB", "time ÷ the least"
-    return draw_lines(lines, sizes, xlabel=xlabel, ylabel=ylabel)
+    """Time of im2col against the size of its blocks."""
+    figure, panel = subplots(figsize=(6, 4))
+    points = ((f"{r['layer']} {r['type']}", r["mib"], r["milliseconds"]) for r in rows)
+    draw_lines(panel, points)
+    panel.set(xlabel="columns in a block, MiB", ylabel="milliseconds")
+    return finished(figure, panel)
 
 
-SWEEPS = {
-    "sweep_memory": [draw_memory],
-    "sweep_size": [draw_size],
-    "sweep_kernel": [draw_kernel],
-}
+def drawers_of(record: Record) -> list[Callable[[Record], Any]]:
+    """One for each of `pages.images_of`."""
+    if report.has_networks(record):
+        return [draw_networks]
+    return [draw_sweep] if record["suite"] in SWEEPS else [draw_times, draw_rates]
 
 
 def draw(record: Record, folder: Path = RESULTS) -> list[Path]:
     """The pictures that the pages show of a record."""
-    drawers = SWEEPS.get(record["suite"], [draw_times, draw_rates])
-    pairs = zip(drawers, pages.images_of(record), strict=True)
+    pairs = zip(drawers_of(record), pages.images_of(record), strict=True)
     return [saved(drawer, record, folder / name) for drawer, name in pairs]
 
 

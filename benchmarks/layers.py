@@ -1,7 +1,9 @@
 """A layer: the shapes of its arrays, its options, its operations and its name."""
 
+import json
 from dataclasses import dataclass, field
 from math import prod
+from pathlib import Path
 from typing import Any, ClassVar
 
 Sizes = tuple[int, ...]
@@ -30,6 +32,7 @@ class Layer:
     dilation: Sizes
     groups: int = 1
     label: str = ""
+    bias: bool = False
 
     @property
     def kind(self) -> str:
@@ -55,6 +58,15 @@ class Layer:
         """Keywords that cuconv and PyTorch share."""
         names = ("stride", "padding", "dilation", "groups")
         return {name: getattr(self, name) for name in names}
+
+    @property
+    def window(self) -> tuple[Sizes, Sizes, Sizes, Sizes]:
+        return self.kernel, self.stride, self.padding, self.dilation
+
+    @property
+    def around(self) -> list[tuple[int, int]]:
+        """The padding of every axis of x, as `numpy.pad` takes it."""
+        return [(0, 0), (0, 0), *((p, p) for p in self.padding)]
 
     @property
     def padded(self) -> Sizes:
@@ -83,6 +95,7 @@ class Layer:
             "x": (batch, self.channels, *self.size),
             "w": (self.filters, self.channels // self.groups, *self.kernel),
             "dy": (batch, self.filters, *self.out),
+            "bias": (self.filters,),
         }
 
     def multiplications(self, batch: int) -> int:
@@ -112,8 +125,7 @@ class Transposed(Layer):
     @property
     def adjoint(self) -> Layer:
         """The convolution from the result to the input."""
-        window = (self.kernel, self.stride, self.padding, self.dilation)
-        return Layer(self.filters, self.out, self.channels, *window, self.groups)
+        return Layer(self.filters, self.out, self.channels, *self.window, self.groups)
 
     def _words(self, window: str) -> tuple[str, ...]:
         return *super()._words(window), flag("o", self.output_padding)
@@ -124,14 +136,13 @@ class Transposed(Layer):
 
     @property
     def out(self) -> Sizes:
-        window = (self.kernel, self.stride, self.padding, self.dilation)
-        axes = zip(self.size, *window, self.output_padding, strict=True)
+        axes = zip(self.size, *self.window, self.output_padding, strict=True)
         sizes = ((n - 1) * s - 2 * p + d * (k - 1) + o + 1 for n, k, s, p, d, o in axes)
         return tuple(sizes)
 
     def shapes(self, batch: int) -> dict[str, Sizes]:
         found = self.adjoint.shapes(batch)
-        return {"x": found["dy"], "w": found["w"], "dy": found["x"]}
+        return {**found, "x": found["dy"], "dy": found["x"], "bias": (self.filters,)}
 
 
 @dataclass(frozen=True)
@@ -160,7 +171,22 @@ class Pool(Layer):
         return {"x": found["x"], "dy": found["dy"], "indices": found["dy"]}
 
 
-OPERATIONS = {**Layer.operations, **Transposed.operations, **Pool.operations}
+@dataclass(frozen=True)
+class GlobalPool(Pool):
+    """The mean of every whole plane."""
+
+    operations: ClassVar[dict[str, tuple[str, ...]]] = {"global_avg_pool": ("x", "dy")}
+
+    def _words(self, _: str) -> tuple[str, ...]:
+        return str(self.channels), "global"
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return {}
+
+
+KINDS: tuple[type[Layer], ...] = (Layer, Transposed, Pool, GlobalPool)
+OPERATIONS = [name for kind in KINDS for name in kind.operations]
 
 
 def times(sizes: Sizes) -> str:
@@ -176,8 +202,7 @@ def layer(
     rank: int = 2,
     padding: int | None = None,
     dilation: int = 1,
-    groups: int = 1,
-    label: str = "",
+    **more: Any,
 ) -> Layer:
     """Channels, size, filters, kernel and stride, if not 1; equal along every axis.
 
@@ -186,22 +211,28 @@ def layer(
     channels, size, filters, kernel, stride = (*sizes, 1)[:5]
     before = dilation * (kernel - 1) // 2 if padding is None else padding
     along, *window = ((n,) * rank for n in (size, kernel, stride, before, dilation))
-    everything: Any = (channels, along, filters, *window, groups, label)
-    return Layer(*everything)
+    everything: Any = (channels, along, filters, *window)
+    return Layer(*everything, **more)
 
 
-def depthwise(channels: int, size: int, *window: int) -> Layer:
-    return layer(channels, size, channels, *window, groups=channels)
+def read_lists(name: str) -> dict[str, list[dict[str, Any]]]:
+    """Lists of layers in a file beside this one: the arguments of `layer_of`."""
+    text = Path(__file__).with_name(f"{name}.json").read_text(encoding="utf-8")
+    found: dict[str, list[dict[str, Any]]] = json.loads(text)
+    return found
 
 
-def doubling(
-    *sizes: int, padding: int = 0, output_padding: int = 0, label: str = ""
-) -> Transposed:
-    """A transposed convolution of stride 2: channels, size, filters and kernel."""
-    plain = layer(*sizes, 2, padding=padding, label=label)
-    return Transposed(**vars(plain), output_padding=(output_padding,) * 2)
-
-
-def pool(channels: int, size: int, *window: int, padding: int = 0, **more: Any) -> Pool:
-    sizes = (channels, size, channels, *window)
-    return Pool(**vars(layer(*sizes, padding=padding, groups=channels, **more)))
+def layer_of(size: list[int], operation: str = "forward", **sizes: Any) -> Layer:
+    """The layer of a forward operation; what is usual may be left out."""
+    ones, zeros = [1] * len(size), [0] * len(size)
+    usual = {"stride": ones, "padding": zeros, "dilation": ones, "kernel": size}
+    (kind,) = (each for each in KINDS if operation in each.operations)
+    if kind is Transposed:
+        usual["output_padding"] = zeros
+    if issubclass(kind, Pool):
+        sizes |= dict.fromkeys(("filters", "groups"), sizes["channels"])
+    options: Any = {
+        name: tuple(each) if isinstance(each, list) else each
+        for name, each in {**usual, "size": size, **sizes}.items()
+    }
+    return kind(**options)

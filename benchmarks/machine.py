@@ -53,6 +53,15 @@ def rates(*, quick: bool) -> dict[str, float]:
     }
 
 
+def versions() -> dict[str, str]:
+    blas = np.show_config(mode="dicts")["Build Dependencies"]["blas"]
+    return {
+        "python": platform.python_version(),
+        "numpy": np.__version__,
+        "blas": f"{blas['name']} {blas['version']}",
+    }
+
+
 def apart(function: Callable[..., Any], **arguments: Any) -> Any:
     """Return what a function does in a new process, where nothing else has run."""
     with ProcessPoolExecutor(1, get_context("spawn")) as pool:

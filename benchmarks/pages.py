@@ -16,6 +16,8 @@ DOCS = ROOT / "docs" / "benchmarks.md"
 MARKS = ("<!-- figures -->", "<!-- end of figures -->")
 NOTHING = "No results are kept yet: `python -m benchmarks --save` measures them."
 GPU_IMAGE = "gpu-blocks.png"
+MEANS = """Time of cuconv ÷ time of a peer, geometric means over the layers of networks,
+or over networks: below 1, cuconv is faster."""
 
 
 def pages(folder: Path = RESULTS) -> dict[Path, str]:
@@ -53,7 +55,8 @@ def is_sweep(record: Record) -> bool:
 
 
 def images_of(record: Record) -> list[str]:
-    tails = [""] if is_sweep(record) else ["-times", "-rates"]
+    has_one = is_sweep(record) or report.has_networks(record)
+    tails = [""] if has_one else ["-times", "-rates"]
     return [f"{records.stem_of(record)}{tail}.png" for tail in tails]
 
 
@@ -65,24 +68,18 @@ def readme_parts(found: Sequence[Record]) -> Iterator[str]:
             peers = list(dict.fromkeys(p for r in here for p in report.others_of(r)))
             header = ["layers", "batch", "operation", *peers]
             rows = [row for record in here for row in summary_rows(record, peers)]
-            yield paragraph(
-                "Time of cuconv ÷ time of a peer, geometric means over the layers of "
-                "networks: below 1, cuconv is faster."
-            )
+            yield paragraph(MEANS)
             yield report.Table("", header, rows).markdown()
             yield from (paragraph(f"{line}.") for line in origins(here))
 
 
 def summary_rows(record: Record, peers: Sequence[str]) -> Iterator[list[report.Cell]]:
-    subject = report.subject_of(record)
-    for kind, part in product(
-        report.kinds_of(record), report.values_of(record, "operation", "arithmetic")
-    ):
+    subject, parts = report.subject_of(record), report.parts_of(record)
+    for kind, part in product(report.kinds_of(record), parts):
         name = f"{record['suite']}, {kind}" if kind else record["suite"]
-        cases = report.cases_of(record, part[0], part[1], kind)
+        cases = report.cases_of(record, *part, kind=kind)
         means = [report.mean_cell(cases, subject, peer) for peer in peers]
-        words = part[0] if record["device"] == "cpu" else " ".join(part)
-        yield [name, record["batch"], words, *means]
+        yield [name, record["batch"], " ".join(filter(None, part)), *means]
 
 
 def origins(here: Sequence[Record]) -> Iterator[str]:
@@ -102,11 +99,8 @@ def docs_parts(found: Sequence[Record]) -> Iterator[str]:
         lines = (report.machine_line(record), report.ceiling_line(record))
         yield paragraph(" ".join(f"{line}." for line in lines))
         if not is_sweep(record):
-            yield paragraph(report.LEGEND.format(subject=report.subject_of(record)))
-            for part in report.values_of(record, "operation", "arithmetic"):
-                yield report.layer_table(record, *part[: 1 + on_gpu]).section()
-                if on_gpu:
-                    yield report.strategy_table(record, *part).section()
+            yield paragraph(report.legend(record))
+            yield from (table.section() for table in report.tables(record))
         yield from map(image, images_of(record))
 
 

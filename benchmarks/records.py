@@ -5,16 +5,20 @@ the command line, ``rounds`` and ``seconds`` of each peer on each case, the vers
 its ``peers``, the ``machine``, the ``commit``, whether it was ``dirty``, the ``date``
 and its ``cases``.
 
-A case has a ``layer``, an ``operation``, a ``batch``, an ``arithmetic``, the ``name``
-and the ``kind`` of the layer, its ``multiplications``, ``moved_bytes`` (of operands and
-result; early records lack them) and ``findings`` by peer.
+A case has an ``operation``, a ``batch``, an ``arithmetic``, a ``name`` and a ``kind``,
+its ``multiplications`` and ``findings`` by peer; a layer is described too, with its
+``moved_bytes`` (of operands and result; early records lack them), and a network has the
+names of its ``layers``.
 
 A finding has a ``status``: ok, wrong, refused, failed or missing.  If it is ok it has
 ``calls``, ``milliseconds``, ``quartiles``, ``extra_bytes`` and ``weighed_by``, else a
-``reason``.  It may have an ``error``, a ``strategy`` and ``promised_bytes``.
+``reason``.  It may have an ``error``, a ``strategy`` and ``promised_bytes``; that of a
+network has ``first_milliseconds``, and its ``layers``' milliseconds.
 """
 
+import argparse
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +27,30 @@ from benchmarks.suites import SUITES
 RESULTS = Path(__file__).parent / "results"
 # The checks and probes of a run on a GPU, beside the suites it measured.
 GPU = "gpu"
+# An option of every command that asks PyTorch.
+TORCH_PYTHON: Any = {
+    "metavar": "PATH",
+    "default": sys.executable,
+    "help": "the interpreter of an environment with PyTorch and ONNX Runtime",
+}
 
 Record = dict[str, Any]
 CaseRecord = dict[str, Any]
 Finding = dict[str, Any]
+
+
+def parser(
+    module: str, words: str | None, out: Path | None = None
+) -> argparse.ArgumentParser:
+    """A command line that says where to write: `RESULTS` with ``--save``."""
+    summary = (words or "").partition("\n")[0]
+    made = argparse.ArgumentParser(prog=f"python -m {module}", description=summary)
+    keep = made.add_mutually_exclusive_group()
+    where: Any = {"metavar": "FOLDER", "help": "write JSON there"}
+    keep.add_argument("--out", type=Path, default=out, **where)
+    save: Any = {"dest": "out", "help": f"write it to {RESULTS.name}/"}
+    keep.add_argument("--save", action="store_const", const=RESULTS, **save)
+    return made
 
 
 def stem_of(record: Record) -> str:
@@ -34,9 +58,12 @@ def stem_of(record: Record) -> str:
 
 
 def write(found: Any, name: str, folder: Path = RESULTS) -> None:
+    """At once: who is interrupted here leaves what there was."""
     folder.mkdir(parents=True, exist_ok=True)
     text = json.dumps(found, indent=1, ensure_ascii=False, allow_nan=False)
-    (folder / f"{name}.json").write_text(text + "\n", encoding="utf-8")
+    part = folder / f"{name}.part"
+    part.write_text(text + "\n", encoding="utf-8")
+    part.replace(folder / f"{name}.json")
 
 
 def read(name: str, folder: Path = RESULTS) -> Any:

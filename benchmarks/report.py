@@ -1,7 +1,8 @@
 """Tables of a record: ratios, geometric means, and what went wrong."""
 
 import importlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from heapq import nlargest
 from operator import itemgetter
 from statistics import geometric_mean
 from typing import Any, NamedTuple
@@ -10,10 +11,8 @@ from benchmarks.records import CaseRecord, Record
 
 Cell = str | float | None
 
-LEGEND = (
-    "Milliseconds; in brackets the time of {subject} ÷ that of the peer: below 1, "
-    "{subject} is faster."
-)
+# So many layers of a network are shown: those on which most is lost.
+MOST_LOST = 10
 
 
 class Table(NamedTuple):
@@ -92,6 +91,13 @@ def others_of(record: Record, *, strategies: bool = False) -> list[str]:
     return apart if strategies else [name for name in peers if name not in apart]
 
 
+def parts_of(record: Record) -> list[tuple[str, str | None]]:
+    """Operation and arithmetic of each table; on a CPU all is float32."""
+    if record["device"] == "cuda":
+        return values_of(record, "operation", "arithmetic")
+    return [(operation, None) for operation in values_of(record, "operation")]
+
+
 def values_of(record: Record, *names: str) -> list[Any]:
     """What the cases have under a name, or under several, each once."""
     return list(dict.fromkeys(map(itemgetter(*names), record["cases"])))
@@ -119,6 +125,10 @@ def cases_of(
     ]
 
 
+def has_networks(record: Record) -> bool:
+    return values_of(record, "kind") == ["network"]
+
+
 # Numbers.
 
 
@@ -137,6 +147,15 @@ def ratios(cases: Iterable[CaseRecord], subject: str, peer: str) -> dict[str, fl
     """By layer; layers that were not timed on both are left out."""
     found = {case["name"]: ratio(case, subject, peer) for case in cases}
     return {name: each for name, each in found.items() if each is not None}
+
+
+def layers_of(case: CaseRecord, peer: str) -> dict[str, float]:
+    """Milliseconds of the layers of a network, equal ones together."""
+    found: dict[str, float] = {}
+    times = case["findings"].get(peer, {}).get("layers", ())
+    for name, time in zip(case["layers"], times, strict=False):
+        found[name] = found.get(name, 0) + time
+    return found
 
 
 def mean_cell(cases: Sequence[CaseRecord], subject: str, peer: str) -> str:
@@ -177,44 +196,89 @@ def floor(case: CaseRecord, machine: dict[str, Any]) -> tuple[float, str] | None
 # Tables.
 
 
+def tables(record: Record) -> Iterator[Table]:
+    """Every table of a record."""
+    for part in parts_of(record):
+        yield layer_table(record, *part)
+        if part[1]:
+            yield strategy_table(record, *part)
+        if has_networks(record):
+            name, cases = f"{record['suite']}, first pass", record["cases"]
+            first = {**record, "suite": name, "cases": [*map(first_pass, cases)]}
+            yield layer_table(first, part[0])
+            yield from (lost_table(record, part[0], p) for p in others_of(record)[:1])
+
+
+def first_pass(case: CaseRecord) -> CaseRecord:
+    """The same case with the times of the first pass."""
+    findings = {
+        peer: {**finding, "milliseconds": finding.get("first_milliseconds")}
+        for peer, finding in case["findings"].items()
+    }
+    return {**case, "findings": findings}
+
+
+def lost_table(record: Record, operation: str, peer: str) -> Table:
+    """The layers of each network that take longest beyond what they take the peer."""
+    subject, rows = subject_of(record), []
+    for case in cases_of(record, operation):
+        ours, theirs = layers_of(case, subject), layers_of(case, peer)
+        lost = {name: ours[name] - time for name, time in theirs.items() if ours}
+        slower = [name for name, time in lost.items() if time > 0]
+        for name in nlargest(MOST_LOST, slower, key=lost.__getitem__):
+            compared = f"{digits(theirs[name])} ({quotient(ours[name] / theirs[name])})"
+            count = case["layers"].count(name)
+            times = [digits(ours[name]), compared, lost[name]]
+            rows.append([f"{case['name']}, {name}", count, *times])
+    header = ["layer", "times", subject, peer, "lost, ms"]
+    return Table(f"{title(record, operation, None)}: most lost to {peer}", header, rows)
+
+
 def layer_table(record: Record, operation: str, arithmetic: str | None = None) -> Table:
     """The layers of one operation, with the times of all peers."""
     subject, others = subject_of(record), others_of(record)
-    cases = cases_of(record, operation, arithmetic)
+    cases, machine = cases_of(record, operation, arithmetic), record["machine"]
     # Where the rates of every arithmetic were measured in the same run.
-    floors = ["floor"] * ("rates" in record["machine"])
+    floors = [floor_cell] if "rates" in machine else []
+    between = ["floor"] * len(floors) + [rate_unit(cases)]
     rows: list[list[Cell]] = []
     for case in cases:
-        least = floor(case, record["machine"])
-        bound = [f"{digits(least[0])} {least[1]}" if least else ""] * len(floors)
         times = [time_cell(case, peer, ratio(case, subject, peer)) for peer in others]
-        own = [case["name"], time_cell(case, subject), *bound]
-        rows.append([*own, rate(case, subject), *times])
+        own = [time_cell(case, subject), *(each(case, machine) for each in floors)]
+        rows.append([case["name"], *own, rate(case, subject), *times])
+    blank = [""] * len(between)
     summary: list[list[Cell]] = []
     for kind in kinds_of(record) if others else []:
         part = cases_of(record, operation, arithmetic, kind)
         means = [mean_cell(part, subject, peer) for peer in others]
-        name = f"geometric mean{f', {kind}' if kind else ''}"
         brackets = [f"({mean})" if mean else "" for mean in means]
-        summary.append([name, *[""] * len(floors), "", "", *brackets])
-    peaks = []
-    for peer in (subject, *others):
-        found = (case["findings"][peer].get("extra_bytes") for case in cases)
-        known = [nbytes / 2**20 for nbytes in found if nbytes is not None]
-        peaks.append(max(known, default=None))
-    summary.append(["most memory, MiB", peaks[0], *[""] * len(floors), "", *peaks[1:]])
+        name = f"geometric mean{f', {kind}' if kind else ''}"
+        summary.append([name, "", *blank, *brackets])
+    most, *peaks = (most_memory(cases, peer) for peer in (subject, *others))
+    summary.append(["most memory, MiB", most, *blank, *peaks])
     notes = []
     for peer in others:
         if each := ratios(cases, subject, peer):
             layer = max(each, key=each.__getitem__)
             worst = f"{quotient(each[layer])}, on {layer}"
             notes.append(f"{subject} ÷ {peer}: at most {worst}")
-    header = ["layer", subject, *floors, rate_unit(cases), *others]
     notes += trouble(cases, [subject, *others])
+    header = ["layer", subject, *between, *others]
     return Table(title(record, operation, arithmetic), header, rows, summary, notes)
 
 
-def strategy_table(record: Record, operation: str, arithmetic: str) -> Table:
+def floor_cell(case: CaseRecord, machine: dict[str, Any]) -> str:
+    least = floor(case, machine)
+    return f"{digits(least[0])} {least[1]}" if least else ""
+
+
+def most_memory(cases: Iterable[CaseRecord], peer: str) -> float | None:
+    """In MiB."""
+    found = (case["findings"][peer].get("extra_bytes") for case in cases)
+    return max((each / 2**20 for each in found if each is not None), default=None)
+
+
+def strategy_table(record: Record, operation: str, arithmetic: str | None) -> Table:
     """Each strategy of cuconv's by name; in brackets its time ÷ that of the choice."""
     subject, peers = subject_of(record), others_of(record, strategies=True)
     cases = cases_of(record, operation, arithmetic)
@@ -284,6 +348,14 @@ def ceiling_line(record: Record) -> str:
     words = (f"{digits(rate)} GFLOP/s {name}".strip() for name, rate in rates.items())
     copies = f"copies {digits(machine['copy_gbytes'])} GB/s"
     return f"Large matrix products reach {', '.join(words)} and {copies}"
+
+
+def legend(record: Record) -> str:
+    subject = subject_of(record)
+    return (
+        f"Milliseconds; in brackets the time of {subject} ÷ that of the peer: below 1, "
+        f"{subject} is faster."
+    )
 
 
 def small_call_text(found: dict[str, float]) -> str:

@@ -6,14 +6,12 @@ process and the operands of the case, its wishes, what to do, and the case, whic
 process that was started anew builds first.
 """
 
-import platform
 import statistics
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import asdict
 from functools import cached_property
 from math import inf
 from multiprocessing import Pipe
@@ -21,33 +19,36 @@ from multiprocessing.connection import Connection
 from time import perf_counter, process_time, sleep
 from typing import Any, NamedTuple
 
-import numpy as np
-
 from benchmarks.cases import Case
-from benchmarks.machine import ROOT, provenance
-from benchmarks.peers import make_peer, needs_torch
+from benchmarks.machine import ROOT, provenance, versions
+from benchmarks.networks import Pass
+from benchmarks.peers import is_elsewhere, make_peer
 from benchmarks.peers.base import Call, Peer, RefusedError
 from benchmarks.records import CaseRecord, Finding, Record
 
 Reply = dict[str, Any]
+# Seconds that a network sleeps before each pass, as programs do between two inputs.
+PAUSE = 0.05
 
 # In a process of its own.
 
 
 class Session:
-    """A peer, with the calls of the case that it measures: one for each operand set."""
+    """A peer, with the calls of the case that it measures.
+
+    They take turns: one for each set of operands, or for each layer of a network.
+    """
 
     def __init__(self, name: str, wishes: dict[str, Any]) -> None:
         self._name, self._wishes = name, wishes
-        self._case: Case | None = None
+        self._case: Case | Pass | None = None
         self._calls: list[Call] = []
-        self._turn = 0
 
     @cached_property
     def peer(self) -> Peer:
         return make_peer(self._name, self._wishes)
 
-    def answer(self, do: str, case: Case | None = None, **words: Any) -> Reply:
+    def answer(self, do: str, case: Case | Pass | None = None, **words: Any) -> Reply:
         """Do one of open, build, time and weigh; the status says how it went."""
         try:
             if case and (case != self._case or do == "build"):
@@ -69,48 +70,63 @@ class Session:
 
     def open(self) -> Reply:
         """Load the peer; its versions."""
-        blas = np.show_config(mode="dicts")["Build Dependencies"]["blas"]
-        versions = {
-            "python": platform.python_version(),
-            "numpy": np.__version__,
-            "blas": f"{blas['name']} {blas['version']}",
-        }
-        return {"versions": versions | self.peer.versions()}
+        return {"versions": versions() | self.peer.versions()}
 
-    def build(self, case: Case) -> Reply:
-        """Run once and check: only a peer that answers rightly is worth timing."""
+    def build(self, case: Case | Pass) -> Reply:
+        """Run once and check: only a peer that answers rightly is worth timing.
+
+        The first pass through a network is timed, before anything is checked.
+        """
         self._case, self._calls = None, []  # gives the last case's memory back
-        sets, error_of = self.peer.device.prepare(case)
-        calls = [self.peer.call(case, *operands) for operands in sets]
-        error = error_of(self.peer.first_channels(case, calls[0]()))
-        found = {"error": error if error < inf else None}
-        if not error <= (most := self.peer.tolerance(case)):
-            reason = f"relative error {error:.1e} above {most:.0e}"
-            return {"status": "wrong", "reason": reason, **found}
-        self._case, self._calls = case, calls
-        return {"status": "ok", **found, **self.peer.plan(case)}
+        device, cases = self.peer.device, case.cases
+        prepared = [device.prepare(each) for each in cases]
+        found = {} if isinstance(case, Pass) else self.peer.plan(case)
+        self._calls = [
+            self.peer.call(each, *operands)
+            for each, (sets, _) in zip(cases, prepared, strict=True)
+            for operands in sets
+        ]
+        if isinstance(case, Pass):
+            found["first_milliseconds"] = 1e3 * sum(map(device.seconds, self._calls))
+        checks = zip(cases, prepared, self._calls, strict=False)
+        error, most = 0.0, self.peer.tolerance(cases[0])
+        for each, (_, error_of), call in checks:
+            error = max(error, error_of(self.peer.first_channels(each, call())))
+            if not error <= most:
+                where = f"{each.layer.name}: " if isinstance(case, Pass) else ""
+                reason = f"{where}relative error {error:.1e} above {most:.0e}"
+                known = error if error < inf else None
+                return {"status": "wrong", "reason": reason, "error": known}
+        self._case = case
+        return {"status": "ok", **found, "error": error}
 
     def time(self, seconds: float) -> Reply:
-        """Times of calls that fill these seconds, and of one at least."""
+        """Times of calls that fill these seconds: of one at least, or of one pass."""
         begun = perf_counter()
-        times = [self._seconds()]
-        if times[0] < seconds:
+        times = self._turn()
+        if times[0] < seconds and not isinstance(self._case, Pass):
             # The others have had the caches and the cores since our last call.
             times.clear()
         while not times or perf_counter() - begun < seconds:
-            times.append(self._seconds())
+            times += self._turn()
         return {"times": times}
 
-    def _seconds(self) -> float:
-        """Of one call, with the next set of operands."""
-        self._turn = (self._turn + 1) % len(self._calls)
-        return self.peer.device.seconds(self._calls[self._turn])
+    def _turn(self) -> list[float]:
+        """Seconds of a call with the next set of operands, or of a pass's calls."""
+        device = self.peer.device
+        if isinstance(self._case, Pass):
+            sleep(PAUSE)
+            return [device.seconds(call) for call in self._calls]
+        self._calls.append(self._calls.pop(0))
+        return [device.seconds(self._calls[0])]
 
     def weigh(self) -> Reply:
-        """The peak memory of one call."""
+        """The peak memory of one call: the largest of a network's."""
         device = self.peer.device
-        extra_bytes = device.extra_bytes(self._calls[0])
-        return {"extra_bytes": extra_bytes, "weighed_by": device.weighed_by}
+        calls = self._calls if isinstance(self._case, Pass) else self._calls[:1]
+        peaks = [*map(device.extra_bytes, calls)]
+        most = max((peak for peak in peaks if peak is not None), default=None)
+        return {"extra_bytes": most, "weighed_by": device.weighed_by}
 
 
 def settle() -> None:
@@ -203,6 +219,10 @@ class Worker:
         self._who, self._process = (peer, wishes), process
         self.hello = self.ask("open")
 
+    def end(self) -> None:
+        """End the process; the next request starts another."""
+        self._process.end()
+
     def ask(self, do: str, **words: Any) -> Reply:
         """Return the answer of the peer, or why there is none."""
         if do != "open":
@@ -234,8 +254,8 @@ def workers(
         processes: dict[Any, Process] = {}
         found = {}
         for peer in peers:
-            python = torch_python if needs_torch(peer) else sys.executable
-            key = needs_torch(peer) if wishes.get("device") == "cuda" else peer
+            python = torch_python if is_elsewhere(peer) else sys.executable
+            key = is_elsewhere(peer) if wishes.get("device") == "cuda" else peer
             if key not in processes:
                 processes[key] = Process(python, patience)
                 stack.callback(processes[key].close)
@@ -250,8 +270,16 @@ class Effort(NamedTuple):
     seconds: float = 0.6
 
 
-def measure_case(case: Case, peers: dict[str, Worker], effort: Effort) -> CaseRecord:
-    """Check every peer, then time those that are right, in turns."""
+def measure_case(
+    case: Case | Pass, peers: dict[str, Worker], effort: Effort
+) -> CaseRecord:
+    """Check every peer, then time those that are right, in turns.
+
+    A network finds a process that has computed nothing before.
+    """
+    if isinstance(case, Pass):
+        for worker in peers.values():
+            worker.end()
     findings: dict[str, Finding] = {
         name: worker.ask("build", case=case) for name, worker in peers.items()
     }
@@ -263,29 +291,28 @@ def measure_case(case: Case, peers: dict[str, Worker], effort: Effort) -> CaseRe
             times[name] += reply.pop("times", [])
             findings[name] |= reply
     for name in right(findings):
-        findings[name] |= peers[name].ask("weigh", case=case) | summary(times[name])
-    return {
-        "layer": asdict(case.layer),
-        "operation": case.operation,
-        "batch": case.batch,
-        "arithmetic": case.arithmetic,
-        "name": case.layer.name,
-        "kind": case.layer.kind,
-        "multiplications": case.layer.multiplications(case.batch),
-        "moved_bytes": case.nbytes(),
-        "findings": findings,
-    }
+        findings[name] |= peers[name].ask("weigh", case=case)
+        findings[name] |= summary(times[name], len(case.cases))
+    return {**case.described, "findings": findings}
 
 
 def right(findings: dict[str, Finding]) -> list[str]:
     return [name for name, found in findings.items() if found["status"] == "ok"]
 
 
-def summary(seconds: list[float]) -> Finding:
-    """Median and quartiles, in milliseconds, of all calls of all rounds."""
-    each = sorted(1e3 * time for time in seconds)
+def summary(seconds: list[float], layers: int = 1) -> Finding:
+    """Median and quartiles, in milliseconds, of all calls of all rounds.
+
+    Those of a network are passes, and each of its layers has a median too.
+    """
+    calls = [*zip(*[iter(seconds)] * layers, strict=True)]
+    each = [1e3 * sum(times) for times in calls]
     low, middle, high = statistics.quantiles(each, n=4) if len(each) > 1 else each * 3
-    return {"calls": len(each), "milliseconds": middle, "quartiles": [low, high]}
+    found = {"calls": len(each), "milliseconds": middle, "quartiles": [low, high]}
+    if layers > 1:
+        columns = zip(*calls, strict=True)
+        found["layers"] = [1e3 * statistics.median(column) for column in columns]
+    return found
 
 
 def new_record(

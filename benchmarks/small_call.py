@@ -1,11 +1,9 @@
 """What a call costs before it computes anything, and what an import costs.
 
-``python -m benchmarks.small_call`` prints the times of conv2d on (1, 3, 8, 8) with 8
-filters of 3×3 and padding 1: as users call it, without the NVTX ranges in it, and with
-a plan and its weights prepared once.
+The times of conv2d on (1, 3, 8, 8) with 8 filters of 3×3 and padding 1: as users call
+it, without the NVTX ranges in it, and with a plan and its weights prepared once.
 """
 
-import json
 import os
 import subprocess
 import sys
@@ -77,7 +75,3 @@ def run(*, quick: bool) -> dict[str, float]:
         measure, **{"rounds": 2, "calls": 20} if quick else {}
     )
     return {**found, "import_milliseconds": import_milliseconds(1 if quick else 15)}
-
-
-if __name__ == "__main__":
-    print(json.dumps(measure(2, 20) if "quick" in sys.argv else measure()))

@@ -29,9 +29,11 @@ ADJOINT = {
 def reference(
     layer: Layer, operation: str, operands: Operands, zeros: Zeros = np.zeros
 ) -> Array:
-    """The true result, from operands in float64, channels first."""
-    layer, operation, operands = as_convolution(layer, operation, operands)
-    return REFERENCES[operation](layer, *operands, zeros)
+    """The true result, from operands in float64, channels first, and maybe a bias."""
+    count = len(layer.operations[operation]) - 1
+    bias = [each.reshape(-1, *(1 for _ in layer.size)) for each in operands[count:]]
+    layer, operation, operands = as_convolution(layer, operation, operands[:count])
+    return REFERENCES[operation](layer, *operands, zeros) + sum(bias)
 
 
 def as_convolution(
@@ -60,8 +62,9 @@ def plane(layer: Layer, operation: str, operands: Operands, a: int, b: int) -> A
         c = slice(b, b + 1)
     elif operation == "weight_grad":
         n, k, c = slice(None), n, slice(first + b, first + b + 1)
-    parts = {"x": (n, c), "w": (k, slice(c.start - first, c.stop - first))}
-    names = layer.operations[operation]
+    parts: dict[str, tuple[slice, ...]] = {"x": (n, c), "bias": (slice(b, b + 1),)}
+    parts["w"] = k, slice(c.start - first, c.stop - first)
+    names = (*layer.operations[operation][:-1], "bias")
     cut = [
         array[parts.get(name, (n, k))].astype(int if name == "indices" else float)
         for name, array in zip(names, operands, strict=False)
@@ -124,13 +127,18 @@ def mean_filters(layer: Layer) -> Array:
     return np.full((layer.filters, 1, *layer.kernel), 1 / prod(layer.kernel))
 
 
+def avg_pool(layer: Layer, x: Array, zeros: Zeros) -> Array:
+    return forward(layer, x, mean_filters(layer), zeros)
+
+
 REFERENCES: dict[str, Callable[..., Array]] = {
     "forward": forward,
     "input_grad": input_grad,
     "weight_grad": weight_grad,
     "max_pool": lambda layer, x, _: maxima(layer, x)[0],
     "max_pool_backward": max_pool_backward,
-    "avg_pool": lambda p, x, zeros: forward(p, x, mean_filters(p), zeros),
+    "avg_pool": avg_pool,
+    "global_avg_pool": avg_pool,
     "avg_pool_backward": lambda p, dy, zeros: input_grad(p, dy, mean_filters(p), zeros),
 }
 
@@ -140,10 +148,9 @@ def maxima(layer: Layer, x: Array) -> tuple[Array, Array]:
 
     The first of equals; -1 where a window lies on padding alone.
     """
-    around = ((0, 0), (0, 0), *((p, p) for p in layer.padding))
-    padded: Any = np.pad(x, around, constant_values=-np.inf)
+    padded: Any = np.pad(x, layer.around, constant_values=-np.inf)
     places = np.arange(prod(layer.size)).reshape(layer.size)
-    places = np.pad(places, around[2:], constant_values=-1)
+    places = np.pad(places, layer.around[2:], constant_values=-1)
     most = np.full((*x.shape[:2], *layer.out), -np.inf, x.dtype)
     found = np.full(most.shape, -1)
     for tap in np.ndindex(layer.kernel):

@@ -1,16 +1,19 @@
 """Layers, references and records that several tests of the benchmarks share."""
 
-from dataclasses import asdict
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
+import pytest
 
 from benchmarks import records
 from benchmarks.cases import Case
-from benchmarks.layers import Layer, Pool, Transposed, doubling, layer, pool
-from benchmarks.runner import (
-    summary,
-)
+from benchmarks.layers import GlobalPool, Layer, Pool, Transposed, layer
+from benchmarks.peers.base import Device
+from benchmarks.runner import Effort, Session, Worker, summary, workers
 from cuconv.testing import (
     conv_input_grad_reference,
     conv_reference,
@@ -21,6 +24,18 @@ from cuconv.testing import (
     pool_grad_reference,
     pool_reference,
 )
+
+
+def pool(channels: int, size: int, *window: int, padding: int = 0, **more: Any) -> Pool:
+    sizes = (channels, size, channels, *window)
+    return Pool(**vars(layer(*sizes, padding=padding, groups=channels, **more)))
+
+
+def doubling(*sizes: int, padding: int = 0, output_padding: int = 0) -> Transposed:
+    """Of stride 2: channels, size, filters and kernel."""
+    plain = layer(*sizes, 2, padding=padding)
+    return Transposed(**vars(plain), output_padding=(output_padding,) * 2)
+
 
 PLAIN = layer(3, 6, 4, 3)
 
@@ -34,6 +49,7 @@ TINY = {
     "pointwise": layer(5, 4, 3, 1),
     "line": layer(3, 13, 4, 4, 3, rank=1, dilation=2),
     "volume": layer(2, 4, 3, 3, rank=3),
+    "biased": layer(4, 7, 6, 3, 2, groups=2, bias=True),
 }
 
 
@@ -51,18 +67,22 @@ TINY_OTHERS = {
     "whole pool": pool(2, 5, 5, 5),
     "line pool": pool(3, 11, 4, 2, padding=1, rank=1),
     "volume pool": pool(2, 5, 2, 2, rank=3),
+    "global pool": GlobalPool(**vars(pool(3, 5, 5, 5))),
 }
 
 
 OPERATIONS = tuple(Layer.operations)
+operands_of = Device().operands
 
 
 def reference(case: Case) -> np.ndarray:
     """What the loops of `cuconv.testing` say, which share no line with benchmarks."""
+    if case.operation == "global_avg_pool":
+        return operands_of(case)[0].mean((2, 3), keepdims=True, dtype=float)
     if kind := {"max": "max", "avg": "mean"}.get(case.operation[:3]):
-        (x,) = Case(case.layer, "max_pool", case.batch).operands()
+        (x,) = operands_of(Case(case.layer, "max_pool", case.batch))
         if case.operation.endswith("_backward"):
-            dy = case.operands()[0]
+            dy = operands_of(case)[0]
             return pool_grad_reference(dy, x, kind=kind, **case.layer.options)
         return pool_reference(x, kind=kind, **case.layer.options).y
     function = {
@@ -74,7 +94,9 @@ def reference(case: Case) -> np.ndarray:
         "transpose_weight_grad": conv_transpose_weight_grad_reference,
     }[case.operation]
     shapes = [case.result_shape] if case.result_name != "dy" else []
-    return function(*case.operands(), *shapes, **case.layer.options)
+    first, second, *biases = operands_of(case)
+    result = function(first, second, *shapes, **case.layer.options)
+    return result + sum(bias[:, None, None] for bias in biases)
 
 
 def planted(times: dict[str, list[float | None]], **changes: Any) -> records.Record:
@@ -83,20 +105,8 @@ def planted(times: dict[str, list[float | None]], **changes: Any) -> records.Rec
     cases = []
     for i, each in enumerate(layers):
         findings = {peer: finding(column[i]) for peer, column in times.items()}
-        case = Case(each, "forward", 2)
-        cases.append(
-            {
-                "layer": asdict(each),
-                "operation": "forward",
-                "batch": 2,
-                "arithmetic": "float32",
-                "name": each.name,
-                "kind": each.kind,
-                "multiplications": 10**6,
-                "moved_bytes": case.nbytes(),
-                "findings": findings,
-            }
-        )
+        more = {"multiplications": 10**6, "findings": findings}
+        cases.append({**Case(each, "forward", 2).described, **more})
     return {
         "suite": "resnet50",
         "device": "cpu",
@@ -119,3 +129,31 @@ def finding(milliseconds: float | None) -> dict[str, Any]:
         return {"status": "refused", "reason": "too large"}
     times = summary([milliseconds / 1e3])
     return {"status": "ok", "error": 1e-7, "extra_bytes": 2**20, **times}
+
+
+@contextmanager
+def worker_of(peer: str) -> Iterator[Worker]:
+    """A peer in a process, which may be that of another environment."""
+    python = os.environ.get("CUCONV_TORCH_PYTHON", sys.executable)
+    with workers([peer], {"device": "cpu"}, python) as found:
+        worker = found[peer]
+        if worker.hello["status"] == "missing":
+            pytest.skip(f"{peer} is not installed: {worker.hello['reason']}")
+        yield worker
+
+
+class LocalWorker:
+    """A session without a process, which counts its requests."""
+
+    def __init__(self, name: str) -> None:
+        self.session, self.asked = Session(name, {}), []
+
+    def ask(self, do: str, **words: Any) -> dict[str, Any]:
+        self.asked.append(do)
+        return self.session.answer(do, **words)
+
+    def end(self) -> None:
+        self.asked.append("end")
+
+
+TINY_EFFORT = Effort(rounds=3, seconds=3e-3)

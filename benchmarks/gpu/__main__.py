@@ -4,121 +4,102 @@ Whatever fails, hangs or is missing is recorded with the end of its output, and 
 goes on.  JSON is kept after each step; the targets are printed last.
 """
 
-import argparse
 import importlib
+import importlib.util
 import os
 import sys
 import tempfile
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
-from time import monotonic
 from typing import Any
 
 from benchmarks import machine, records
-from benchmarks.gpu import checks
+from benchmarks.gpu.probes import command
 from benchmarks.gpu.scale import FULL, QUICK, Scale
-from benchmarks.gpu.steps import Outcome, Stage, Step, limits, run_stages
-from benchmarks.gpu.tables import tables
-from benchmarks.records import Record
+from benchmarks.gpu.steps import Stage, Step, limits, run_stages, say
+from benchmarks.gpu.tables import findings_of, tables
 
 # Seconds for what is no step: tables and pictures.
 FINISH = 15.0
+MOST_WORKERS = 8
+EXACT = [sys.executable, "-m", "benchmarks.gpu.exact"]
+SANITIZER = ("compute-sanitizer", "--error-exitcode", "86", "--print-limit", "20")
 
 
-class GpuRun:
-    """One run: its steps, and what it keeps in its folder."""
+def stages(scale: Scale, *more: str) -> list[Stage]:
+    """What there is to do, the most important first; more are words of `compare`."""
+    tests = ["-m", "pytest", "-m", "gpu", "-q", "-rfE", "-p", "no:cacheprovider"]
+    tests.append("--continue-on-collection-errors")
+    if importlib.util.find_spec("xdist"):
+        count = max(1, min(MOST_WORKERS, (os.cpu_count() or 1) // 2))
+        tests += ["-n", str(count)]
+    memcheck = [*SANITIZER, "--tool", "memcheck", *EXACT, "--without-pool"]
+    racecheck = [*SANITIZER, "--tool", "racecheck", *EXACT]
+    shares = {"gather": 15, "col2im": 15, "blocks": 20, "launch": 20}
+    return [
+        (Step("machine", 20, command("machine", scale)),),
+        (
+            Step("exact", 60, EXACT, "checked"),
+            Step("tests", 120, [sys.executable, *tests, *scale.tests], "passed"),
+            Step("memcheck", 120, memcheck, "errors"),
+            Step("racecheck", 120, racecheck, "errors"),
+        ),
+        (Step("comparisons", 250, command("compare", scale, *more)),),
+        *((Step(name, n, command(name, scale)),) for name, n in shares.items()),
+    ]
 
-    def __init__(self, scale: Scale, folder: Path, torch_python: str) -> None:
-        self.scale, self.folder, self.torch_python = scale, folder, torch_python
-        self.found = {**machine.provenance(), "machine": machine.host(), "steps": {}}
-        self.suites: dict[str, Record] = {}
-        self._begun = monotonic()
 
-    def stages(self) -> list[Stage]:
-        """What there is to do, the most important first."""
-        probes = {"gather": 15, "col2im": 15, "blocks": 20, "launch": 20}
-        return [
-            (Step("machine", 20, partial(checks.probe, "machine", self.scale)),),
-            (
-                Step("exact", 60, checks.exact),
-                Step("tests", 120, partial(checks.tests, self.scale)),
-                Step("memcheck", 120, partial(checks.exact, tool="memcheck")),
-                Step("racecheck", 120, partial(checks.exact, tool="racecheck")),
-            ),
-            (Step("comparisons", 250, self.compare),),
-            *(
-                (Step(name, share, partial(checks.probe, name, self.scale)),)
-                for name, share in probes.items()
-            ),
-        ]
+def run(todo: Sequence[Stage], folder: Path, seconds: float) -> bool:
+    """Run the steps, show what they found, and say whether none has failed."""
+    found = {**machine.provenance(), "machine": machine.host()}
+    # Without what earlier runs remember of tuned calls.
+    with tempfile.TemporaryDirectory() as cache:
+        os.environ["CUCONV_CACHE_DIR"] = cache
+        for outcomes in run_stages(todo, seconds):
+            found["steps"] = outcomes
+            found["machine"] |= outcomes["machine"]["found"]
+            records.write(found, records.GPU, folder)
+    names = dict.fromkeys(findings_of(found).get("suites", []))
+    suites = [
+        record for name in names if (record := records.read(f"{name}-cuda", folder))
+    ]
+    draw(found, suites, folder)
+    for table in tables(found, suites):
+        table.show()
+    return all(one["status"] != "failed" for one in found["steps"].values())
 
-    def compare(self, limit: float) -> dict[str, Any]:
-        what = (self.scale, self.found["machine"], self.keep_suite)
-        return checks.compare(*what, self.torch_python, limit)
 
-    def say(self, words: str) -> None:
-        print(f"[{monotonic() - self._begun:4.0f} s] {words}", file=sys.stderr)
-
-    def keep(self, outcomes: dict[str, Outcome]) -> None:
-        self.found["steps"] = outcomes
-        self.found["machine"] |= outcomes["machine"]["found"]
-        records.write(self.found, records.GPU, self.folder)
-
-    def keep_suite(self, record: Record) -> None:
-        self.suites[record["suite"]] = record
-        records.write(record, records.stem_of(record), self.folder)
-        self.say(f"  {record['suite']}: {len(record['cases'])} cases")
-
-    def run(self, seconds: float) -> bool:
-        """Run the steps, show what they found, and say whether none has failed."""
-        # Without what earlier runs remember of tuned calls.
-        with tempfile.TemporaryDirectory() as folder:
-            os.environ["CUCONV_CACHE_DIR"] = folder
-            outcomes = run_stages(self.stages(), seconds, self.keep, self.say)
-        self.draw()
-        for table in tables(self.found, self.suites.values()):
-            table.show()
-        return all(one["status"] != "failed" for one in outcomes.values())
-
-    def draw(self) -> None:
-        """Pictures of what was measured, where Matplotlib is installed."""
-        try:
-            figures = importlib.import_module("benchmarks.figures")
-            drawn = figures.draw_gpu(self.found, self.suites.values(), self.folder)
-            self.say(f"drawn: {', '.join(path.name for path in drawn)}")
-        except Exception as error:  # noqa: BLE001 - the numbers are kept already
-            self.say(f"no pictures: {type(error).__name__}: {error}")
-            self.say("`python -m benchmarks.figures` draws them from the JSON later")
+def draw(found: Any, suites: Sequence[records.Record], folder: Path) -> None:
+    """Pictures of what was measured, where Matplotlib is installed."""
+    try:
+        figures = importlib.import_module("benchmarks.figures")
+        drawn = figures.draw_gpu(found, suites, folder)
+        say(f"drawn: {', '.join(path.name for path in drawn)}")
+    except Exception as error:  # noqa: BLE001 - the numbers are kept already
+        say(f"no pictures: {type(error).__name__}: {error}")
+        say("`python -m benchmarks.figures` draws them from the JSON later")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    words = argparse.ArgumentParser(
-        prog="python -m benchmarks.gpu", description=__doc__.partition("\n")[0]
-    )
-    add, keep = words.add_argument, words.add_mutually_exclusive_group()
-    keep.add_argument("--out", type=Path, metavar="FOLDER", default=Path("gpu-run"))
-    save_help = f"write to {records.RESULTS.name}/"
-    keep.add_argument("--save", action="store_true", help=save_help)
+    words = records.parser("benchmarks.gpu", __doc__, Path("gpu-run"))
+    add = words.add_argument
     add("--minutes", type=float, default=8.0, help="for all of it")
     add("--quick", action="store_true", help="a smoke test")
     add("--plan", action="store_true", help="show the steps; run none")
-    torch_help = "the interpreter of an environment with PyTorch (default: this one)"
-    add("--torch-python", metavar="PATH", default=sys.executable, help=torch_help)
+    add("--torch-python", **records.TORCH_PYTHON)
     chosen = words.parse_args(arguments)
-    if chosen.save and chosen.quick:
+    if chosen.out == records.RESULTS and chosen.quick:
         words.error("--save keeps whole runs: no --quick")
     seconds = 60 * chosen.minutes - FINISH
     if seconds <= 0:
         words.error(f"--minutes must be more than {FINISH / 60}")
-    folder = records.RESULTS if chosen.save else chosen.out
-    run = GpuRun(QUICK if chosen.quick else FULL, folder, chosen.torch_python)
+    folder, scale = chosen.out.absolute(), QUICK if chosen.quick else FULL
+    todo = stages(scale, str(folder), chosen.torch_python)
     if chosen.plan:
-        stages = run.stages()
-        for stage, limit in zip(stages, limits(stages, seconds), strict=True):
+        for stage, limit in zip(todo, limits(todo, seconds), strict=True):
             print(f"{limit:4.0f} s  {', '.join(step.name for step in stage)}")
         return
-    sys.exit(not run.run(seconds))
+    sys.exit(not run(todo, folder, seconds))
 
 
 if __name__ == "__main__":

@@ -17,9 +17,9 @@ import ml_dtypes  # noqa: F401 - NumPy learns the name bfloat16
 import numpy as np
 
 import cuconv
-from benchmarks.cases import Case
+from benchmarks.cases import Case, Host
 from benchmarks.internals import PADDING_MODES, strategies
-from benchmarks.layers import Layer, layer
+from benchmarks.layers import Layer, Sizes, layer
 from benchmarks.peers import PRECISIONS
 from benchmarks.peers.base import Call, RefusedError, Wishes, cupy_device
 from benchmarks.peers.library import Library
@@ -47,16 +47,18 @@ GENERAL: tuple[dict[str, Any], ...] = (
 LARGEST_ERROR = 2e-2
 
 
+def ones(shape: Sizes) -> Host:
+    """Of -1, 0 and 1, whose sums are exact in every type."""
+    return np.random.default_rng(len(shape)).integers(-1, 2, shape).astype(np.float32)
+
+
 def mistakes() -> Iterator[tuple[str, str]]:
     """Each strategy and operation that ran, and what was wrong, if anything was."""
     device = cupy_device()
     for each, operation, dtype in product(LAYERS, Layer.operations, DTYPES):
         case = Case(each, operation, 2, dtype)
-        # Of -1, 0 and 1: their sums are exact in every type.
-        rng = np.random.default_rng(len(each.name))
-        shapes = [case.shapes[name] for name in case.operand_names]
-        arrays = [rng.integers(-1, 2, shape).astype(np.float64) for shape in shapes]
-        true = reference(each, operation, arrays)
+        arrays = [ones(case.shapes[name]) for name in case.operand_names]
+        true = reference(each, operation, [array.astype(float) for array in arrays])
         operands = [device.cast(device.put(array), dtype) for array in arrays]
         for strategy, deterministic in product(strategies(), (True, False)):
             precision, call = strictest(case, strategy, operands, deterministic)
@@ -77,6 +79,7 @@ def strictest(
     for precision in PRECISIONS:
         peer = Library(Wishes("cuda", precision, strategy=strategy))
         with suppress(RefusedError):
+            peer.plan(case)
             call = peer.call(case, *operands, deterministic=deterministic)
             return precision, call
     return "", None
@@ -84,21 +87,17 @@ def strictest(
 
 def general_mistakes() -> Iterator[tuple[str, str]]:
     """The same of general convolutions, on both devices."""
-    device, rng = cupy_device(), np.random.default_rng(0)
+    device = cupy_device()
     for options in GENERAL:
         keywords = {**options, "precision": "strict"}
-        shapes = (4, 4, 9, 7), (6, 4 // options.get("groups", 1), 3, 2)
-        x, w = (rng.integers(-1, 2, shape).astype(np.float32) for shape in shapes)
-        y = cuconv.conv(x, w, **keywords)
-        dy = rng.integers(-1, 2, y.shape).astype(np.float32)
-        gradients = cuconv.conv_backward(dy, x, w, **keywords)
-        on_device = [device.put(array) for array in (dy, x, w)]
-        found = cuconv.conv(*on_device[1:], **keywords)
-        others = cuconv.conv_backward(*on_device, **keywords)
-        for operation, got, true in zip(
-            Layer.operations, (found, *others[:2]), (y, *gradients[:2]), strict=True
-        ):
-            wrong = not np.array_equal(device.take(got), true)
+        x, w = ones((4, 4, 9, 7)), ones((6, 4 // options.get("groups", 1), 3, 2))
+        dy = ones(cuconv.conv(x, w, **keywords).shape)
+        true, got = (
+            (cuconv.conv(x, w, **keywords), *cuconv.conv_backward(dy, x, w, **keywords))
+            for dy, x, w in ((dy, x, w), map(device.put, (dy, x, w)))
+        )
+        for operation, ours, theirs in zip(Layer.operations, got, true, strict=False):
+            wrong = not np.array_equal(device.take(ours), theirs)
             yield f"general {operation}", f"{options}" if wrong else ""
 
 

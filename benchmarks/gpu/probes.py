@@ -1,13 +1,12 @@
 """What a process of its own measures on a GPU: ``python -m benchmarks.gpu.probes``.
 
-It takes the name of a probe and a pickled `Scale`, and prints a line of JSON for each
-finding, so that what was found before a failure is not lost.
+It takes the name of a probe, or ``compare``, and a pickled `Scale`, and prints a line
+of JSON for each finding, so that what was found before a failure is not lost.
 """
 
 import json
 import os
 import pickle
-import platform
 import shutil
 import statistics
 import subprocess
@@ -17,23 +16,24 @@ from contextlib import suppress
 from functools import partial
 from itertools import cycle, product
 from math import prod
+from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-import numpy as np
-
 import cuconv
 from benchmarks.cases import Case
+from benchmarks.gpu.compare import compare
 from benchmarks.gpu.scale import ARITHMETICS, HALF_AND_WHOLE, Scale
 from benchmarks.internals import block_bytes, gemm, strategies
-from benchmarks.layers import Layer, depthwise, layer
+from benchmarks.layers import Layer, Sizes, layer
+from benchmarks.machine import versions
 from benchmarks.peers.base import CupyDevice, cupy_device
 
-Findings = Iterator[dict[str, Any]]
+Finding = dict[str, Any]
 
 # Blocks as large as anyone asks for must fit, workspace included.
 AMPLE = "2 GiB"
-SMALL = (layer(3, 8, 8, 3), depthwise(8, 8, 3))
+SMALL = (layer(3, 8, 8, 3), layer(8, 8, 8, 3, groups=8))
 
 
 def milliseconds(
@@ -49,19 +49,15 @@ def milliseconds(
 # The machine.
 
 
-def machine(scale: Scale) -> Findings:
+def machine(scale: Scale) -> Iterator[Finding]:
     """Which GPU this is, how fast it copies and how fast cuBLAS multiplies."""
     device = cupy_device()
     xp, runtime = device.xp, device.xp.cuda.runtime
     properties = runtime.getDeviceProperties(0)
+    ours = {"cupy": xp.__version__, "cuconv": cuconv.__version__}
     yield {
         "gpu": properties["name"].decode(),
-        "versions": {
-            "python": platform.python_version(),
-            "numpy": np.__version__,
-            "cupy": xp.__version__,
-            "cuconv": cuconv.__version__,
-        },
+        "versions": versions() | ours,
         "capability": str(xp.cuda.Device().compute_capability),
         "multiprocessors": int(properties["multiProcessorCount"]),
         "l2_bytes": device.l2_bytes,
@@ -77,19 +73,19 @@ def machine(scale: Scale) -> Findings:
     n = scale.matrix
     for arithmetic in ARITHMETICS:
         fast = arithmetic == "tf32"
+        dtype = "float32" if fast else arithmetic
         a, b = (
-            device.cast(device.normal(n * n, seed), "float32" if fast else arithmetic)
+            device.cast(device.normal(n * n, seed), dtype).reshape(1, 1, n, n)
             for seed in (0, 1)
         )
-        square = [array.reshape(1, 1, n, n) for array in (a, b, xp.empty_like(a))]
-        multiply = partial(gemm(), *square, fast=fast)
+        multiply = partial(gemm(), a, b, xp.empty_like(a), fast=fast)
         rate = 2e-6 * n**3 / milliseconds(device, [multiply], scale.repeats)
         yield {"rates": {arithmetic: rate}}
         if arithmetic == "float32":
             yield {"gemm_gflops": rate}
 
 
-def clocks() -> dict[str, Any]:
+def clocks() -> Finding:
     """The driver and the clocks as they are found, where nvidia-smi tells."""
     names = "driver_version,clocks.sm,clocks.mem,clocks.max.sm,power.limit"
     tool = shutil.which("nvidia-smi")
@@ -105,18 +101,19 @@ def clocks() -> dict[str, Any]:
 # Candidates, whose defaults await a measurement.
 
 
-def columns_of(each: Layer, batch: int, order: str) -> tuple[tuple[int, ...], Any]:
+def columns_of(each: Layer, batch: int, order: str) -> tuple[Sizes, Finding]:
     """The shape of the columns of a layer without groups, and the options for them."""
-    positions, names = prod(each.out), ("stride", "padding", "dilation")
+    positions = prod(each.out)
     shape = {
         "rows": (batch * positions, each.patch),
         "columns": (each.patch, batch * positions),
         "batched": (batch, each.patch, positions),
     }[order]
-    return shape, {"order": order, **{name: getattr(each, name) for name in names}}
+    options = {name: each.options[name] for name in ("stride", "padding", "dilation")}
+    return shape, {"order": order, **options}
 
 
-def gather(scale: Scale) -> Findings:
+def gather(scale: Scale) -> Iterator[Finding]:
     """im2col: every element of the columns written, every one of x read once."""
     device, orders = cupy_device(), ("columns", "batched", "rows")
     for each, dtype, order in product(scale.columns, HALF_AND_WHOLE, orders):
@@ -124,30 +121,40 @@ def gather(scale: Scale) -> Findings:
         shape, options = columns_of(each, scale.batch, order)
         out = device.xp.empty(shape, dtype=dtype)
         call = partial(cuconv.im2col, x, each.kernel, out=out, **options)
-        row = {"layer": each.name, "type": dtype, "order": order}
-        moved = {"nbytes": int(x.nbytes + out.nbytes)}
-        time = milliseconds(device, [call], scale.repeats)
-        yield {"gather": [{**row, **moved, "milliseconds": time}]}
+        yield {
+            "layer": each.name,
+            "type": dtype,
+            "order": order,
+            "nbytes": int(x.nbytes + out.nbytes),
+            "milliseconds": milliseconds(device, [call], scale.repeats),
+        }
 
 
-def col2im(scale: Scale) -> Findings:
+def col2im(scale: Scale) -> Iterator[Finding]:
     """The scatter by atomic additions against the gather that sums in order."""
     device = cupy_device()
     for each, dtype in product(scale.columns, HALF_AND_WHOLE):
         shape, options = columns_of(each, scale.batch, "batched")
         columns = device.cast(device.normal(prod(shape)), dtype).reshape(shape)
         out = device.xp.empty(each.shapes(scale.batch)["x"], dtype=dtype)
-        arguments = (columns, out.shape, each.kernel)
-        row = {"layer": each.name, "type": dtype}
-        moved, times = {"nbytes": int(columns.nbytes + out.nbytes)}, {}
-        for way in ("gather", "scatter"):
-            options |= {"out": out, "deterministic": way == "gather"}
-            call = partial(cuconv.col2im, *arguments, **options)
-            times[f"{way}_milliseconds"] = milliseconds(device, [call], scale.repeats)
-        yield {"col2im": [{**row, **moved, **times}]}
+        call = partial(cuconv.col2im, columns, out.shape, each.kernel, out=out)
+        ways = {"gather": True, "scatter": False}
+        yield {
+            "layer": each.name,
+            "type": dtype,
+            "nbytes": int(columns.nbytes + out.nbytes),
+            **{
+                f"{way}_milliseconds": milliseconds(
+                    device,
+                    [partial(call, deterministic=in_order, **options)],
+                    scale.repeats,
+                )
+                for way, in_order in ways.items()
+            },
+        }
 
 
-def blocks(scale: Scale) -> Findings:
+def blocks(scale: Scale) -> Iterator[Finding]:
     """The strategy im2col with columns cut in blocks of other sizes."""
     device = cupy_device()
     for each, dtype in product(scale.columns, HALF_AND_WHOLE):
@@ -160,36 +167,34 @@ def blocks(scale: Scale) -> Findings:
             with block_bytes(mib * 2**20):
                 plan = cuconv.plan_conv(*shapes, dtype=dtype, device="cuda", **options)
                 time = milliseconds(device, calls, scale.repeats)
-            row = {"layer": each.name, "type": dtype, "mib": mib, "chunks": plan.chunks}
-            yield {"blocks": [{**row, "milliseconds": time}]}
+            row = {"layer": each.name, "type": dtype, "mib": mib}
+            yield {**row, "chunks": plan.chunks, "milliseconds": time}
 
 
 # Launches.
 
 
-def launch(scale: Scale) -> Findings:
+def launch(scale: Scale) -> Iterator[Finding]:
     """Small calls: as users make them, in a captured graph, and their kernels alone."""
     device = cupy_device()
     for each, strategy in product(SMALL, ("auto", *strategies())):
-        case, found = (
-            Case(each, "forward", 1),
-            {"layer": each.name, "strategy": strategy},
-        )
+        case, found = Case(each, "forward", 1), {"layer": each.name}
         operands = [device.operand(case, name) for name in case.operand_names]
         out = device.xp.empty(case.result_shape, dtype=case.dtype)
         options = {**each.options, "strategy": strategy, "out": out}
+        found["strategy"] = strategy
         call = partial(cuconv.conv, *operands, **options)
         try:
             call()
         except ValueError as error:
-            yield {"launch": [{**found, "refused": str(error)}]}
+            yield {**found, "refused": str(error)}
             continue
-        more: dict[str, Any] = {"eager_microseconds": eager(device, call, scale.calls)}
+        more: Finding = {"eager_microseconds": eager(device, call, scale.calls)}
         try:
             more |= captured(device, call, scale)
         except Exception as error:  # noqa: BLE001 - what cannot be captured says so
             more["not_captured"] = f"{type(error).__name__}: {error}"
-        yield {"launch": [{**found, **more}]}
+        yield {**found, **more}
 
 
 def eager(device: CupyDevice, call: Callable[[], Any], calls: int) -> float:
@@ -216,14 +221,12 @@ def captured(
             for _ in range(scale.captured):
                 one.launch(stream)
 
-        found = {}
-        for name, body in (
-            ("captured", replays),
-            ("kernel", lambda: many.launch(stream)),
-        ):
-            time = milliseconds(device, [body], scale.repeats) / scale.captured
-            found[f"{name}_microseconds"] = 1e3 * time
-    return found
+        bodies = {"captured": replays, "kernel": lambda: many.launch(stream)}
+        share = 1e3 / scale.captured
+        return {
+            f"{name}_microseconds": share * milliseconds(device, [body], scale.repeats)
+            for name, body in bodies.items()
+        }
 
 
 def graph(stream: Any, call: Callable[[], Any], times: int) -> Any:
@@ -240,13 +243,28 @@ def graph(stream: Any, call: Callable[[], Any], times: int) -> Any:
     return stream.end_capture()
 
 
+PROBES = {each.__name__: each for each in (machine, gather, col2im, blocks, launch)}
+
+
+def command(name: str, scale: Scale, *more: str) -> list[str]:
+    """The command that prints what a probe finds."""
+    words = (name, pickle.dumps(scale).hex(), *more)
+    return [sys.executable, "-m", "benchmarks.gpu.probes", *words]
+
+
 def main() -> None:
-    name, words = sys.argv[1:]
+    name, words, *more = sys.argv[1:]
     findings = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # what libraries print is no finding
     scale = pickle.loads(bytes.fromhex(words))  # noqa: S301 - of our own process
-    for found in globals()[name](scale):
-        print(json.dumps(found), file=findings, flush=True)
+    if name == "compare":
+        folder, torch_python = more
+        found = compare(scale, Path(folder), torch_python)
+    else:
+        found = PROBES[name](scale)
+    for each in found:
+        line = each if name in ("machine", "compare") else {name: [each]}
+        print(json.dumps(line), file=findings, flush=True)
 
 
 if __name__ == "__main__":

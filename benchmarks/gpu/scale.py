@@ -3,11 +3,11 @@
 from dataclasses import dataclass
 
 from benchmarks.layers import Layer
-from benchmarks.suites import SUITES
+from benchmarks.suites import LAYERS
 
 ARITHMETICS = ("float32", "tf32", "float16", "bfloat16")
 HALF_AND_WHOLE = ("float32", "float16")
-RESNET50 = SUITES["resnet50"].layers
+RESNET50 = LAYERS["resnet50"]
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,7 @@ class Scale:
     # Layers of the two suites that are compared with cuDNN.
     layers: tuple[Layer, ...] = RESNET50
     depthwise: tuple[Layer, ...] = tuple(
-        each for each in SUITES["mobilenetv2"].layers if each.kind == "depthwise"
+        each for each in LAYERS["mobilenetv2"] if each.kind == "depthwise"
     )
     arithmetics: tuple[str, ...] = ARITHMETICS
     # Layers whose columns are gathered, added back and cut in blocks of other sizes.

@@ -1,12 +1,17 @@
-"""Steps with limits: one that fails, hangs or has no tool does not stop the others."""
+"""Steps with limits: one that fails, hangs or has no tool does not stop the others.
+
+A step is a command.  What it found are the lines of JSON that it printed, or where it
+is a check, the numbers in its last line and its mistakes.
+"""
 
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
-import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from time import monotonic
 from typing import Any, NamedTuple
@@ -14,11 +19,18 @@ from typing import Any, NamedTuple
 from benchmarks.machine import ROOT
 
 TAIL = 25
+MOST_MISTAKES = 30
 # What is left of a step's limit for it to end in order when it is asked to.
 GRACE = 0.1
 LONGEST_GRACE = 10.0
 # Less than this is not worth a start.
 LEAST_SECONDS = 1.0
+BEGUN = monotonic()
+# The last line of pytest and of `benchmarks.gpu.exact`, and one of compute-sanitizer.
+LAST = re.compile(r"^.*\d+ \w+ in \d.*$|^\d+ checked, \d+ wrong$", re.MULTILINE)
+COUNTS = re.compile(r"(\d+) (passed|failed|skipped|errors?|checked|wrong)\b")
+SUMMARY = re.compile(r"(?:ERROR|RACECHECK) SUMMARY: (\d+)")
+MISTAKES = re.compile(r"^(?:FAILED|ERROR|wrong:) .*", re.MULTILINE)
 
 Findings = dict[str, Any]
 # How a step ended: its ``status`` (ok, failed, late, missing or skipped), ``seconds``,
@@ -27,26 +39,24 @@ Findings = dict[str, Any]
 Outcome = dict[str, Any]
 
 
-class StepError(Exception):
-    """A step that did not end well, with what it found and the end of its output."""
-
-    def __init__(
-        self, status: str, reason: str, tail: Sequence[str] = (), found: Any = None
-    ) -> None:
-        super().__init__(reason)
-        self.status, self.tail, self.found = status, [*tail], found or {}
-
-
 class Step(NamedTuple):
-    """Something to do within so many seconds: its share of all that are left."""
+    """A command within so many seconds: its share of all that are left.
+
+    A check has a number that it must give.
+    """
 
     name: str
     share: float
-    run: Callable[[float], Findings]
+    command: Sequence[str]
+    number: str = ""
 
 
 # Steps that may run at the same time: none of them measures times.
 Stage = tuple[Step, ...]
+
+
+def say(words: str) -> None:
+    print(f"[{monotonic() - BEGUN:4.0f} s] {words}", file=sys.stderr)
 
 
 def limits(stages: Sequence[Stage], seconds: float) -> list[float]:
@@ -55,15 +65,10 @@ def limits(stages: Sequence[Stage], seconds: float) -> list[float]:
     return [seconds * share / sum(shares) for share in shares]
 
 
-def run_stages(
-    stages: Sequence[Stage],
-    seconds: float,
-    keep: Callable[[dict[str, Outcome]], None] = lambda _: None,
-    say: Callable[[str], None] = lambda _: None,
-) -> dict[str, Outcome]:
+def run_stages(stages: Sequence[Stage], seconds: float) -> Iterator[dict[str, Outcome]]:
     """Run the stages in order; what one leaves of its time, the later ones share.
 
-    ``keep`` is told of all outcomes after each stage, so that nothing is lost.
+    After each it gives the outcomes so far, so that nothing is lost.
     """
     end = monotonic() + seconds
     outcomes: dict[str, Outcome] = {}
@@ -71,93 +76,75 @@ def run_stages(
         limit = limits(stages[place:], max(end - monotonic(), 0))[0]
         say(f"{', '.join(step.name for step in stage)}: {limit:.0f} s at most")
         with ThreadPoolExecutor(len(stage)) as pool:
-            ended = pool.map(outcome, stage, [limit] * len(stage))
-            found = {step.name: one for step, one in zip(stage, ended, strict=True)}
-        for name, one in found.items():
-            reason = f": {one['reason']}" if "reason" in one else ""
-            say(f"{name}: {one['status']} after {one['seconds']:.1f} s{reason}")
-        outcomes |= found
-        keep(outcomes)
-    return outcomes
+            ended = pool.map(run_step, stage, [limit] * len(stage))
+            outcomes |= {step.name: one for step, one in zip(stage, ended, strict=True)}
+        yield outcomes
 
 
-def outcome(step: Step, limit: float) -> Outcome:
-    """How a step ends, whatever happens in it."""
-    begun = monotonic()
+def run_step(step: Step, limit: float) -> Outcome:
+    """Run the command of a step; interrupt, and at last kill, what is late."""
+    begun, program = monotonic(), step.command[0]
     ended: Outcome = {"status": "ok", "found": {}}
-    try:
-        if limit < LEAST_SECONDS:
-            raise StepError("skipped", f"{limit:.1f} s were left")  # noqa: TRY301
-        ended["found"] = step.run(limit)
-    except StepError as error:
-        ended = {"status": error.status, "reason": str(error)}
-        ended |= {"tail": error.tail, "found": error.found}
-    except Exception as error:  # noqa: BLE001 - any failure is an outcome
-        ended = {"status": "failed", "reason": f"{type(error).__name__}: {error}"}
-        ended |= {"tail": last(traceback.format_exc()), "found": {}}
-    return {**ended, "seconds": monotonic() - begun, "limit": limit}
+    if shutil.which(program) is None:
+        ended |= {"status": "missing", "reason": f"{program} is not on the path"}
+    elif limit < LEAST_SECONDS:
+        ended |= {"status": "skipped", "reason": f"{limit:.1f} s were left"}
+    else:
+        grace = min(GRACE * limit, LONGEST_GRACE)
+        stop = ("timeout", "--signal=INT", f"--kill-after={grace}", f"{limit - grace}")
+        done = subprocess.run(  # noqa: S603
+            [*stop, *step.command],
+            cwd=ROOT,
+            env={**os.environ, "CUCONV_REQUIRE_GPU": "1"},
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        reads = counts if step.number else merged
+        ended["found"] = found = reads(done.stdout, done.stderr)
+        # After a SIGINT, and after a SIGKILL, which ends `timeout` with the others.
+        if done.returncode in (124, -signal.SIGKILL):
+            ended |= {"status": "late", "reason": "it was stopped at its limit"}
+        elif done.returncode:
+            reason = f"it ended with status {done.returncode}"
+            ended |= {"status": "failed", "reason": reason}
+        elif step.number and step.number not in found:
+            ended |= {"status": "failed", "reason": f"it gave no number {step.number}"}
+        if "reason" in ended:
+            ended["tail"] = [*last(done.stdout), *last(done.stderr)]
+    took = monotonic() - begun
+    say(f"{step.name}: {ended['status']} after {took:.1f} s {ended.get('reason', '')}")
+    return {**ended, "seconds": took, "limit": limit}
 
 
 def last(text: str) -> list[str]:
     return text.rstrip().splitlines()[-TAIL:]
 
 
-class Ended(NamedTuple):
-    """What a process printed, and its status; None if it took too long."""
-
-    output: str
-    errors: str
-    status: int | None
-
-    def checked(self, found: Findings) -> Findings:
-        """Return what it found; `StepError` if it did not end well."""
-        if self.status == 0:
-            return found
-        tail = [*last(self.output), *last(self.errors)][-2 * TAIL :]
-        if self.status is None:
-            raise StepError("late", "it was stopped at its limit", tail, found)
-        raise StepError("failed", f"it ended with status {self.status}", tail, found)
+def counts(output: str, errors: str) -> Findings:
+    """The numbers in the last line of a check, and its lines about mistakes."""
+    line = "".join(LAST.findall(output)[-1:])
+    found: Findings = {name: int(number) for number, name in COUNTS.findall(line)}
+    if summary := SUMMARY.search(output + errors):
+        found["errors"] = int(summary[1])
+    return {**found, "mistakes": MISTAKES.findall(output)[:MOST_MISTAKES]}
 
 
-def child(
-    command: Sequence[str], limit: float, environment: dict[str, str] | None = None
-) -> Ended:
-    """Run a process with its children; interrupt, and at last kill, what is late."""
-    grace = min(GRACE * limit, LONGEST_GRACE)
-    stop = ("timeout", "--signal=INT", f"--kill-after={grace}", f"{limit - grace}")
-    done = subprocess.run(  # noqa: S603
-        [*stop, *command],
-        cwd=ROOT,
-        env={**os.environ, **(environment or {})},
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    # After a SIGINT, and after a SIGKILL, which ends `timeout` with the others.
-    is_late = done.returncode in (124, -signal.SIGKILL)
-    return Ended(done.stdout, done.stderr, None if is_late else done.returncode)
-
-
-def python(*words: str) -> list[str]:
-    return [sys.executable, *words]
-
-
-def merged(lines: str) -> Findings:
+def merged(output: str, _errors: str = "") -> Findings:
     """One object from lines of JSON; one that was cut short counts for nothing."""
+    whole = (line for line in output.splitlines(keepends=True) if line.endswith("\n"))
+    return join(map(json.loads, whole))
+
+
+def join(parts: Iterable[Findings]) -> Findings:
+    """One object: lists and objects of a name are joined, others replaced."""
     found: Findings = {}
-    for line in lines.splitlines(keepends=True):
-        if line.endswith("\n"):
-            join(found, json.loads(line))
-    return found
-
-
-def join(found: Findings, more: Findings) -> None:
-    """Add to what was found: lists grow, objects are joined, others are replaced."""
-    for name, value in more.items():
+    for name, value in (item for part in parts for item in part.items()):
         if isinstance(value, list):
-            found.setdefault(name, []).extend(value)
+            found[name] = [*found.get(name, ()), *value]
         elif isinstance(value, dict):
-            found.setdefault(name, {}).update(value)
+            found[name] = {**found.get(name, {}), **value}
         else:
             found[name] = value
+    return found

@@ -10,6 +10,7 @@ from benchmarks.peers.base import Peer, Wishes
 PEERS = {
     "cuconv": "library:Library",
     "torch": "pytorch:Torch",
+    "onnxruntime": "onnx_runtime:OnnxRuntime",
     "im2col_rows": "whole_buffer:Rows",
     "im2col_columns": "whole_buffer:Columns",
     "naive": "loops:Loops",
@@ -22,8 +23,9 @@ LAYOUTS = ("channels_first", "channels_last")
 PRECISIONS = ("strict", "standard", "fast")
 
 
-def needs_torch(peer: str) -> bool:
-    return PEERS[peer.partition("@")[0]].startswith("pytorch:")
+def is_elsewhere(peer: str) -> bool:
+    """Whether another environment may have what the peer needs: PyTorch and its kin."""
+    return PEERS[peer.partition("@")[0]].startswith(("pytorch:", "onnx_runtime:"))
 
 
 def on_cuda(peers: Iterable[str]) -> tuple[str, ...]:

@@ -12,17 +12,17 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from benchmarks.cases import RANDOM, TOLERANCES, Case, Host, relative_error
+from benchmarks.cases import RANDOM, TOLERANCES, Case, Host, largest_error
 from benchmarks.layers import Sizes
-from benchmarks.taps import Array, norm_error, reference
+from benchmarks.taps import Array, maxima, norm_error, reference
 
 Call = Callable[[], Array]
 # Sets of operands of a case, and the error of the result of the first.
 Prepared = tuple[list[tuple[Array, ...]], Callable[[Array], float]]
 
-# Random numbers on a GPU: to draw hundreds of millions on the host would take longer
-# than all that is to be measured, so these are drawn once and laid out again and again.
-# Their number is a prime: no axis repeats them in step.
+# Random numbers: to draw hundreds of millions would take longer than all that is to be
+# measured, so these are drawn once and laid out again and again.  Their number is a
+# prime: no axis repeats them in step.
 POOL = 4_000_037
 # Inputs take turns until they are this many times what the L2 cache holds.
 TIMES_CACHE = 2
@@ -63,6 +63,7 @@ class Device:
     """NumPy's memory, which tracemalloc sees."""
 
     weighed_by = "tracemalloc"
+    join: Any = staticmethod(np.concatenate)
 
     def put(self, array: Host) -> Array:
         return array
@@ -70,10 +71,41 @@ class Device:
     def take(self, result: Array) -> Host:
         return np.asarray(result)
 
+    def cast(self, array: Array, _dtype: str) -> Array:
+        """In another type: on a CPU all is float32."""
+        return array
+
     def prepare(self, case: Case) -> Prepared:
-        own = case.operands()
-        sets = [tuple(map(self.put, own))]
-        return sets, lambda result: relative_error(case, own, self.take(result))
+        own = self.operands(case)
+        return [own], partial(largest_error, case, [*map(np.asarray, own)])
+
+    def operands(self, case: Case, place: int = 0) -> tuple[Array, ...]:
+        """Standard normal numbers, the same in every process; weights are scaled.
+
+        Indices are those of the maxima of x.
+        """
+        return tuple(self.operand(case, name, place) for name in case.operand_names)
+
+    def operand(self, case: Case, name: str, place: int = 0) -> Array:
+        if name == "indices":
+            x = np.asarray(self.operand(case, "x", place))
+            return self.put(maxima(case.layer, x)[1])
+        shape = case.shapes[name]
+        numbers = self.normal(prod(shape), 1 + 4 * place + RANDOM.index(name))
+        if name == "w":
+            numbers = numbers * float(case.layer.patch**-0.5)
+        return self.cast(numbers.reshape(shape), case.dtype)
+
+    def normal(self, count: int, seed: int = 0) -> Array:
+        """Standard normal float32 numbers, from a place that the seed chooses."""
+        start = seed * 999_983 % POOL
+        more = range(POOL - start, count, POOL)
+        pieces = [self.pool[: count - done] for done in more]
+        return self.join([self.pool[start : start + count], *pieces])
+
+    @cached_property
+    def pool(self) -> Array:
+        return self.put(np.random.default_rng(0).standard_normal(POOL, np.float32))
 
     def seconds(self, call: Call) -> float:
         start = perf_counter()
@@ -87,7 +119,7 @@ class Device:
         result = call()
         _, peak = tracemalloc.get_traced_memory()
         tracemalloc.stop()
-        return int(peak - before - result.nbytes)
+        return peak - before - nbytes_of(result)
 
     def synchronize(self) -> None: ...
 
@@ -111,7 +143,13 @@ class ResidentDevice(Device):
         forget_peak.write_text("5")
         before = resident("VmRSS")
         result = call()
-        return max(0, resident("VmHWM") - before - int(result.nbytes))
+        return max(0, resident("VmHWM") - before - nbytes_of(result))
+
+
+def nbytes_of(result: Any) -> int:
+    """Of an array, or of several and None for those that there are not."""
+    several = result if isinstance(result, tuple) else (result,)
+    return sum(int(array.nbytes) for array in several if array is not None)
 
 
 class GpuDevice(Device):
@@ -122,8 +160,6 @@ class GpuDevice(Device):
     spin: Callable[[float], None]  # keeps the device busy for about so long
     event: Callable[[], Any]
     elapsed: Callable[[Any, Any], float]  # milliseconds between two events
-    join: Callable[[list[Array]], Array]
-    cast: Callable[[Array, str], Array]
     zeros: Callable[[Sizes], Array]  # in float64
     _lead = 0.0
 
@@ -147,12 +183,10 @@ class GpuDevice(Device):
     @lru_cache(maxsize=1)  # noqa: B019 - there is one device in a process
     def prepare(self, case: Case) -> Prepared:
         """Operands that outgrow the cache, and a whole result to compare with."""
-        names = case.operand_names
-        wanted = -(-TIMES_CACHE * self.l2_bytes // case.nbytes(*names))
-        sets = [
-            tuple(self.operand(case, name, place) for name in names)
-            for place in range(max(1, min(wanted, MOST_SETS)))
-        ]
+        nbytes = case.nbytes(*case.operand_names)
+        wanted = -(-TIMES_CACHE * self.l2_bytes // nbytes)
+        places = range(max(1, min(wanted, MOST_SETS)))
+        sets = [self.operands(case, place) for place in places]
         wide = [self.cast(array, "float64") for array in sets[0]]
         true = reference(case.layer, case.operation, wide, self.zeros)
 
@@ -162,25 +196,6 @@ class GpuDevice(Device):
             return norm_error(self.cast(result, "float64"), true)
 
         return sets, error
-
-    def operand(self, case: Case, name: str, place: int = 0) -> Array:
-        """Standard normal numbers in the type of the case; weights are scaled."""
-        shape = case.shapes[name]
-        numbers = self.normal(prod(shape), 1 + 3 * place + RANDOM.index(name))
-        if name == "w":
-            numbers = numbers * float(case.layer.patch**-0.5)
-        return self.cast(numbers.reshape(shape), case.dtype)
-
-    def normal(self, count: int, seed: int = 0) -> Array:
-        """Standard normal float32 numbers, from a place that the seed chooses."""
-        start = seed * 999_983 % POOL
-        more = range(POOL - start, count, POOL)
-        pieces = [self.pool[: count - done] for done in more]
-        return self.join([self.pool[start : start + count], *pieces])
-
-    @cached_property
-    def pool(self) -> Array:
-        return self.put(np.random.default_rng(0).standard_normal(POOL, np.float32))
 
 
 class CupyDevice(GpuDevice):
@@ -259,8 +274,9 @@ class Peer:
 
     def call(self, case: Case, *operands: Array) -> Call:
         """A measurable call; what it needs beforehand is done here."""
-        if not hasattr(self, case.operation):
-            raise RefusedError(f"this peer has no {case.operation}")
+        if not hasattr(self, case.operation) or case.has_bias:
+            bias = " with a bias" * case.has_bias
+            raise RefusedError(f"this peer has no {case.operation}{bias}")
         return partial(getattr(self, case.operation), case, *operands)
 
     def first_channels(self, _case: Case, result: Array) -> Array:

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 import cuconv
-from benchmarks.cases import Case
+from benchmarks.cases import TRAINING, Case, results_of
 from benchmarks.layers import Pool, Sizes
 from benchmarks.peers.base import Call, Device, Peer, RefusedError, Wishes, cupy_device
 from benchmarks.taps import Array
@@ -46,11 +46,12 @@ class Library(Peer):
 
     def call(self, case: Case, *operands: Array, **more: Any) -> Call:
         """Call the public function, with more keywords where they are given."""
-        self.plan(case)
+        arguments = [*map(self._placed, case.operand_names, operands)]
         keywords = {**self._keywords(case), **more}
+        if case.operation == TRAINING:
+            return training(*arguments, **keywords)
         if self.wishes.reuse_out:
             keywords["out"] = self.device.put(np.empty(case.result_shape, np.float32))
-        arguments = [*map(self._placed, case.operand_names, operands)]
         if case.result_name != "dy":
             arguments.append(self._shape(case, case.result_name))
         name = "conv" if case.operation == "forward" else f"conv_{case.operation}"
@@ -58,6 +59,9 @@ class Library(Peer):
         return partial(getattr(cuconv, name), *arguments, **keywords)
 
     def first_channels(self, case: Case, result: Array) -> Array:
+        if case.operation == TRAINING:
+            parts = results_of(case, result)
+            return [self.first_channels(part, each) for part, each in parts]
         axes = self._axes(case.result_name, result.ndim)
         return result.transpose([axes.index(axis) for axis in range(result.ndim)])
 
@@ -72,7 +76,7 @@ class Library(Peer):
 
     def _axes(self, name: str, rank: int) -> Sizes:
         """The axes as the layout has them; weights end in (C / groups, K)."""
-        if self.wishes.layout == "channels_first":
+        if self.wishes.layout == "channels_first" or name == "bias":
             return tuple(range(rank))
         return (*range(2, rank), 1, 0) if name == "w" else (0, *range(2, rank), 1)
 
@@ -85,3 +89,11 @@ class Library(Peer):
         if self.wishes.layout == "channels_first":
             return array
         return array.transpose(self._axes(name, array.ndim)).copy()
+
+
+def training(dy: Array, x: Array, w: Array, *bias: Array, **keywords: Any) -> Call:
+    """A convolution, then all its gradients."""
+    needs = ("x", "w", "bias")[: 2 + len(bias)]
+    forward = partial(cuconv.conv, x, w, *bias, **keywords)
+    backward = partial(cuconv.conv_backward, dy, x, w, needs=needs, **keywords)
+    return lambda: (forward(), *backward())

@@ -47,7 +47,7 @@ def padded(case: Case, x: Host) -> Host:
     count = layer.multiplications(case.batch)
     if count > MOST_MULTIPLICATIONS:
         raise RefusedError(f"{count} multiplications take too long in Python")
-    return np.pad(x, ((0, 0), (0, 0), *((p, p) for p in layer.padding)))
+    return np.pad(x, layer.around)
 
 
 def every(shape: tuple[int, ...]) -> Iterable[tuple[int, ...]]:

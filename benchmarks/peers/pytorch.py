@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.cases import Case, Host
+from benchmarks.cases import TRAINING, Case, Host
 from benchmarks.layers import Pool, Sizes, Transposed
 from benchmarks.peers.base import (
     CYCLES_PER_SECOND,
@@ -20,11 +20,16 @@ from benchmarks.taps import Array
 
 torch.set_grad_enabled(False)
 
+# What `torch.nn.functional` calls an operation, where that differs.
+NAMES = {"forward": "conv", TRAINING: "conv", "transpose": "conv_transpose"}
+NAMES["global_avg_pool"] = "adaptive_avg_pool"
 # PyTorch has no such form of arrays with one spatial axis.
 CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
 class TorchDevice(ResidentDevice):
+    join: Any = staticmethod(torch.cat)
+
     def put(self, array: Host) -> Array:
         return torch.from_numpy(array)
 
@@ -71,29 +76,42 @@ class Torch(Peer):
         }
 
     def call(self, case: Case, *operands: Array) -> Call:
-        """Call a function such as `torch.nn.functional.conv2d`, or one gradient alone.
+        """Call a function, a function and all gradients, or one gradient alone.
 
         The array that a gradient has the shape of lends that only.
         """
-        wanted, layer = case.result_name, case.layer
-        if wanted == "dy":
-            usual = {"forward": "conv", "transpose": "conv_transpose"}
-            name = f"{usual.get(case.operation, case.operation)}{len(layer.kernel)}d"
-            function = getattr(torch.nn.functional, name)
-            return partial(function, *operands, **layer.options)
         arrays = dict(zip(case.operand_names, operands, strict=True))
+        if case.operation == TRAINING:
+            forward, backward = function(case, *operands[1:]), gradients(case, **arrays)
+            return lambda: (forward(), *backward())
+        wanted = case.result_name
+        if wanted == "dy":
+            return function(case, *operands)
         arrays[wanted] = empty_like(arrays["dy"], case.shapes[wanted])
-        if isinstance(layer, Pool):
+        if isinstance(case.layer, Pool):
             return pool_gradient(case, **arrays)
-        more = layer.options.get("output_padding", (0,) * len(layer.kernel))
-        arguments = (
-            *(arrays["dy"], arrays["x"], arrays["w"], None),
-            *(layer.stride, layer.padding, layer.dilation),
-            *(isinstance(layer, Transposed), more, layer.groups),
-            (wanted == "x", wanted == "w", False),
-        )
-        place = ("x", "w").index(wanted)
-        return lambda: torch.ops.aten.convolution_backward(*arguments)[place]
+        one, place = gradients(case, **arrays), ("x", "w").index(wanted)
+        return lambda: one()[place]
+
+
+def function(case: Case, *operands: Array) -> Call:
+    """Such as `torch.nn.functional.conv2d`."""
+    name = f"{NAMES.get(case.operation, case.operation)}{len(case.layer.kernel)}d"
+    options = case.layer.options or {"output_size": 1}
+    return partial(getattr(torch.nn.functional, name), *operands, **options)
+
+
+def gradients(case: Case, dy: Array, x: Array, w: Array, bias: Array = None) -> Call:
+    """All of them, or the one that the case wants and None for the others."""
+    layer, trains = case.layer, case.operation == TRAINING
+    more = layer.options.get("output_padding", (0,) * len(layer.kernel))
+    return partial(
+        torch.ops.aten.convolution_backward,
+        *(dy, x, w, None if bias is None else [len(bias)]),
+        *(layer.stride, layer.padding, layer.dilation),
+        *(isinstance(layer, Transposed), more, layer.groups),
+        [*(trains or name == case.result_name for name in "xw"), bias is not None],
+    )
 
 
 def pool_gradient(case: Case, dy: Array, x: Array, indices: Array = None) -> Call:

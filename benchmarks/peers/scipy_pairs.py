@@ -23,7 +23,7 @@ class Pairs(Peer):
         return {"scipy": scipy.__version__}
 
     def forward(self, case: Case, x: Host, w: Host) -> Host:
-        x, w = padded(case, x), dilated(w, case.layer.dilation)
+        x, w = np.pad(x, case.layer.around), dilated(w, case.layer.dilation)
         y = np.zeros(case.result_shape, np.float32)
         every = tuple(slice(None, None, step) for step in case.layer.stride)
         for n, k, c, channel in pairs(case):
@@ -32,14 +32,14 @@ class Pairs(Peer):
 
     def input_grad(self, case: Case, dy: Host, w: Host) -> Host:
         dy, w = dilated(dy, case.layer.stride), dilated(w, case.layer.dilation)
-        dx = padded(case, np.zeros(case.result_shape, np.float32))
+        dx = np.pad(np.zeros(case.result_shape, np.float32), case.layer.around)
         for n, k, c, channel in pairs(case):
             found = convolve(dy[n, k], w[k, c], "full")
             dx[n, channel][tuple(map(slice, found.shape))] += found
         return dx[:, :, *case.layer.inside]
 
     def weight_grad(self, case: Case, dy: Host, x: Host) -> Host:
-        x, dy = padded(case, x), dilated(dy, case.layer.stride)
+        x, dy = np.pad(x, case.layer.around), dilated(dy, case.layer.stride)
         dw = np.zeros(case.result_shape, np.float32)
         axes = zip(case.layer.kernel, case.layer.dilation, strict=True)
         taps = tuple(slice(0, (taps - 1) * step + 1, step) for taps, step in axes)
@@ -57,10 +57,6 @@ def pairs(case: Case) -> Iterator[tuple[int, int, int, int]]:
         raise RefusedError(f"{count} pairs of channels and filters take too long")
     for n, k, c in product(range(case.batch), range(layer.filters), range(each)):
         yield n, k, c, k // per_group * each + c
-
-
-def padded(case: Case, x: Host) -> Host:
-    return np.pad(x, ((0, 0), (0, 0), *((p, p) for p in case.layer.padding)))
 
 
 def dilated(array: Host, steps: Sizes) -> Host:

@@ -26,7 +26,7 @@ class WholeBuffer(Peer):
         """(N, G, C / G, *kernel, *out), a view of the padded input."""
         layer, shape = case.layer, patches_shape(case)
         if any(layer.padding):
-            x = self.xp.pad(x, ((0, 0), (0, 0), *((p, p) for p in layer.padding)))
+            x = self.xp.pad(x, layer.around)
         image, channel, *steps = x.strides
         taps = [s * d for s, d in zip(steps, layer.dilation, strict=True)]
         moves = [s * d for s, d in zip(steps, layer.stride, strict=True)]

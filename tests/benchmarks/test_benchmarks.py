@@ -1,10 +1,7 @@
 """The benchmarks: layers as published, peers that are checked, figures that match."""
 
-import importlib.util
 import itertools
 import json
-import os
-import sys
 from typing import Any
 
 import numpy as np
@@ -13,21 +10,25 @@ from benchmark_cases import (
     OPERATIONS,
     PLAIN,
     TINY,
+    TINY_EFFORT,
     TINY_OTHERS,
+    LocalWorker,
+    operands_of,
     planted,
+    pool,
     reference,
+    worker_of,
 )
 
 from benchmarks import pages, records, report, small_call
 from benchmarks.cases import Case, relative_error
-from benchmarks.layers import Layer, Pool, Transposed, layer, pool
+from benchmarks.layers import GlobalPool, Layer, Pool, Transposed, layer
 from benchmarks.peers import PEERS, make_peer, on_cuda, wishes_of
 from benchmarks.peers.base import RefusedError, Wishes
 from benchmarks.peers.whole_buffer import Columns
 from benchmarks.runner import (
     Effort,
     Process,
-    Session,
     Worker,
     measure_case,
     summary,
@@ -39,8 +40,6 @@ from benchmarks.taps import reference as by_taps
 from cuconv.testing import (
     pool_reference,
 )
-
-TORCH_PYTHON = os.environ.get("CUCONV_TORCH_PYTHON", sys.executable)
 
 OTHERS = [
     pytest.param(each, operation, id=f"{name}-{operation}")
@@ -149,7 +148,8 @@ def test_other_suites() -> None:
 def test_suites_are_in_order(suite) -> None:
     names = [each.name for each in suite.layers]
     assert len(set(names)) == len(names) > 1
-    assert all(min(each.out) > 0 for each in suite.layers)
+    cases = [case for each in suite.cases() for case in each.cases]
+    assert all(min(case.layer.out) > 0 for case in cases)
     assert all(wishes_of(peer, {}) for peer in suite.peers)
     rank = {"audio1d": 1, "unet3d": 3}.get(suite.name)
     assert rank is None or all(len(each.out) == rank for each in suite.layers)
@@ -158,7 +158,7 @@ def test_suites_are_in_order(suite) -> None:
 def test_sizes_are_those_of_cuconv() -> None:
     for each in (*TINY.values(), *SUITES["large_kernel"].layers[:1]):
         case = Case(each, "forward", 2)
-        y = peer_named("cuconv").call(case, *case.operands())()
+        y = peer_named("cuconv").call(case, *operands_of(case))()
         assert y.shape == case.result_shape == each.shapes(2)["dy"]
 
 
@@ -177,7 +177,7 @@ def test_names_tell_the_shape() -> None:
 def test_taps_are_the_definition(each, operation) -> None:
     """Whole, and every plane by itself."""
     case = Case(each, operation, 2)
-    true, operands = reference(case), case.operands()
+    true, operands = reference(case), operands_of(case)
     wide = [a if a.dtype == int else a.astype(np.float64) for a in operands]
     got = by_taps(each, operation, wide)
     assert got.shape == true.shape == case.result_shape
@@ -200,23 +200,23 @@ def test_indices_are_those_of_the_definition() -> None:
 def test_pooling_has_no_strategies() -> None:
     case = Case(TINY_OTHERS["pool"], "max_pool", 2)
     with pytest.raises(RefusedError, match="no strategies"):
-        peer_named("cuconv@im2col").call(case, *case.operands())
+        peer_named("cuconv@im2col").plan(case)
 
 
 def test_a_gradient_of_zeros_is_wrong() -> None:
     """Though it is mostly zeros."""
     case = Case(pool(64, 7, 7, 7), "max_pool_backward", 2)
     zeros = np.zeros(case.result_shape, np.float32)
-    assert relative_error(case, case.operands(), zeros) == 1.0
+    assert relative_error(case, operands_of(case), zeros) == 1.0
 
 
 @pytest.mark.parametrize("peer", NUMPY_PEERS)
 @pytest.mark.parametrize(("each", "operation"), ALL)
 def test_peers_answer_rightly(peer, each, operation) -> None:
     case, one = Case(each, operation, 2), peer_named(peer)
-    operands = case.operands()
+    operands = operands_of(case)
     kept = [array.copy() for array in operands]
-    if peer != "cuconv" and operation not in OPERATIONS:
+    if peer != "cuconv" and (operation not in OPERATIONS or case.has_bias):
         with pytest.raises(RefusedError, match=f"no {operation}"):
             one.call(case, *operands)
         return
@@ -235,15 +235,15 @@ def test_peers_answer_rightly(peer, each, operation) -> None:
 
 def test_operands_are_the_same_everywhere() -> None:
     case = Case(PLAIN, "forward", 2)
-    x, w = case.operands()
-    assert np.array_equal(x, Case(PLAIN, "weight_grad", 2).operands()[1])
+    x, w = operands_of(case)
+    assert np.array_equal(x, operands_of(Case(PLAIN, "weight_grad", 2))[1])
     assert 0.5 < x.std() < 2
     assert w.std() < 0.5
 
 
 def test_errors_are_found() -> None:
     case = Case(PLAIN, "forward", 1)
-    operands, right = case.operands(), reference(case)
+    operands, right = operands_of(case), reference(case)
     assert relative_error(case, operands, right) < 1e-12
     assert relative_error(case, operands, right * 1.01) == pytest.approx(0.01)
     corner = right.copy()
@@ -263,9 +263,9 @@ def test_columns_that_are_too_large_are_refused() -> None:
 
 def test_one_result_is_reused_when_that_is_asked_for() -> None:
     case = Case(PLAIN, "input_grad", 1)
-    call = peer_named("cuconv", reuse_out=True).call(case, *case.operands())
+    call = peer_named("cuconv", reuse_out=True).call(case, *operands_of(case))
     assert call() is call()
-    fresh = peer_named("cuconv").call(case, *case.operands())
+    fresh = peer_named("cuconv").call(case, *operands_of(case))
     assert fresh() is not fresh()
 
 
@@ -290,20 +290,6 @@ def test_a_gpu_has_its_own_peers() -> None:
 
 
 # Processes.
-
-
-class LocalWorker:
-    """A session without a process, which counts its requests."""
-
-    def __init__(self, name: str) -> None:
-        self.session, self.asked = Session(name, {}), []
-
-    def ask(self, do: str, **words: Any) -> dict[str, Any]:
-        self.asked.append(do)
-        return self.session.answer(do, **words)
-
-
-TINY_EFFORT = Effort(rounds=3, seconds=3e-3)
 
 
 def test_a_wrong_peer_is_caught_and_not_timed(monkeypatch) -> None:
@@ -361,15 +347,12 @@ def test_a_peer_that_fails_says_why(monkeypatch) -> None:
 
 @pytest.mark.parametrize("peer", ["cuconv@1MiB", "torch"])
 def test_a_process_answers(peer) -> None:
-    with workers([peer], {"device": "cpu"}, TORCH_PYTHON) as found:
-        worker = found[peer]
-        if peer == "torch" and worker.hello["status"] == "missing":
-            pytest.skip(f"no PyTorch here: {worker.hello['reason']}")
+    with worker_of(peer) as worker:
         assert worker.hello["versions"]["numpy"]
         for operation in OPERATIONS:
             case = Case(TINY["strides"], operation, 2)
-            record = measure_case(case, found, Effort(rounds=1, seconds=1e-3))
-            finding = record["findings"][peer]
+            effort = Effort(rounds=1, seconds=1e-3)
+            finding = measure_case(case, {peer: worker}, effort)["findings"][peer]
             assert finding["status"] == "ok", finding
             assert finding["error"] < 1e-5
             assert finding["calls"] >= 1
@@ -378,11 +361,9 @@ def test_a_process_answers(peer) -> None:
 def test_pytorch_answers_rightly() -> None:
     """In every operation, built and checked but not timed."""
     cases = [Case(*parameter.values, 2) for parameter in OTHERS]
-    assert {c.operation for c in cases} == {*Transposed.operations, *Pool.operations}
-    with workers(["torch"], {"device": "cpu"}, TORCH_PYTHON) as found:
-        worker = found["torch"]
-        if worker.hello["status"] == "missing":
-            pytest.skip(f"no PyTorch here: {worker.hello['reason']}")
+    operations = {**Transposed.operations, **Pool.operations, **GlobalPool.operations}
+    assert {c.operation for c in cases} == set(operations)
+    with worker_of("torch") as worker:
         for case in cases:
             reply = worker.ask("build", case=case)
             assert reply["status"] == "ok", (case, reply)
@@ -417,11 +398,6 @@ def test_a_process_that_dies_is_replaced() -> None:
 def test_small_calls() -> None:
     found = small_call.measure(rounds=2, calls=3)
     assert found["call_microseconds"] > 0
-    assert set(found) <= {
-        "call_microseconds",
-        "prepared_microseconds",
-        "ranges_microseconds",
-    }
     text = report.small_call_text({**found, "import_milliseconds": 40.0})
     assert "40 ms" in text
 
@@ -477,10 +453,8 @@ def test_json_comes_back(tmp_path) -> None:
     records.write(RECORD, records.stem_of(RECORD), tmp_path)
     cuda = planted({"cuconv": [1.0, 2.0, 3.0]}, device="cuda")
     records.write(cuda, records.stem_of(cuda), tmp_path)
-    assert sorted(path.name for path in tmp_path.iterdir()) == [
-        "resnet50-cuda.json",
-        "resnet50.json",
-    ]
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == ["resnet50-cuda.json", "resnet50.json"]
     first, second = records.read_suites(tmp_path)
     assert report.layer_table(first, "forward") == report.layer_table(RECORD, "forward")
     assert second["device"] == "cuda"
@@ -561,8 +535,7 @@ def test_the_command_line_refuses(words, capsys) -> None:
 
 
 def test_ceilings_are_of_what_limits() -> None:
-    if importlib.util.find_spec("matplotlib") is None:
-        pytest.skip("matplotlib is not installed")
+    pytest.importorskip("matplotlib")
     from benchmarks.figures import ceilings_of
 
     assert ceilings_of(RECORD) == ({"float32": 123.4}, "large matrix product")
@@ -572,13 +545,14 @@ def test_ceilings_are_of_what_limits() -> None:
 
 @pytest.mark.parametrize("suite", ["resnet50", *(s for s in SUITES if "sweep" in s)])
 def test_pictures_are_drawn(tmp_path, suite) -> None:
-    if importlib.util.find_spec("matplotlib") is None:
-        pytest.skip("matplotlib is not installed")
+    pytest.importorskip("matplotlib")
     from benchmarks.figures import draw
 
     peers: dict[str, list[float | None]] = {
         name: [1.0, 2.0, None] for name in SUITES[suite].peers
     }
-    drawn = draw(planted(peers, suite=suite), tmp_path)
+    record = planted(peers, suite=suite)
+    record["cases"] += [{**c, "operation": "input_grad"} for c in record["cases"]]
+    drawn = draw(record, tmp_path)
     assert len(drawn) == (1 if "sweep" in suite else 2)
     assert all(path.stat().st_size > 5000 for path in drawn)

@@ -15,10 +15,10 @@ import pytest
 from benchmark_cases import OPERATIONS, PLAIN, TINY, TINY_OTHERS, planted
 
 import cuconv
-from benchmarks import internals, kernels, nvrtc, pages, records, report
+from benchmarks import internals, kernels, pages, records, report
 from benchmarks.cases import Case
 from benchmarks.gpu import __main__ as command
-from benchmarks.gpu import checks, exact, probes, steps, tables
+from benchmarks.gpu import compare, exact, probes, steps, tables
 from benchmarks.gpu.scale import FULL, QUICK
 from benchmarks.layers import Transposed, layer
 from benchmarks.peers import base
@@ -52,50 +52,40 @@ def standin(monkeypatch):
 # Steps.
 
 
-def step(name: str, share: float, found: Any = None) -> steps.Step:
-    return steps.Step(name, share, lambda _: found or {})
+def step(name: str, share: float, program: str = "", number: str = "") -> steps.Step:
+    return steps.Step(name, share, [sys.executable, "-c", program], number)
 
 
 def test_limits_are_shares_of_what_is_left() -> None:
     stages = [(step("a", 1),), (step("b", 2), step("c", 5)), (step("d", 2),)]
     assert steps.limits(stages, 80) == [10, 50, 20]
-    outcomes = steps.run_stages(stages, 80)
+    *_, outcomes = steps.run_stages(stages, 80)
     assert [*outcomes] == ["a", "b", "c", "d"]
     got = [one["limit"] for one in outcomes.values()]
-    late = steps.run_stages([(steps.Step("never", 1, fail),)], 0)
+    (late,) = steps.run_stages([(step("never", 1),)], 0)
     assert late["never"]["status"] == "skipped"
     # Nothing took its time, so the last has all of it.
-    assert got == pytest.approx([10, 80 * 5 / 7, 80 * 5 / 7, 80], rel=0.01)
+    assert got == pytest.approx([10, 80 * 5 / 7, 80 * 5 / 7, 80], rel=0.02)
 
 
-def fail(_: float) -> dict[str, Any]:
-    raise ZeroDivisionError("planted")
-
-
-def end_early(_: float) -> dict[str, Any]:
-    raise steps.StepError("late", "too long", ["last line"], {"found": 3})
-
-
-def test_a_failing_step_does_not_stop_the_others() -> None:
-    kept: list[list[str]] = []
-    said: list[str] = []
+def test_a_failing_step_does_not_stop_the_others(capsys) -> None:
+    found = "print('{\"x\": [1]}')"
     stages = [
-        (steps.Step("bad", 1, fail), step("beside", 1)),
-        (steps.Step("late", 1, end_early),),
-        (step("good", 1, {"x": 1}),),
+        (step("bad", 1, f"{found}; raise ValueError('planted')"), step("beside", 1)),
+        (steps.Step("missing", 1, ["no-such-program"]),),
+        (step("good", 1, found),),
     ]
-    outcomes = steps.run_stages(
-        stages, 60, lambda found: kept.append([*found]), said.append
-    )
+    kept = []
+    for outcomes in steps.run_stages(stages, 60):
+        kept.append([*outcomes])
     statuses = {name: one["status"] for name, one in outcomes.items()}
-    assert statuses == {"bad": "failed", "beside": "ok", "late": "late", "good": "ok"}
-    assert outcomes["bad"]["reason"] == "ZeroDivisionError: planted"
-    assert "in fail" in "".join(outcomes["bad"]["tail"])
-    assert outcomes["late"]["found"] == {"found": 3}
-    assert outcomes["late"]["tail"] == ["last line"]
-    assert outcomes["good"]["found"] == {"x": 1}
-    assert kept == [["bad", "beside"], ["bad", "beside", "late"], [*outcomes]]
-    assert any("late: late after" in words for words in said)
+    assert [*statuses.values()] == ["failed", "ok", "missing", "ok"]
+    assert outcomes["bad"]["reason"] == "it ended with status 1"
+    assert outcomes["bad"]["tail"][-1] == "ValueError: planted"
+    assert outcomes["missing"]["reason"] == "no-such-program is not on the path"
+    assert outcomes["bad"]["found"] == outcomes["good"]["found"] == {"x": [1]}
+    assert kept == [["bad", "beside"], ["bad", "beside", "missing"], [*outcomes]]
+    assert "missing: missing after" in capsys.readouterr().err
     json.dumps(outcomes, allow_nan=False)
 
 
@@ -107,22 +97,11 @@ HEARING = "import signal; signal.signal(signal.SIGINT, signal.default_int_handle
 
 @pytest.mark.parametrize("prelude", [HEARING, DEAF])
 def test_a_process_that_is_late_is_stopped(prelude) -> None:
-    begun = time.monotonic()
-    program = SLEEPER.format(prelude)
-    ended = steps.child([sys.executable, "-c", program], 3.0)
-    assert time.monotonic() - begun < 10
-    assert ended.status is None
-    assert ended.output == "begun\n"
-    assert ("KeyboardInterrupt" in ended.errors) is (prelude == HEARING)
-
-
-def test_a_process_ends_with_its_status_and_words() -> None:
-    program = "import os, sys; print(os.environ['WORD']); sys.exit('no')"
-    ended = steps.child([sys.executable, "-c", program], 30, {"WORD": "yes"})
-    assert ended == ("yes\n", "no\n", 1)
-    with pytest.raises(steps.StepError, match="status 1") as stopped:
-        ended.checked({"found": 1})
-    assert (stopped.value.tail, stopped.value.found) == (["yes", "no"], {"found": 1})
+    late = steps.run_step(step("a", 1, SLEEPER.format(prelude), "passed"), 3.0)
+    assert late["seconds"] < 10
+    assert late["status"] == "late"
+    assert late["tail"][0] == "begun"
+    assert (late["tail"][-1] == "KeyboardInterrupt") is (prelude == HEARING)
 
 
 def test_findings_are_joined() -> None:
@@ -132,55 +111,34 @@ def test_findings_are_joined() -> None:
 
 # Checks.
 
-JUNIT = """<testsuites><testsuite tests="4" failures="1" errors="1" skipped="1">
-<testcase classname="a" name="good"/>
-<testcase classname="a" name="bad"><failure message="m">one
-two</failure></testcase>
-<testcase classname="b" name="broken"><error message="why"></error></testcase>
-<testcase classname="b" name="left"><skipped/></testcase>
-</testsuite></testsuites>"""
+PYTEST = """some words
+FAILED tests/a.py::bad - AssertionError: one
+ERROR tests/b.py::broken - why
+1 failed, 2 passed, 1 skipped, 1 error in 0.10s
+"""
+EXACT = "wrong: im2col\n7 checked, 1 wrong\n"
 
 
-def test_what_pytest_reports() -> None:
-    found = checks.counts(JUNIT)
-    numbers = [found[n] for n in ("tests", "failures", "errors", "skipped")]
-    assert numbers == [4, 1, 1, 1]
-    assert found["failed"] == [
-        {"name": "a::bad", "tail": ["one", "two"]},
-        {"name": "b::broken", "tail": ["why"]},
-    ]
+def test_what_checks_say() -> None:
+    found = steps.counts(PYTEST, "")
+    mistakes = found.pop("mistakes")
+    assert found == {"failed": 1, "passed": 2, "skipped": 1, "error": 1}
+    assert mistakes == PYTEST.splitlines()[1:3]
+    exact = {"checked": 7, "wrong": 1, "mistakes": ["wrong: im2col"]}
+    assert steps.counts(EXACT, "") == exact
+    memcheck, racecheck = (
+        steps.counts(EXACT, f"========= {words} displayed\n")
+        for words in ("ERROR SUMMARY: 3 errors", "RACECHECK SUMMARY: 2 hazards")
+    )
+    assert (memcheck, racecheck) == ({**exact, "errors": 3}, {**exact, "errors": 2})
 
 
-def test_tests_that_do_not_run_are_no_success(monkeypatch) -> None:
-    ended = steps.Ended("no tests ran", "", 0)
-    monkeypatch.setattr(checks, "child", lambda *_: ended)
-    with pytest.raises(steps.StepError, match="no test ran"):
-        checks.tests(SMALL, 10)
-
-
-@pytest.mark.parametrize(
-    ("text", "errors"),
-    [
-        ("========= ERROR SUMMARY: 3 errors\n", 3),
-        ("========= RACECHECK SUMMARY: 2 hazards displayed (1 error)\n", 2),
-        ("no summary", None),
-    ],
-)
-def test_what_a_checker_says(monkeypatch, text, errors) -> None:
-    ended = steps.Ended(f"wrong: im2col\n7 checked, 1 wrong\n{text}", "", 0)
-    found = {"checked": 7, "wrong": 1, "mistakes": ["wrong: im2col"], "errors": errors}
-    monkeypatch.setattr(checks, "child", lambda *_: ended)
-    monkeypatch.setattr(checks.shutil, "which", lambda _: "tool")
-    assert checks.exact(10) == found
-    if errors is None:
-        with pytest.raises(steps.StepError, match="no summary"):
-            checks.exact(10, "memcheck")
-    else:
-        assert checks.exact(10, "memcheck") == found
-    monkeypatch.setattr(checks.shutil, "which", lambda _: None)
-    with pytest.raises(steps.StepError, match="not on the path") as stopped:
-        checks.exact(10, "memcheck")
-    assert stopped.value.status == "missing"
+def test_a_check_without_its_number_is_no_success() -> None:
+    program = "print('3 skipped in 0.01s')"
+    ended = steps.run_step(step("a", 1, program, "passed"), 30)
+    assert (ended["status"], ended["found"]["skipped"]) == ("failed", 3)
+    assert ended["reason"] == "it gave no number passed"
+    assert steps.run_step(step("a", 1, program, "skipped"), 30)["status"] == "ok"
 
 
 def some_layers(monkeypatch, *kinds: int) -> None:
@@ -485,7 +443,7 @@ def ran(**found: Any) -> dict[str, Any]:
         "seconds": 1.0,
         "limit": 2.0,
         "reason": "status 1",
-        "found": {"tests": 4, "failed": [{"name": "a::b", "tail": ["x", "E boom"]}]},
+        "found": {"passed": 4, "failed": 1, "mistakes": ["FAILED a::b - boom"]},
     }
     return {"steps": {"probe": {**good, "found": found}, "tests": bad}}
 
@@ -496,19 +454,14 @@ def test_the_tables_of_a_run() -> None:
     assert [*shown][-1] == "Targets, geometric means"
     first = shown["Steps"]
     assert first.rows[1][:2] == ["tests", "failed"]
-    assert "4 tests" in first.rows[1][-1]
-    assert first.notes == ["tests: status 1", "tests: a::b: E boom"]
-    assert shown["col2im: atomic additions against sums in order"].rows[0][-1] == "0.50"
-    blocks = shown["im2col: milliseconds by the size of its blocks"]
-    assert blocks.header[2:] == ["2 MiB", "8 MiB"]
-    assert blocks.rows == [["a", "t", 3, 9]]
-    launches = shown["Small calls, microseconds"]
-    assert launches.rows == [
-        ["a", "im2col", 9, None, None],
-        ["a", "tap_matmul", 9, 9.5, 4],
-        ["a", "auto", 9, 5.5, 4],
-    ]
-    assert launches.notes == ["a, im2col was not captured: why"]
+    assert first.rows[1][-1] == "4 passed, 1 failed"
+    assert first.notes == ["tests: status 1", "tests: FAILED a::b - boom"]
+    blocks = shown["im2col by the size of its blocks"]
+    assert blocks.header == ["layer", "type", "mib", "chunks", "milliseconds"]
+    assert blocks.rows == [["a", "t", 2, 1, 3], ["a", "t", 8, 1, 9]]
+    launches = shown["Small calls"]
+    assert launches.header[2:4] == ["eager_microseconds", "not_captured"]
+    assert launches.rows[0] == ["a", "im2col", 9, "why", None, None, None]
     for table in shown.values():
         lines = table.markdown().splitlines()
         assert len(lines) == 2 + len(table.rows)
@@ -577,26 +530,32 @@ def test_tables_without_rich(monkeypatch, capsys) -> None:
 
 
 def test_the_comparison_is_in_order_of_importance() -> None:
-    jobs = checks.jobs(FULL)
+    jobs = compare.jobs(FULL)
     assert len(jobs) == 3 * (4 + 2)
-    assert [job.arithmetic for job in jobs[:4]] == [*FULL.arithmetics]
-    assert all(job.operation == "forward" for job in jobs[:6])
-    assert {job.suite for job in jobs[4:6]} == {"mobilenetv2"}
-    assert all(each.kind == "depthwise" for each in jobs[4].layers)
-    assert len(set(jobs)) == len(jobs)
-    names = checks.peers()
+    firsts = [cases[0] for _, cases in jobs]
+    assert [case.arithmetic for case in firsts[:4]] == [*FULL.arithmetics]
+    assert all(case.operation == "forward" for case in firsts[:6])
+    assert {suite for suite, _ in jobs[4:6]} == {"mobilenetv2"}
+    assert all(case.layer.kind == "depthwise" for case in jobs[4][1])
+    assert len(set(firsts)) == len(jobs)
+    names = compare.peers()
     assert names[:3] == ("cuconv", "cudnn", "cudnn@channels_last")
     assert {"cuconv@benchmark", "cuconv@im2col", "cupy_im2col"} <= set(names)
 
 
-def test_a_comparison_stops_at_its_limit(monkeypatch) -> None:
-    kept: list[Any] = []
-    monkeypatch.setattr(checks, "peers", lambda: ("naive",))
+def test_a_comparison_that_is_stopped_keeps_what_it_has(monkeypatch, tmp_path) -> None:
+    def stopped(case: Case, *_: Any) -> Any:
+        if case.layer.channels == PLAIN.channels:
+            return {"name": case.layer.name}
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(compare, "peers", lambda: ())
+    monkeypatch.setattr(compare, "measure_case", stopped)
+    records.write({"machine": {}}, records.GPU, tmp_path)
     scale = replace(SMALL, layers=(PLAIN, TINY["strides"]))
-    with pytest.raises(steps.StepError, match="18 cases are left") as stopped:
-        checks.compare(scale, {}, kept.append, sys.executable, -1.0)
-    assert stopped.value.found == {"cases": 0, "unmeasured": 18}
-    assert len(kept) == len(checks.jobs(SMALL))
+    with pytest.raises(KeyboardInterrupt):
+        list(compare.compare(scale, tmp_path, sys.executable))
+    assert records.read("resnet50-cuda", tmp_path)["cases"] == [{"name": PLAIN.name}]
 
 
 def test_the_plan_is_shown(tmp_path, capsys) -> None:
@@ -619,7 +578,7 @@ def test_the_command_line_refuses(words, capsys) -> None:
 
 def test_the_whole_run_on_the_stand_in(standin, monkeypatch, tmp_path, capsys) -> None:
     monkeypatch.setattr(command, "QUICK", SMALL)
-    monkeypatch.setattr(command.GpuRun, "draw", lambda _: None)
+    monkeypatch.setattr(command, "draw", lambda *_: None)
     monkeypatch.setenv("CUCONV_CACHE_DIR", "")
     with pytest.raises(SystemExit) as ended:
         command.main(["--quick", "--out", str(tmp_path)])
@@ -632,8 +591,9 @@ def test_the_whole_run_on_the_stand_in(standin, monkeypatch, tmp_path, capsys) -
     assert ended.value.code == ("failed" in missing.values())
     assert run["commit"]
     assert set(run["machine"]["rates"]) == set(FULL.arithmetics)
-    assert run["steps"]["tests"]["found"]["tests"] == 1
-    assert run["steps"]["comparisons"]["found"] == {"cases": 12, "unmeasured": 0}
+    assert run["steps"]["tests"]["found"]["passed"] == 1
+    compared = run["steps"]["comparisons"]["found"]
+    assert (compared["cases"], compared["unmeasured"]) == (12, 0)
     for name in ("resnet50-cuda", "mobilenetv2-cuda"):
         record = records.read(name, tmp_path)
         findings = [case["findings"] for case in record["cases"]]
@@ -650,11 +610,12 @@ def test_the_whole_run_on_the_stand_in(standin, monkeypatch, tmp_path, capsys) -
 
 def test_a_probe_that_fails_keeps_what_it_found(standin) -> None:
     broken = replace(SMALL, matrix=-1)
-    with pytest.raises(steps.StepError, match="ended with status 1") as stopped:
-        checks.probe("machine", broken, 30)
-    assert stopped.value.found["copy_gbytes"] > 0
-    assert "rates" not in stopped.value.found
-    assert any("Error" in line for line in stopped.value.tail)
+    machine = steps.Step("machine", 1, probes.command("machine", broken))
+    ended = steps.run_step(machine, 30)
+    assert ended["reason"] == "it ended with status 1"
+    assert ended["found"]["copy_gbytes"] > 0
+    assert "rates" not in ended["found"]
+    assert any("Error" in line for line in ended["tail"])
 
 
 def test_blocks_are_cut_as_they_are_asked_for(monkeypatch) -> None:
@@ -662,7 +623,7 @@ def test_blocks_are_cut_as_they_are_asked_for(monkeypatch) -> None:
     backend = importlib.import_module("cuconv.backends.cuda").cuda_backend()
     usual = backend.block_bytes
     wide = replace(SMALL, columns=(layer(8, 60, 4, 3),), block_mib=(1, 16))
-    rows = [row for found in probes.blocks(wide) for row in found["blocks"]]
+    rows = [*probes.blocks(wide)]
     chunks = {(row["type"], row["mib"]): row["chunks"] for row in rows}
     assert chunks["float32", 1] > chunks["float32", 16] == 1
     assert chunks["float32", 1] > chunks["float16", 1]
@@ -748,7 +709,7 @@ def test_the_report_of_kernels(tmp_path, capsys) -> None:
     found = records.read(kernels.KERNELS, tmp_path)
     rows = found["kernels"]
     assert len(rows) == 5
-    assert found["nvrtc"] == nvrtc.version()
+    assert found["nvrtc"] == kernels.nvrtc_version()
     assert all(row["registers"] > 0 and row["binary_bytes"] > 0 for row in rows)
     assert all(row["spill_load_bytes"] == 0 for row in rows)
     largest = max(row["shared_bytes"] for row in rows)
@@ -764,7 +725,7 @@ def test_a_kernel_that_does_not_compile_is_a_finding() -> None:
     assert "no_such_type" in row["error"]
     table = kernels.table([row])
     assert table.notes == [row["error"]]
-    assert table.rows == [["matmul", 90, 1, 0, 0, 0, 0]]
+    assert table.rows == [["matmul", 90, 1, 0, 0, 0, 0, 0]]
 
 
 def test_a_compilers_report_is_read() -> None:
@@ -772,7 +733,7 @@ def test_a_compilers_report_is_read() -> None:
         "    8 bytes stack frame, 12 bytes spill stores, 16 bytes spill loads\n"
         "info: Used 40 registers, used 1 barriers, 4352 bytes smem\n"
     )
-    assert nvrtc.Compiled(99, log).resources() == {
+    assert kernels.Compiled(99, log).resources() == {
         "registers": 40,
         "shared_bytes": 4352,
         "stack_bytes": 8,
@@ -781,4 +742,4 @@ def test_a_compilers_report_is_read() -> None:
         "binary_bytes": 99,
     }
     with pytest.raises(ValueError, match="no registers"):
-        nvrtc.Compiled(1, "nothing").resources()
+        kernels.Compiled(1, "nothing").resources()

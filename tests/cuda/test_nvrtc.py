@@ -3,7 +3,7 @@
 import pytest
 from cuda.bindings import nvrtc
 
-from benchmarks.nvrtc import (
+from benchmarks.kernels import (
     ARCHITECTURES,
     CompileError,
     checked,
