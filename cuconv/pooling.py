@@ -366,7 +366,8 @@ def lp_pool(
 
     PyTorch sums ``x^p`` without the absolute value, which differs for odd p where x is
     negative (and is NaN where such a sum is), and it scales what hangs over
-    (``ceil_mode``) up to a whole window.  Here it is the norm of the cells there are.
+    (``ceil_mode``) up to a whole window.  Here it is the norm of the cells there are,
+    also where their powers overflow or underflow.
 
     Parameters
     ----------

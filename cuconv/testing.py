@@ -6,6 +6,7 @@ arrays and return NumPy arrays: complex128 if an array is complex, int64 if all 
 integers (exact, wrapped modulo 2^64 as in NumPy), else float64.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import count, product
@@ -788,8 +789,10 @@ class _Pool:
         if self.kind == "mean":
             return sum(values) / self._divisor(windows), -1
         if self.kind == "norm":
-            powers = [abs(value) ** self.norm_type for value in values]
-            return sum(powers) ** (1 / self.norm_type), -1
+            # Of numbers below 2, whose powers do not overflow; the division is exact.
+            scale = 2.0 ** (math.frexp(max(map(abs, values), default=0))[1] - 1)
+            powers = [(abs(value) / scale) ** self.norm_type for value in values]
+            return scale * sum(powers) ** (1 / self.norm_type), -1
         best = self._best(values)
         if best is None:
             return _least(plane.dtype), -1
@@ -810,8 +813,7 @@ class _Pool:
             if self.kind == "mean":
                 yield cell, 1 / self._divisor(windows)
             elif value:
-                p = self.norm_type
-                slope = norm ** (1 - p) * abs(value) ** (p - 1)
+                slope = (abs(value) / norm) ** (self.norm_type - 1)
                 yield cell, slope if value > 0 else -slope
 
     def _best(self, values: list[Any]) -> int | None:
