@@ -66,6 +66,7 @@ _RUN, _WHOLE = 4, 2**14
 
 Do: TypeAlias = Callable[..., None]
 Buffers: TypeAlias = dict[str, Array]
+_Limits: TypeAlias = tuple[float, float]
 
 
 class CpuPools:
@@ -244,22 +245,17 @@ class _Worker:
             self._sweep(_SUM, block, powers, target)
             self._do(_raise, target, 1 / problem.norm)
             if problem.norm > 1:
-                root, operands = 1 / problem.norm, (block, window, powers, target)
-                limits = low**root, 0.99 * most**root
-                self._do(_check_norms, *limits, *operands, *self._state)
+                limits = low ** (1 / problem.norm), 0.99 * most ** (1 / problem.norm)
+                operands = limits, block, window, powers, target
+                self._do(_check_norms, *operands, *self._state)
         if target is not y:
             self._copy(target, y)
 
     def scale_norms(
-        self,
-        low: float,
-        high: float,
-        block: Block,
-        window: Array,
-        powers: Array,
-        norms: Array,
+        self, limits: _Limits, block: Block, window: Array, powers: Array, norms: Array
     ) -> None:
-        """Compute those norms anew that are not within ``[low, high)``."""
+        """Compute those norms anew that are not within the limits."""
+        low, high = limits
         mask, cells = (self._view("mask", a.shape) for a in (norms, window))
         # Windows of zeros are usual: all is well if no other norm is small, and no
         # other power 0.
@@ -281,13 +277,8 @@ class _Worker:
         source = self._view("power", window.shape)
         _powers(1, math.inf, window, source)
         largest_of = _Reduction.to_maxima(target.dtype)
-        passes = _passes(self._geometry, inner_first=False)
-        for number, axis in enumerate(passes):
-            shape = list(source.shape)
-            shape[2 + axis] = block.shape[axis]
-            is_last = number == len(passes) - 1
-            into = target if is_last else self._view(f"stage{number}", shape)
-            largest = self._view("largest", shape)
+        for axis, into in self._stages(source, block.shape, target, inner_first=False):
+            largest = self._view("largest", into.shape)
             self._reduce(largest_of, source, largest, axis, block)
             np.clip(largest, limits.smallest_subnormal, limits.max, out=largest)
             into.fill(0)
@@ -330,17 +321,27 @@ class _Worker:
             how = axes, target.dtype, target, True, step.start
             self._do(step.axis, part, *how)
             return [source, target]
-        passes = _passes(self._geometry, inner_first=indices is not None)
-        seen = [source]
-        for number, axis in enumerate(passes):
-            shape = list(source.shape)
-            shape[2 + axis] = block.shape[axis]
-            is_last = number == len(passes) - 1
-            into = target if is_last else self._view(f"stage{number}", shape)
-            self._reduce(step, source, into, axis, block)
-            source = into
+        seen, order = [source], {"inner_first": indices is not None}
+        for axis, into in self._stages(source, block.shape, target, **order):
+            self._reduce(step, seen[-1], into, axis, block)
             seen.append(into)
         return seen
+
+    def _stages(
+        self,
+        source: Array,
+        shape: Sequence[int],
+        target: Array,
+        *,
+        inner_first: bool,
+    ) -> Iterator[tuple[int, Array]]:
+        """The axis of every pass, and what it writes: the last one the target."""
+        *passes, last = _passes(self._geometry, inner_first=inner_first)
+        sizes = list(source.shape)
+        for number, axis in enumerate(passes):
+            sizes[2 + axis] = shape[axis]
+            yield axis, self._view(f"stage{number}", sizes)
+        yield last, target
 
     def _sums_alike(self, source: Array) -> bool:
         """Whether pieces of any size take sums over all axes in one order.
@@ -452,16 +453,14 @@ class _Worker:
             is_whole = by_tap and meeting.outputs == everywhere
             mask, nan = (self._view(name, part.shape) for name in ("mask", "nan"))
             operands = flag, mask, nan, part, best[at], found[cells]
+            keep = _comparing(_keep_best, part.dtype)
             if is_whole and is_found and not is_written:
-                self._do(_comparing(_keep_best, part.dtype), *operands, into)
+                self._do(keep, *operands, into)
             else:
                 if not is_written:
                     self._do(np.ndarray.fill, into, 0)
                 met = self._view("met", part.shape)
-                more = () if by_tap else (2 + axis,)
-                keep = _keep_earliest if by_tap else _keep_earliest_of
-                keep = _comparing(keep, part.dtype)
-                self._do(keep, *operands, met, place, *more)
+                self._do(keep, *operands, met, place, *(() if by_tap else (2 + axis,)))
             is_written, is_reached = True, is_reached or is_whole
         if not is_written:
             self._do(np.ndarray.fill, into, 0)
@@ -519,7 +518,7 @@ class _Worker:
         if x is not None and y is not None:
             names = "power", "nonzero", "mask"
             views = (self._view(name, x.shape) for name in names)
-            operands = region, dy, y, x, target, *views
+            operands = problem.norm, region, dy, y, x, target, *views
             self._do(_multiply_by_slopes, *operands, *self._state)
         if target is not dx:
             self._copy(target, dx)
@@ -583,13 +582,8 @@ class _Worker:
             return
         if self._give_apart(region, readable, source, target):
             return
-        passes = _passes(self._geometry, inner_first=True)
-        for number, axis in enumerate(passes):
-            shape = list(source.shape)
-            start, stop = region.cells[axis]
-            shape[2 + axis] = stop - start
-            is_last = number == len(passes) - 1
-            into = target if is_last else self._view(f"stage{number}", shape)
+        sizes = [stop - start for start, stop in region.cells]
+        for axis, into in self._stages(source, sizes, target, inner_first=True):
             self._do(np.ndarray.fill, into, 0)
             windows = self._geometry.axes[axis]
             for meeting in windows.meetings(region.output[axis], readable[axis]):
@@ -748,7 +742,7 @@ def _raise(values: Array, power: float) -> None:
         np.power(values, power, values)
 
 
-def _safe_sums(problem: PoolProblem) -> tuple[float, float]:
+def _safe_sums(problem: PoolProblem) -> _Limits:
     """The least sum of powers that has full accuracy, and the largest power.
 
     The powers that underflow are less than eps² of such a sum; four times as many
@@ -774,20 +768,21 @@ def _powers(power: float, most: float, values: Array, out: Array) -> None:
 
 
 def _check_norms(
-    low: float,
-    high: float,
+    limits: _Limits,
     block: Block,
     window: Array,
     powers: Array,
     norms: Array,
-    problem: PoolProblem,
-    names: tuple[str, ...],
-    *buffers: Array,
+    *state: Any,
 ) -> None:
     """Compute norms anew where their sums of powers overflow or underflow."""
-    if not (low <= norms.min() and norms.max() < high):
-        worker = _Worker(problem, dict(zip(names, buffers, strict=True)), _call)
-        worker.scale_norms(low, high, block, window, powers, norms)
+    if not (limits[0] <= norms.min() and norms.max() < limits[1]):
+        _worker(*state).scale_norms(limits, block, window, powers, norms)
+
+
+def _worker(problem: PoolProblem, names: tuple[str, ...], *buffers: Array) -> _Worker:
+    """A worker whose steps are run at once."""
+    return _Worker(problem, dict(zip(names, buffers, strict=True)), _call)
 
 
 def _count(test: Callable[..., Any], values: Array, limit: float, mask: Array) -> int:
@@ -836,6 +831,7 @@ def _norm_shares(
 
 
 def _multiply_by_slopes(
+    norm: float,
     region: Region,
     dy: Array,
     y: Array,
@@ -844,20 +840,17 @@ def _multiply_by_slopes(
     slopes: Array,
     nonzero: Array,
     mask: Array,
-    problem: PoolProblem,
-    names: tuple[str, ...],
-    *buffers: Array,
+    *state: Any,
 ) -> None:
     """Multiply by ``|x|^(p - 1) · sign(x)``; compute anew what is not finite."""
     np.absolute(x, out=slopes, dtype=slopes.dtype)
     with np.errstate(over="ignore", invalid="ignore"):
-        _slopes(slopes, problem.norm - 1, nonzero, mask)
+        _slopes(slopes, norm - 1, nonzero, mask)
         np.copysign(slopes, x, out=slopes, dtype=slopes.dtype)
         np.multiply(dx, slopes, dx)
         is_finite = np.isfinite(dx.sum())
     if not is_finite:
-        worker = _Worker(problem, dict(zip(names, buffers, strict=True)), _call)
-        worker.scale_gradient(region, dy, y, x, dx)
+        _worker(*state).scale_gradient(region, dy, y, x, dx)
 
 
 def _note_nan(values: Array, mask: Array, flag: Array) -> None:
@@ -873,17 +866,6 @@ def _mark_empty(found: Array, indices: Array, mask: Array) -> None:
         np.copyto(indices, -1, where=mask)
 
 
-def _mark_best(
-    flag: Array | None, mask: Array, nan: Array, part: Array, best: Array
-) -> None:
-    """Write to ``mask`` which cells are the best, or NaN if there are any."""
-    np.equal(part, best, mask)
-    if flag is not None and flag[0]:
-        np.not_equal(part, part, nan)
-        np.logical_or(mask, nan, mask)
-        flag[0] = True  # it lies where the first NaN is marked
-
-
 def _keep_best(
     flag: Array | None,
     mask: Array,
@@ -891,44 +873,24 @@ def _keep_best(
     part: Array,
     best: Array,
     found: Array,
-    place: Array,
-) -> None:
-    """Write the places of cells that are the best, and zero for the others."""
-    _mark_best(flag, mask, nan, part, best)
-    np.multiply(mask, found, place)
-
-
-def _keep_earliest(
-    flag: Array | None,
-    mask: Array,
-    nan: Array,
-    part: Array,
-    best: Array,
-    found: Array,
     met: Array,
-    place: Array,
+    place: Array | None = None,
+    axis: int | None = None,
 ) -> None:
-    """Put the places of cells that are the best where none is earlier."""
-    _mark_best(flag, mask, nan, part, best)
-    np.multiply(mask, found, met)
-    np.maximum(place, met, out=place)
+    """Write to ``met`` the places of cells that are the best, zero for the others.
 
-
-def _keep_earliest_of(
-    flag: Array | None,
-    mask: Array,
-    nan: Array,
-    part: Array,
-    best: Array,
-    found: Array,
-    met: Array,
-    place: Array,
-    axis: int,
-) -> None:
-    """Put the earliest place along an axis of cells that are the best."""
-    _mark_best(flag, mask, nan, part, best)
+    They go on to ``place`` if none is earlier there; with an axis, the first along it.
+    """
+    np.equal(part, best, mask)
+    if flag is not None and flag[0]:
+        np.not_equal(part, part, nan)
+        np.logical_or(mask, nan, mask)
+        flag[0] = True  # it lies where the first NaN is marked
     np.multiply(mask, found, met)
-    np.maximum.reduce(met, axis, None, place, keepdims=True, initial=0)
+    if axis is not None:
+        np.maximum.reduce(met, axis, None, place, keepdims=True, initial=0)
+    elif place is not None:
+        np.maximum(place, met, out=place)
 
 
 def _is_looped(dx: Array, indices: Array, dy: Array) -> bool:
@@ -950,20 +912,14 @@ def _add_at(
     dy: Array,
     values: Array | None,
     heads: Array,
-    at: Array,
-    rest: Array,
-    cell: Array,
-    outside: Array,
-    beyond: Array,
-    share: Array,
-    flat_at: Array,
-    flat_share: Array,
+    *buffers: Array,
 ) -> None:
     """Add dy to the cells of a region of planes where the indices say.
 
     ``values`` are those of dy in the order of ``flat_at``, if they lie so; planes begin
     at ``heads`` and their cells lie ``steps`` apart.
     """
+    at, rest, cell, outside, beyond, share, flat_at, flat_share = buffers
     total, step = math.prod(size), merged_stride(size, steps[2:])
     is_whole = region == tuple((0, n) for n in size)
     # As unsigned numbers, those below zero are the largest.
