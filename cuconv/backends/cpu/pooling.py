@@ -246,29 +246,19 @@ class _Worker:
             self._do(_raise, target, 1 / problem.norm)
             if problem.norm > 1:
                 limits = low ** (1 / problem.norm), 0.99 * most ** (1 / problem.norm)
-                operands = limits, block, window, powers, target
-                self._do(_check_norms, *operands, *self._state)
+                masks = (self._view("mask", a.shape) for a in (target, window))
+                operands = block, window, powers, target, *masks
+                self._do(_check_norms, limits, *operands, *self._state)
         if target is not y:
             self._copy(target, y)
 
     def scale_norms(
-        self, limits: _Limits, block: Block, window: Array, powers: Array, norms: Array
+        self, limits: _Limits, block: Block, window: Array, norms: Array, mask: Array
     ) -> None:
         """Compute those norms anew that are not within the limits."""
-        low, high = limits
-        mask, cells = (self._view("mask", a.shape) for a in (norms, window))
-        # Windows of zeros are usual: all is well if no other norm is small, and no
-        # other power 0.
-        both = (norms, low, norms, mask), (powers, 0, window, cells)
-        if norms.max() < high and all(
-            _count(np.less if limit else np.equal, one, limit, at)
-            == _count(np.equal, other, 0, at)
-            for one, limit, other, at in both
-        ):
-            return
         scaled = self._view("norms", norms.shape)
         self._add_scaled(block, window, scaled)
-        for outside, limit in ((np.less, low), (np.greater_equal, high)):
+        for outside, limit in zip((np.less, np.greater_equal), limits, strict=True):
             np.copyto(norms, scaled, where=outside(norms, limit, mask))
 
     def _add_scaled(self, block: Block, window: Array, target: Array) -> None:
@@ -773,11 +763,23 @@ def _check_norms(
     window: Array,
     powers: Array,
     norms: Array,
+    mask: Array,
+    cells: Array,
     *state: Any,
 ) -> None:
     """Compute norms anew where their sums of powers overflow or underflow."""
-    if not (limits[0] <= norms.min() and norms.max() < limits[1]):
-        _worker(*state).scale_norms(limits, block, window, powers, norms)
+    low, high = limits
+    most = norms.max()
+    if low <= norms.min() and most < high:
+        return
+    # Windows of zeros are usual: all is well if no other norm is small, and no other
+    # power 0.
+    if not (
+        most < high
+        and _count(np.less, norms, low, mask) == _count(np.equal, norms, 0, mask)
+        and _count(np.equal, powers, 0, cells) == _count(np.equal, window, 0, cells)
+    ):
+        _worker(*state).scale_norms(limits, block, window, norms, mask)
 
 
 def _worker(problem: PoolProblem, names: tuple[str, ...], *buffers: Array) -> _Worker:
