@@ -23,15 +23,13 @@ from rich.progress import Progress
 from rich.table import Table
 from sklearn.datasets import load_sample_image
 
-from cuconv.arrays import Array, module_of
-from cuconv.backends import backend_of, default_array_module
-from cuconv.conv import conv, conv_input_grad, conv_weight_grad
+from cuconv.arrays import Array
+from cuconv.backends import default_array_module
+from cuconv.conv import conv, conv_input_grad, conv_weight_grad, plan_conv
 from cuconv.engine.plan import Plan
-from cuconv.engine.request import Request
-from cuconv.geometry import Block, ConvGeometry
+from cuconv.geometry import Block, WindowGeometry
 from cuconv.layers import Conv2d
 from cuconv.memory import parse_memory_limit
-from cuconv.options import Options
 from cuconv.testing import conv_reference, relative_error
 
 # Photographs are scaled down to this many elements on the longer side.
@@ -101,13 +99,11 @@ class Recorder:
     def forward(
         self, name: str, x: Array, w: Array, bias: Array | None = None, **options: Any
     ) -> Array:
-        arrays = {"x": x, "w": w} | ({} if bias is None else {"bias": bias})
-        geometry = ConvGeometry.of_weights(x.shape, w.shape, **options)
         limited = {**options, "memory_limit": self.limit}
-        plan = _plan("forward", geometry, arrays, limited)
+        plan = self._plan("forward", x, w, bias=bias is not None, **options)
         y = self._run(name, plan, lambda: conv(x, w, bias, **limited))
-        for place, block in _crops(geometry):
-            error = _crop_error(block, arrays, y, options)
+        for place, block in _crops(plan.problem.geometry):
+            error = _crop_error(block, (x, w, bias), y, options)
             self.checks.append(Check(f"{name}: {place} crop", error, TOLERANCE))
         return y
 
@@ -115,17 +111,21 @@ class Recorder:
         self, name: str, dy: Array, x: Array, w: Array, **options: Any
     ) -> tuple[Array, Array]:
         """The gradients for x and w."""
-        geometry = ConvGeometry.of_weights(x.shape, w.shape, **options)
         limited = {**options, "memory_limit": self.limit}
-        plan = _plan("input_grad", geometry, {"dy": dy, "w": w}, limited)
+        plan = self._plan("input_grad", x, w, **options)
         dx = self._run(name, plan, lambda: conv_input_grad(dy, w, x.shape, **limited))
-        plan = _plan("weight_grad", geometry, {"dy": dy, "x": x}, limited)
+        plan = self._plan("weight_grad", x, w, **options)
         dw = self._run(name, plan, lambda: conv_weight_grad(dy, x, w.shape, **limited))
         y = conv(x, w, **limited)
         for gradient, array, words in ((dx, x, "⟨dx, x⟩"), (dw, w, "⟨dw, w⟩")):
             error = _adjoint_error(gradient, array, dy, y)
             self.checks.append(Check(f"{name}: {words} = ⟨dy, y⟩", error, TOLERANCE))
         return dx, dw
+
+    def _plan(self, op: str, x: Array, w: Array, **options: Any) -> Plan:
+        device = "cpu" if self.xp is np else "cuda"
+        more = {**options, "memory_limit": self.limit, "device": device}
+        return plan_conv(x.shape, w.shape, op=op, **more)
 
     def _run(self, name: str, plan: Plan, call: Callable[[], Array]) -> Array:
         self.advance(f"{name} {CALLS[plan.problem.op]}")
@@ -134,14 +134,6 @@ class Recorder:
         self.results.append(StageResult(name, result.shape, plan, milliseconds, peak))
         self.checks.append(Check(f"{name}: extra memory", peak, self.limit))
         return result
-
-
-def _plan(
-    op: str, geometry: ConvGeometry, arrays: dict[str, Array], options: dict[str, Any]
-) -> Plan:
-    backend = backend_of(module_of(arrays), next(iter(arrays.values())))
-    settled = Options(**options).settled()
-    return Plan(Request(op, geometry, arrays, None, settled, backend))
 
 
 def _milliseconds(xp: Any, call: Callable[[], Array]) -> float:
@@ -195,7 +187,7 @@ def _pool_hook(xp: Any) -> Any:
     return PeakHook()
 
 
-def _crops(geometry: ConvGeometry, side: int = 8) -> list[tuple[str, Block]]:
+def _crops(geometry: WindowGeometry, side: int = 8) -> list[tuple[str, Block]]:
     """Two small blocks of the output: in the corner, with padding, and inside."""
     corner = tuple((0, min(side, n)) for n in geometry.out)
     centre = tuple((n // 2, min(n // 2 + side, n)) for n in geometry.out)
@@ -206,20 +198,19 @@ def _crops(geometry: ConvGeometry, side: int = 8) -> list[tuple[str, Block]]:
 
 
 def _crop_error(
-    block: Block, arrays: dict[str, Array], y: Array, options: dict[str, Any]
+    block: Block,
+    arrays: tuple[Array, Array, Array | None],
+    y: Array,
+    options: dict[str, Any],
 ) -> float:
     """The error of a block of y against float64 loops over the input it needs."""
-    x = arrays["x"][
-        (slice(*block.images), ..., *(slice(*span) for span in block.window))
-    ]
-    expected = conv_reference(
-        x,
-        arrays["w"],
-        arrays.get("bias"),
-        **{**options, "padding": block.padding},
+    x, w, bias = arrays
+    inputs, outputs = (
+        (slice(*block.images), ..., *(slice(*span) for span in spans))
+        for spans in (block.window, block.output)
     )
-    found = y[(slice(*block.images), ..., *(slice(*span) for span in block.output))]
-    return relative_error(found, expected)
+    own = {**options, "padding": block.padding}
+    return relative_error(y[outputs], conv_reference(x[inputs], w, bias, **own))
 
 
 def _adjoint_error(gradient: Array, array: Array, dy: Array, y: Array) -> float:

@@ -16,8 +16,8 @@ def shares(sections: Mapping[str, str]) -> Callable[[Callable[P, R]], Callable[P
 
     ``{stride}`` becomes the name and, indented below it, ``sections["stride"]``.  What
     follows a colon chooses among several texts of one name: ``{padding: zeros}``.
-    ``{*windows}`` becomes ``sections["*windows"]`` alone, in which there may be more
-    such lines.
+    ``{*windows}`` becomes ``sections["*windows"]`` alone.  There may be more such lines
+    in a section.
 
     Examples
     --------
@@ -37,11 +37,10 @@ def shares(sections: Mapping[str, str]) -> Callable[[Callable[P, R]], Callable[P
 
     def filled(match: re.Match[str]) -> str:
         indent, key = match.groups()
-        text = sections[key].strip("\n")
-        if key.startswith("*"):
-            return _MARK.sub(filled, textwrap.indent(text, indent))
-        name = key.partition(":")[0]
-        return f"{indent}{name}\n{textwrap.indent(text, indent + '    ')}"
+        heading = "" if key.startswith("*") else f"{indent}{key.partition(':')[0]}\n"
+        inner = indent + "    " if heading else indent
+        text = textwrap.indent(sections[key].strip("\n"), inner)
+        return heading + _MARK.sub(filled, text)
 
     def decorate(function: Callable[P, R]) -> Callable[P, R]:
         if function.__doc__ is not None:

@@ -1,9 +1,8 @@
 """Pooling and its gradients: hand every call to the engine."""
 
 import inspect
-import re
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ParamSpec, TypeVar, Unpack, cast, get_type_hints
+from collections.abc import Callable, Sequence
+from typing import Any, ParamSpec, TypedDict, TypeVar, Unpack, cast, get_type_hints
 
 from cuconv.arrays import Array
 from cuconv.docstrings import shares
@@ -17,59 +16,63 @@ from cuconv.engine.pool import (
 )
 from cuconv.geometry import Sizes
 from cuconv.memory import MemoryLimit
-from cuconv.options import spells_out
+from cuconv.options import documented_as, spells_out
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
 
-class _MaxPool(PoolOptions, total=False):
-    return_indices: bool
+class _Outside(TypedDict, total=False):
     out: Any
     memory_limit: MemoryLimit
 
 
-class _MeanPool(MeanOptions, total=False):
+class _Pool(PoolOptions, _Outside, total=False):
+    pass
+
+
+class _MaxPool(_Pool, total=False):
+    return_indices: bool
+
+
+class _MeanGradient(MeanOptions, _Outside, total=False):
+    pass
+
+
+class _MeanPool(_MeanGradient, total=False):
     dtype: Any
-    out: Array | None
-    memory_limit: MemoryLimit
 
 
-class _Pool(PoolOptions, total=False):
-    out: Array | None
-    memory_limit: MemoryLimit
+class _EvenGradient(_Outside, total=False):
+    layout: str
 
 
-class _MeanGradient(MeanOptions, total=False):
-    out: Array | None
-    memory_limit: MemoryLimit
+class _EvenMax(_EvenGradient, total=False):
+    return_indices: bool
+
+
+class _EvenMean(_EvenGradient, total=False):
+    dtype: Any
 
 
 _SECTIONS = {
-    "x: real": """
+    "*planes": """
 (N, C, *spatial), or (N, *spatial, C) with ``layout="channels_last"``, of one to three
-spatial axes.  The batch axis may be missing if ``kernel_size`` names every axis.  Any
-real type.
+spatial axes.
 """,
-    "x: any": """
-(N, C, *spatial), or (N, *spatial, C) with ``layout="channels_last"``, of one to three
-spatial axes.  The batch axis may be missing if ``kernel_size`` names every axis.  Any
-type.
+    "*windows over planes": """
+{*planes}
+The batch axis may be missing if ``kernel_size`` names every axis.
 """,
-    "x: float": """
-(N, C, *spatial), or (N, *spatial, C) with ``layout="channels_last"``, of one to three
-spatial axes.  The batch axis may be missing if ``kernel_size`` names every axis.
-float16, bfloat16, float32 or float64.
-""",
+    "x: real": "{*windows over planes}\nAny real type.",
+    "x: any": "{*windows over planes}\nAny type.",
+    "x: float": "{*windows over planes}\nfloat16, bfloat16, float32 or float64.",
     "x: adaptive": """
-(N, C, *spatial), or (N, *spatial, C) with ``layout="channels_last"``, of one to three
-spatial axes.  The batch axis may be missing if ``output_size`` names every axis.  Any
-real type; means take complex ones too.
+{*planes}
+The batch axis may be missing if ``output_size`` names every axis.  Any real type; means
+take complex ones too.
 """,
-    "x: global": """
-(N, C, *spatial), or (N, *spatial, C) with ``layout="channels_last"``, of one to three
-spatial axes.  Any real type; means take complex ones too.
-""",
+    "x: global": "{*planes}\nAny real type; means take complex ones too.",
     "x: input": "Input of `lp_pool`, of the type of ``dy``.",
     "y": "Its output.",
     "x: found": """
@@ -208,15 +211,12 @@ def _public(function: Callable[P, R]) -> Callable[P, R]:
     options = function.__annotations__.get("options")
     if options is not None:
         names = get_type_hints(options.__args__[0])
-        spells_out({name: DEFAULTS[name] for name in names})(function)
+        spells_out({n: v for n, v in DEFAULTS.items() if n in names})(function)
     return _shared(function)
 
 
 def _pool(
-    call: str,
-    arrays: tuple[Array | None, ...],
-    options: Any,
-    more: Mapping[str, Any],
+    call: str, arrays: tuple[Array | None, ...], options: Any, **more: Any
 ) -> Any:
     out = options.pop("out", None)
     return run(plan_pool, call, arrays, out, options, more)
@@ -249,8 +249,7 @@ def max_pool(x: Array, kernel_size: Sizes, **options: Unpack[_MaxPool]) -> Array
     >>> cuconv.max_pool(x, 3, stride=2, padding=1, return_indices=True)
     (array([[[5., 5., 2.]]]), array([[[1, 1, 3]]]))
     """
-    more = {"kernel_size": kernel_size}
-    return _pool("max_pool", (x,), options, more)
+    return _pool("max_pool", (x,), options, kernel_size=kernel_size)
 
 
 @_public
@@ -288,8 +287,13 @@ def max_pool_backward(
     >>> cuconv.max_pool_backward(np.ones(y.shape), indices, x.shape, 3, stride=1)
     array([[[0., 2., 1., 0., 0.]]])
     """
-    more = {"kernel_size": kernel_size, "x_shape": x_shape}
-    return _pool("max_pool_backward", (dy, indices, x), options, more)
+    return _pool(
+        "max_pool_backward",
+        (dy, indices, x),
+        options,
+        kernel_size=kernel_size,
+        x_shape=x_shape,
+    )
 
 
 @_public
@@ -321,8 +325,7 @@ def avg_pool(x: Array, kernel_size: Sizes, **options: Unpack[_MeanPool]) -> Arra
     >>> cuconv.avg_pool(x, 2, padding=1, count_include_pad=False)
     array([[[2., 5., 8.]]])
     """
-    more = {"kernel_size": kernel_size}
-    return _pool("avg_pool", (x,), options, more)
+    return _pool("avg_pool", (x,), options, kernel_size=kernel_size)
 
 
 @_public
@@ -354,8 +357,9 @@ def avg_pool_backward(
     >>> cuconv.avg_pool_backward(np.ones((1, 1, 2)), (1, 1, 5), 2)
     array([[[0.5, 0.5, 0.5, 0.5, 0. ]]])
     """
-    more = {"kernel_size": kernel_size, "x_shape": x_shape}
-    return _pool("avg_pool_backward", (dy,), options, more)
+    return _pool(
+        "avg_pool_backward", (dy,), options, kernel_size=kernel_size, x_shape=x_shape
+    )
 
 
 @_public
@@ -366,7 +370,8 @@ def lp_pool(
 
     PyTorch sums ``x^p`` without the absolute value, which differs for odd p where x is
     negative (and is NaN where such a sum is), and it scales what hangs over
-    (``ceil_mode``) up to a whole window.  Here it is the norm of the cells there are.
+    (``ceil_mode``) up to a whole window.  Here it is the norm of the cells there are,
+    also where their powers overflow or underflow.
 
     Parameters
     ----------
@@ -391,7 +396,7 @@ def lp_pool(
     array([[[ 5., 13.]]])
     """
     more = {"kernel_size": kernel_size, "norm_type": norm_type}
-    return _pool("lp_pool", (x,), options, more)
+    return _pool("lp_pool", (x,), options, **more)
 
 
 @_public
@@ -432,19 +437,20 @@ def lp_pool_backward(
     >>> cuconv.lp_pool_backward(np.ones(y.shape), x, y, 2, 2)
     array([[[ 0.6, -0.8,  0. ,  0. ]]])
     """
-    more = {"kernel_size": kernel_size, "norm_type": norm_type}
-    return _pool("lp_pool_backward", (dy, x, y), options, more)
+    return _pool(
+        "lp_pool_backward",
+        (dy, x, y),
+        options,
+        kernel_size=kernel_size,
+        norm_type=norm_type,
+    )
 
 
 @_public
 def adaptive_max_pool(
     x: Array,
     output_size: OutputSize,
-    *,
-    return_indices: bool = False,
-    layout: str = "channels_first",
-    out: Any = None,
-    memory_limit: MemoryLimit = None,
+    **options: Unpack[_EvenMax],
 ) -> Array:
     """The largest values of as many windows as are asked for.
 
@@ -471,14 +477,7 @@ def adaptive_max_pool(
     >>> cuconv.adaptive_max_pool(np.arange(7.0).reshape(1, 1, 7), 3)
     array([[[2., 4., 6.]]])
     """
-    options = {
-        "return_indices": return_indices,
-        "layout": layout,
-        "memory_limit": memory_limit,
-        "out": out,
-    }
-    more = {"output_size": output_size}
-    return _pool("max_pool", (x,), options, more)
+    return _pool("max_pool", (x,), options, output_size=output_size)
 
 
 @_public
@@ -489,9 +488,7 @@ def adaptive_max_pool_backward(
     output_size: OutputSize,
     *,
     x: Array | None = None,
-    layout: str = "channels_first",
-    out: Any = None,
-    memory_limit: MemoryLimit = None,
+    **options: Unpack[_EvenGradient],
 ) -> Array:
     """The gradient of `adaptive_max_pool` for its input.
 
@@ -517,20 +514,20 @@ def adaptive_max_pool_backward(
     >>> cuconv.adaptive_max_pool_backward(np.ones((1, 1, 3)), None, None, 3, x=x)
     array([[[0., 0., 1., 0., 1., 0., 1.]]])
     """
-    options = {"layout": layout, "memory_limit": memory_limit, "out": out}
-    more = {"output_size": output_size, "x_shape": x_shape}
-    return _pool("max_pool_backward", (dy, indices, x), options, more)
+    return _pool(
+        "max_pool_backward",
+        (dy, indices, x),
+        options,
+        output_size=output_size,
+        x_shape=x_shape,
+    )
 
 
 @_public
 def adaptive_avg_pool(
     x: Array,
     output_size: OutputSize,
-    *,
-    layout: str = "channels_first",
-    dtype: Any = None,
-    out: Any = None,
-    memory_limit: MemoryLimit = None,
+    **options: Unpack[_EvenMean],
 ) -> Array:
     """The means of as many windows as are asked for.
 
@@ -553,14 +550,7 @@ def adaptive_avg_pool(
     >>> cuconv.adaptive_avg_pool(np.arange(7.0).reshape(1, 1, 7), 3)
     array([[[1., 3., 5.]]])
     """
-    options = {
-        "layout": layout,
-        "dtype": dtype,
-        "memory_limit": memory_limit,
-        "out": out,
-    }
-    more = {"output_size": output_size}
-    return _pool("avg_pool", (x,), options, more)
+    return _pool("avg_pool", (x,), options, output_size=output_size)
 
 
 @_public
@@ -568,10 +558,7 @@ def adaptive_avg_pool_backward(
     dy: Array,
     x_shape: Sequence[int],
     output_size: OutputSize,
-    *,
-    layout: str = "channels_first",
-    out: Any = None,
-    memory_limit: MemoryLimit = None,
+    **options: Unpack[_EvenGradient],
 ) -> Array:
     """The gradient of `adaptive_avg_pool` for its input.
 
@@ -594,9 +581,9 @@ def adaptive_avg_pool_backward(
     >>> cuconv.adaptive_avg_pool_backward(np.ones((1, 1, 2)), (1, 1, 3), 2)
     array([[[0.5, 1. , 0.5]]])
     """
-    options = {"layout": layout, "memory_limit": memory_limit, "out": out}
-    more = {"output_size": output_size, "x_shape": x_shape}
-    return _pool("avg_pool_backward", (dy,), options, more)
+    return _pool(
+        "avg_pool_backward", (dy,), options, output_size=output_size, x_shape=x_shape
+    )
 
 
 @_public
@@ -604,10 +591,7 @@ def global_max_pool(
     x: Array,
     *,
     batched: bool = True,
-    return_indices: bool = False,
-    layout: str = "channels_first",
-    out: Any = None,
-    memory_limit: MemoryLimit = None,
+    **options: Unpack[_EvenMax],
 ) -> Array:
     """The largest value of every plane: `adaptive_max_pool` to one cell an axis.
 
@@ -636,14 +620,7 @@ def global_max_pool(
     <BLANKLINE>
             [[5]]]]))
     """
-    options = {
-        "return_indices": return_indices,
-        "layout": layout,
-        "memory_limit": memory_limit,
-        "out": out,
-    }
-    more = {"batched": batched}
-    return _pool("max_pool", (x,), options, more)
+    return _pool("max_pool", (x,), options, batched=batched)
 
 
 @_public
@@ -654,9 +631,7 @@ def global_max_pool_backward(
     *,
     x: Array | None = None,
     batched: bool = True,
-    layout: str = "channels_first",
-    out: Any = None,
-    memory_limit: MemoryLimit = None,
+    **options: Unpack[_EvenGradient],
 ) -> Array:
     """The gradient of `global_max_pool` for its input.
 
@@ -682,9 +657,9 @@ def global_max_pool_backward(
     >>> cuconv.global_max_pool_backward(dy, indices, (1, 1, 4))
     array([[[0., 0., 1., 0.]]])
     """
-    options = {"layout": layout, "memory_limit": memory_limit, "out": out}
-    more = {"batched": batched, "x_shape": x_shape}
-    return _pool("max_pool_backward", (dy, indices, x), options, more)
+    return _pool(
+        "max_pool_backward", (dy, indices, x), options, batched=batched, x_shape=x_shape
+    )
 
 
 @_public
@@ -692,10 +667,7 @@ def global_avg_pool(
     x: Array,
     *,
     batched: bool = True,
-    layout: str = "channels_first",
-    dtype: Any = None,
-    out: Any = None,
-    memory_limit: MemoryLimit = None,
+    **options: Unpack[_EvenMean],
 ) -> Array:
     """The mean of every plane: `adaptive_avg_pool` to one cell an axis.
 
@@ -719,14 +691,7 @@ def global_avg_pool(
     array([[[2.5],
             [8.5]]])
     """
-    options = {
-        "layout": layout,
-        "dtype": dtype,
-        "memory_limit": memory_limit,
-        "out": out,
-    }
-    more = {"batched": batched}
-    return _pool("avg_pool", (x,), options, more)
+    return _pool("avg_pool", (x,), options, batched=batched)
 
 
 @_public
@@ -735,9 +700,7 @@ def global_avg_pool_backward(
     x_shape: Sequence[int],
     *,
     batched: bool = True,
-    layout: str = "channels_first",
-    out: Any = None,
-    memory_limit: MemoryLimit = None,
+    **options: Unpack[_EvenGradient],
 ) -> Array:
     """The gradient of `global_avg_pool` for its input.
 
@@ -760,9 +723,8 @@ def global_avg_pool_backward(
     >>> cuconv.global_avg_pool_backward(np.ones((1, 1, 1)), (1, 1, 4))
     array([[[0.25, 0.25, 0.25, 0.25]]])
     """
-    options = {"layout": layout, "memory_limit": memory_limit, "out": out}
     more = {"batched": batched, "x_shape": x_shape}
-    return _pool("avg_pool_backward", (dy,), options, more)
+    return _pool("avg_pool_backward", (dy,), options, **more)
 
 
 _RANKS = {
@@ -779,21 +741,21 @@ def _of_rank(general: Callable[P, R], rank: int) -> Callable[P, R]:
     axes, shape, before, after = _RANKS[rank]
 
     def pool(x: Array, kernel_size: Sizes, **options: Any) -> Any:
-        more = {"kernel_size": kernel_size, "rank": rank}
-        return _pool(call, (x,), options, more)
+        return _pool(call, (x,), options, kernel_size=kernel_size, rank=rank)
 
     pool.__name__ = pool.__qualname__ = name
     pool.__signature__ = inspect.signature(general)  # type: ignore[attr-defined]
     pool.__annotations__ = general.__annotations__
-    if general.__doc__ is not None:
-        parts = re.split(r"(?=    Parameters\n|    Examples\n)", general.__doc__)
-        pool.__doc__ = (
-            f"`{call}` over {axes}: x {shape}, or without N.\n\n{parts[1]}"
-            "    Examples\n    --------\n    >>> import numpy as np\n"
-            "    >>> import cuconv\n"
-            f"    >>> cuconv.{name}(np.zeros({before}), 2).shape\n    {after}\n    "
-        )
-    return cast("Callable[P, R]", pool)
+    pool.__doc__ = f"""`{call}` over {axes}: x {shape}, or without N.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import cuconv
+    >>> cuconv.{name}(np.zeros({before}), 2).shape
+    {after}
+    """
+    return cast("Callable[P, R]", documented_as(general, rank)(pool))
 
 
 max_pool1d, max_pool2d, max_pool3d = (_of_rank(max_pool, rank) for rank in _RANKS)

@@ -6,14 +6,16 @@ arrays and return NumPy arrays: complex128 if an array is complex, int64 if all 
 integers (exact, wrapped modulo 2^64 as in NumPy), else float64.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import count, product
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias, TypedDict, Unpack
 
 import numpy as np
 
 from cuconv.arrays import Array, DType, array_module
+from cuconv.options import spells_out
 
 Host: TypeAlias = "np.ndarray[Any, np.dtype[Any]]"
 Index: TypeAlias = tuple[int, ...]
@@ -21,19 +23,48 @@ Sizes: TypeAlias = int | Sequence[int]
 Padding: TypeAlias = int | str | Sequence[int | Sequence[int]]
 
 
+class _ConvOptions(TypedDict, total=False):
+    stride: Sizes
+    padding: Padding
+    dilation: Sizes
+    groups: int
+    layout: str
+    padding_mode: str
+    input_dilation: Sizes
+    batch_groups: int
+
+
+class _TransposedOptions(TypedDict, total=False):
+    stride: Sizes
+    padding: Padding
+    output_padding: Sizes
+    output_size: Sizes | None
+    dilation: Sizes
+    groups: int
+    layout: str
+
+
+_DEFAULTS = {
+    **dict.fromkeys(("stride", "dilation", "groups", "input_dilation"), 1),
+    "padding": 0,
+    "output_padding": 0,
+    "output_size": None,
+    "batch_groups": 1,
+    "layout": "channels_first",
+    "padding_mode": "zeros",
+}
+_CONV_DEFAULTS, _TRANSPOSED_DEFAULTS = (
+    {name: _DEFAULTS[name] for name in options.__annotations__}
+    for options in (_ConvOptions, _TransposedOptions)
+)
+
+
+@spells_out(_CONV_DEFAULTS)
 def conv_reference(
     x: Array,
     w: Array,
     bias: Array | None = None,
-    *,
-    stride: Sizes = 1,
-    padding: Padding = 0,
-    dilation: Sizes = 1,
-    groups: int = 1,
-    layout: str = "channels_first",
-    padding_mode: str = "zeros",
-    input_dilation: Sizes = 1,
-    batch_groups: int = 1,
+    **options: Unpack[_ConvOptions],
 ) -> Host:
     """Convolve as `cuconv.conv` does, by seven loops over scalars.
 
@@ -67,34 +98,15 @@ def conv_reference(
     >>> conv_reference(np.arange(6).reshape(1, 1, 6), np.array([[[-1, 0, 1]]]))
     array([[[2, 2, 2, 2]]])
     """
-    dtype, (inputs, weights, *offset) = _as_numbers(x, w, bias)
-    view = _View(layout, batched=x.ndim == w.ndim)
-    images, filters = view.of_images(inputs), view.of_filters(weights)
-    reading = _Reading(padding_mode, input_dilation, batch_groups)
-    loops = _Loops.of(
-        images.shape, filters.shape, stride, padding, dilation, groups, reading
-    )
-    y = np.zeros(loops.y_shape, dtype=object)
-    for each in offset:
-        y += each.reshape(-1, *(1,) * len(loops.out))
-    for at_y, at_w, at_x in loops:
-        y[at_y] += images[at_x] * filters[at_w]
-    return _settled(view.back(y), dtype)
+    return _forward(_Loops.of, x, w, bias, {**_CONV_DEFAULTS, **options})
 
 
+@spells_out(_CONV_DEFAULTS)
 def conv_input_grad_reference(
     dy: Array,
     w: Array,
     x_shape: Sequence[int],
-    *,
-    stride: Sizes = 1,
-    padding: Padding = 0,
-    dilation: Sizes = 1,
-    groups: int = 1,
-    layout: str = "channels_first",
-    padding_mode: str = "zeros",
-    input_dilation: Sizes = 1,
-    batch_groups: int = 1,
+    **options: Unpack[_ConvOptions],
 ) -> Host:
     """The gradient of a convolution for its input, by loops over scalars.
 
@@ -129,33 +141,15 @@ def conv_input_grad_reference(
     >>> conv_input_grad_reference(dy, w, (1, 1, 4))
     array([[[1., 2., 2., 1.]]])
     """
-    dtype, (gradient, weights) = _as_numbers(dy, w)
-    view = _View(layout, batched=len(x_shape) == w.ndim)
-    dx = np.zeros(x_shape, dtype=object)
-    cells, filters = view.of_images(dx), view.of_filters(weights)
-    reading = _Reading(padding_mode, input_dilation, batch_groups)
-    loops = _Loops.of(
-        cells.shape, filters.shape, stride, padding, dilation, groups, reading
-    )
-    outputs = loops.checked(view.of_images(gradient))
-    for at_y, at_w, at_x in loops:
-        cells[at_x] += outputs[at_y] * filters[at_w].conjugate()
-    return _settled(dx, dtype)
+    return _input_grad(_Loops.of, dy, w, x_shape, {**_CONV_DEFAULTS, **options})
 
 
+@spells_out(_CONV_DEFAULTS)
 def conv_weight_grad_reference(
     dy: Array,
     x: Array,
     w_shape: Sequence[int],
-    *,
-    stride: Sizes = 1,
-    padding: Padding = 0,
-    dilation: Sizes = 1,
-    groups: int = 1,
-    layout: str = "channels_first",
-    padding_mode: str = "zeros",
-    input_dilation: Sizes = 1,
-    batch_groups: int = 1,
+    **options: Unpack[_ConvOptions],
 ) -> Host:
     """The gradient of a convolution for its weights, by loops over scalars.
 
@@ -190,32 +184,15 @@ def conv_weight_grad_reference(
     >>> conv_weight_grad_reference(dy, x, (1, 1, 2))
     array([[[3., 6.]]])
     """
-    dtype, (gradient, inputs) = _as_numbers(dy, x)
-    view = _View(layout, batched=x.ndim == len(w_shape))
-    dw = np.zeros(tuple(w_shape), dtype=object)
-    images, weights = view.of_images(inputs), view.of_filters(dw)
-    reading = _Reading(padding_mode, input_dilation, batch_groups)
-    loops = _Loops.of(
-        images.shape, weights.shape, stride, padding, dilation, groups, reading
-    )
-    outputs = loops.checked(view.of_images(gradient))
-    for at_y, at_w, at_x in loops:
-        weights[at_w] += outputs[at_y] * images[at_x].conjugate()
-    return _settled(dw, dtype)
+    return _weight_grad(_Loops.of, dy, x, w_shape, {**_CONV_DEFAULTS, **options})
 
 
+@spells_out(_TRANSPOSED_DEFAULTS)
 def conv_transpose_reference(
     x: Array,
     w: Array,
     bias: Array | None = None,
-    *,
-    stride: Sizes = 1,
-    padding: Padding = 0,
-    output_padding: Sizes = 0,
-    output_size: Sizes | None = None,
-    dilation: Sizes = 1,
-    groups: int = 1,
-    layout: str = "channels_first",
+    **options: Unpack[_TransposedOptions],
 ) -> Host:
     """Convolve as `cuconv.conv_transpose` does, by loops over scalars.
 
@@ -250,31 +227,15 @@ def conv_transpose_reference(
     >>> conv_transpose_reference(np.array([[[1, 2]]]), np.array([[[1, 10, 100]]]))
     array([[[  1,  12, 120, 200]]])
     """
-    dtype, (inputs, weights, *offset) = _as_numbers(x, w, bias)
-    view = _View(layout, batched=x.ndim == w.ndim)
-    images, filters = view.of_images(inputs), view.of_filters(weights)
-    input_dilation = _Spread.of(images.shape, filters.shape, stride, dilation, groups)
-    input_dilation = input_dilation.tiling(padding, output_padding, output_size)
-    y = np.zeros(input_dilation.y_shape, dtype=object)
-    for each in offset:
-        y += each.reshape(-1, *(1,) * len(input_dilation.out))
-    for at_x, at_w, at_y in input_dilation:
-        y[at_y] += images[at_x] * filters[at_w]
-    return _settled(view.back(y), dtype)
+    return _forward(_Spread.of, x, w, bias, {**_TRANSPOSED_DEFAULTS, **options})
 
 
+@spells_out(_TRANSPOSED_DEFAULTS)
 def conv_transpose_input_grad_reference(
     dy: Array,
     w: Array,
     x_shape: Sequence[int],
-    *,
-    stride: Sizes = 1,
-    padding: Padding = 0,
-    output_padding: Sizes = 0,
-    output_size: Sizes | None = None,
-    dilation: Sizes = 1,
-    groups: int = 1,
-    layout: str = "channels_first",
+    **options: Unpack[_TransposedOptions],
 ) -> Host:
     """The gradient of `conv_transpose_reference` for its input, by the same loops.
 
@@ -307,30 +268,15 @@ def conv_transpose_input_grad_reference(
     >>> conv_transpose_input_grad_reference(dy.reshape(1, 1, 4), w, (1, 1, 2))
     array([[[210, 321]]])
     """
-    dtype, (gradient, weights) = _as_numbers(dy, w)
-    view = _View(layout, batched=len(x_shape) == w.ndim)
-    dx = np.zeros(x_shape, dtype=object)
-    cells, filters = view.of_images(dx), view.of_filters(weights)
-    input_dilation = _Spread.of(cells.shape, filters.shape, stride, dilation, groups)
-    input_dilation = input_dilation.tiling(padding, output_padding, output_size)
-    results = input_dilation.checked(view.of_images(gradient))
-    for at_x, at_w, at_y in input_dilation:
-        cells[at_x] += results[at_y] * filters[at_w].conjugate()
-    return _settled(dx, dtype)
+    return _input_grad(_Spread.of, dy, w, x_shape, {**_TRANSPOSED_DEFAULTS, **options})
 
 
+@spells_out(_TRANSPOSED_DEFAULTS)
 def conv_transpose_weight_grad_reference(
     dy: Array,
     x: Array,
     w_shape: Sequence[int],
-    *,
-    stride: Sizes = 1,
-    padding: Padding = 0,
-    output_padding: Sizes = 0,
-    output_size: Sizes | None = None,
-    dilation: Sizes = 1,
-    groups: int = 1,
-    layout: str = "channels_first",
+    **options: Unpack[_TransposedOptions],
 ) -> Host:
     """The gradient of `conv_transpose_reference` for its weights, by the same loops.
 
@@ -363,15 +309,53 @@ def conv_transpose_weight_grad_reference(
     >>> conv_transpose_weight_grad_reference(dy.reshape(1, 1, 4), x, (1, 1, 3))
     array([[[10, 21, 32]]])
     """
+    return _weight_grad(_Spread.of, dy, x, w_shape, {**_TRANSPOSED_DEFAULTS, **options})
+
+
+# From shapes of x and w and the options to the products of a convolution.
+_LoopsOf: TypeAlias = "Callable[..., _Loops | _Spread]"
+
+
+def _forward(
+    loops_of: _LoopsOf, x: Array, w: Array, bias: Array | None, options: Any
+) -> Host:
+    dtype, (inputs, weights, *offset) = _as_numbers(x, w, bias)
+    view = _View.of(options, batched=x.ndim == w.ndim)
+    images, filters = view.of_images(inputs), view.of_filters(weights)
+    loops = loops_of(images.shape, filters.shape, **options)
+    y = np.zeros(loops.y_shape, dtype=object)
+    for each in offset:
+        y += each.reshape(-1, *(1,) * len(loops.out))
+    for at_y, at_w, at_x in loops:
+        y[at_y] += images[at_x] * filters[at_w]
+    return _settled(view.back(y), dtype)
+
+
+def _input_grad(
+    loops_of: _LoopsOf, dy: Array, w: Array, x_shape: Sequence[int], options: Any
+) -> Host:
+    dtype, (gradient, weights) = _as_numbers(dy, w)
+    view = _View.of(options, batched=len(x_shape) == w.ndim)
+    dx = np.zeros(x_shape, dtype=object)
+    cells, filters = view.of_images(dx), view.of_filters(weights)
+    loops = loops_of(cells.shape, filters.shape, **options)
+    outputs = loops.checked(view.of_images(gradient))
+    for at_y, at_w, at_x in loops:
+        cells[at_x] += outputs[at_y] * filters[at_w].conjugate()
+    return _settled(dx, dtype)
+
+
+def _weight_grad(
+    loops_of: _LoopsOf, dy: Array, x: Array, w_shape: Sequence[int], options: Any
+) -> Host:
     dtype, (gradient, inputs) = _as_numbers(dy, x)
-    view = _View(layout, batched=x.ndim == len(w_shape))
+    view = _View.of(options, batched=x.ndim == len(w_shape))
     dw = np.zeros(tuple(w_shape), dtype=object)
     images, weights = view.of_images(inputs), view.of_filters(dw)
-    input_dilation = _Spread.of(images.shape, weights.shape, stride, dilation, groups)
-    input_dilation = input_dilation.tiling(padding, output_padding, output_size)
-    results = input_dilation.checked(view.of_images(gradient))
-    for at_x, at_w, at_y in input_dilation:
-        weights[at_w] += results[at_y] * images[at_x].conjugate()
+    loops = loops_of(images.shape, weights.shape, **options)
+    outputs = loops.checked(view.of_images(gradient))
+    for at_y, at_w, at_x in loops:
+        weights[at_w] += outputs[at_y] * images[at_x].conjugate()
     return _settled(dw, dtype)
 
 
@@ -380,6 +364,11 @@ class _View(NamedTuple):
 
     layout: str
     batched: bool
+
+    @classmethod
+    def of(cls, options: dict[str, Any], *, batched: bool) -> "_View":
+        """Take the layout out of the options."""
+        return cls(options.pop("layout"), batched)
 
     @property
     def _channels_last(self) -> bool:
@@ -395,14 +384,6 @@ class _View(NamedTuple):
     def back(self, array: Host) -> Host:
         array = np.moveaxis(array, 1, -1) if self._channels_last else array
         return array if self.batched else array[0]
-
-
-class _Reading(NamedTuple):
-    """Input dilation, padding mode and batch groups."""
-
-    padding_mode: str
-    input_dilation: Sizes
-    batch_groups: int
 
 
 @dataclass(frozen=True)
@@ -425,28 +406,29 @@ class _Loops:
         cls,
         x_shape: Index,
         w_shape: Index,
+        *,
         stride: Sizes,
         padding: Padding,
         dilation: Sizes,
         groups: int,
-        reading: _Reading,
+        padding_mode: str,
+        input_dilation: Sizes,
+        batch_groups: int,
     ) -> "_Loops":
         if x_shape[1] != w_shape[1] * groups or w_shape[0] % groups:
             raise ValueError(
                 f"x {x_shape}, w {w_shape} and groups {groups} do not match"
             )
-        mode, apart, batch_groups = reading
         if x_shape[0] % batch_groups or w_shape[0] % batch_groups:
             raise ValueError(
                 f"x {x_shape}, w {w_shape} and batch_groups {batch_groups} do not match"
             )
         rank = len(w_shape) - 2
         strides, dilations = _each(stride, rank), _each(dilation, rank)
-        input_dilation = _each(apart, rank)
+        apart = _each(input_dilation, rank)
         spans = [d * (k - 1) + 1 for d, k in zip(dilations, w_shape[2:], strict=True)]
         sizes = [
-            max((n - 1) * d + 1, 0)
-            for n, d in zip(x_shape[2:], input_dilation, strict=True)
+            max((n - 1) * d + 1, 0) for n, d in zip(x_shape[2:], apart, strict=True)
         ]
         axes = list(zip(sizes, spans, strides, strict=True))
         if isinstance(padding, str):
@@ -460,7 +442,7 @@ class _Loops:
             for (size, span, step), pad in zip(axes, pads, strict=True)
         )
         before = tuple(pad[0] for pad in pads)
-        more = input_dilation, mode, batch_groups
+        more = apart, padding_mode, batch_groups
         return cls(x_shape, w_shape, out, strides, before, dilations, groups, *more)
 
     @property
@@ -514,47 +496,51 @@ def _read(place: int, size: int, apart: int, mode: str) -> int:
 
 @dataclass(frozen=True)
 class _Spread:
-    """A transposed convolution: the indices of x, w and y of every product."""
+    """A transposed convolution: the indices of y, w and x of every product."""
 
     x_shape: Index
     w_shape: Index
     stride: Index
     dilation: Index
     groups: int
-    before: Index = ()
-    out: Index = ()
+    before: Index
+    out: Index
 
     @classmethod
     def of(
-        cls, x_shape: Index, w_shape: Index, stride: Sizes, dilation: Sizes, groups: int
+        cls,
+        x_shape: Index,
+        w_shape: Index,
+        *,
+        stride: Sizes,
+        padding: Any,
+        output_padding: Sizes,
+        output_size: Sizes | None,
+        dilation: Sizes,
+        groups: int,
     ) -> "_Spread":
         if x_shape[1] != w_shape[0] or x_shape[1] % groups:
             raise ValueError(
                 f"x {x_shape}, w {w_shape} and groups {groups} do not match"
             )
         rank = len(w_shape) - 2
-        return cls(x_shape, w_shape, _each(stride, rank), _each(dilation, rank), groups)
-
-    def tiling(self, padding: Any, more: Sizes, wanted: Sizes | None) -> "_Spread":
-        """Set the part of the unbounded array that is the result."""
-        rank = len(self.stride)
+        steps, dilations = _each(stride, rank), _each(dilation, rank)
+        # The part of the unbounded array that is the result.
         found = []
-        for axis, extra in enumerate(_each(more, rank)):
-            step, taps = self.stride[axis], self.w_shape[2 + axis]
-            span = self.dilation[axis] * (taps - 1) + 1
-            cells = self.x_shape[2 + axis]
-            size = None if wanted is None else _each(wanted, rank)[axis]
+        for axis, extra in enumerate(_each(output_padding, rank)):
+            step, cells = steps[axis], x_shape[2 + axis]
+            span = dilations[axis] * (w_shape[2 + axis] - 1) + 1
+            size = None if output_size is None else _each(output_size, rank)[axis]
             if padding in ("same", "same_lower", "causal"):
                 size = cells * step if size is None else size
                 found.append((_word_pads(padding, size, span, step)[0], size))
                 continue
             pair = 0 if padding == "valid" else _each(padding, rank)[axis]
             before, after = (pair, pair) if isinstance(pair, int) else pair
-            written = (cells - 1) * step + span
-            left = written - before - after + extra
+            left = (cells - 1) * step + span - before - after + extra
             found.append((before, left if size is None else size))
-        before, out = zip(*found, strict=True)
-        return replace(self, before=before, out=out)
+        firsts, out = zip(*found, strict=True)
+        return cls(x_shape, w_shape, steps, dilations, groups, firsts, out)
 
     @property
     def y_shape(self) -> Index:
@@ -575,7 +561,7 @@ class _Spread:
                 each = zip(o, self.stride, t, self.dilation, self.before, strict=True)
                 i = tuple(a * s + b * d - before for a, s, b, d, before in each)
                 if all(0 <= j < size for j, size in zip(i, self.out, strict=True)):
-                    yield (n, c, *o), (c, k, *t), (n, first + k, *i)
+                    yield (n, first + k, *i), (c, k, *t), (n, c, *o)
 
 
 def _each(value: Any, rank: int) -> tuple[Any, ...]:
@@ -788,8 +774,10 @@ class _Pool:
         if self.kind == "mean":
             return sum(values) / self._divisor(windows), -1
         if self.kind == "norm":
-            powers = [abs(value) ** self.norm_type for value in values]
-            return sum(powers) ** (1 / self.norm_type), -1
+            # Of numbers below 2, whose powers do not overflow; the division is exact.
+            scale = 2.0 ** (math.frexp(max(map(abs, values), default=0))[1] - 1)
+            powers = [(abs(value) / scale) ** self.norm_type for value in values]
+            return scale * sum(powers) ** (1 / self.norm_type), -1
         best = self._best(values)
         if best is None:
             return _least(plane.dtype), -1
@@ -810,8 +798,7 @@ class _Pool:
             if self.kind == "mean":
                 yield cell, 1 / self._divisor(windows)
             elif value:
-                p = self.norm_type
-                slope = norm ** (1 - p) * abs(value) ** (p - 1)
+                slope = (abs(value) / norm) ** (self.norm_type - 1)
                 yield cell, slope if value > 0 else -slope
 
     def _best(self, values: list[Any]) -> int | None:

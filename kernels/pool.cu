@@ -4,7 +4,8 @@
 //                  or  (sum over i of |x[n, c, i]|^p)^(1/p)
 //
 // over the elements i under the window of o; pool.cuh says which.  With `indices`, the
-// flat index of each maximum in its plane is written too.
+// flat index of each maximum in its plane is written too.  A norm whose sum of powers
+// overflows or underflows is computed anew, from elements divided by the largest.
 //
 // One thread owns one output, reads each of its elements once, and writes once; sums
 // are added in row-major order.  The elements under a window are a range along every
@@ -22,8 +23,18 @@
 #include "index.cuh"
 #include "pool.cuh"
 
-// The sum over a window.
-__device__ inline SUM sum_of(const ELEMENT *x, const Span (&s)[RANK], const Pool &p)
+#if KIND == NORM
+// The least sum of powers that has full accuracy: those that underflow are less than
+// the square of epsilon of it; and the largest finite number.
+__device__ inline bool is_safe(float sum) { return sum > 8.3e-25f && sum < 3.4e38f; }
+__device__ inline bool is_safe(double sum) { return sum > 4.6e-277 && sum < 1.79e308; }
+#endif
+
+// The sum over a window of elements or, for a norm, of powers of elements / scale; with
+// LARGEST the largest magnitude.
+template <bool LARGEST>
+__device__ inline SUM sum_of(
+    const ELEMENT *x, const Span (&s)[RANK], const Pool &p, SUM scale)
 {
     SUM sum = {};
     INDEX step[RANK];
@@ -40,7 +51,9 @@ __device__ inline SUM sum_of(const ELEMENT *x, const Span (&s)[RANK], const Pool
 #pragma unroll 1
             for (INDEX k = 0; k < s[2].count; ++k, at += step[2]) {
 #if KIND == NORM
-                sum += raised(magnitude(summand(x[at])), p.norm);
+                const SUM size = magnitude(summand(x[at]));
+                if (LARGEST) sum = size > sum ? size : sum;
+                else sum += raised(size / scale, p.norm);
 #else
                 add_to(sum, summand(x[at]));
 #endif
@@ -48,6 +61,20 @@ __device__ inline SUM sum_of(const ELEMENT *x, const Span (&s)[RANK], const Pool
         }
     return sum;
 }
+
+#if KIND == NORM
+__device__ inline SUM norm_of(const ELEMENT *x, const Span (&s)[RANK], const Pool &p)
+{
+    const SUM sum = sum_of<false>(x, s, p, 1);
+    if (p.norm > 1 && !is_safe(sum)) {
+        const SUM largest = sum_of<true>(x, s, p, 1);
+        // Not for a window of zeros, an infinity or a NaN.
+        if (sum == sum && largest > 0 && largest - largest == 0)
+            return largest * raised(sum_of<false>(x, s, p, largest), 1 / p.norm);
+    }
+    return raised(sum, 1 / p.norm);
+}
+#endif
 
 extern "C" __global__ void pool(
     const ELEMENT *__restrict__ x, RESULT *__restrict__ y,
@@ -76,9 +103,10 @@ extern "C" __global__ void pool(
         index_to += rest * p.other_y_image + channel * p.other_y_channel;
         if (indices) indices[index_to] = best.index;
 #elif KIND == MEAN
-        y[to] = finished(divided(sum_of(from, cells, p), divisor_of(o, p)));
+        const SUM sum = sum_of<false>(from, cells, p, SUM());
+        y[to] = finished(divided(sum, divisor_of(o, p)));
 #else
-        y[to] = finished(raised(sum_of(from, cells, p), 1 / p.norm));
+        y[to] = finished(norm_of(from, cells, p));
 #endif
     }
 }

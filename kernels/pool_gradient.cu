@@ -4,8 +4,9 @@
 //
 // over the outputs o with a window over element i.  Of a maximum, the slope is 1 where
 // the maximum of o is at i (as `indices` say or, without them, as x does) and else 0;
-// of a mean, 1 / count(o); of a p-norm, y^(1 - p) |x|^(p - 1) sign(x), and 0 if y or x
-// is.
+// of a mean, 1 / count(o); of a p-norm, (|x| / y)^(p - 1) sign(x), and 0 if y or x is:
+// the square of a ratio of roots, where y^(1 - p) and |x|^(p - 1) can overflow or
+// underflow.
 //
 // One thread owns one element and gathers from the outputs over it, in a fixed order:
 // no atomics, and the same bits on every run.  Without indices, every output's window
@@ -18,17 +19,18 @@
 #include "pool.cuh"
 
 #if KIND == NORM
-// values^power, and 0 at 0.
-__device__ inline SUM slope_of(SUM value, double power)
+// The root of (size / norm)^power, and 0 if either is 0.
+__device__ inline SUM root_of_slope(SUM size, SUM norm, double power)
 {
-    return value == 0 ? (SUM)0 : raised(value, power);
+    if (size == 0 || norm == 0) return 0;
+    return raised(root(size) / root(norm), power);
 }
 #endif
 
 // The gradient from one output to one element.
 __device__ inline SUM share_of(
     SUM dy, const ELEMENT *y, const long long *indices, INDEX at, const VALUE *x,
-    INDEX plane, const INDEX (&o)[RANK], INDEX own, const Pool &p)
+    INDEX plane, const INDEX (&o)[RANK], INDEX own, SUM size, const Pool &p)
 {
 #if KIND == MAXIMUM
     if (indices) return indices[at] == own ? dy : SUM();
@@ -39,7 +41,8 @@ __device__ inline SUM share_of(
 #elif KIND == MEAN
     return divided(dy, divisor_of(o, p));
 #else
-    return slope_of(summand(y[at]), 1 - p.norm) * dy;
+    const SUM half = root_of_slope(size, summand(y[at]), p.norm - 1);
+    return dy * half * half;
 #endif
 }
 
@@ -65,7 +68,11 @@ extern "C" __global__ void pool_gradient(
         const INDEX plane = rest * p.other_x_image + channel * p.other_x_channel;
         const INDEX from = rest * p.y_image + channel * p.y_channel;
         const INDEX other = rest * p.other_y_image + channel * p.other_y_channel;
-        SUM sum = {};
+        SUM sum = {}, size = {};
+#if KIND == NORM
+        const SUM value = summand(x[plane + x_at]);
+        size = magnitude(value);
+#endif
 #pragma unroll 1
         for (INDEX i = 0; i < over[0].count; ++i)
 #pragma unroll 1
@@ -83,12 +90,12 @@ extern "C" __global__ void pool_gradient(
                         other_at += o[r] * p.axis[r].other_y;
                     }
                     const SUM all = summand(dy[at]);
-                    add_to(sum, share_of(all, y, indices, other_at, x, plane, o, own, p));
+                    const SUM share = share_of(
+                        all, y, indices, other_at, x, plane, o, own, size, p);
+                    add_to(sum, share);
                 }
 #if KIND == NORM
-        const SUM value = summand(x[plane + x_at]);
-        const SUM slope = slope_of(magnitude(value), p.norm - 1);
-        sum *= value < 0 ? -slope : slope;
+        if (value < 0) sum = -sum;
 #endif
         dx[to + rest * p.x_image + channel * p.x_channel] = finished(sum);
     }

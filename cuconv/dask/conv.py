@@ -67,7 +67,8 @@ def plan(request: Request, like: Array | None = None) -> DaskPlan:
             plan(request._replace(geometry=part, arrays=own))
             for part, own in _by_filters(geometry, arrays, spans(filters))
         ]
-        return DaskPlan(partial(_concatenated, each, geometry))
+        axis = _channel_axis(geometry)
+        return DaskPlan(lambda: da.concatenate([p.build() for p in each], axis=axis))
     conv = _SPLITS[CONVOLUTION.get(call, call)](call, geometry, arrays, like)
     if conv.finish is not None:
         # Blocks that are still to be summed.
@@ -101,11 +102,6 @@ def _by_filters(
         if "bias" in arrays:
             own["bias"] = arrays["bias"][some]
         yield replace(geometry, filters=stop - start), own
-
-
-def _concatenated(plans: list[DaskPlan], geometry: ConvGeometry) -> Array:
-    parts = [plan.build() for plan in plans]
-    return da.concatenate(parts, axis=_channel_axis(geometry))
 
 
 def _channel_axis(geometry: WindowGeometry) -> int:
@@ -189,7 +185,9 @@ def _sum_over_blocks(
 def plan_bias_grad(geometry: WindowGeometry, dy: Array, options: Options) -> DaskPlan:
     """Plan the gradient for a bias."""
     types = resolve_types({"dy": dy}, options.dtype)
-    return DaskPlan(partial(_bias_grad, dy, geometry, types))
+    return DaskPlan(
+        lambda: _sum_over_blocks(dy, geometry, types.accumulate).astype(types.result)
+    )
 
 
 def alike_operands(
@@ -200,10 +198,6 @@ def alike_operands(
     x, dy = ("dy", "x") if transposed else ("x", "dy")
     both = alike(arrays[x], arrays[dy], geometry)
     return {**arrays, **dict(zip((x, dy), both, strict=True))}
-
-
-def _bias_grad(dy: Array, geometry: WindowGeometry, types: Types) -> Array:
-    return _sum_over_blocks(dy, geometry, types.accumulate).astype(types.result)
 
 
 def _whole_weights(shares: Array, geometry: ConvGeometry) -> Array:

@@ -53,37 +53,33 @@ def _plan_reduce(problem: PoolProblem, x: Array, limit: int | None) -> DaskPlan:
     blocks = blocks_of_outputs(problem.geometry, x)
     channels = AxisChunks.of(x, problem.geometry).channels
     _check_examples(problem, blocks, max(channels), {"x": x}, limit)
-    return DaskPlan(partial(_reduced, problem, x, blocks, channels, limit))
 
+    def build() -> Any:
+        threads, sizes = settings().num_threads, problem.geometry.size
+        chunks = blocks.output_chunks(channels)
 
-def _reduced(
-    problem: PoolProblem,
-    x: Array,
-    blocks: Blocks,
-    channels: Chunks,
-    limit: int | None,
-) -> Any:
-    """A forward pass: a graph."""
-    threads, sizes = settings().num_threads, problem.geometry.size
-    chunks = blocks.output_chunks(channels)
+        def work(index: tuple[int, ...]) -> Callable[..., Any]:
+            how = _of_block(problem, blocks, channels, index), limit, threads
+            return partial(_reduce_block, *how, blocks.origin(index), sizes)
 
-    def work(index: tuple[int, ...]) -> Callable[..., Any]:
-        own = _of_block(problem, blocks, channels, index)
-        return partial(_reduce_block, own, limit, threads, blocks.origin(index), sizes)
-
-    meta = partial(_meta, module_of_blocks({"x": x}), x.ndim)
-    part = windows(x, blocks.cells(spans(channels)))
-    how = f"cuconv-{problem.kind}-pool", (limit, problem, blocks, threads)
-    y = each_block(*how, work, [part], [], chunks, meta(problem.result))
-    if not problem.with_indices:
-        return y
-    both = zip((0, 1), (problem.result, INDEX), strict=True)
-    return tuple(
-        da.map_blocks(
-            operator.itemgetter(which), y, chunks=chunks, dtype=dtype, meta=meta(dtype)
+        meta = partial(_meta, module_of_blocks({"x": x}), x.ndim)
+        part = windows(x, blocks.cells(spans(channels)))
+        how = f"cuconv-{problem.kind}-pool", (limit, problem, blocks, threads)
+        y = each_block(*how, work, [part], [], chunks, meta(problem.result))
+        if not problem.with_indices:
+            return y
+        return tuple(
+            da.map_blocks(
+                operator.itemgetter(which),
+                y,
+                chunks=chunks,
+                dtype=dtype,
+                meta=meta(dtype),
+            )
+            for which, dtype in enumerate((problem.result, INDEX))
         )
-        for which, dtype in both
-    )
+
+    return DaskPlan(build)
 
 
 def _plan_backward(
@@ -94,44 +90,36 @@ def _plan_backward(
     Windows that reach a block are taken whole, for their divisors and the indices of
     their maxima; gradients for elements of other blocks are dropped.
     """
-    arrays, blocks, channels = _cut(problem.geometry, named)
+    geometry = problem.geometry
+    arrays, blocks, channels = _cut(geometry, named)
     whole = replace(
         blocks, tilings=tuple(tiling.with_whole_windows for tiling in blocks.tilings)
     )
     _check_examples(problem, whole, max(channels), named, limit)
-    return DaskPlan(partial(_gradient, problem, arrays, blocks, whole, channels, limit))
 
+    def build() -> Array:
+        threads, sizes = settings().num_threads, geometry.size
 
-def _gradient(
-    problem: PoolProblem,
-    arrays: dict[str, Array],
-    blocks: Blocks,
-    whole: Blocks,
-    channels: Chunks,
-    limit: int | None,
-) -> Array:
-    """A gradient: a graph."""
-    geometry = problem.geometry
-    threads, sizes = settings().num_threads, geometry.size
+        def work(index: tuple[int, ...]) -> Callable[..., Array]:
+            own = _of_block(problem, whole, channels, index)
+            start, place = whole.origin(index), blocks.place(index)
+            each = zip(blocks.tilings, place, start, strict=True)
+            mine = [[cell - low for cell in tiling.cells[i]] for tiling, i, low in each]
+            how = tuple(arrays), start, sizes, geometry.arranged((None,), (None,), mine)
+            return partial(_gradient_block, own, limit, threads, *how)
 
-    def work(index: tuple[int, ...]) -> Callable[..., Array]:
-        own = _of_block(problem, whole, channels, index)
-        start, place = whole.origin(index), blocks.place(index)
-        each = zip(blocks.tilings, place, start, strict=True)
-        mine = [[cell - low for cell in tiling.cells[i]] for tiling, i, low in each]
-        how = tuple(arrays), start, sizes, geometry.arranged((None,), (None,), mine)
-        return partial(_gradient_block, own, limit, threads, *how)
+        ranges = whole.outputs(spans(channels)), whole.cells(spans(channels))
+        return each_block(
+            f"cuconv-{problem.kind}-pool-grad",
+            (limit, problem, blocks, threads, tuple(arrays)),
+            work,
+            [windows(array, ranges[name == "x"]) for name, array in arrays.items()],
+            [],
+            blocks.cell_chunks(channels),
+            _meta(module_of_blocks(arrays), len(geometry.x_shape), problem.result),
+        )
 
-    ranges = whole.outputs(spans(channels)), whole.cells(spans(channels))
-    return each_block(
-        f"cuconv-{problem.kind}-pool-grad",
-        (limit, problem, blocks, threads, tuple(arrays)),
-        work,
-        [windows(array, ranges[name == "x"]) for name, array in arrays.items()],
-        [],
-        blocks.cell_chunks(channels),
-        _meta(module_of_blocks(arrays), len(geometry.x_shape), problem.result),
-    )
+    return DaskPlan(build)
 
 
 def _cut(

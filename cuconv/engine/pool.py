@@ -122,16 +122,16 @@ def _geometry(
     call: str, shape: Sequence[int], options: Values, more: Values
 ) -> WindowGeometry:
     """The windows of a call over an array of this shape."""
-    layout = options.get("layout", DEFAULTS["layout"])
-    if "output_size" in more:
-        return WindowGeometry.of_even(shape, more["output_size"], layout=layout)
-    if "batched" in more:
-        ones = (1,) * (len(shape) - 1 - more["batched"])
-        return WindowGeometry.of_even(shape, ones, layout=layout)
     others = {"memory_limit", *_OTHERS.get(call, ())}
     own = {name: value for name, value in options.items() if name not in others}
-    kind = MeanOptions if call.startswith("avg") else PoolOptions
-    return window_geometry(shape, more["kernel_size"], own, kind)
+    if "kernel_size" in more:
+        kind = MeanOptions if call.startswith("avg") else PoolOptions
+        return window_geometry(shape, more["kernel_size"], own, kind)
+    _check_known(own, ["layout"])
+    size = more.get("output_size", 0)
+    if "batched" in more:
+        size = (1,) * (len(shape) - 1 - more["batched"])
+    return WindowGeometry.of_even(shape, size, **own)
 
 
 def _x_geometry(call: str, x: Any, options: Values, more: Values) -> WindowGeometry:
@@ -156,11 +156,7 @@ def window_geometry(
     kind: type = PoolOptions,
 ) -> WindowGeometry:
     """The windows over an array of this shape."""
-    names = list(kind.__annotations__)
-    unknown = sorted(set(options) - set(names))
-    if unknown:
-        known = ", ".join(names)
-        raise TypeError(f"there is no option {unknown[0]!r}; the options are {known}")
+    _check_known(options, list(kind.__annotations__))
     chosen = {**DEFAULTS, **options}
     stride = chosen["stride"]
     return WindowGeometry.of(
@@ -172,6 +168,13 @@ def window_geometry(
         ceil_mode=bool(chosen["ceil_mode"]),
         layout=chosen["layout"],
     )
+
+
+def _check_known(options: Values, names: list[str]) -> None:
+    unknown = sorted(set(options) - set(names))
+    if unknown:
+        known = ", ".join(names)
+        raise TypeError(f"there is no option {unknown[0]!r}; the options are {known}")
 
 
 def divided_by(options: Values) -> dict[str, Any]:

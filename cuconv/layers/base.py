@@ -11,6 +11,7 @@ import numpy as np
 from cuconv.arrays import Array, array_module
 from cuconv.devices import asarray
 from cuconv.geometry import Sizes, as_index
+from cuconv.options import documented_as
 
 # Longer than any dilated kernel, and than any cropping by padding.
 ENDLESS = 2**70
@@ -205,6 +206,23 @@ class Layer(ABC):
                 "backward needs the input of a forward call; there was none"
             )
         return self._x
+
+
+class Ranked(Layer):
+    """A layer over any number of axes, and its subclasses over ``rank`` axes alone."""
+
+    rank: int | None = None
+
+    def __init_subclass__(cls, rank: int | None = None) -> None:
+        """Complete the docstring of a class of one rank from that of its base."""
+        super().__init_subclass__()
+        if rank is not None:
+            cls.rank = rank
+            summary, gap, example = (cls.__doc__ or "").partition("\n\n")
+            imports = f"numpy as np\n    >>> from cuconv.layers import {cls.__name__}"
+            heading = f"    Examples\n    --------\n    >>> import {imports}\n"
+            cls.__doc__ = f"{summary}{gap}{heading}{example}"
+            documented_as(cls.__base__, rank)(cls)
 
 
 def positive(name: str, value: int) -> int:

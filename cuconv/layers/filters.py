@@ -13,7 +13,7 @@ from cuconv.engine.call import ConvGradients
 from cuconv.geometry import Sizes
 from cuconv.layers.base import positive
 from cuconv.layers.weighted import Filters
-from cuconv.options import ConvOptions, Options, documented_as
+from cuconv.options import ConvOptions, Options
 
 
 class Conv(Filters):
@@ -70,25 +70,6 @@ class Conv(Filters):
     ((2, 8, 5, 7), (2, 3, 5, 7), (8, 3, 3, 3))
     """
 
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        kernel_size: Sizes,
-        *,
-        bias: bool = True,
-        xp: Any = None,
-        rng: np.random.Generator | int | None = None,
-        **options: Unpack[ConvOptions],
-    ) -> None:
-        super().__init__(
-            *(in_channels, out_channels, kernel_size),
-            bias=bias,
-            xp=xp,
-            rng=rng,
-            options=options,
-        )
-
     def _channels(
         self, in_channels: int, out_channels: int, groups: int
     ) -> tuple[int, int]:
@@ -100,79 +81,38 @@ class Conv(Filters):
         x_shape = self._endless(in_channels, len(w_shape) - 2)
         options.geometry(x_shape, w_shape)
 
-    def forward(self, x: Array) -> Array:
-        """Convolve, and keep ``x`` (not a copy of it) for `backward`.
-
-        Parameters
-        ----------
-        x
-            (N, C, *spatial), or (N, *spatial, C) with channels last; the batch axis may
-            be missing.
-
-        Returns
-        -------
-        array
-            (N, K, *out) in the layout of ``x``.
-
-        Raises
-        ------
-        ValueError, TypeError, MemoryLimitError
-            As `cuconv.conv` does.
-        """
+    def _convolve(self, x: Array) -> Array:
         weight, bias = self.parameters["weight"], self.parameters.get("bias")
-        y = conv(x, weight, bias, **self._options)
-        self._x = x
-        return y
+        return conv(x, weight, bias, **self._options)
 
     def _gradients(self, dy: Array, x: Array, needs: tuple[str, ...]) -> ConvGradients:
         weight = self.parameters["weight"]
         return conv_backward(dy, x, weight, needs=needs, **self._options)
 
 
-@documented_as(Conv, 1)
-class Conv1d(Conv):
+class Conv1d(Conv, rank=1):
     """`Conv` over one spatial axis: x (N, C, L).
 
-    Examples
-    --------
-    >>> import numpy as np
-    >>> from cuconv.layers import Conv1d
     >>> Conv1d(2, 4, 3, xp=np)(np.ones((1, 2, 10), dtype=np.float32)).shape
     (1, 4, 8)
     """
 
-    rank = 1
 
-
-@documented_as(Conv, 2)
-class Conv2d(Conv):
+class Conv2d(Conv, rank=2):
     """`Conv` over two spatial axes: x (N, C, H, W).
 
-    Examples
-    --------
-    >>> import numpy as np
-    >>> from cuconv.layers import Conv2d
     >>> depthwise = Conv2d(6, 6, 3, groups=6, stride=2, xp=np)
     >>> depthwise(np.ones((1, 6, 9, 9), dtype=np.float32)).shape
     (1, 6, 4, 4)
     """
 
-    rank = 2
 
-
-@documented_as(Conv, 3)
-class Conv3d(Conv):
+class Conv3d(Conv, rank=3):
     """`Conv` over three spatial axes: x (N, C, D, H, W).
 
-    Examples
-    --------
-    >>> import numpy as np
-    >>> from cuconv.layers import Conv3d
     >>> Conv3d(1, 2, (1, 3, 3), xp=np).parameters["weight"].shape
     (2, 1, 1, 3, 3)
     """
-
-    rank = 3
 
 
 class DepthwiseConv(Conv):
@@ -236,50 +176,29 @@ class DepthwiseConv(Conv):
         super().__init__(groups, filters, kernel_size, bias=bias, xp=xp, rng=rng, **own)
 
 
-@documented_as(DepthwiseConv, 1)
-class DepthwiseConv1d(DepthwiseConv):
+class DepthwiseConv1d(DepthwiseConv, rank=1):
     """`DepthwiseConv` over one spatial axis: x (N, C, L).
 
-    Examples
-    --------
-    >>> import numpy as np
-    >>> from cuconv.layers import DepthwiseConv1d
     >>> layer = DepthwiseConv1d(4, 3, padding="causal", xp=np)
     >>> layer(np.ones((1, 4, 9), dtype=np.float32)).shape
     (1, 4, 9)
     """
 
-    rank = 1
 
-
-@documented_as(DepthwiseConv, 2)
-class DepthwiseConv2d(DepthwiseConv):
+class DepthwiseConv2d(DepthwiseConv, rank=2):
     """`DepthwiseConv` over two spatial axes: x (N, C, H, W).
 
-    Examples
-    --------
-    >>> import numpy as np
-    >>> from cuconv.layers import DepthwiseConv2d
     >>> DepthwiseConv2d(6, 3, xp=np).parameters["weight"].shape
     (6, 1, 3, 3)
     """
 
-    rank = 2
 
-
-@documented_as(DepthwiseConv, 3)
-class DepthwiseConv3d(DepthwiseConv):
+class DepthwiseConv3d(DepthwiseConv, rank=3):
     """`DepthwiseConv` over three spatial axes: x (N, C, D, H, W).
 
-    Examples
-    --------
-    >>> import numpy as np
-    >>> from cuconv.layers import DepthwiseConv3d
     >>> DepthwiseConv3d(6, (1, 3, 3), multiplier=2, xp=np).parameters["weight"].shape
     (12, 1, 1, 3, 3)
     """
-
-    rank = 3
 
 
 class ConvTranspose(Filters):
@@ -344,13 +263,8 @@ class ConvTranspose(Filters):
     ) -> None:
         self._output_padding = output_padding
         self._output_size: Sizes | None = None
-        super().__init__(
-            *(in_channels, out_channels, kernel_size),
-            bias=bias,
-            xp=xp,
-            rng=rng,
-            options=options,
-        )
+        sizes = in_channels, out_channels, kernel_size
+        super().__init__(*sizes, bias=bias, xp=xp, rng=rng, **options)
 
     def _channels(
         self, in_channels: int, out_channels: int, groups: int
@@ -392,69 +306,51 @@ class ConvTranspose(Filters):
         ValueError, TypeError, MemoryLimitError
             As `cuconv.conv_transpose` does.
         """
-        weight, bias = self.parameters["weight"], self.parameters.get("bias")
-        y = conv_transpose(x, weight, bias, **self._sizes(output_size), **self._options)
+        y = self._convolve(x, output_size)
         self._x, self._output_size = x, output_size
         return y
 
+    def _convolve(self, x: Array, output_size: Sizes | None = None) -> Array:
+        weight, bias = self.parameters["weight"], self.parameters.get("bias")
+        return conv_transpose(x, weight, bias, **self._all_options(output_size))
+
     def _gradients(self, dy: Array, x: Array, needs: tuple[str, ...]) -> ConvGradients:
-        options = {**self._sizes(self._output_size), **self._options}
+        options = self._all_options(self._output_size)
         weight = self.parameters["weight"]
         return conv_transpose_backward(dy, x, weight, needs=needs, **options)
 
-    def _sizes(self, output_size: Sizes | None) -> dict[str, Any]:
-        """The options for the size of the output: one of two."""
+    def _all_options(self, output_size: Sizes | None) -> dict[str, Any]:
+        """The options with one of the two for the size of the output."""
         if output_size is None:
-            return {"output_padding": self._output_padding}
-        return {"output_size": output_size}
+            return {"output_padding": self._output_padding, **self._options}
+        return {"output_size": output_size, **self._options}
 
 
-@documented_as(ConvTranspose, 1)
-class ConvTranspose1d(ConvTranspose):
+class ConvTranspose1d(ConvTranspose, rank=1):
     """`ConvTranspose` over one spatial axis: x (N, C, L).
 
-    Examples
-    --------
-    >>> import numpy as np
-    >>> from cuconv.layers import ConvTranspose1d
     >>> layer = ConvTranspose1d(2, 4, 3, stride=2, padding=1, xp=np)
     >>> x = np.ones((1, 2, 5), dtype=np.float32)
     >>> layer(x).shape, layer.forward(x, output_size=10).shape
     ((1, 4, 9), (1, 4, 10))
     """
 
-    rank = 1
 
-
-@documented_as(ConvTranspose, 2)
-class ConvTranspose2d(ConvTranspose):
+class ConvTranspose2d(ConvTranspose, rank=2):
     """`ConvTranspose` over two spatial axes: x (N, C, H, W).
 
-    Examples
-    --------
-    >>> import numpy as np
-    >>> from cuconv.layers import ConvTranspose2d
     >>> twice = ConvTranspose2d(16, 8, 4, stride=2, padding=1, xp=np)
     >>> twice(np.ones((1, 16, 7, 9), dtype=np.float32)).shape
     (1, 8, 14, 18)
     """
 
-    rank = 2
 
-
-@documented_as(ConvTranspose, 3)
-class ConvTranspose3d(ConvTranspose):
+class ConvTranspose3d(ConvTranspose, rank=3):
     """`ConvTranspose` over three spatial axes: x (N, C, D, H, W).
 
-    Examples
-    --------
-    >>> import numpy as np
-    >>> from cuconv.layers import ConvTranspose3d
     >>> ConvTranspose3d(4, 2, (1, 3, 3), groups=2, xp=np).parameters["weight"].shape
     (4, 1, 1, 3, 3)
     """
-
-    rank = 3
 
 
 def group_channels(in_channels: int, out_channels: int, groups: int) -> tuple[int, int]:

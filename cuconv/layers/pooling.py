@@ -14,9 +14,8 @@ from cuconv.engine.pool import (
 )
 from cuconv.engine.pool_plan import MOST_AXES
 from cuconv.geometry import Sizes, WindowGeometry, channels_are_first
-from cuconv.layers.base import ENDLESS, Layer, kernel_of
+from cuconv.layers.base import ENDLESS, Layer, Ranked, kernel_of
 from cuconv.memory import MemoryLimit, parse_memory_limit
-from cuconv.options import documented_as
 from cuconv.pooling import (
     adaptive_avg_pool,
     adaptive_avg_pool_backward,
@@ -120,7 +119,7 @@ class _Means(_Pool):
         return (self._pool(x, *self._sizes, **self._options),)
 
 
-class MaxPool(_Maxima):
+class MaxPool(_Maxima, Ranked):
     """`cuconv.max_pool` as a layer, over one to three spatial axes.
 
     Parameters
@@ -150,7 +149,6 @@ class MaxPool(_Maxima):
            [0., 1., 0., 1.]])
     """
 
-    rank: int | None = None
     _pool = staticmethod(max_pool)
     _backward = staticmethod(max_pool_backward)
 
@@ -166,52 +164,31 @@ class MaxPool(_Maxima):
         super().__init__(kernel, memory_limit=memory_limit, **options)
 
 
-@documented_as(MaxPool, 1)
-class MaxPool1d(MaxPool):
+class MaxPool1d(MaxPool, rank=1):
     """`MaxPool` over one spatial axis: x (N, C, L).
 
-    Examples
-    --------
-    >>> import numpy as np
-    >>> from cuconv.layers import MaxPool1d
     >>> MaxPool1d(2)(np.zeros((1, 2, 8))).shape
     (1, 2, 4)
     """
 
-    rank = 1
 
-
-@documented_as(MaxPool, 2)
-class MaxPool2d(MaxPool):
+class MaxPool2d(MaxPool, rank=2):
     """`MaxPool` over two spatial axes: x (N, C, H, W).
 
-    Examples
-    --------
-    >>> import numpy as np
-    >>> from cuconv.layers import MaxPool2d
     >>> MaxPool2d(2)(np.zeros((1, 2, 8, 6))).shape
     (1, 2, 4, 3)
     """
 
-    rank = 2
 
-
-@documented_as(MaxPool, 3)
-class MaxPool3d(MaxPool):
+class MaxPool3d(MaxPool, rank=3):
     """`MaxPool` over three spatial axes: x (N, C, D, H, W).
 
-    Examples
-    --------
-    >>> import numpy as np
-    >>> from cuconv.layers import MaxPool3d
     >>> MaxPool3d((1, 2, 2))(np.zeros((1, 2, 4, 8, 6))).shape
     (1, 2, 4, 4, 3)
     """
 
-    rank = 3
 
-
-class AvgPool(_Means):
+class AvgPool(_Means, Ranked):
     """`cuconv.avg_pool` as a layer, over one to three spatial axes.
 
     Parameters
@@ -238,7 +215,6 @@ class AvgPool(_Means):
     (array([[[1.5, 3. ]]]), array([[[0.5       , 0.83333333, 0.33333333, 0.33333333]]]))
     """
 
-    rank: int | None = None
     _pool = staticmethod(avg_pool)
     _backward = staticmethod(avg_pool_backward)
 
@@ -255,52 +231,45 @@ class AvgPool(_Means):
         super().__init__(kernel, memory_limit=memory_limit, **options)
 
 
-@documented_as(AvgPool, 1)
-class AvgPool1d(AvgPool):
+class AvgPool1d(AvgPool, rank=1):
     """`AvgPool` over one spatial axis: x (N, C, L).
 
-    Examples
-    --------
-    >>> import numpy as np
-    >>> from cuconv.layers import AvgPool1d
     >>> AvgPool1d(2)(np.zeros((1, 2, 8))).shape
     (1, 2, 4)
     """
 
-    rank = 1
 
-
-@documented_as(AvgPool, 2)
-class AvgPool2d(AvgPool):
+class AvgPool2d(AvgPool, rank=2):
     """`AvgPool` over two spatial axes: x (N, C, H, W).
 
-    Examples
-    --------
-    >>> import numpy as np
-    >>> from cuconv.layers import AvgPool2d
     >>> AvgPool2d(2)(np.zeros((1, 2, 8, 6))).shape
     (1, 2, 4, 3)
     """
 
-    rank = 2
 
-
-@documented_as(AvgPool, 3)
-class AvgPool3d(AvgPool):
+class AvgPool3d(AvgPool, rank=3):
     """`AvgPool` over three spatial axes: x (N, C, D, H, W).
 
-    Examples
-    --------
-    >>> import numpy as np
-    >>> from cuconv.layers import AvgPool3d
     >>> AvgPool3d((1, 2, 2))(np.zeros((1, 2, 4, 8, 6))).shape
     (1, 2, 4, 4, 3)
     """
 
-    rank = 3
+
+class _Adaptive(_Pool):
+    """The options of adaptive pooling."""
+
+    def __init__(
+        self,
+        output_size: OutputSize,
+        *,
+        layout: str = "channels_first",
+        memory_limit: MemoryLimit = None,
+    ) -> None:
+        _check_even(output_size, layout)
+        super().__init__(output_size, layout=layout, memory_limit=memory_limit)
 
 
-class AdaptiveMaxPool(_Maxima):
+class AdaptiveMaxPool(_Maxima, _Adaptive):
     """`cuconv.adaptive_max_pool` as a layer: maxima of a given number of windows.
 
     Parameters
@@ -327,18 +296,8 @@ class AdaptiveMaxPool(_Maxima):
     _pool = staticmethod(adaptive_max_pool)
     _backward = staticmethod(adaptive_max_pool_backward)
 
-    def __init__(
-        self,
-        output_size: OutputSize,
-        *,
-        layout: str = "channels_first",
-        memory_limit: MemoryLimit = None,
-    ) -> None:
-        _check_even(output_size, layout)
-        super().__init__(output_size, layout=layout, memory_limit=memory_limit)
 
-
-class AdaptiveAvgPool(_Means):
+class AdaptiveAvgPool(_Means, _Adaptive):
     """`cuconv.adaptive_avg_pool` as a layer: means of a given number of windows.
 
     Parameters
@@ -365,18 +324,22 @@ class AdaptiveAvgPool(_Means):
     _pool = staticmethod(adaptive_avg_pool)
     _backward = staticmethod(adaptive_avg_pool_backward)
 
+
+class _Global(_Pool):
+    """The options of global pooling."""
+
     def __init__(
         self,
-        output_size: OutputSize,
         *,
+        batched: bool = True,
         layout: str = "channels_first",
         memory_limit: MemoryLimit = None,
     ) -> None:
-        _check_even(output_size, layout)
-        super().__init__(output_size, layout=layout, memory_limit=memory_limit)
+        channels_are_first(layout)
+        super().__init__(batched=batched, layout=layout, memory_limit=memory_limit)
 
 
-class GlobalMaxPool(_Maxima):
+class GlobalMaxPool(_Maxima, _Global):
     """`cuconv.global_max_pool` as a layer: the largest value of every plane.
 
     Parameters
@@ -403,18 +366,8 @@ class GlobalMaxPool(_Maxima):
     _pool = staticmethod(global_max_pool)
     _backward = staticmethod(global_max_pool_backward)
 
-    def __init__(
-        self,
-        *,
-        batched: bool = True,
-        layout: str = "channels_first",
-        memory_limit: MemoryLimit = None,
-    ) -> None:
-        channels_are_first(layout)
-        super().__init__(batched=batched, layout=layout, memory_limit=memory_limit)
 
-
-class GlobalAvgPool(_Means):
+class GlobalAvgPool(_Means, _Global):
     """`cuconv.global_avg_pool` as a layer: the mean of every plane.
 
     Parameters
@@ -440,16 +393,6 @@ class GlobalAvgPool(_Means):
 
     _pool = staticmethod(global_avg_pool)
     _backward = staticmethod(global_avg_pool_backward)
-
-    def __init__(
-        self,
-        *,
-        batched: bool = True,
-        layout: str = "channels_first",
-        memory_limit: MemoryLimit = None,
-    ) -> None:
-        channels_are_first(layout)
-        super().__init__(batched=batched, layout=layout, memory_limit=memory_limit)
 
 
 def _check_windows(kernel: tuple[int, ...], options: Any, kind: type) -> None:

@@ -15,7 +15,6 @@ from cuconv.options import (
     SEPARABLE_OPTIONS,
     SeparableOptions,
     check_bias,
-    documented_as,
 )
 from cuconv.separable import separable_conv, separable_conv_backward
 
@@ -112,29 +111,10 @@ class SeparableConv(Weighted):
         if bias:
             self._add_bias(filters, xp)
 
-    def forward(self, x: Array) -> Array:
-        """Convolve, and keep ``x`` (not a copy of it) for `backward`.
-
-        Parameters
-        ----------
-        x
-            (N, C, *spatial), or (N, *spatial, C) with channels last; the batch axis may
-            be missing.
-
-        Returns
-        -------
-        array
-            (N, K, *out) in the layout of ``x``.
-
-        Raises
-        ------
-        ValueError, TypeError, MemoryLimitError
-            As `cuconv.separable_conv` does.
-        """
+    def _convolve(self, x: Array) -> Array:
         weights = self.parameters["depthwise"], self.parameters["pointwise"]
-        y = separable_conv(x, *weights, self.parameters.get("bias"), **self._options)
-        self._x = x
-        return y
+        bias = self.parameters.get("bias")
+        return separable_conv(x, *weights, bias, **self._options)
 
     def _gradients(
         self, dy: Array, x: Array, needs: tuple[str, ...]
@@ -154,48 +134,27 @@ class SeparableConv(Weighted):
         return array.reshape(-1, 1, *array.shape[2:])
 
 
-@documented_as(SeparableConv, 1)
-class SeparableConv1d(SeparableConv):
+class SeparableConv1d(SeparableConv, rank=1):
     """`SeparableConv` over one spatial axis: x (N, C, L).
 
-    Examples
-    --------
-    >>> import numpy as np
-    >>> from cuconv.layers import SeparableConv1d
     >>> layer = SeparableConv1d(2, 4, 3, padding="causal", xp=np)
     >>> layer(np.ones((1, 2, 10), dtype=np.float32)).shape
     (1, 4, 10)
     """
 
-    rank = 1
 
-
-@documented_as(SeparableConv, 2)
-class SeparableConv2d(SeparableConv):
+class SeparableConv2d(SeparableConv, rank=2):
     """`SeparableConv` over two spatial axes: x (N, C, H, W).
 
-    Examples
-    --------
-    >>> import numpy as np
-    >>> from cuconv.layers import SeparableConv2d
     >>> layer = SeparableConv2d(6, 4, 3, stride=2, memory_limit="1 MiB", xp=np)
     >>> layer(np.ones((1, 6, 9, 9), dtype=np.float32)).shape
     (1, 4, 4, 4)
     """
 
-    rank = 2
 
-
-@documented_as(SeparableConv, 3)
-class SeparableConv3d(SeparableConv):
+class SeparableConv3d(SeparableConv, rank=3):
     """`SeparableConv` over three spatial axes: x (N, C, D, H, W).
 
-    Examples
-    --------
-    >>> import numpy as np
-    >>> from cuconv.layers import SeparableConv3d
     >>> SeparableConv3d(2, 4, (1, 3, 3), xp=np).parameters["depthwise"].shape
     (2, 1, 1, 3, 3)
     """
-
-    rank = 3

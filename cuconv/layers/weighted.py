@@ -3,7 +3,7 @@
 import math
 from abc import abstractmethod
 from collections.abc import Iterable
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Unpack
 
 import numpy as np
 
@@ -12,14 +12,13 @@ from cuconv.backends import default_array_module
 from cuconv.engine.planner import check_strategy_name
 from cuconv.engine.request import chosen_options
 from cuconv.geometry import Sizes, channels_are_first
-from cuconv.layers.base import ENDLESS, Layer, check_module, kernel_of
+from cuconv.layers.base import ENDLESS, Ranked, check_module, kernel_of
 from cuconv.options import ConvOptions, Options, check_bias
 
 
-class Weighted(Layer):
+class Weighted(Ranked):
     """A layer with weights, and the options of a convolution."""
 
-    rank: int | None = None
     # The field of each parameter's gradient in the function's result.
     _found: ClassVar[dict[str, str]] = {"weight": "w", "bias": "bias"}
     _known: ClassVar[Iterable[str]] = tuple(ConvOptions.__annotations__)
@@ -30,6 +29,33 @@ class Weighted(Layer):
         self._options: Any = {"dtype": np.float32, **options}
         self._dtype = _parameter_type(self._options["dtype"])
         self._options["dtype"] = self._dtype
+
+    def forward(self, x: Array) -> Array:
+        """Convolve, and keep ``x`` (not a copy of it) for `backward`.
+
+        Parameters
+        ----------
+        x
+            (N, C, *spatial), or (N, *spatial, C) with channels last; the batch axis may
+            be missing.
+
+        Returns
+        -------
+        array
+            (N, K, *out) in the layout of ``x``.
+
+        Raises
+        ------
+        ValueError, TypeError, MemoryLimitError
+            As the function does, `cuconv.conv` for `Conv`.
+        """
+        y = self._convolve(x)
+        self._x = x
+        return y
+
+    @abstractmethod
+    def _convolve(self, x: Array) -> Array:
+        """The function itself, with the parameters and options of the layer."""
 
     @abstractmethod
     def _gradients(self, dy: Array, x: Array, needs: tuple[str, ...]) -> Any:
@@ -89,10 +115,10 @@ class Filters(Weighted):
         out_channels: int,
         kernel_size: Sizes,
         *,
-        bias: bool,
-        xp: Any,
-        rng: np.random.Generator | int | None,
-        options: ConvOptions,
+        bias: bool = True,
+        xp: Any = None,
+        rng: np.random.Generator | int | None = None,
+        **options: Unpack[ConvOptions],
     ) -> None:
         super().__init__(options)
         check_bias(bias)

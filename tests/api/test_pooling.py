@@ -8,6 +8,7 @@ import sys
 from functools import partial
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import pytest
 from cases import Pool, even_pools, pools
@@ -159,6 +160,96 @@ def test_norms(xp, pool, dtype, norm) -> None:
     scale = 4 * rtol * max(1.0, float(np.abs(expected).max()))
     assert np.isfinite(to_host(back).astype(float)).all()
     close(to_host(back), expected, rtol=rtol, atol=scale, dtype=x.dtype)
+
+
+RANGES = {"float32": 30, "float64": 290, "float16": 3, "bfloat16": 30}
+
+
+@given(
+    pool=pools(),
+    dtype=st.sampled_from(tuple(RANGES)),
+    norm=st.sampled_from((1, 1.5, 2, 3.0, 20, 0.5)),
+    seed=st.integers(0, 9),
+)
+def test_norms_of_any_size(xp, pool, dtype, norm, seed) -> None:
+    """Elements and gradients of very different magnitudes, and windows of zeros."""
+    rng, most = np.random.default_rng(seed), RANGES[dtype]
+    if norm == 0.5:  # (1 + 1 + ...)² times the largest
+        most //= 2
+
+    def spread(shape: tuple[int, ...]) -> np.ndarray:
+        """Numbers of one magnitude in a plane or, in some planes, of many."""
+        heads = shape[:2] if pool.options["layout"] == "channels_first" else shape[:1]
+        planes = rng.integers(
+            -most, most + 1, (*heads, *(1,) * (len(shape) - len(heads)))
+        )
+        each = np.where(
+            rng.random(planes.shape) < 0.3, rng.integers(-most, most, shape), planes
+        )
+        zero = rng.random(shape) < 0.2
+        values = rng.integers(1, 4, shape) * rng.choice([-1, 1], shape)
+        return np.where(zero, 0, values * 10.0**each).astype(dtype)
+
+    x = spread(pool.x_shape)
+    device, options = xp.asarray(x), pool.options
+    with np.errstate(over="raise", divide="raise", invalid="raise"):
+        y = cuconv.lp_pool(device, norm, pool.kernel, **options)
+        wanted = reference("norm", x, pool, norm_type=norm).y
+        rtol = {"float16": 4e-3, "bfloat16": 3e-2, "float32": 1e-5}.get(dtype, 1e-12)
+        close(to_host(y), wanted, rtol=rtol, atol=tiny(dtype), dtype=x.dtype)
+        dy = spread(y.shape)
+        back = cuconv.lp_pool_backward(
+            xp.asarray(dy), device, y, norm, pool.kernel, **options
+        )
+    expected = gradient("norm", dy, x, pool, norm_type=norm)
+    # Shares of different signs may cancel each other.
+    scale = gradient("norm", np.abs(dy), np.abs(x), pool, norm_type=norm)
+    error = np.abs(to_host(back).astype("f8") - expected)
+    assert (error <= 20 * rtol * scale + tiny(dtype)).all()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_norms_that_can_be_represented(xp, dtype) -> None:
+    """Though the sums of their powers cannot."""
+    rtol = 1e-6 if dtype == "float32" else 1e-2
+    large, small, hundreds = [3e30, -4e30], [3e-30, 4e-30], [100, 100, -100, 100]
+    for values, norm, wanted in (
+        (large, 2, 5e30),
+        (small, 2, 5e-30),
+        (hundreds, 20, 100 * 4 ** (1 / 20)),
+    ):
+        x = xp.asarray(np.array([[values]]).astype(dtype))
+        y = cuconv.lp_pool(x, norm, len(values))
+        close(to_host(y), [[[wanted]]], rtol=rtol)
+        back = cuconv.lp_pool_backward(xp.ones_like(y), x, y, norm, len(values))
+        slopes = np.sign(values) * np.abs(np.array(values) / wanted) ** (norm - 1)
+        close(to_host(back), [[slopes]], rtol=30 * rtol)
+    x = xp.asarray(
+        np.array([[[np.inf, 1, 1e30, np.nan, 0, 0, 1e-30, 0]]]).astype(dtype)
+    )
+    y = to_host(cuconv.lp_pool(x, 2, 2))
+    close(y, [[[np.inf, np.nan, 0, 1e-30]]], rtol=rtol, equal_nan=True)
+
+
+def test_scaled_norms_do_not_depend_on_pieces() -> None:
+    """The same bits where a limit, or threads, divide arrays otherwise."""
+    rng = np.random.default_rng(0)
+    shape = (2, 3, 20, 30)
+    x = rng.standard_normal(shape) * 10.0 ** rng.integers(-250, 250, shape)
+    dy = rng.standard_normal(shape) * 10.0 ** rng.integers(-250, 250, shape)
+    for norm in (2, 3):
+        pool = partial(cuconv.lp_pool, x, norm, 3, stride=1, padding=1)
+        y = pool()
+        arguments = dy, x, y, norm, 3
+        back = partial(cuconv.lp_pool_backward, *arguments, stride=1, padding=1)
+        for call in (pool, back):
+            limited = call(memory_limit=smallest_limit(call))
+            np.testing.assert_array_equal(limited, call())
+
+
+def tiny(dtype: str) -> float:
+    """The smallest normal number."""
+    return float(ml_dtypes.finfo(dtype).smallest_normal)
 
 
 @given(pool=even_pools(), dtype=st.sampled_from(("float64", "float32", "int8")))

@@ -17,6 +17,7 @@ index says.
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import product
 from typing import Any, NamedTuple, TypeAlias, cast
 
 import numpy as np
@@ -65,6 +66,7 @@ _RUN, _WHOLE = 4, 2**14
 
 Do: TypeAlias = Callable[..., None]
 Buffers: TypeAlias = dict[str, Array]
+_Limits: TypeAlias = tuple[float, float]
 
 
 class CpuPools:
@@ -216,6 +218,11 @@ class _Worker:
         self._do = do
         self._divisors: tuple[Ranges, Array] | None = None
 
+    @property
+    def _state(self) -> tuple[Any, ...]:
+        """What makes this worker again, inside a step."""
+        return self._problem, tuple(self._buffers), *self._buffers.values()
+
     def reduce(
         self, block: Block, window: Array, y: Array, indices: Array | None
     ) -> None:
@@ -232,26 +239,57 @@ class _Worker:
             divisor = self._divisor(block.output, window)
             self._do(np.divide, target, divisor, target)
         else:
-            cells = self._view("power", window.shape)
-            self._do(_absolute(window, cells), window, cells)
-            self._raise(cells, problem.norm)
-            self._sweep(_SUM, block, cells, target)
-            self._raise(target, 1 / problem.norm)
+            powers = self._view("power", window.shape)
+            low, most = _safe_sums(problem)
+            self._do(_powers, problem.norm, most, window, powers)
+            self._sweep(_SUM, block, powers, target)
+            self._do(_raise, target, 1 / problem.norm)
+            if problem.norm > 1:
+                limits = low ** (1 / problem.norm), 0.99 * most ** (1 / problem.norm)
+                masks = (self._view("mask", a.shape) for a in (target, window))
+                operands = block, window, powers, target, *masks
+                self._do(_check_norms, limits, *operands, *self._state)
         if target is not y:
             self._copy(target, y)
+
+    def scale_norms(
+        self, limits: _Limits, block: Block, window: Array, norms: Array, mask: Array
+    ) -> None:
+        """Compute those norms anew that are not within the limits."""
+        scaled = self._view("norms", norms.shape)
+        self._add_scaled(block, window, scaled)
+        for outside, limit in zip((np.less, np.greater_equal), limits, strict=True):
+            np.copyto(norms, scaled, where=outside(norms, limit, mask))
+
+    def _add_scaled(self, block: Block, window: Array, target: Array) -> None:
+        """Norms axis by axis, each divided by its largest element before the power."""
+        norm, limits = self._problem.norm, np.finfo(target.dtype)
+        source = self._view("power", window.shape)
+        _powers(1, math.inf, window, source)
+        largest_of = _Reduction.to_maxima(target.dtype)
+        for axis, into in self._stages(source, block.shape, target, inner_first=False):
+            largest = self._view("largest", into.shape)
+            self._reduce(largest_of, source, largest, axis, block)
+            np.clip(largest, limits.smallest_subnormal, limits.max, out=largest)
+            into.fill(0)
+            windows, outputs = self._geometry.axes[axis], block.output[axis]
+            by_tap = windows.goes_by_tap(outputs[1] - outputs[0])
+            for meeting in windows.meetings(outputs, block.window[axis]):
+                part = source[_along(axis, meeting.cells)]
+                at = _along(axis, meeting.outputs)
+                scaled = self._view("scaled", part.shape)
+                _raise(np.divide(part, largest[at], scaled), norm)
+                if by_tap:
+                    np.add(into[at], scaled, into[at])
+                else:
+                    np.add.reduce(scaled, 2 + axis, None, into[at], keepdims=True)
+            _raise(into, 1 / norm)
+            np.multiply(into, largest, into)
+            source = into
 
     def _copy(self, source: Any, target: Array) -> None:
         """Copy with a cast."""
         self._do(np.ndarray.__setitem__, target, ..., source)
-
-    def _raise(self, values: Array, power: float) -> None:
-        """Raise values to a power, in place."""
-        if power == 2:
-            self._do(np.multiply, values, values, values)
-        elif power == 0.5:
-            self._do(np.sqrt, values, values)
-        elif power != 1:
-            self._do(np.power, values, power, values)
 
     def _sweep(
         self,
@@ -273,17 +311,27 @@ class _Worker:
             how = axes, target.dtype, target, True, step.start
             self._do(step.axis, part, *how)
             return [source, target]
-        passes = _passes(self._geometry, inner_first=indices is not None)
-        seen = [source]
-        for number, axis in enumerate(passes):
-            shape = list(source.shape)
-            shape[2 + axis] = block.shape[axis]
-            is_last = number == len(passes) - 1
-            into = target if is_last else self._view(f"stage{number}", shape)
-            self._reduce(step, source, into, axis, block)
-            source = into
+        seen, order = [source], {"inner_first": indices is not None}
+        for axis, into in self._stages(source, block.shape, target, **order):
+            self._reduce(step, seen[-1], into, axis, block)
             seen.append(into)
         return seen
+
+    def _stages(
+        self,
+        source: Array,
+        shape: Sequence[int],
+        target: Array,
+        *,
+        inner_first: bool,
+    ) -> Iterator[tuple[int, Array]]:
+        """The axis of every pass, and what it writes: the last one the target."""
+        *passes, last = _passes(self._geometry, inner_first=inner_first)
+        sizes = list(source.shape)
+        for number, axis in enumerate(passes):
+            sizes[2 + axis] = shape[axis]
+            yield axis, self._view(f"stage{number}", sizes)
+        yield last, target
 
     def _sums_alike(self, source: Array) -> bool:
         """Whether pieces of any size take sums over all axes in one order.
@@ -395,16 +443,14 @@ class _Worker:
             is_whole = by_tap and meeting.outputs == everywhere
             mask, nan = (self._view(name, part.shape) for name in ("mask", "nan"))
             operands = flag, mask, nan, part, best[at], found[cells]
+            keep = _comparing(_keep_best, part.dtype)
             if is_whole and is_found and not is_written:
-                self._do(_comparing(_keep_best, part.dtype), *operands, into)
+                self._do(keep, *operands, into)
             else:
                 if not is_written:
                     self._do(np.ndarray.fill, into, 0)
                 met = self._view("met", part.shape)
-                more = () if by_tap else (2 + axis,)
-                keep = _keep_earliest if by_tap else _keep_earliest_of
-                keep = _comparing(keep, part.dtype)
-                self._do(keep, *operands, met, place, *more)
+                self._do(keep, *operands, met, place, *(() if by_tap else (2 + axis,)))
             is_written, is_reached = True, is_reached or is_whole
         if not is_written:
             self._do(np.ndarray.fill, into, 0)
@@ -444,44 +490,79 @@ class _Worker:
         target = dx if dx.dtype == problem.accumulate else self._view("sum", dx.shape)
         dy = given.dy[outputs]
         share = self._view("share", dy.shape)
+        x, y = given.x, given.y
         if problem.kind == MEAN:
             by = self._divisor(region.output, dy)
             self._do(
                 _divide_cast if dy.dtype != share.dtype else np.divide, dy, by, share
             )
-        elif given.y is not None:
-            self._slopes(given.y[outputs], share)
-            self._do(np.multiply, share, dy, share)
+        else:
+            x = cast("Array", x)[_place(region.images, span, region.cells)]
+            y = cast("Array", y)[outputs]
+            size, zero, mask = (
+                self._view(n, dy.shape) for n in ("norms", "nonzero", "mask")
+            )
+            most = float(np.finfo(share.dtype).max) / (4 * self._geometry.taps)
+            self._do(_norm_shares, problem.norm, most, dy, y, share, size, zero, mask)
         self._sweep_back(region, share, target)
-        if problem.kind == NORM and given.x is not None:
-            x = given.x[_place(region.images, span, region.cells)]
-            slopes = self._view("power", x.shape)
-            self._do(_absolute(x, slopes), x, slopes)
-            self._slopes(slopes, slopes, sign=-1)
-            same = x.dtype == slopes.dtype
-            self._do(np.copysign if same else _copysign_cast, slopes, x, slopes)
-            self._do(np.multiply, target, slopes, target)
+        if x is not None and y is not None:
+            names = "power", "nonzero", "mask"
+            views = (self._view(name, x.shape) for name in names)
+            operands = problem.norm, region, dy, y, x, target, *views
+            self._do(_multiply_by_slopes, *operands, *self._state)
         if target is not dx:
             self._copy(target, dx)
 
-    def _slopes(self, values: Array, out: Array, *, sign: int = 1) -> None:
-        """``values ** (sign · (1 - p))``, and zero where the value is."""
-        zero = self._view("mask", values.shape)
-        self._do(np.equal, values, 0, zero)
-        if values is not out:
-            self._do(np.copyto, out, values)
-        self._do(np.copyto, out, 1, "same_kind", zero)
-        self._raise(out, sign * (1 - self._problem.norm))
-        self._do(np.copyto, out, 0, "same_kind", zero)
+    def scale_gradient(
+        self, region: Region, dy: Array, y: Array, x: Array, dx: Array
+    ) -> None:
+        """Compute anew what is not finite, as ``dy · (|x| / y)^(p - 1) · sign(x)``.
+
+        By the squares of their roots, none of which overflows or underflows.
+        """
+        view, power = self._view, self._problem.norm - 1
+        bad = np.logical_not(
+            np.isfinite(dx, view("mask", x.shape)), view("mask", x.shape)
+        )
+        root_x, root_y = view("power", x.shape), view("norms", y.shape)
+        root_dy = view("share", dy.shape)
+        for values, root in ((dy, root_dy), (y, root_y), (x, root_x)):
+            zero = view("nonzero", values.shape)
+            _powers(0.5, math.inf, values, root)
+            np.equal(root, 0, zero)
+            if values is y:
+                # Where there is no norm, there is no derivative.
+                np.copyto(root_y, 1, where=zero)
+                np.multiply(root_dy, 0, root_dy, where=zero)
+        np.copyto(dx, 0, where=bad)
+        axes, cells = self._geometry.axes, self._readable(region)
+        # In one order, by tap or by output: a sum must not depend on the region.
+        each = (
+            sorted(axis.meetings(*ranges), key=lambda meeting: -meeting.outputs.start)
+            for axis, *ranges in zip(axes, region.output, cells, strict=True)
+        )
+        for meetings in product(*each):
+            at = (..., *(meeting.cells for meeting in meetings))
+            under = (..., *(meeting.outputs for meeting in meetings))
+            root, where = view("scaled", root_x[at].shape), bad[at]
+            np.divide(root_x[at], root_y[under], root, where=where)
+            np.copyto(root, 1, where=zero[at])
+            np.power(root, power, root, where=where)
+            np.multiply(root, root_dy[under], root, where=where)
+            np.multiply(root, root, root, where=where)
+            np.copysign(root, dy[under], out=root, dtype=root.dtype, where=where)
+            np.add(dx[at], root, dx[at], where=where)
+        np.copyto(root_x, x)
+        np.multiply(dx, np.sign(root_x, root_x), dx, where=bad)
+
+    def _readable(self, region: Region) -> Ranges:
+        """The cells of a region that windows may read: negative padding crops."""
+        each = zip(self._geometry.axes, region.cells, strict=True)
+        return tuple((a, max(a, min(b, axis.end))) for axis, (a, b) in each)
 
     def _sweep_back(self, region: Region, source: Array, target: Array) -> None:
         """Give to every cell what the windows over it hold, axis by axis."""
-        readable = tuple(
-            (start, max(start, min(stop, axis.end)))
-            for axis, (start, stop) in zip(
-                self._geometry.axes, region.cells, strict=True
-            )
-        )
+        readable = self._readable(region)
         single = self._single(region.output, readable)
         if single is not None:
             place = target[(..., *single)]
@@ -491,13 +572,8 @@ class _Worker:
             return
         if self._give_apart(region, readable, source, target):
             return
-        passes = _passes(self._geometry, inner_first=True)
-        for number, axis in enumerate(passes):
-            shape = list(source.shape)
-            start, stop = region.cells[axis]
-            shape[2 + axis] = stop - start
-            is_last = number == len(passes) - 1
-            into = target if is_last else self._view(f"stage{number}", shape)
+        sizes = [stop - start for start, stop in region.cells]
+        for axis, into in self._stages(source, sizes, target, inner_first=True):
             self._do(np.ndarray.fill, into, 0)
             windows = self._geometry.axes[axis]
             for meeting in windows.meetings(region.output[axis], readable[axis]):
@@ -642,21 +718,141 @@ class _Worker:
         ).cells[:, 0]
 
 
-def _absolute(values: Array, out: Array) -> Callable[..., Any]:
-    """What writes absolute values in the type of ``out``."""
-    return np.absolute if values.dtype == out.dtype else _absolute_cast
-
-
-def _absolute_cast(values: Array, out: Array) -> None:
-    np.absolute(values, out=out, dtype=out.dtype)
-
-
 def _divide_cast(values: Array, by: Any, out: Array) -> None:
     np.divide(values, by, out=out, dtype=out.dtype)
 
 
-def _copysign_cast(values: Array, signs: Array, out: Array) -> None:
-    np.copysign(values, signs, out=out, dtype=out.dtype)
+def _raise(values: Array, power: float) -> None:
+    """Raise values to a power, in place."""
+    if power == 2:
+        np.multiply(values, values, values)
+    elif power == 0.5:
+        np.sqrt(values, values)
+    elif power != 1:
+        np.power(values, power, values)
+
+
+def _safe_sums(problem: PoolProblem) -> _Limits:
+    """The least sum of powers that has full accuracy, and the largest power.
+
+    The powers that underflow are less than eps² of such a sum; four times as many
+    elements as a window has do not overflow.
+    """
+    limits = np.finfo(problem.accumulate)
+    if problem.norm <= 1:
+        return 0.0, math.inf
+    most = float(limits.max) / (4 * problem.geometry.taps)
+    return float(limits.tiny) / float(limits.eps) ** 2, most
+
+
+def _powers(power: float, most: float, values: Array, out: Array) -> None:
+    """``|values| ** power``, and ``most`` where that is more."""
+    with np.errstate(over="ignore"):
+        if power == 2 and values.dtype == out.dtype:
+            np.multiply(values, values, out)
+        else:
+            np.absolute(values, out=out, dtype=out.dtype)
+            _raise(out, power)
+    if power > 1 and not out.max(initial=0) <= most:
+        np.minimum(out, most, out=out)
+
+
+def _check_norms(
+    limits: _Limits,
+    block: Block,
+    window: Array,
+    powers: Array,
+    norms: Array,
+    mask: Array,
+    cells: Array,
+    *state: Any,
+) -> None:
+    """Compute norms anew where their sums of powers overflow or underflow."""
+    low, high = limits
+    most = norms.max()
+    if low <= norms.min() and most < high:
+        return
+    # Windows of zeros are usual: all is well if no other norm is small, and no other
+    # power 0.
+    if not (
+        most < high
+        and _count(np.less, norms, low, mask) == _count(np.equal, norms, 0, mask)
+        and _count(np.equal, powers, 0, cells) == _count(np.equal, window, 0, cells)
+    ):
+        _worker(*state).scale_norms(limits, block, window, norms, mask)
+
+
+def _worker(problem: PoolProblem, names: tuple[str, ...], *buffers: Array) -> _Worker:
+    """A worker whose steps are run at once."""
+    return _Worker(problem, dict(zip(names, buffers, strict=True)), _call)
+
+
+def _count(test: Callable[..., Any], values: Array, limit: float, mask: Array) -> int:
+    return int(np.count_nonzero(test(values, limit, mask)))
+
+
+def _slopes(values: Array, power: float, nonzero: Array, mask: Array) -> None:
+    """Raise to a power: 0 stays 0, and what is not a normal number becomes NaN."""
+    np.not_equal(values, 0, nonzero)
+    has_zeros = not nonzero.all()
+    if has_zeros:
+        # Far faster than masked copies where zeros are scattered.
+        np.add(values, np.logical_not(nonzero, nonzero), values)
+        np.logical_not(nonzero, nonzero)
+    _raise(values, power)
+    tiny = np.finfo(values.dtype).tiny
+    if not (0 <= power <= 1 or values.min() >= tiny):
+        np.copyto(values, np.nan, where=np.less(values, tiny, mask))
+    if has_zeros:
+        np.multiply(values, nonzero, values)
+
+
+def _norm_shares(
+    norm: float,
+    most: float,
+    dy: Array,
+    y: Array,
+    share: Array,
+    size: Array,
+    nonzero: Array,
+    mask: Array,
+) -> None:
+    """``dy · y^(1 - p)``, and NaN where that overflows or underflows."""
+    tiny = np.finfo(share.dtype).tiny
+    np.copyto(share, y)
+    with np.errstate(over="ignore", invalid="ignore"):
+        _slopes(share, 1 - norm, nonzero, mask)
+        np.multiply(share, dy, share)
+    np.absolute(share, size)
+    if tiny <= size.min() and size.max() <= most:
+        return
+    np.logical_and(nonzero, np.not_equal(dy, 0, mask), nonzero)
+    for outside, limit in ((np.less, tiny), (np.greater, most)):
+        np.logical_and(nonzero, outside(size, limit, mask), mask)
+        np.copyto(share, np.nan, where=mask)
+
+
+def _multiply_by_slopes(
+    norm: float,
+    region: Region,
+    dy: Array,
+    y: Array,
+    x: Array,
+    dx: Array,
+    slopes: Array,
+    nonzero: Array,
+    mask: Array,
+    *state: Any,
+) -> None:
+    """Multiply by ``|x|^(p - 1) · sign(x)``; compute anew what is not finite."""
+    np.absolute(x, out=slopes, dtype=slopes.dtype)
+    with np.errstate(over="ignore", invalid="ignore"):
+        _slopes(slopes, norm - 1, nonzero, mask)
+        np.copysign(slopes, x, out=slopes, dtype=slopes.dtype)
+        np.multiply(dx, slopes, dx)
+        is_finite = np.isfinite(dx.sum())
+    if not is_finite:
+        _worker(*state).scale_gradient(region, dy, y, x, dx)
 
 
 def _note_nan(values: Array, mask: Array, flag: Array) -> None:
@@ -672,17 +868,6 @@ def _mark_empty(found: Array, indices: Array, mask: Array) -> None:
         np.copyto(indices, -1, where=mask)
 
 
-def _mark_best(
-    flag: Array | None, mask: Array, nan: Array, part: Array, best: Array
-) -> None:
-    """Write to ``mask`` which cells are the best, or NaN if there are any."""
-    np.equal(part, best, mask)
-    if flag is not None and flag[0]:
-        np.not_equal(part, part, nan)
-        np.logical_or(mask, nan, mask)
-        flag[0] = True  # it lies where the first NaN is marked
-
-
 def _keep_best(
     flag: Array | None,
     mask: Array,
@@ -690,44 +875,24 @@ def _keep_best(
     part: Array,
     best: Array,
     found: Array,
-    place: Array,
-) -> None:
-    """Write the places of cells that are the best, and zero for the others."""
-    _mark_best(flag, mask, nan, part, best)
-    np.multiply(mask, found, place)
-
-
-def _keep_earliest(
-    flag: Array | None,
-    mask: Array,
-    nan: Array,
-    part: Array,
-    best: Array,
-    found: Array,
     met: Array,
-    place: Array,
+    place: Array | None = None,
+    axis: int | None = None,
 ) -> None:
-    """Put the places of cells that are the best where none is earlier."""
-    _mark_best(flag, mask, nan, part, best)
-    np.multiply(mask, found, met)
-    np.maximum(place, met, out=place)
+    """Write to ``met`` the places of cells that are the best, zero for the others.
 
-
-def _keep_earliest_of(
-    flag: Array | None,
-    mask: Array,
-    nan: Array,
-    part: Array,
-    best: Array,
-    found: Array,
-    met: Array,
-    place: Array,
-    axis: int,
-) -> None:
-    """Put the earliest place along an axis of cells that are the best."""
-    _mark_best(flag, mask, nan, part, best)
+    They go on to ``place`` if none is earlier there; with an axis, the first along it.
+    """
+    np.equal(part, best, mask)
+    if flag is not None and flag[0]:
+        np.not_equal(part, part, nan)
+        np.logical_or(mask, nan, mask)
+        flag[0] = True  # it lies where the first NaN is marked
     np.multiply(mask, found, met)
-    np.maximum.reduce(met, axis, None, place, keepdims=True, initial=0)
+    if axis is not None:
+        np.maximum.reduce(met, axis, None, place, keepdims=True, initial=0)
+    elif place is not None:
+        np.maximum(place, met, out=place)
 
 
 def _is_looped(dx: Array, indices: Array, dy: Array) -> bool:
@@ -749,20 +914,14 @@ def _add_at(
     dy: Array,
     values: Array | None,
     heads: Array,
-    at: Array,
-    rest: Array,
-    cell: Array,
-    outside: Array,
-    beyond: Array,
-    share: Array,
-    flat_at: Array,
-    flat_share: Array,
+    *buffers: Array,
 ) -> None:
     """Add dy to the cells of a region of planes where the indices say.
 
     ``values`` are those of dy in the order of ``flat_at``, if they lie so; planes begin
     at ``heads`` and their cells lie ``steps`` apart.
     """
+    at, rest, cell, outside, beyond, share, flat_at, flat_share = buffers
     total, step = math.prod(size), merged_stride(size, steps[2:])
     is_whole = region == tuple((0, n) for n in size)
     # As unsigned numbers, those below zero are the largest.
@@ -881,7 +1040,9 @@ def _buffers(problem: PoolProblem, tiling: PoolTiling) -> tuple[Buffer, ...]:
     if problem.kind == MEAN:
         return (*found, *_divisor_buffers(problem, reached))
     most = max(outputs, cells)
-    return (*found, Buffer("power", cells, sums), Buffer("mask", most, _BOOL))
+    found += (Buffer(name, cells, sums) for name in ("power", "scaled"))
+    found += (Buffer(name, most, _BOOL) for name in ("nonzero", "mask"))
+    return (*found, Buffer("norms", outputs, sums))
 
 
 def _forward_buffers(
@@ -896,7 +1057,14 @@ def _forward_buffers(
     if problem.kind == MEAN:
         found += _divisor_buffers(problem, outputs)
     elif problem.kind == NORM:
-        found.append(Buffer("power", head * math.prod(spans), sums))
+        cells = head * math.prod(spans)
+        found.append(Buffer("power", cells, sums))
+        if problem.norm > 1:
+            steps = list(_sizes(g, head, spans, outputs, inner_first=False))
+            found.append(Buffer("norms", steps[-1], sums))
+            found.append(Buffer("largest", max(steps), sums))
+            found.append(Buffer("scaled", max(*steps, cells), sums))
+            found.append(Buffer("mask", max(*steps, cells), _BOOL))
     elif inner_first:
         small = g.cells < 2**31
         index = np.dtype(np.int32) if small else _INDEX
