@@ -475,7 +475,7 @@ def test_phases_are_captured_where_their_strategy_is(xp, op) -> None:
 # Phases of strided input gradients
 
 STRIDED = Case(
-    (4, 128, 40, 39), (64, 128, 3, 3), {"stride": 2, "padding": 1, "dilation": (1, 2)}
+    (8, 128, 40, 39), (64, 128, 3, 3), {"stride": 2, "padding": 1, "dilation": (1, 2)}
 )
 
 
