@@ -142,9 +142,9 @@ CPU_RATES = Rates(
     direct=0.03,
     loads=0,
     products=30,
-    crowding=0.5,
+    crowding=0.2,
     block=5_000,
-    worker=60_000,
+    worker=100_000,
     # With two workers, layers of 0.3 to 0.5 ms took 1.05 times as long as with one, and
     # those of 0.5 to 1 ms 0.78 times, in passes over networks after 50 ms of sleep.
     worth_workers=450_000,

@@ -23,8 +23,9 @@ OVER_DY = "it only runs the forward pass; at stride 1 an input gradient is one"
 # Weights are transposed this many filters at a time: 512×512×9 take 2.4 ms, 4.7 at
 # once.
 _STRIP = 16
-# Below this many elements a second worker costs more than it saves in sums and copies.
-_WORTH_SHARING = 2**17
+# Below this many elements a second worker costs more than it saves in sums and copies:
+# it takes 0.1 ms to start.  And below this many, one copy is as good as several.
+_WORTH_SHARING, _WORTH_STRIPS = 2**19, 2**17
 _PARTIAL_ROWS, _PARTIAL_CELLS, _PARTIAL_POSITIONS = 64, 2**17, 16
 # The most blocks to keep with a plan: each is a kibibyte of Python objects.
 _FEW = 16
@@ -77,10 +78,15 @@ class Job(NamedTuple):
         self,
         items: Iterable[Item],
         body: Callable[[int, Item, dict[str, Array]], None],
+        cells: int | None = None,
     ) -> None:
-        """Distribute items to the workers: ``body(number, item, worker's buffers)``."""
-        single = self.problem.single_threaded
-        self.backend.each(items, body, self.own, single_threaded=single)
+        """Distribute items to the workers: ``body(number, item, worker's buffers)``.
+
+        Items of few ``cells`` in all go to one worker.
+        """
+        alone = cells is not None and cells < _WORTH_SHARING
+        own, single = self.own[:1] if alone else self.own, self.problem.single_threaded
+        self.backend.each(items, body, own, single_threaded=single)
 
 
 class Blocks:
@@ -217,10 +223,10 @@ def copy_transposed(job: Job, source: Array, target: Array) -> None:
         place = (slice(None),) * axis + (strip,)
         job.backend.copy(source[place], target[place])
 
-    if source.size < _WORTH_SHARING:
+    if source.size < _WORTH_STRIPS:
         job.backend.copy(source, target)
     else:
-        job.each(strips, body)
+        job.each(strips, body, source.size)
 
 
 def weight_buffer(problem: Problem) -> tuple[Buffer, ...]:

@@ -367,7 +367,7 @@ def _bands(job: Job, taps: Array, u: Array, shape: Shape) -> None:
         into = out[..., strip].swapaxes(0, 1)
         do(np.matmul, last.filter, part.swapaxes(0, 1), into)
 
-    job.each(_strips(taps.shape[2], shape), body)
+    job.each(_strips(taps.shape[2], shape), body, u.size)
 
 
 def _finish(job: Job, total: Array, out: Array, shape: Shape) -> None:
@@ -392,5 +392,5 @@ def _finish(job: Job, total: Array, out: Array, shape: Shape) -> None:
         else:
             do(np.matmul, rows.filter.T, across, flat[..., strip])
 
-    job.each(_strips(flat.shape[2], shape), body)
+    job.each(_strips(flat.shape[2], shape), body, total.size)
     copy_transposed(job, taps.transpose(2, 5, 4, 3, 1, 0), view)
