@@ -124,20 +124,20 @@ def price(work: Work, rates: Rates) -> Price:
     return Price(float(even), float(crowded), work.pieces)
 
 
-# Fitted to 1,575 candidates for 428 passes of layers of eight networks, N = 1 and 8,
+# Fitted to 1,854 candidates for 478 passes of layers of eight networks, N = 1 and 8,
 # forward and both gradients, on one core of an Intel Xeon (AVX-512, 2 MiB of L2 cache)
 # with NumPy 2.4 and OpenBLAS 0.3.31: least squares of the relative error.  The cheapest
-# takes 1.04 times as long as the fastest (geometric mean), nine in ten at most 1.12.
+# takes 1.04 times as long as the fastest (geometric mean), nine in ten at most 1.14.
 CPU_RATES = Rates(
-    multiply=0.015,
-    short=4,
-    gather=0.27,
-    scatter=0.29,
+    multiply=0.0154,
+    short=2,
+    gather=0.28,
+    scatter=0.28,
     copy=0.24,
-    transform=0.25,
-    last_transform=0.53,
-    transpose=1.0,
-    reread=0.014,
+    transform=0.4,
+    last_transform=0.58,
+    transpose=0.8,
+    reread=0.042,
     fourier=0.2,
     direct=0.03,
     loads=0,

@@ -30,6 +30,9 @@ _PARTIAL_ROWS, _PARTIAL_CELLS, _PARTIAL_POSITIONS = 64, 2**17, 16
 # The most blocks to keep with a plan: each is a kibibyte of Python objects.
 _FEW = 16
 
+# Weights of at most this many elements stay in the cache between blocks.
+_IN_CACHE = 2**17
+
 Item = TypeVar("Item")
 # One of the ways of a strategy: an enum, sizes, or None where there is one way.
 Variant: TypeAlias = Any
@@ -309,6 +312,11 @@ def sums_in_place(problem: Problem) -> bool:
     return (
         "out" in problem.zero_copy and problem.types.result == problem.types.accumulate
     )
+
+
+def read_again(weights: int, times: int) -> int:
+    """The elements of weights that are read from memory, if they are many."""
+    return weights * times if weights > _IN_CACHE else 0
 
 
 def parts_of(count: int, parts: int) -> list[slice]:

@@ -80,6 +80,10 @@ def _frequencies(lengths: tuple[int, ...]) -> tuple[int, ...]:
     return (*lengths[:-1], lengths[-1] // 2 + 1)
 
 
+# The cost of reading a spectrum of a weight again, relative to a weight.
+_SPECTRA = 7
+
+
 class Fft(OneWay):
     """See `cuconv.strategies.Strategy`."""
 
@@ -142,7 +146,7 @@ class Fft(OneWay):
             short_side=min(images, g.group_filters, g.group_channels),
             fourier=spectra * cells * math.log2(max(cells, 2)),
             copy=2 * spectra * cells + (3 * blocks * weights * cells if adds else 0),
-            reread=blocks * weights * cells,
+            reread=_SPECTRA * blocks * weights * cells,
             blocks=blocks,
             pieces=tiling.splits if adds else blocks,
         )

@@ -42,6 +42,7 @@ from cuconv.strategies.base import (
     output_cells,
     partial_cells,
     parts_of,
+    read_again,
     sums_in_place,
     take_bias,
     take_weights,
@@ -63,6 +64,8 @@ EACH, WIDE, ROWS = Order
 # Rows of fewer positions are not multiplied one by one; and products of more
 # multiply-adds than this are packed by BLAS, their weights each time.
 _LEAST_ROW, _SMALL_PRODUCT = 16, 10**6
+# The cost of packing a weight, relative to reading it from memory.
+_PACKED = 5
 
 
 class Taps(NamedTuple):
@@ -205,7 +208,7 @@ class PartialIm2col:
             scatter=(taps - 1) * results,
             copy=copied,
             transpose=_runs_of_weights(problem),
-            reread=blocks * images * weights,
+            reread=read_again(weights, blocks * images),
             products=products * taps * splits,
             blocks=blocks * splits,
             pieces=blocks * splits,
@@ -229,7 +232,7 @@ class PartialIm2col:
             short_side=min(row, g.group_filters // splits, g.patch),
             scatter=0,
             products=products * rows * splits,
-            reread=products * rows * weights if packed else 0,
+            reread=_PACKED * products * rows * weights if packed else 0,
         )
 
     def weights(self, job: Job, w: Array, kept: dict[str, Array]) -> Array:

@@ -49,6 +49,7 @@ from cuconv.strategies.base import (
     add_splits,
     bias_buffer,
     output_cells,
+    read_again,
     take_bias,
     three_axes,
 )
@@ -187,11 +188,12 @@ class Winograd:
         outer = tiling.tile.cells[0] if g.rank > len(tiling.variant) else 1
         rows_in_block = -(-tiles // max(blocks * outer, 1))
         grad = problem.op == "weight_grad"
+        # A block of a gradient reads the sum and the product, and writes the sum.
         count = products_work if problem.module == "numpy" else kernels_work
         return Work(
             multiply=float(tiles) * kept,
             short_side=min(rows_in_block, g.group_filters, g.group_channels),
-            reread=(blocks if not grad else blocks + tiling.splits) * kept,
+            reread=read_again(kept, 3 * (blocks + tiling.splits) if grad else blocks),
             pieces=tiling.splits if grad else blocks,
             **count(problem, tiling, shape, blocks),
         )

@@ -118,13 +118,13 @@ def test_rubbish_in_the_arenas_does_not_show(op, name) -> None:
 
 def test_threads_with_settings_of_their_own() -> None:
     """Eight threads, every one in a block of its own, over the same arrays."""
-    case = Case((4, 32, 28, 28), (32, 32, 3, 3), {"padding": 1})
+    case = Case((4, 64, 28, 28), (64, 64, 3, 3), {"padding": 1})
     arrays = random(case)
     settings = [
         {"num_threads": n, "precision": p, "memory_limit": m}
         for n in (1, 3)
         for p in ("strict", "fast")
-        for m in (2**19, 2**22)
+        for m in (2**19, 2**24)
     ]
 
     def all_three(number: int) -> list[bytes]:

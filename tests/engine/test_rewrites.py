@@ -20,6 +20,7 @@ from support import (
     call_into,
     captured,
     device_of,
+    forget_plans,
     integers,
     of,
     operands,
@@ -35,6 +36,7 @@ from support import (
 
 import cuconv
 from cuconv import testing
+from cuconv.engine.rewrites import polyphase
 from cuconv.geometry import PADDING_MODES, Axis, ConvGeometry
 from cuconv.memory import MemoryLimitError
 
@@ -479,7 +481,11 @@ STRIDED = Case(
 )
 
 
-def test_phases_of_strided_gradients_have_the_bits_of_any_number_of_threads() -> None:
+def test_phases_of_strided_gradients_have_the_bits_of_any_number_of_threads(
+    monkeypatch,
+) -> None:
+    monkeypatch.setattr(polyphase, "_WORTH_PHASES", 10)
+    forget_plans()
     rng = np.random.default_rng(1)
     shapes = shapes_of(STRIDED)
     arrays = Operands(*(rng.standard_normal(s).astype("float32") for s in shapes))
