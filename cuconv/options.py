@@ -18,7 +18,9 @@ T = TypeVar("T")
 # Options that a transposed convolution does not have.
 FORWARD_ALONE = "padding_mode", "input_dilation", "batch_groups"
 
-PaddingMode: TypeAlias = Literal["zeros", "reflect", "replicate", "circular"]
+PaddingMode: TypeAlias = Literal[
+    "zeros", "reflect", "symmetric", "replicate", "circular"
+]
 Precision: TypeAlias = Literal["strict", "standard", "fast"]
 
 
@@ -42,9 +44,10 @@ class ConvOptions(TypedDict, total=False):
         ``groups=C`` is depthwise convolution.
     padding_mode
         Values of the padding, of any length: ``"zeros"``; ``"reflect"``, the element at
-        the mirrored position, without repeating the edge; ``"replicate"``, the edge;
-        ``"circular"``, the element that follows when x is repeated.  If one end is
-        cropped, padding at the other end still reads all of x.
+        the mirrored position, without repeating the edge; ``"symmetric"``, repeating
+        the edge (SciPy's ``"reflect"``; its ``"mirror"`` is ``"reflect"`` here);
+        ``"replicate"``, the edge; ``"circular"``, the element that follows when x is
+        repeated.  If one end is cropped, padding at the other end still reads all of x.
     input_dilation
         Distance between neighbouring elements of x, with zeros between them that are
         never multiplied: an integer, or one for each spatial axis.  ``padding`` is

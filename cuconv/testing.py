@@ -487,6 +487,8 @@ def _read(place: int, size: int, apart: int, mode: str) -> int:
     while place not in inside:
         if mode == "circular":
             place += size if place < 0 else -size
+        elif mode == "symmetric":
+            place = -1 - place if place < 0 else 2 * size - 1 - place
         elif size == 1:
             place = 0
         else:

@@ -12,9 +12,9 @@ LARGEST_PARAMETER = 2**31 - 1
 
 PADDING_WORDS = ("valid", "same", "same_lower", "causal")
 
-# The value of padding: zero, the element at the mirrored position (the edge is not
-# repeated), the edge, or the element that follows when the input is repeated.
-PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
+# The value of padding: zero, the element at the mirrored position (without and with the
+# edge repeated), the edge, or the element that follows when the input is repeated.
+PADDING_MODES = ("zeros", "reflect", "symmetric", "replicate", "circular")
 
 LAYOUTS = {
     "channels_first": True,

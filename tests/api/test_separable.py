@@ -21,6 +21,7 @@ from support import (
 import cuconv
 from cuconv import testing
 from cuconv.engine import separable
+from cuconv.geometry import PADDING_MODES
 from cuconv.memory import MemoryLimitError
 from cuconv.options import SEPARABLE_OPTIONS
 
@@ -183,6 +184,24 @@ def test_depthwise_is_a_convolution_with_as_many_groups(xp, name, layout) -> Non
     assert cuconv.depthwise_conv_backward(mine, x, w, needs=(), **options) == (
         cuconv.ConvGradients()
     )
+
+
+@pytest.mark.parametrize("mode", PADDING_MODES[1:])
+def test_depthwise_with_a_padding_mode(xp, mode) -> None:
+    options = {"padding": ((5, 2), (1, 7)), "padding_mode": mode}
+    x, w = integers((2, 3, 4, 5)), integers((3, 2, 3, 2), seed=1)
+    wanted = testing.conv_reference(x, flat(w), groups=3, **options)
+    options["precision"] = "strict"
+    mine = to_device(xp, x), to_device(xp, w)
+    y = cuconv.depthwise_conv(*mine, **options)
+    testing.assert_equal(y, wanted)
+    found = cuconv.depthwise_conv_backward(y, *mine, needs=("x", "w"), **options)
+    wide = to_device(xp, flat(w))
+    whole = cuconv.conv_backward(
+        y, mine[0], wide, needs=("x", "w"), groups=3, **options
+    )
+    testing.assert_equal(found.x, to_host(whole.x))
+    testing.assert_equal(found.w, to_host(whole.w).reshape(w.shape))
 
 
 def strided(xp: Any, w: np.ndarray) -> Any:

@@ -25,7 +25,11 @@ from cuconv.layers import (
 MADE: dict[str, tuple[Any, tuple[int, ...], dict[str, Any]]] = {
     "Conv": (Conv, (6, 4, (3, 2)), {"groups": 2, "stride": (2, 1), "padding": 1}),
     "Conv1d": (Conv1d, (6, 4, 3), {"dilation": 2}),
-    "Conv2d": (Conv2d, (6, 4, (3, 2)), {"padding": ((1, 0), (2, 1))}),
+    "Conv2d": (
+        Conv2d,
+        (6, 4, (3, 2)),
+        {"padding": ((1, 0), (2, 1)), "padding_mode": "symmetric"},
+    ),
     "Conv3d": (Conv3d, (6, 4, (1, 3, 2)), {"stride": 2}),
     "ConvTranspose": (
         ConvTranspose,
