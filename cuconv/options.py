@@ -35,10 +35,12 @@ class ConvOptions(TypedDict, total=False):
     padding
         Zeros around the input, in elements: an integer, one for each spatial axis, or
         (before, after) pairs; negative numbers crop.  Or a string: ``"valid"`` is no
-        padding; ``"same"`` makes the output ceil(size / stride) long, with the extra
-        element after; ``"same_lower"`` with the extra element before; ``"causal"``, for
-        one spatial axis, is dilation · (kernel - 1) elements before and none after, so
-        that output o depends on no input after o · stride.
+        padding; ``"full"`` is dilation · (kernel - 1) elements at both ends, so that
+        there is an output for every overlap of kernel and input; ``"same"`` makes the
+        output ceil(size / stride) long, with the extra element after; ``"same_lower"``
+        with the extra element before; ``"causal"``, for one spatial axis, is dilation ·
+        (kernel - 1) elements before and none after, so that output o depends on no
+        input after o · stride.
     groups
         Split channels and filters into this number of independent groups;
         ``groups=C`` is depthwise convolution.

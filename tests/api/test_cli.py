@@ -59,6 +59,7 @@ def test_the_page_has_examples():
             "--padding same --precision strict",
             {"padding": "same", "precision": "strict"},
         ),
+        ("--padding full", {"padding": "full"}),
         (
             "--padding 2 --padding-mode symmetric",
             {"padding": 2, "padding_mode": "symmetric"},

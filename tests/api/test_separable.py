@@ -38,6 +38,7 @@ class Net(NamedTuple):
 NETS = {
     "one axis": Net((3, 4, 11), (4, 2, 3), 5, {"stride": 2, "padding": ((2, 1),)}),
     "causal": Net((2, 3, 9), (3, 1, 4), 2, {"padding": "causal", "dilation": 2}),
+    "full": Net((2, 3, 4, 5), (3, 2, 2, 3), 4, {"padding": "full", "stride": (1, 2)}),
     "two axes": Net(
         (3, 2, 6, 5),
         (2, 3, 3, 2),
@@ -53,7 +54,7 @@ NETS = {
 }
 BIG = Net((2, 24, 5, 4), (24, 24, 3, 2), 6, {"padding": "same"})
 SMALLER = Net((2, 6, 3, 4), (6, 4, 3, 2), 6, {"padding": "same"})
-DEFAULT_NETS = ("one axis", "causal", "strides jump")
+DEFAULT_NETS = ("one axis", "causal", "full", "strides jump")
 IN_LAYOUTS = [
     *((name, "channels_first") for name in DEFAULT_NETS),
     ("two axes", "channels_last"),
