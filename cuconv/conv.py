@@ -99,10 +99,11 @@ def conv(
     Padding modes, and input dilation:
 
     >>> x, one = np.array([[[1, 2, 3]]]), np.array([[[1]]])
-    >>> for mode in ("zeros", "reflect", "replicate", "circular"):
+    >>> for mode in ("zeros", "reflect", "symmetric", "replicate", "circular"):
     ...     print(cuconv.conv(x, one, padding=2, padding_mode=mode)[0, 0])
     [0 0 1 2 3 0 0]
     [3 2 1 2 3 2 1]
+    [2 1 1 2 3 3 2]
     [1 1 1 2 3 3 3]
     [2 3 1 2 3 1 2]
     >>> cuconv.conv(x, np.array([[[1, 10]]]), padding=1, input_dilation=2)

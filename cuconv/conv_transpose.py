@@ -85,9 +85,10 @@ def conv_transpose(
     padding
         Elements cropped at both ends of the result: an integer, one for each spatial
         axis, or (before, after) pairs; negative numbers add elements.  Or a string:
-        ``"valid"`` crops nothing; ``"same"``, ``"same_lower"`` and, for one spatial
-        axis, ``"causal"`` are those of the adjoint convolution, and make the result
-        size · stride long, or ``output_size``.
+        ``"valid"`` crops nothing; ``"full"`` crops dilation · (kernel - 1) elements at
+        both ends; ``"same"``, ``"same_lower"`` and, for one spatial axis, ``"causal"``
+        make the result size · stride long, or ``output_size``.  All are those of the
+        adjoint convolution.
     {options}
 
     Returns

@@ -18,7 +18,9 @@ T = TypeVar("T")
 # Options that a transposed convolution does not have.
 FORWARD_ALONE = "padding_mode", "input_dilation", "batch_groups"
 
-PaddingMode: TypeAlias = Literal["zeros", "reflect", "replicate", "circular"]
+PaddingMode: TypeAlias = Literal[
+    "zeros", "reflect", "symmetric", "replicate", "circular"
+]
 Precision: TypeAlias = Literal["strict", "standard", "fast"]
 
 
@@ -33,18 +35,21 @@ class ConvOptions(TypedDict, total=False):
     padding
         Zeros around the input, in elements: an integer, one for each spatial axis, or
         (before, after) pairs; negative numbers crop.  Or a string: ``"valid"`` is no
-        padding; ``"same"`` makes the output ceil(size / stride) long, with the extra
-        element after; ``"same_lower"`` with the extra element before; ``"causal"``, for
-        one spatial axis, is dilation · (kernel - 1) elements before and none after, so
-        that output o depends on no input after o · stride.
+        padding; ``"full"`` is dilation · (kernel - 1) elements at both ends, so that
+        there is an output for every overlap of kernel and input; ``"same"`` makes the
+        output ceil(size / stride) long, with the extra element after; ``"same_lower"``
+        with the extra element before; ``"causal"``, for one spatial axis, is dilation ·
+        (kernel - 1) elements before and none after, so that output o depends on no
+        input after o · stride.
     groups
         Split channels and filters into this number of independent groups;
         ``groups=C`` is depthwise convolution.
     padding_mode
         Values of the padding, of any length: ``"zeros"``; ``"reflect"``, the element at
-        the mirrored position, without repeating the edge; ``"replicate"``, the edge;
-        ``"circular"``, the element that follows when x is repeated.  If one end is
-        cropped, padding at the other end still reads all of x.
+        the mirrored position, without repeating the edge; ``"symmetric"``, repeating
+        the edge (SciPy's ``"reflect"``; its ``"mirror"`` is ``"reflect"`` here);
+        ``"replicate"``, the edge; ``"circular"``, the element that follows when x is
+        repeated.  If one end is cropped, padding at the other end still reads all of x.
     input_dilation
         Distance between neighbouring elements of x, with zeros between them that are
         never multiplied: an integer, or one for each spatial axis.  ``padding`` is

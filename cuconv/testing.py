@@ -487,6 +487,8 @@ def _read(place: int, size: int, apart: int, mode: str) -> int:
     while place not in inside:
         if mode == "circular":
             place += size if place < 0 else -size
+        elif mode == "symmetric":
+            place = -1 - place if place < 0 else 2 * size - 1 - place
         elif size == 1:
             place = 0
         else:
@@ -535,7 +537,10 @@ class _Spread:
                 size = cells * step if size is None else size
                 found.append((_word_pads(padding, size, span, step)[0], size))
                 continue
-            pair = 0 if padding == "valid" else _each(padding, rank)[axis]
+            if isinstance(padding, str):
+                pair = _word_pads(padding, cells, span, step)
+            else:
+                pair = _each(padding, rank)[axis]
             before, after = (pair, pair) if isinstance(pair, int) else pair
             left = (cells - 1) * step + span - before - after + extra
             found.append((before, left if size is None else size))
@@ -580,6 +585,8 @@ def _word_pads(word: str, size: int, span: int, step: int) -> tuple[int, int]:
     """The least padding with which the number of windows of a string option fit."""
     if word == "valid":
         return 0, 0
+    if word == "full":
+        return span - 1, span - 1  # the outer windows have one element each
     if word == "causal":
         return span - 1, 0  # the first window ends at the first element
     wanted = len(range(0, size, step))

@@ -2,19 +2,26 @@
 // inverse.
 //
 // The modes of `cuconv.geometry.PADDING_MODES`: zeros, reflect (at the first element
-// and at the last), replicate (the nearest element), and circular (the axis repeated).
+// and at the last), symmetric (at the edges before and after them, so that both are
+// repeated), replicate (the nearest element), and circular (the axis repeated).
 
-enum { ZEROS, REFLECT, REPLICATE, CIRCULAR };
+enum { ZEROS, REFLECT, SYMMETRIC, REPLICATE, CIRCULAR };
+
+// The coordinates after which a mode repeats.
+__device__ inline INDEX period_of(INDEX size, int mode)
+{
+    return mode == CIRCULAR ? size : 2 * (size - (mode == REFLECT));
+}
 
 // The element that is read for coordinate i.
 __device__ inline INDEX wrapped(INDEX i, INDEX size, int mode)
 {
     if ((UNSIGNED_INDEX)i < (UNSIGNED_INDEX)size) return i;
     if (mode == REPLICATE || size == 1) return i < 0 ? 0 : size - 1;
-    const INDEX period = mode == CIRCULAR ? size : 2 * (size - 1);
+    const INDEX period = period_of(size, mode);
     INDEX rest = i % period;
     if (rest < 0) rest += period;
-    return rest < size ? rest : period - rest;
+    return rest < size ? rest : period - rest - (mode == SYMMETRIC);
 }
 
 // The coordinates in a window that read one element: two sequences of equal steps.
@@ -57,12 +64,12 @@ __device__ inline Readers readers_of(
         r.count = high > low ? high - low : 0;
         return r;
     }
-    r.step = mode == CIRCULAR ? size : 2 * (size - 1);
+    r.step = period_of(size, mode);
     INDEX first = from_on(start, i, r.step);
     r.first = first - start;
     r.count = count_up(first, end, r.step);
-    if (mode == REFLECT && i != 0 && i != size - 1) {
-        first = from_on(start, -i, r.step);
+    if (mode == SYMMETRIC || (mode == REFLECT && i != 0 && i != size - 1)) {
+        first = from_on(start, -i - (mode == SYMMETRIC), r.step);
         r.other_first = first - start;
         r.other_count = count_up(first, end, r.step);
     }

@@ -49,6 +49,11 @@ CASES = {
     "same_lower with stride": Case(
         (1, 2, 7, 8), (3, 2, 4, 3), {"padding": "same_lower", "stride": (2, 3)}
     ),
+    "full, stride and dilation": Case(
+        (2, 2, 4, 5),
+        (3, 2, 3, 2),
+        {"padding": "full", "stride": (2, 1), "dilation": (1, 3)},
+    ),
     "no batch axis": Case(
         (3, 6, 7), (4, 3, 2, 3), {"stride": (1, 2), "padding": (0, 1)}
     ),
@@ -65,6 +70,8 @@ EMPTY = [
     Case((0, 0, 5), (0, 0, 2), {}),
     Case((0, 2, 5), (3, 2, 1), {}),
     Case((2, 4, 0), (2, 2, 3), {"padding": "same", "groups": 2}),
+    Case((2, 2, 0), (3, 2, 1), {"padding": "full"}),
+    Case((2, 2, 0, 4), (3, 2, 2, 3), {"padding": "full"}),
     Case((2, 2, 0, 4), (3, 2, 2, 3), {"padding": ((2, 1), 0)}),
     Case((0, 4, 5), (4, 1, 3), {"groups": 4}),
     Case((2, 2, 4), (3, 2, 2), {"padding": ((6, -7),)}),

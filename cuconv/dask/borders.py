@@ -67,13 +67,12 @@ def border_adjoint(
 
 def _added(total: Array, part: Array, run: Run, place: int) -> Array:
     """Add a part of the border to the elements that it was copied from."""
-    first, last = run.cells.start, run.cells.stop
     if _repeats(run):
         part = part.sum(axis=place, keepdims=True, dtype=part.dtype)
     elif run.cells.step == -1:
-        first, last = last + 1, first + 1
         part = part[*_at(place), ::-1]
-    cells = (slice(0, first), slice(first, last), slice(last, None))
+    first, stop = run.bounds
+    cells = (slice(0, first), slice(first, stop), slice(stop, None))
     low, met, high = (total[*_at(place), some] for some in cells)
     return da.concatenate([low, met + part, high], axis=place)
 
@@ -92,8 +91,8 @@ def _runs(axis: Axis, geometry: ConvGeometry) -> list[Run]:
 
 def _repeats(run: Run) -> bool:
     """True if all elements of a run read the same one."""
-    count = run.window.stop - run.window.start
-    return bool(count > abs(run.cells.stop - run.cells.start))
+    first, stop = run.bounds
+    return bool(run.window.stop - run.window.start > stop - first)
 
 
 def _ends(axis: Axis) -> tuple[int, int]:

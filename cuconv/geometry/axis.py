@@ -43,10 +43,16 @@ class Run(NamedTuple):
     window: slice
     cells: slice
 
+    @property
+    def bounds(self) -> Range:
+        """The interval of the input that it reads, in whichever order."""
+        first, stop, step = self.cells.indices(2**62)
+        return (first, stop) if step > 0 else (stop + 1, first + 1)
+
     def one_to_one(self) -> "Iterator[Run]":
         """The same elements as runs that repeat none."""
-        first, last, _ = self.cells.indices(2**62)
-        if abs(last - first) > 1:
+        first, stop = self.bounds
+        if stop - first > 1:
             yield self
             return
         for cell in range(self.window.start, self.window.stop):
@@ -241,15 +247,17 @@ def _repeated(
             edge = 0 if start < 0 else size - 1
             yield slice(edge, edge + 1), stop - start
         return
-    # Reflection at the first and at the last element is periodic.
-    period = size if mode == "circular" else size - 1
+    # Reflection is periodic: the axis forwards, then backwards.
+    length = size - 1 if mode == "reflect" else size
     while start < stop:
-        index, first = divmod(start, period)
-        count = min(stop - start, period - first)
-        if mode == "reflect" and index % 2:
-            yield slice(period - first, period - first - count, -1), count
-        else:
+        index, first = divmod(start, length)
+        count = min(stop - start, length - first)
+        if mode == "circular" or index % 2 == 0:
             yield slice(first, first + count), count
+        else:
+            last = size - 1 - first
+            # A stop of -1 would be the last element, not the one before the first.
+            yield slice(last, last - count if last >= count else None, -1), count
         start += count
 
 

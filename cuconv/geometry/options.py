@@ -10,11 +10,13 @@ from cuconv.geometry.axis import Axis, EvenAxis, Range, Ranges, dilated_size
 
 LARGEST_PARAMETER = 2**31 - 1
 
-PADDING_WORDS = ("valid", "same", "same_lower", "causal")
+# With these the output has ceil(size / stride) elements along every axis.
+SIZED_WORDS = ("same", "same_lower", "causal")
+PADDING_WORDS = ("valid", "full", *SIZED_WORDS)
 
-# The value of padding: zero, the element at the mirrored position (the edge is not
-# repeated), the edge, or the element that follows when the input is repeated.
-PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
+# The value of padding: zero, the element at the mirrored position (without and with the
+# edge repeated), the edge, or the element that follows when the input is repeated.
+PADDING_MODES = ("zeros", "reflect", "symmetric", "replicate", "circular")
 
 LAYOUTS = {
     "channels_first": True,
@@ -144,13 +146,16 @@ def _check_word_rank(word: object, rank: int) -> None:
 
 
 def word_pads(word: str, size: int, kernel: int, stride: int, dilation: int) -> Range:
-    """The padding of a string option: "valid", "same", "same_lower" or "causal"."""
+    """The padding of a string option, one of `PADDING_WORDS`."""
+    reach = dilation * (kernel - 1)
     if word == "valid":
         return 0, 0
+    if word == "full":
+        return reach, reach
     if word == "causal":
-        return dilation * (kernel - 1), 0
+        return reach, 0
     out = -(-size // stride)
-    total = max(0, (out - 1) * stride + dilation * (kernel - 1) + 1 - size)
+    total = max(0, (out - 1) * stride + reach + 1 - size)
     less = total // 2
     return (less, total - less) if word == "same" else (total - less, less)
 
@@ -191,7 +196,7 @@ def pads_of(
 
 
 def _check_fits(index: int, axis: Axis, padding: object) -> None:
-    # "same" or "causal" over an empty axis gives an empty output, which is no mistake.
+    # Over an empty axis, words but "valid" give an empty output, which is no mistake.
     if axis.padded >= axis.extent or (axis.size == 0 and padding in PADDING_WORDS[1:]):
         return
     raise ValueError(

@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 from cuconv.geometry.axis import Axis, Range
 from cuconv.geometry.options import (
-    PADDING_WORDS,
+    SIZED_WORDS,
     _check_word_rank,
     pads_of,
     per_axis,
@@ -22,7 +22,7 @@ class Ends(NamedTuple):
     @property
     def word(self) -> str | None:
         """The padding, if it is a string that determines the size of the result."""
-        is_word = isinstance(self.padding, str) and self.padding in PADDING_WORDS[1:]
+        is_word = isinstance(self.padding, str) and self.padding in SIZED_WORDS
         return str(self.padding) if is_word else None
 
 

@@ -59,6 +59,11 @@ def test_the_page_has_examples():
             "--padding same --precision strict",
             {"padding": "same", "precision": "strict"},
         ),
+        ("--padding full", {"padding": "full"}),
+        (
+            "--padding 2 --padding-mode symmetric",
+            {"padding": 2, "padding_mode": "symmetric"},
+        ),
         ("--op weight_grad --dtype float16", {"op": "weight_grad", "dtype": "float16"}),
         ("--bias --deterministic False", {"bias": True, "deterministic": False}),
         (

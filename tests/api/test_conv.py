@@ -61,7 +61,7 @@ def test_equals_the_loops_in_every_type(xp, op, dtype, layout) -> None:
     for case in each_in(layout):
         check(xp, op, case, dtype)
         checked += 1
-    assert checked == len(CASES) == 18
+    assert checked == len(CASES) == 19
 
 
 CAUSAL = Case((2, 3, 11), (4, 3, 3), {"padding": "causal", "stride": 2, "dilation": 2})
@@ -84,6 +84,31 @@ def test_a_causal_output_sees_no_later_input(xp) -> None:
         y = to_host(cuconv.conv(xp.asarray(x), xp.asarray(w), **CAUSAL.options))
         seen = [o for o in range(6) if y[0, 0, o]]
         assert seen == [o for o in range(6) if cell in (2 * o, 2 * o - 2, 2 * o - 4)]
+
+
+@pytest.mark.parametrize(
+    "shapes", [((7,), (4,)), ((2, 5), (3, 2)), ((3, 1, 4), (2,) * 3)]
+)
+def test_full_padding_is_that_of_scipy(xp, shapes) -> None:
+    """Kernels longer than the input too."""
+    signal = pytest.importorskip("scipy.signal")
+    x, w = integers(shapes[0]), integers(shapes[1], seed=1)
+    device = xp.asarray(x[None, None]), xp.asarray(w[None, None])
+    y = cuconv.conv(*device, padding="full", precision="strict")
+    wanted = signal.correlate(x, w, mode="full", method="direct")
+    testing.assert_equal(y[0, 0], wanted)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_full_padding_has_both_gradients(xp, layout) -> None:
+    options = {"padding": "full", "stride": (1, 2), "dilation": (2, 1), "groups": 2}
+    case = Case((2, 4, 3, 6), (6, 2, 2, 3), options).in_layout(layout)
+    arrays = operands(case)
+    for op in OPERATIONS:
+        expect(op, arrays, case, np.float64, run(op, arrays.on(xp), case))
+    spatial = (5, 4)
+    first = layout == "channels_first"
+    assert case.y_shape() == ((2, 6, *spatial) if first else (2, *spatial, 6))
 
 
 def test_causal_padding_is_for_one_axis() -> None:

@@ -86,6 +86,16 @@ CASES = {
         (2, 3, 5, 2),
         {"padding": "same_lower", "stride": (3, 2), "output_size": (10, 5)},
     ),
+    "full": Case(
+        (2, 2, 6, 7),
+        (2, 3, 3, 2),
+        {"padding": "full", "stride": (2, 1), "dilation": (1, 3)},
+    ),
+    "full of a size": Case(
+        (2, 2, 5),
+        (2, 3, 3),
+        {"padding": "full", "stride": 3, "output_size": (12,)},
+    ),
     "valid": Case((2, 2, 4), (2, 3, 2), {"padding": "valid", "stride": 3}),
     "a size in place of output_padding": Case(
         (2, 2, 4, 3),
@@ -171,7 +181,7 @@ def test_equals_the_loops_in_every_type(xp, call, dtype, layout) -> None:
     for title, case in zip(CASES, each_in(layout), strict=True):
         arrays = operands(case, dtype).on(xp)
         expect_known(call, title, layout, dtype, run(call, arrays, case))
-    assert len(CASES) == 18
+    assert len(CASES) == 20
 
 
 @pytest.mark.parametrize("call", CALLS)
@@ -213,6 +223,17 @@ def test_causal_is_that_of_the_convolution_that_leads_back(xp, layout) -> None:
     cell = xp.asarray([[[0.0, 1.0, 0.0]]])
     y = to_host(cuconv.conv_transpose(cell, xp.ones((1, 1, 2)), **options))
     assert y.tolist() == [[[1, 0, 1, 0, 0, 0]]]
+
+
+def test_full_padding_leaves_what_every_tap_reaches(xp) -> None:
+    """It is the adjoint of a full convolution: a valid one with flipped weights."""
+    x, w = xp.asarray(integers((2, 3, 5, 7))), xp.asarray(integers((3, 4, 2, 3)))
+    y = cuconv.conv_transpose(x, w, padding="full")
+    flipped = xp.ascontiguousarray(w.swapaxes(0, 1)[..., ::-1, ::-1])
+    testing.assert_equal(y, to_host(cuconv.conv(x, flipped)))
+    words = "has -1 elements on spatial axis 0: .* less padding 3 and 3"
+    with pytest.raises(ValueError, match=words):
+        cuconv.conv_transpose(xp.ones((1, 1, 2)), xp.ones((1, 1, 4)), padding="full")
 
 
 @cupy_slowly
@@ -591,7 +612,7 @@ SHAPES = {
         output_size=(10, 16),
         padding="same_lower",
     ),
-    "a word": bad("padding", "'full'", padding="full"),
+    "a word": bad("padding", "'half'", padding="half"),
     "padding": bad(
         "result has -1 elements on spatial axis 1",
         "reach 11",

@@ -88,7 +88,7 @@ SHAPES = {
     "no stride": bad("stride", "None", error=TypeError, stride=None),
     "a stride in words": bad("stride", "'two'", error=TypeError, stride="two"),
     "groups in words": bad("groups", "'two'", error=TypeError, groups="two"),
-    "a padding word": bad("'same_lower'", "'full'", padding="full"),
+    "a padding word": bad("'full'", "'same_lower'", "'half'", padding="half"),
     "a padding case": bad("'same'", "'SAME'", padding="SAME"),
     "a layout word": bad("layout", "'NHWC'", "'NCWH'", layout="NCWH"),
     "no layout": bad("layout", "None", layout=None),

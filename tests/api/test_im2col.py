@@ -441,7 +441,7 @@ def test_columns_refuse_what_does_not_fit(xp) -> None:
         (ValueError, "kernel_size of spatial axis 0 is 0", lambda: im2col(0)),
         (ValueError, "stride of spatial axis 0", lambda: im2col(2, stride=0)),
         (ValueError, "dilation of spatial", lambda: im2col(2, dilation=-1)),
-        (ValueError, "'full'", lambda: im2col(2, padding="full")),
+        (ValueError, "'half'", lambda: im2col(2, padding="half")),
         (ValueError, "'NCL'", lambda: im2col(2, layout="NCL")),
         (ValueError, "'rows'.*got 'row'", lambda: im2col(2, order="row")),
         (TypeError, "kernel_size", lambda: im2col("2")),

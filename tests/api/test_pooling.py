@@ -276,7 +276,7 @@ def test_adaptive(xp, pool, dtype) -> None:
     close(to_host(back), expected, rtol=1e-13, atol=1e-13)
 
 
-@pytest.mark.parametrize("padding", ["valid", "same", "same_lower"])
+@pytest.mark.parametrize("padding", ["valid", "full", "same", "same_lower"])
 def test_words_for_padding(xp, padding) -> None:
     """With even kernels, strides that leave cells over, and a kernel's own stride."""
     options = {"padding": padding, "ceil_mode": False}

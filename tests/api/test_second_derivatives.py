@@ -22,6 +22,9 @@ CASES = {
     "groups": Case((2, 4, 5), (6, 2, 2), {"groups": 2, "stride": 2}),
     "three axes": Case((1, 1, 3, 4, 2), (2, 1, 2, 3, 1), {"padding": (0, 1, 0)}),
     "reflect": Case((1, 2, 4), (2, 2, 3), {"padding": 4, "padding_mode": "reflect"}),
+    "symmetric": Case(
+        (1, 2, 4), (2, 2, 3), {"padding": 5, "padding_mode": "symmetric"}
+    ),
     "replicate": Case(
         (1, 1, 3, 4),
         (2, 1, 2, 2),

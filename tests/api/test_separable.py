@@ -21,6 +21,7 @@ from support import (
 import cuconv
 from cuconv import testing
 from cuconv.engine import separable
+from cuconv.geometry import PADDING_MODES
 from cuconv.memory import MemoryLimitError
 from cuconv.options import SEPARABLE_OPTIONS
 
@@ -37,6 +38,7 @@ class Net(NamedTuple):
 NETS = {
     "one axis": Net((3, 4, 11), (4, 2, 3), 5, {"stride": 2, "padding": ((2, 1),)}),
     "causal": Net((2, 3, 9), (3, 1, 4), 2, {"padding": "causal", "dilation": 2}),
+    "full": Net((2, 3, 4, 5), (3, 2, 2, 3), 4, {"padding": "full", "stride": (1, 2)}),
     "two axes": Net(
         (3, 2, 6, 5),
         (2, 3, 3, 2),
@@ -52,7 +54,7 @@ NETS = {
 }
 BIG = Net((2, 24, 5, 4), (24, 24, 3, 2), 6, {"padding": "same"})
 SMALLER = Net((2, 6, 3, 4), (6, 4, 3, 2), 6, {"padding": "same"})
-DEFAULT_NETS = ("one axis", "causal", "strides jump")
+DEFAULT_NETS = ("one axis", "causal", "full", "strides jump")
 IN_LAYOUTS = [
     *((name, "channels_first") for name in DEFAULT_NETS),
     ("two axes", "channels_last"),
@@ -183,6 +185,24 @@ def test_depthwise_is_a_convolution_with_as_many_groups(xp, name, layout) -> Non
     assert cuconv.depthwise_conv_backward(mine, x, w, needs=(), **options) == (
         cuconv.ConvGradients()
     )
+
+
+@pytest.mark.parametrize("mode", PADDING_MODES[1:])
+def test_depthwise_with_a_padding_mode(xp, mode) -> None:
+    options = {"padding": ((5, 2), (1, 7)), "padding_mode": mode}
+    x, w = integers((2, 3, 4, 5)), integers((3, 2, 3, 2), seed=1)
+    wanted = testing.conv_reference(x, flat(w), groups=3, **options)
+    options["precision"] = "strict"
+    mine = to_device(xp, x), to_device(xp, w)
+    y = cuconv.depthwise_conv(*mine, **options)
+    testing.assert_equal(y, wanted)
+    found = cuconv.depthwise_conv_backward(y, *mine, needs=("x", "w"), **options)
+    wide = to_device(xp, flat(w))
+    whole = cuconv.conv_backward(
+        y, mine[0], wide, needs=("x", "w"), groups=3, **options
+    )
+    testing.assert_equal(found.x, to_host(whole.x))
+    testing.assert_equal(found.w, to_host(whole.w).reshape(w.shape))
 
 
 def strided(xp: Any, w: np.ndarray) -> Any:

@@ -44,20 +44,21 @@ def test_reference_of_groups_and_dilation_by_hand() -> None:
     assert y.tolist() == [[[30, 41, 52], [800, 906, 1007]]]
 
 
-def test_reference_agrees_with_an_independent_one(xp) -> None:
-    """SciPy's correlate, summed over channels; it has no stride and no padding."""
+@pytest.mark.parametrize("mode", ["valid", "full"])
+def test_reference_agrees_with_an_independent_one(xp, mode) -> None:
+    """SciPy's correlate, summed over channels; it has no stride."""
     signal = pytest.importorskip("scipy.signal")
     x, w, _ = operands(Case((2, 3, 7, 6), (4, 3, 3, 2), {}))
     wanted = np.array(
         [
             [
-                sum(signal.correlate(x[n, c], w[k, c], "valid") for c in range(3))
+                sum(signal.correlate(x[n, c], w[k, c], mode) for c in range(3))
                 for k in range(4)
             ]
             for n in range(2)
         ]
     )
-    got = conv_reference(to_device(xp, x), to_device(xp, w))
+    got = conv_reference(to_device(xp, x), to_device(xp, w), padding=mode)
     np.testing.assert_allclose(got, wanted, rtol=1e-12, atol=1e-12)
 
 

@@ -19,7 +19,7 @@ from cuconv.backends.cuda.structs import divisor, pack
 from cuconv.backends.cuda.variants import all_variants, has_atomics
 from cuconv.backends.cuda.vector_width import vector_width
 from cuconv.backends.padding import Reading
-from cuconv.geometry import Axis, ConvGeometry
+from cuconv.geometry import PADDING_MODES, Axis, ConvGeometry
 
 pytestmark = pytest.mark.parametrize("xp", ["cupy"], indirect=True)
 
@@ -303,7 +303,12 @@ def test_every_type_that_adds_atomically_has_a_kernel(xp):
 
 # Cells around an array
 
-NUMPY_MODES = {"reflect": "reflect", "replicate": "edge", "circular": "wrap"}
+NUMPY_MODES = {
+    "reflect": "reflect",
+    "symmetric": "symmetric",
+    "replicate": "edge",
+    "circular": "wrap",
+}
 SIZES = {1: (4,), 2: (4, 3), 3: (2, 3, 1)}
 WINDOWS = {1: ((-7, 9),), 2: ((-3, 5), (1, 6)), 3: ((0, 2), (-1, 4), (-2, 3))}
 
@@ -348,3 +353,22 @@ def test_pad_adjoint_sums_what_has_read_a_cell(xp, rank, dtype, mode, add, wide_
     place = Reading(axes_of(rank), WINDOWS[rank], mode)
     cuda_backend().pad_adjoint(xp.asarray(copied), target, place, add=add)
     np.testing.assert_array_equal(to_host(target), expected)
+
+
+def test_every_padding_mode_is_tested(xp):
+    assert ("zeros", *NUMPY_MODES) == PADDING_MODES
+
+
+@pytest.mark.parametrize("mode", ["reflect", "symmetric"])
+def test_twice_a_long_axis_needs_a_wide_index(xp, mode):
+    """Coordinates before the first element are taken modulo 2^31 and more."""
+    size = 2**30 + 2
+    x = xp.zeros(size, dtype="int8")[None, None, None]
+    x[..., :4] = xp.asarray(np.array([1, 2, 3, 4], np.int8))
+    copied = xp.empty((1, 1, 1, 5), dtype="int8")
+    place = Reading((Axis(size, 1, 1, 1, 0, 0),), ((-3, 2),), mode)
+    packed = structs.pack_windows(x, copied, place, over_output=True)
+    assert packed.wide
+    cuda_backend().pad_copy(x, copied, place)
+    wanted = {"reflect": [4, 3, 2, 1, 2], "symmetric": [3, 2, 1, 1, 2]}[mode]
+    assert to_host(copied).ravel().tolist() == wanted

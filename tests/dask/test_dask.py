@@ -24,7 +24,7 @@ from cuconv import testing
 from cuconv.config import settings as settings_now
 from cuconv.dask import blocks as lazy_blocks
 from cuconv.dask.blocks import input_chunks, output_chunks, windows
-from cuconv.geometry import Axis, ConvGeometry
+from cuconv.geometry import PADDING_MODES, Axis, ConvGeometry
 from cuconv.memory import MemoryLimitError
 
 
@@ -106,7 +106,7 @@ def test_chunks_smaller_than_kernels_and_strides(case, chunk) -> None:
     equal_each(cuconv.conv_backward(DY, X, w, **case.options), wanted)
 
 
-@pytest.mark.parametrize("mode", ["reflect", "replicate", "circular"])
+@pytest.mark.parametrize("mode", PADDING_MODES[1:])
 @pytest.mark.parametrize(
     "pads", [((1, 2), (2, 0)), ((9, 0), (-1, 8)), ((0, 0), (0, 0))]
 )
@@ -126,7 +126,7 @@ def test_borders_that_repeat_the_input(mode, pads, layout) -> None:
     equal_each(cuconv.conv_backward(DY, X, w, **case.options), wanted)
 
 
-@pytest.mark.parametrize("mode", ["reflect", "replicate", "circular"])
+@pytest.mark.parametrize("mode", PADDING_MODES[1:])
 def test_a_border_of_arrays_with_empty_chunks(mode) -> None:
     options = {"padding": ((2, 1), (1, 0)), "padding_mode": mode}
     x, w = integers((2, 2, 4, 3)), integers((1, 2, 3, 2))
@@ -210,15 +210,27 @@ def test_weights_of_a_depthwise_convolution(layout) -> None:
             testing.assert_equal(np.asarray(mine), his)
 
 
+@pytest.mark.parametrize("word", ["same", "full"])
 @pytest.mark.parametrize("shape", [(0, 2, 6), (2, 2, 0), (2, 0, 6)])
-def test_nothing_in_a_batch_an_axis_or_the_channels(shape) -> None:
+def test_nothing_in_a_batch_an_axis_or_the_channels(shape, word) -> None:
     x, w = np.zeros(shape), np.ones((3, shape[1], 3))
     X = da.from_array(x, chunks=(1, 1, 4))
-    y = cuconv.conv(x, w, padding="same")
-    equal(cuconv.conv(X, w, padding="same"), y)
+    y = cuconv.conv(x, w, padding=word)
+    equal(cuconv.conv(X, w, padding=word), y)
     DY = da.from_array(y, chunks=(1, 3, 4))
-    wanted = cuconv.conv_backward(y, x, w, padding="same")
-    equal_each(cuconv.conv_backward(DY, X, w, padding="same"), wanted)
+    wanted = cuconv.conv_backward(y, x, w, padding=word)
+    equal_each(cuconv.conv_backward(DY, X, w, padding=word), wanted)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_full_padding_equals_the_eager_one(layout) -> None:
+    options = {"padding": "full", "stride": (1, 2), "dilation": (2, 1)}
+    case = Case((2, 2, 9, 7), (4, 2, 3, 2), options).in_layout(layout)
+    x, w, dy = operands(case)
+    X, DY = da.from_array(x, chunks=3), da.from_array(dy, chunks=4)
+    equal(cuconv.conv(X, w, **case.options), cuconv.conv(x, w, **case.options))
+    wanted = cuconv.conv_backward(dy, x, w, **case.options)
+    equal_each(cuconv.conv_backward(DY, X, w, **case.options), wanted)
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "int8", "complex64", "bool"])

@@ -47,6 +47,16 @@ CASES = {
         (4, 2, 3, 2),
         {"padding": ((5, 2), (1, 9)), "groups": 2, "padding_mode": "reflect"},
     ),
+    "symmetric": Case(
+        (2, 4, 4, 5),
+        (2, 2, 3, 4),
+        {
+            "padding": ((9, 1), (-1, 13)),
+            "groups": 2,
+            "stride": (1, 2),
+            "padding_mode": "symmetric",
+        },
+    ),
     "replicate": Case(
         (2, 3, 7),
         (2, 3, 3),
@@ -105,6 +115,41 @@ def test_everything_equals_the_loops(xp, case, limited) -> None:
         more = {"memory_limit": smallest_limit(task)} if limited else {}
         out = xp.full(wanted.shape, np.nan)
         testing.assert_equal(task(out=out, **more), wanted)
+
+
+@pytest.mark.parametrize("rank", [1, 2, 3])
+@pytest.mark.parametrize("mode", PADDING_MODES[1:])
+@given(data=st.data())
+def test_a_padding_mode_is_what_numpy_pads(xp, mode, rank, data) -> None:
+    """Padding of up to three times the input, which `numpy.pad` puts around it."""
+    size = data.draw(st.lists(st.integers(1, 4), min_size=rank, max_size=rank))
+    pair = st.tuples(*(st.integers(0, 3 * max(size)),) * 2)
+    pads = tuple(data.draw(pair) for _ in size)
+    kernel = [min(2, n + sum(p)) for n, p in zip(size, pads, strict=True)]
+    x, w = integers((2, 2, *size)), integers((3, 2, *kernel), seed=1)
+    padded = np.pad(x, ((0, 0), (0, 0), *pads), WORDS[mode])
+    options = {"padding": pads, "padding_mode": mode}
+    y = cuconv.conv(*(xp.asarray(a) for a in (x, w)), **options)
+    testing.assert_equal(y, cuconv.conv(padded, w, precision="strict"))
+
+
+SCIPY_WORDS = {
+    "zeros": "constant",
+    "reflect": "mirror",
+    "symmetric": "reflect",
+    "replicate": "nearest",
+    "circular": "wrap",
+}
+
+
+@pytest.mark.parametrize("mode", PADDING_MODES)
+def test_a_padding_mode_by_its_name_in_scipy(mode) -> None:
+    ndimage = pytest.importorskip("scipy.ndimage")
+    x, w = integers((6, 5)), integers((3, 5), seed=1)
+    wanted = ndimage.correlate(x, w, mode=SCIPY_WORDS[mode])
+    options = {"padding": "same", "padding_mode": mode, "precision": "strict"}
+    y = cuconv.conv(x[None, None], w[None, None], **options)
+    testing.assert_equal(y[0, 0], wanted)
 
 
 @by_case
@@ -258,7 +303,12 @@ def test_gradients_of_gradients_are_the_same_three_calls(name) -> None:
 
 # Geometry
 
-WORDS = {"reflect": "reflect", "replicate": "edge", "circular": "wrap"}
+WORDS = {
+    "reflect": "reflect",
+    "symmetric": "symmetric",
+    "replicate": "edge",
+    "circular": "wrap",
+}
 
 
 @given(
@@ -280,6 +330,7 @@ def test_runs_read_what_numpy_pads(mode, size, before, after) -> None:
                 read[one.window] = cells[one.cells]
                 same = read[one.window].size == cells[one.cells].size
                 assert same or not single
+                assert sorted(cells[one.cells]) == list(range(*one.bounds))
         assert np.array_equal(read, wanted)
 
 

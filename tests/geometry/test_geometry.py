@@ -160,6 +160,22 @@ def test_a_causal_window_ends_at_its_own_cell(size, kernel, stride, dilation) ->
     assert all(axis.window(o, o + 1)[1] == o * stride + 1 for o in range(axis.out))
 
 
+@given(
+    size=st.integers(0, 40),
+    kernel=st.integers(1, 6),
+    stride=st.integers(1, 6),
+    dilation=st.integers(1, 4),
+)
+def test_full_is_every_window_that_overlaps(size, kernel, stride, dilation) -> None:
+    """The first ends at the first element, and every stride from there has one."""
+    options = {"stride": stride, "dilation": dilation, "padding": "full"}
+    (axis,) = WindowGeometry.of((1, 1, size), kernel, **options).axes
+    assert axis.window(0, 1)[1] == 1
+    windows = [axis.window(o, o + 1) for o in range(axis.out + 1)]
+    assert all(start < size for start, _ in windows[:-1])
+    assert windows[-1][0] >= size
+
+
 SPELLINGS: list[tuple[Any, tuple[tuple[int, int], ...]]] = [
     (2, ((2, 2), (2, 2))),
     (-1, ((-1, -1), (-1, -1))),

@@ -24,8 +24,12 @@ from cuconv.layers import (
 # A layer with its input, without and with another layout: every extent differs.
 MADE: dict[str, tuple[Any, tuple[int, ...], dict[str, Any]]] = {
     "Conv": (Conv, (6, 4, (3, 2)), {"groups": 2, "stride": (2, 1), "padding": 1}),
-    "Conv1d": (Conv1d, (6, 4, 3), {"dilation": 2}),
-    "Conv2d": (Conv2d, (6, 4, (3, 2)), {"padding": ((1, 0), (2, 1))}),
+    "Conv1d": (Conv1d, (6, 4, 3), {"dilation": 2, "padding": "full"}),
+    "Conv2d": (
+        Conv2d,
+        (6, 4, (3, 2)),
+        {"padding": ((1, 0), (2, 1)), "padding_mode": "symmetric"},
+    ),
     "Conv3d": (Conv3d, (6, 4, (1, 3, 2)), {"stride": 2}),
     "ConvTranspose": (
         ConvTranspose,
@@ -145,7 +149,7 @@ OPTIONS = {
     "stride": ({"stride": 0}, ValueError, "stride of spatial axis 0 is 0"),
     "values": ({"stride": (1, 1, 1)}, ValueError, "stride has 3 values for 2"),
     "dilation": ({"dilation": 1.5}, TypeError, "dilation must be made of integers"),
-    "padding": ({"padding": "full"}, ValueError, "padding must be integers or one"),
+    "padding": ({"padding": "half"}, ValueError, "padding must be integers or one"),
     "pairs": ({"padding": ((1, 2, 3), 1)}, ValueError, r"\(before, after\) pairs"),
     "layout": ({"layout": "NCL"}, ValueError, "'NCL' has 1 spatial axes"),
     "layout word": ({"layout": "CN"}, ValueError, "layout must be one of"),
@@ -530,7 +534,7 @@ POOL_MISTAKES: dict[str, tuple[str, tuple[Any, ...], dict[str, Any], str]] = {
     "axes": ("AvgPool", ((2,) * 4,), {}, "has 4 values; pooling takes 1 … 3"),
     "stride": ("MaxPool1d", (2,), {"stride": 0}, "stride of spatial axis 0 is 0"),
     "strides": ("MaxPool2d", (2,), {"stride": (1,) * 3}, "stride has 3 values for 2"),
-    "padding": ("AvgPool3d", (2,), {"padding": "full"}, "padding must be integers"),
+    "padding": ("AvgPool3d", (2,), {"padding": "half"}, "padding must be integers"),
     "causal": ("MaxPool2d", (2,), {"padding": "causal"}, "one spatial axis"),
     "layout": ("MaxPool2d", (2,), {"layout": "NCL"}, "'NCL' has 1 spatial axes"),
     "divisor": ("AvgPool2d", (2,), {"divisor_override": 0}, "must not be 0"),

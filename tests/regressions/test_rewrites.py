@@ -135,7 +135,7 @@ def test_a_prepared_plan_times_no_other_candidates(xp, op, options) -> None:
     assert np.array_equal(to_host(prepared(xp.asarray(a))), y)
 
 
-@pytest.mark.parametrize("mode", ["replicate", "reflect"])
+@pytest.mark.parametrize("mode", ["replicate", "reflect", "symmetric"])
 def test_wide_padding_is_not_listed(mode) -> None:
     """Thousands of pieces: a list of them would take megabytes."""
     dy, w = np.ones((1, 1, 4001), np.float32), np.ones((1, 1, 2), np.float32)

@@ -166,18 +166,21 @@ def pack(
     *,
     over_output: bool,
     width: VectorWidth = _SINGLE,
+    largest: int = 0,
 ) -> Launch:
     """Pack the geometry of x (N, G, C, *spatial) and columns (N, G, C, *kernel, *out).
 
     ``firsts`` is, along each axis, the element of ``x`` under tap 0 of the first output
     of ``columns``.  One item per vector of channels and output positions, or per
-    element of x.  With a wide index there are no vectors.
+    element of x.  With a wide index there are no vectors; ``largest`` is a number that
+    the kernel computes beside those of the geometry.
     """
     rank = len(axes)
     cells, out = x.shape[3:], columns.shape[3 + rank :]
     x_steps, c_steps = steps_of(x), steps_of(columns)
     items = math.prod((*x.shape[:3], *(out if over_output else cells)))
-    wide = items + MOST_THREADS >= 2**31 or _reach(x, columns, axes, firsts) >= 2**31
+    largest = max(largest, items + MOST_THREADS, _reach(x, columns, axes, firsts))
+    wide = largest >= 2**31
     fastest = (
         abs(c_steps[2]) < abs(c_steps[-1])
         if over_output
@@ -212,7 +215,10 @@ def pack_windows(
     each = tuple(Axis(axis.size, 1, 1, 1, 0, 0) for axis in reading.axes)
     firsts = tuple(start for start, _ in reading.windows)
     columns = copied[(slice(None),) * 3 + (None,) * len(each)]
-    return pack(cells, columns, each, firsts, over_output=over_output)
+    # Reflection has a period of up to two axes.
+    spans = zip(reading.axes, reading.windows, strict=True)
+    largest = max(2 * axis.size + max(map(abs, span)) for axis, span in spans)
+    return pack(cells, columns, each, firsts, over_output=over_output, largest=largest)
 
 
 def copied_as_columns(source: Array, target: Array) -> tuple[Array, Array] | None:
