@@ -191,3 +191,12 @@ def test_a_strategy_of_the_canonical_form_alone_names_its_smallest_limit() -> No
     with pytest.raises(MemoryLimitError) as caught:
         call(memory_limit=0)
     assert np.array_equal(call(memory_limit=caught.value.smallest), call())
+
+
+def test_an_input_that_no_window_reads_has_a_gradient_of_zeros() -> None:
+    """Windows at -2 and 1 of one element: every phase of the gradient is empty."""
+    dy, w, shape = np.ones((64, 256, 2)), np.ones((256, 256, 1)), (64, 256, 1)
+    options = {"stride": 3, "padding": 2}
+    assert not cuconv.conv_input_grad(dy, w, shape, **options).any()
+    plan = cuconv.plan_conv(shape, w.shape, op="input_grad", **options)
+    assert "times as long" in str(plan)
