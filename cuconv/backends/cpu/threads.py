@@ -143,9 +143,10 @@ class Workers:
                 break
             except BaseException as error:  # noqa: BLE001 - raised below
                 failure = error
-        for error in (failure, *errors):
-            if error is not None:
-                raise error
+        if failure is not None:
+            raise failure
+        if errors:
+            raise errors[0]
 
     def _take(self) -> _Worker | None:
         """A worker that waits, or a new one; None if the interpreter is ending."""
