@@ -180,3 +180,23 @@ def test_a_gradient_between_cells_that_lie_apart_needs_no_columns(xp, layout) ->
     expected = reference("input_grad", arrays, case)
     found = run("input_grad", arrays.on(xp), case, strategy="implicit_gemm")
     np.testing.assert_array_equal(to_host(found), expected)
+
+
+def test_a_strategy_of_the_canonical_form_alone_names_its_smallest_limit() -> None:
+    """Not that it cannot run the convolution as it was given, which it need not."""
+    dy, w, shape = np.ones((3, 3, 1, 3)), np.ones((3, 4, 4, 3)), (3, 4, 4, 3)
+    options = {"stride": (2, 1), "padding": (0, 1), "strategy": "partial_im2col"}
+    call = partial(cuconv.conv_input_grad, dy, w, shape, **options)
+    assert call().shape == shape
+    with pytest.raises(MemoryLimitError) as caught:
+        call(memory_limit=0)
+    assert np.array_equal(call(memory_limit=caught.value.smallest), call())
+
+
+def test_an_input_that_no_window_reads_has_a_gradient_of_zeros() -> None:
+    """Windows at -2 and 1 of one element: every phase of the gradient is empty."""
+    dy, w, shape = np.ones((64, 256, 2)), np.ones((256, 256, 1)), (64, 256, 1)
+    options = {"stride": 3, "padding": 2}
+    assert not cuconv.conv_input_grad(dy, w, shape, **options).any()
+    plan = cuconv.plan_conv(shape, w.shape, op="input_grad", **options)
+    assert "times as long" in str(plan)

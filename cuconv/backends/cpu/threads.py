@@ -5,7 +5,7 @@ import os
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from contextvars import Context, copy_context
 from functools import partial
 from typing import TypeVar
@@ -51,8 +51,8 @@ class _Worker:
     def __init__(self) -> None:
         self._start, self._end = threading.Lock(), threading.Lock()
         self._start.acquire()
-        self._end.acquire()
-        self._job: tuple[Context, Callable[[], None]] | None = None
+        self._job: tuple[Context, Callable[[], None], threading.Lock] | None = None
+        self._is_busy = False
         self._cores: set[int] = set()
         self._thread = threading.Thread(target=self._serve, name="cuconv", daemon=True)
         self._thread.start()
@@ -62,10 +62,15 @@ class _Worker:
 
         No cores: those that it has.
         """
-        self._job = copy_context(), job
         if cores and cores != self._cores:
             _set_cores(self._thread.native_id or 0, cores)
             self._cores = cores
+        # A lock for each job: one that was waited for with an interruption may be in
+        # either state.
+        self._end = threading.Lock()
+        self._end.acquire()
+        self._job = copy_context(), job, self._end
+        self._is_busy = True
         self._start.release()
 
     def stop(self) -> None:
@@ -74,28 +79,21 @@ class _Worker:
         self._start.release()
 
     def wait(self) -> None:
-        """Wait for the end of a job, interrupted or not: it uses the call's arrays."""
-        interruption: BaseException | None = None
-        while True:
-            try:
-                self._end.acquire()
-            except KeyboardInterrupt as error:
-                interruption = error
-            else:
-                break
-        if interruption is not None:
-            raise interruption
+        """Wait for the end of the job, if there is one; again after an interruption."""
+        while self._is_busy:
+            self._end.acquire()
 
     def _serve(self) -> None:
         while True:
             self._start.acquire()
             if self._job is None:
                 return
-            context, job = self._job
+            context, job, end = self._job
             self._job = None
             context.run(job)
             del context, job
-            self._end.release()
+            self._is_busy = False
+            end.release()
 
 
 class Workers:
@@ -117,74 +115,83 @@ class Workers:
         errors: list[BaseException] = []
         run = partial(_guarded, body, close, errors)
         others: list[_Worker] = []
-        with _cores_apart(count) as cores:
+        failure: BaseException | None = None
+        allowed = _allowed_cores(count)
+        try:
+            cores = _cores_apart(allowed, count)
+            _set_cores(0, cores[0])
+            for worker in range(1, count):
+                other = self._take()
+                if other is None:
+                    run(worker)
+                else:
+                    others.append(other)
+                    other.run(partial(run, worker), cores[worker])
+            body(0)
+        except BaseException as error:  # noqa: BLE001 - raised below
+            failure = error
+        # Signals may raise anywhere.  No call may end before its workers, which use its
+        # arrays, nor on fewer cores.
+        while True:
             try:
-                for worker in range(1, count):
-                    other = self._take()
-                    if other is None:
-                        run(worker)
-                    else:
-                        others.append(other)
-                        other.run(partial(run, worker), cores[worker])
-                body(0)
-            except BaseException:
-                close()
-                raise
-            finally:
-                self._give_back(others)
+                if failure is not None:
+                    close()
+                while others:
+                    others[-1].wait()
+                    self._keep(others.pop())
+                _set_cores(0, allowed)
+                break
+            except BaseException as error:  # noqa: BLE001 - raised below
+                failure = error
+        if failure is not None:
+            raise failure
         if errors:
             raise errors[0]
 
     def _take(self) -> _Worker | None:
+        """A worker that waits, or a new one; None if the interpreter is ending."""
+        if sys.is_finalizing():
+            return None
         try:
             return self._idle.pop()
         except IndexError:
             pass
         try:
             return _Worker()
-        except RuntimeError:  # the interpreter is ending and starts no threads
+        except RuntimeError:  # it starts no threads any more
             return None
 
-    def _give_back(self, others: list[_Worker]) -> None:
-        interruption: BaseException | None = None
-        for other in others:
-            try:
-                other.wait()
-            except KeyboardInterrupt as error:
-                interruption = error
-            if len(self._idle) < _MOST_IDLE:
-                self._idle.append(other)
-            else:
-                other.stop()
-        if interruption is not None:
-            raise interruption
+    def _keep(self, other: _Worker) -> None:
+        if len(self._idle) < _MOST_IDLE:
+            self._idle.append(other)
+        else:
+            other.stop()
 
 
-@contextmanager
-def _cores_apart(count: int) -> Iterator[list[set[int]]]:
-    """Give so many threads cores of their own, the caller's thread within ``with``.
+def _allowed_cores(count: int) -> set[int]:
+    """The cores of the calling thread; none if there is no need to divide them."""
+    return set() if _core is None or count < 2 else os.sched_getaffinity(0)
+
+
+def _cores_apart(allowed: set[int], count: int) -> list[set[int]]:
+    """Divide cores among so many threads, the one that calls first, if they suffice.
 
     Linux wakes a thread on the core of the one that wakes it, where both stay for
     milliseconds, also where they take the interpreter's lock in turns.  The product of
     64 × 256 × 3136 in two halves took 0.95 to 1.3 ms after a sleep, and 0.5 on two
     cores, on an Intel Xeon; setting the cores of two threads takes 1 µs.
     """
-    allowed = set() if _core is None or count < 2 else os.sched_getaffinity(0)
     if _core is None or len(allowed) < max(count, 2):
-        yield [allowed] * count
-        return
+        return [allowed] * max(count, 1)
     mine = _core()
     cores = [mine, *sorted(allowed - {mine})]
-    _set_cores(0, set(cores[::count]))
-    try:
-        yield [set(cores[worker::count]) for worker in range(count)]
-    finally:
-        _set_cores(0, allowed)
+    return [set(cores[worker::count]) for worker in range(count)]
 
 
 def _set_cores(thread: int, cores: set[int]) -> None:
-    with suppress(OSError):  # cores that may be seen and not chosen
-        os.sched_setaffinity(thread, cores)
+    if cores:
+        with suppress(OSError):  # cores that may be seen and not chosen
+            os.sched_setaffinity(thread, cores)
 
 
 def _guarded(

@@ -126,7 +126,7 @@ def _faster_by_phases(request: Request, whole: PlanningResult) -> Polyphase | No
         return None
     if found.rank >= most:
         return None
-    slower = f"estimated {best.rank / found.rank:.2f} times as long"
+    slower = f"estimated {best.rank / max(found.rank, 1):.2f} times as long"
     found.instead_of = {f"all phases at once, {best.label}": slower}
     return found
 
