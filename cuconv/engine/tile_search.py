@@ -216,8 +216,9 @@ class TileSearch:
             blocks = geometry.count_blocks(self._tile(self._preferred(pieces)))
             even = price.even + (blocks - 1) * work.blocks * rates.block
             price = price._replace(even=even)
+        # A tiling of one piece has one worker; others may share evenly.
         balanced = price._replace(pieces=_NOTIONAL_WORKERS)
-        return balanced.of(_NOTIONAL_WORKERS, rates)
+        return min(balanced.of(n, rates) for n in (1, _NOTIONAL_WORKERS))
 
     def _shared(self, pieces: int, splits: int) -> "_Fit | None":
         """A tiling with room for a second worker, if its blocks are not too small."""
