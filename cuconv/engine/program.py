@@ -62,13 +62,9 @@ class View(NamedTuple):
         return cls(source, offset, stub.shape, stub.strides, stub.dtype)
 
 
-class Step(NamedTuple):
-    """A function, and the getter of its operands from the slots."""
-
-    function: Callable[..., Any]
-    operands: Callable[[Slots], Iterable[Any]]
-
-
+# A function, and the getter of its operands from the slots: Python takes a tuple apart
+# faster than a named one.
+Step: TypeAlias = tuple[Callable[..., Any], Callable[[Slots], Iterable[Any]]]
 Item: TypeAlias = tuple[Step, ...]
 
 
@@ -149,13 +145,15 @@ class Program:
             each.append(slots)
         return each
 
-    def place(self, arrays: dict[str, Array], slots: Slots) -> None:
-        """Put the views of the caller's arrays in their slots."""
+    def placed(self, arrays: dict[str, Array], slots: Slots) -> Slots:
+        """A copy of the slots, with the views of the caller's arrays."""
+        slots = slots.copy()
         for slot, source, make in self.made:
             array = arrays[source]
             slots[slot] = array if make is None else make(array)
         for slot, source, (shape, dtype), (offset, strides) in self.laid:
             slots[slot] = np.ndarray(shape, dtype, arrays[source], offset, strides)
+        return slots
 
     def current_phases(self) -> tuple[Phase, ...]:
         """The phases, with ranges if a profiler receives them."""
@@ -250,7 +248,7 @@ class Recording:
             self._phases.append(([self._steps], 1))
         by_address = takes_addresses(function)
         slots = [self._slot(o, is_address=by_address) for o in operands]
-        self._steps.append(Step(function, _picker(slots)))
+        self._steps.append((function, _picker(slots)))
 
     @contextmanager
     def stage(self, name: str, strategy: str = "", chunk: int = 0) -> Iterator[None]:
@@ -288,7 +286,7 @@ class Recording:
         marks = () if ranges else (profiling.push, profiling.pop)
         for phase, workers in self._phases:
             items = (
-                tuple(s for s in item if s.function not in marks) for item in phase
+                tuple(step for step in item if step[0] not in marks) for item in phase
             )
             yield Phase(tuple(item for item in items if item), workers)
 

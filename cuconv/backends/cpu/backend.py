@@ -322,23 +322,23 @@ class CpuBackend:
             _WORKERS.share(work, len(scratch), queue.close)
 
     def execute(self, program: Program, arrays: dict[str, Array]) -> None:
+        phases = program.current_phases()
         is_small = program.single_threaded and program.buffered <= _SMALL_BYTES
         if is_small and not program.kept:
-            slots = program.slots.copy()
-            program.place(arrays, slots)
-            _run(program.current_phases(), slots)
+            _run(phases, program.placed(arrays, program.slots))
             return
         arena = _ARENAS.take(program.nbytes)
         try:
-            each = [slots.copy() for slots in arena.slots_of(program)]
-            for slots in each:
-                program.place(arrays, slots)
-            phases = program.current_phases()
+            bound = arena.slots_of(program)
             if is_small:
-                _run(phases, each[0])
+                _run(phases, program.placed(arrays, bound[0]))
                 return
+            each = [program.placed(arrays, slots) for slots in bound]
             # Threaded BLAS rounds by its number of threads, and other calls change it.
             with small_buffers(), _one_blas_thread(program.single_threaded):
+                if program.workers == 1:
+                    _run(phases, each[0])
+                    return
                 for items, workers in phases:
                     queue = Queue(items)
                     count = min(len(items), workers)
