@@ -19,7 +19,7 @@ import cuconv
 from cuconv import testing
 from cuconv.arrays import SUPPORTED_TYPES
 from cuconv.backends.cpu import backend as host
-from cuconv.engine import autotune, recorded, separable
+from cuconv.engine import autotune, separable
 from cuconv.engine import call as calls
 from cuconv.engine import plan as planning
 from cuconv.memory import MemoryLimitError
@@ -588,17 +588,18 @@ def let_win(monkeypatch: pytest.MonkeyPatch, name: str) -> list[int]:
     """Let a strategy win every race; how many candidates each of them had."""
     races: list[int] = []
     names: list[str] = []
+    original = autotune.recall
 
     def recall(machine: Any, key: Any, candidates: Sequence[Any]) -> Any:
         names[:] = [candidate.strategy for candidate in candidates]
-        return autotune.recall(machine, key, candidates)
+        return original(machine, key, candidates)
 
     def fastest(backend: Any, timed: Sequence[Any]) -> int:
         races.append(len(timed))
         return names.index(name)
 
-    monkeypatch.setattr(recorded, "recall", recall)
-    monkeypatch.setattr(recorded, "fastest", fastest)
+    monkeypatch.setattr(autotune, "recall", recall)
+    monkeypatch.setattr(autotune, "fastest", fastest)
     return races
 
 
@@ -665,19 +666,20 @@ def devices_that_plan(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def races_of(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many candidates are timed, each time that any are."""
     seen: list[int] = []
+    original = autotune.fastest
 
     def spy(backend: Any, candidates: Any) -> int:
         seen.append(len(candidates))
-        return autotune.fastest(backend, candidates)
+        return original(backend, candidates)
 
-    monkeypatch.setattr(recorded, "fastest", spy)
+    monkeypatch.setattr(autotune, "fastest", spy)
     return seen
 
 
 def let_number_win(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
     """Let every race be won by the candidate of a number, whatever is on record."""
-    monkeypatch.setattr(recorded, "recall", lambda *_: None)
-    monkeypatch.setattr(recorded, "fastest", lambda _, each: number % len(each))
+    monkeypatch.setattr(autotune, "recall", lambda *_: None)
+    monkeypatch.setattr(autotune, "fastest", lambda _, each: number % len(each))
     forget_plans()
 
 

@@ -14,7 +14,6 @@ from cuconv.arrays import (
     stub_of,
 )
 from cuconv.backends import Backend, refuse_capture
-from cuconv.engine.autotune import Winner, fastest, recall, remember
 from cuconv.engine.execute import Memory, Run
 from cuconv.engine.lowering import Lowering
 from cuconv.engine.program import MOST_BYTES, Program, Recording, TooManySteps
@@ -202,19 +201,21 @@ class LoweredCall(Recorded):
 
         While a CUDA graph is captured nothing is timed.
         """
+        from cuconv.engine import autotune  # noqa: PLC0415 - it reads and writes files
+
         machine, threads = self.backend.machine(), self.backend.workers()
         for number, part in enumerate(self.lowering.parts):
             if not part.best.flops:
                 continue
             key = part.best.problem.fingerprint, part.limit, threads
-            winners = [Winner.of(candidate) for candidate in part.candidates]
-            winner = recall(machine, key, winners)
+            winners = [autotune.Winner.of(candidate) for candidate in part.candidates]
+            winner = autotune.recall(machine, key, winners)
             if winner is None and part.best.problem.captured:
                 continue
             if winner is None:
                 calls = [self._trial(number, c, arrays) for c in part.candidates]
-                winner = winners[fastest(self.backend, calls)]
-                remember(machine, key, winner)
+                winner = winners[autotune.fastest(self.backend, calls)]
+                autotune.remember(machine, key, winner)
             self.candidates[number] = part.candidates[winners.index(winner)]
         self._is_tuned = not any(c.problem.captured for c in self.candidates)
         self.renew()

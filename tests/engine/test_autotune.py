@@ -350,12 +350,12 @@ def test_the_cache_lies_where_it_is_told(tmp_path, monkeypatch) -> None:
 
 SCRIPT = """
     import numpy as np, cuconv
-    from cuconv.engine import recorded
-    races, fastest = [], recorded.fastest
+    from cuconv.engine import autotune
+    races, fastest = [], autotune.fastest
     def spy(leaves, calls):
         races.append(len(calls))
         return fastest(leaves, calls)
-    recorded.fastest = spy
+    autotune.fastest = spy
     x, w = np.ones((2, 8, 9, 8), "f4"), np.ones((8, 8, 3, 3), "f4")
     cuconv.conv(x, w, strategy="benchmark")
     print(len(races))
