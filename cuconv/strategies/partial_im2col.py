@@ -64,6 +64,8 @@ EACH, WIDE, ROWS = Order
 # Rows of fewer positions are not multiplied one by one; and products of more
 # multiply-adds than this are packed by BLAS, their weights each time.
 _LEAST_ROW, _SMALL_PRODUCT = 16, 10**6
+# The cost of one more product and sum, relative to that of a block.
+_TAP = 0.25
 # The cost of packing a weight, relative to reading it from memory.
 _PACKED = 5
 
@@ -199,6 +201,7 @@ class PartialIm2col:
         weights, products = g.filters * g.patch, g.groups * blocks * images
         columns = blocks * low.tile(tile).positions * g.channels * low.window
         copied = 0 if _in_place(problem, tiling) else results
+        steps = 1 if tiling.variant == ROWS else 1 + _TAP * (taps - 1)
         work = Work(
             multiply=g.multiplications,
             short_side=min(
@@ -210,7 +213,7 @@ class PartialIm2col:
             transpose=_runs_of_weights(problem),
             reread=read_again(weights, blocks * images),
             products=products * taps * splits,
-            blocks=blocks * splits,
+            blocks=blocks * splits * steps,
             pieces=blocks * splits,
         )
         if problem.op == "weight_grad":
@@ -221,7 +224,7 @@ class PartialIm2col:
                 copy=copied + splits * weights,
                 reread=0,
                 products=products * taps,
-                blocks=blocks,
+                blocks=blocks * steps,
                 pieces=splits,
             )
         if tiling.variant != ROWS:
