@@ -26,6 +26,7 @@ class Work(NamedTuple):
     reread: float = 0
     fourier: float = 0
     direct: float = 0
+    einsum: float = 0
     loads: float = 0
     products: float = 0
     blocks: float = 1
@@ -56,6 +57,8 @@ class Rates(NamedTuple):
     fourier: float
     # An element multiplied and added by a direct loop.
     direct: float
+    # The same by `numpy.einsum`.
+    einsum: float
     # A copy from device memory into that of a multiprocessor, of 1 to 16 bytes.
     loads: float
     # A matrix product, however small.
@@ -111,6 +114,7 @@ def price(work: Work, rates: Rates) -> Price:
         + work.scatter * rates.scatter
         + work.fourier * rates.fourier
         + work.direct * rates.direct
+        + work.einsum * rates.einsum
         + work.products * rates.products
     )
     crowded = (
@@ -140,6 +144,7 @@ CPU_RATES = Rates(
     reread=0.042,
     fourier=0.2,
     direct=0.03,
+    einsum=0.15,
     loads=0,
     products=30,
     crowding=0.2,
@@ -166,6 +171,7 @@ CUDA_RATES = Rates(
     reread=1e-3,
     fourier=4e-3,
     direct=3e-4,
+    einsum=0,
     loads=2.6e-4,
     products=0,
     crowding=0,

@@ -307,7 +307,9 @@ class TileSearch:
 
     def _bytes(self, found: "_Fit", workers: int) -> int:
         buffers = found.shared_bytes + found.own_bytes * workers
-        return self._backend.overhead(workers, self._itemsize) + with_start(buffers)
+        unseen = self._backend.overhead(workers, self._itemsize)
+        unseen += found.workspace.unseen * workers
+        return unseen + with_start(buffers)
 
     def _rank(self, found: "_Fit") -> float:
         """The cost of a tiling for the fixed number of workers."""

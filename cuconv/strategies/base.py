@@ -108,12 +108,13 @@ class Workspace(NamedTuple):
 
     ``weights`` are for the weights in the form that the strategy uses, and stay
     allocated in a prepared plan; ``shared`` are for one call, ``per_worker`` for each
-    of its workers.
+    of its workers.  ``unseen`` are bytes that NumPy allocates itself for a worker.
     """
 
     weights: tuple[Buffer, ...] = ()
     shared: tuple[Buffer, ...] = ()
     per_worker: tuple[Buffer, ...] = ()
+    unseen: int = 0
 
 
 class Strategy(Protocol):

@@ -1,8 +1,9 @@
 """Few channels in a group: direct loops over one plane at a time, compiled.
 
-The sums of the definition, without columns and without BLAS.  For NumPy arrays, loops
-of `cuconv.backends.cpu.loops` over planes that are copied with their padding; for CuPy
-arrays, kernels without copies (`cuconv.backends.DirectConv`).
+The sums of the definition, without columns and without BLAS.  For NumPy arrays, the
+planes are copied with their padding: loops of `cuconv.backends.cpu.loops` run over
+them where Numba is installed, else NumPy's own (`cuconv.backends.cpu.planes`).  For
+CuPy arrays, kernels without copies (`cuconv.backends.DirectConv`).
 """
 
 import math
@@ -13,6 +14,7 @@ import numpy as np
 
 from cuconv.arrays import Array
 from cuconv.backends import Backend, jit_is_installed
+from cuconv.backends.cpu import planes
 from cuconv.engine.costs import Work
 from cuconv.engine.problem import Problem, in_groups
 from cuconv.geometry import Axis, ConvGeometry, Tile
@@ -23,8 +25,10 @@ from cuconv.strategies.base import (
     Tiling,
     Tilings,
     Workspace,
+    bias_buffer,
     filters_of,
     outer_view,
+    take_bias,
     three_axes,
 )
 
@@ -37,6 +41,11 @@ _MOST_CHANNELS = 4
 _TASKS = 8
 # Elements of the planes that are taken together: with their sums, half of an L1 cache.
 _RUN = 8192
+# The buffers of `planes.convolve` and `planes.correlate`.
+_PLANES = "scratch", "sums", "more", "tiles"
+# How much longer than an element of `Rates.einsum` others take: those of loops that
+# NumPy buffers, those of a dot product, and each dot product.
+_BUFFERED, _DOT, _SHORT_DOT = 2.4, 0.5, 130
 
 
 class Depthwise(OneWay):
@@ -65,6 +74,8 @@ class Depthwise(OneWay):
         if backend.direct is not None:
             return Workspace()
         g, dtype = problem.geometry, problem.operand
+        if not _is_compiled(problem):
+            return _buffers_of_planes(problem)
         cells = math.prod(_scratch_shape(problem))
         own = (Buffer("scratch", cells, dtype), Buffer("sums", cells, dtype))
         weights = Buffer("w", g.filters * g.patch, dtype)
@@ -81,6 +92,8 @@ class Depthwise(OneWay):
             arrays = g.images * (g.channels * g.cells + g.filters * g.positions)
             pieces = min(_channels(problem), _TASKS)
             return Work(direct=g.multiplications, copy=arrays, pieces=pieces)
+        if not _is_compiled(problem):
+            return _work_of_planes(problem)
         cells = g.images * math.prod(_scratch_shape(problem)[1:])
         return Work(
             direct=cells * g.filters * g.patch,
@@ -94,6 +107,8 @@ class Depthwise(OneWay):
             return view
         copy = kept["w"].reshape(view.shape)
         job.backend.copy(view, copy)
+        if job.problem.conjugates_weights:
+            job.backend.do(job.backend.xp.conjugate, copy, copy)
         return copy
 
     def forward(
@@ -107,6 +122,9 @@ class Depthwise(OneWay):
                 direct.convolve(
                     x, weights, bias, y, three_axes(g), conjugated=conjugated
                 )
+            return
+        if not _is_compiled(job.problem):
+            self._run_planes(job, planes.convolve, (x, weights, *_bias(job, bias), y))
             return
         offset = _offset(job, bias)
         self._run(job, "convolve", (x, weights, offset, y, _input_axes(g)))
@@ -122,6 +140,10 @@ class Depthwise(OneWay):
             with job.backend.stage("direct", self.name):
                 direct.convolve(dy, transposed, bias, dx, three_axes(g), **how)
             return
+        if not _is_compiled(job.problem):
+            operands = dy, transposed, *_bias(job, bias), dx
+            self._run_planes(job, planes.convolve, operands)
+            return
         flipped, offset = transposed[..., ::-1, ::-1, ::-1], _offset(job, bias)
         self._run(job, "convolve", (dy, flipped, offset, dx, _adjoint_axes(g)))
 
@@ -134,8 +156,11 @@ class Depthwise(OneWay):
                 direct.correlate(x, dy, view, three_axes(g))
             return
         sums = job.shared["w"].reshape(view.shape)
-        axes = _input_axes(g), _strided_axes(g)
-        self._run(job, "correlate", (dy, x, sums, *axes))
+        if _is_compiled(job.problem):
+            axes = _input_axes(g), _strided_axes(g)
+            self._run(job, "correlate", (dy, x, sums, *axes))
+        else:
+            self._run_planes(job, planes.correlate, (dy, x, sums))
         job.backend.copy(sums, view)
 
     def _run(self, job: Job, name: str, arguments: tuple[Any, ...]) -> None:
@@ -155,6 +180,21 @@ class Depthwise(OneWay):
 
         job.each(tasks, body)
 
+    def _run_planes(
+        self, job: Job, function: Callable[..., None], arguments: tuple[Any, ...]
+    ) -> None:
+        """Distribute the groups to workers, a range of them at a time."""
+        layout, groups = _layout(job.problem), job.problem.geometry.groups
+        pieces = range(0, groups, layout.piece)
+
+        def body(number: int, begin: int, own: dict[str, Array]) -> None:
+            buffers = [own[name] for name in _PLANES]
+            end = min(begin + layout.piece, groups)
+            with job.backend.stage("direct", self.name, number):
+                job.backend.do(function, *arguments, layout, *buffers, begin, end)
+
+        job.each(pieces, body)
+
 
 def _refusals(problem: Problem) -> Iterator[str]:
     g = problem.geometry
@@ -164,21 +204,22 @@ def _refusals(problem: Problem) -> Iterator[str]:
         yield "there is one group"
     if g.group_channels > _MOST_CHANNELS:
         yield f"{g.group_channels} channels in a group, {_MOST_CHANNELS} at most"
-    own = _loops_refuse if problem.module == "numpy" else _kernels_refuse
+    own = _planes_refuse if problem.module == "numpy" else _kernels_refuse
     yield from own(problem)
     if problem.flipped:
         yield "it would insert zeros into dy for a stride"
 
 
-def _loops_refuse(problem: Problem) -> Iterator[str]:
-    """The reasons against the loops over NumPy arrays."""
-    if not jit_is_installed():
-        yield "Numba is not installed, which compiles its loops (extra jit)"
-    if problem.operand.char not in "fd":
-        yield f"its loops would round {problem.operand}"
-    missing = [n for n in _OPERANDS[problem.op] if n not in problem.zero_copy]
-    if missing:
-        yield f"{' and '.join(missing)}: another type, or strides that are not even"
+def _planes_refuse(problem: Problem) -> Iterator[str]:
+    """The reasons against sums over NumPy arrays."""
+    if problem.operand.kind not in "iufc":
+        yield f"it does not add {problem.operand}"
+
+
+def _is_compiled(problem: Problem) -> bool:
+    """True if loops that Numba compiles run: for floats that need no cast."""
+    zero_copy = problem.zero_copy.issuperset(_OPERANDS[problem.op])
+    return problem.operand.char in "fd" and zero_copy and jit_is_installed()
 
 
 def _kernels_refuse(problem: Problem) -> Iterator[str]:
@@ -204,6 +245,54 @@ def _channels(problem: Problem) -> int:
     if problem.op == "weight_grad":
         return g.filters * g.group_channels
     return g.filters if problem.op == "forward" else g.channels
+
+
+def _layout(problem: Problem) -> planes.Layout:
+    """The planes of a problem that is not compiled."""
+    g, last = problem.geometry, not problem.geometry.channels_first
+    return planes.layout_of(three_axes(g), g.groups, g.images, problem.op, last=last)
+
+
+def _buffers_of_planes(problem: Problem) -> Workspace:
+    g, layout = problem.geometry, _layout(problem)
+    ends = g.group_channels, g.group_filters
+    if problem.op == "input_grad":
+        ends = g.group_filters, g.group_channels
+    sizes = planes.sizes_of(layout, problem.op, *ends)
+    pairs = zip(_PLANES, sizes, strict=True)
+    own = tuple(Buffer(name, size, problem.operand) for name, size in pairs)
+    unseen = planes.BUFFERED * problem.operand.itemsize
+    weights = Buffer("w", g.filters * g.patch, problem.operand)
+    if problem.op == "weight_grad":
+        return Workspace((), (weights,), own, unseen)
+    return Workspace((weights,), bias_buffer(problem), own, unseen)
+
+
+def _work_of_planes(problem: Problem) -> Work:
+    g, layout = problem.geometry, _layout(problem)
+    cells, copies = g.images * layout.plane, g.images * g.channels * g.cells
+    if problem.op != "weight_grad":
+        factor = 1 if layout.has_long_loops else _BUFFERED
+    elif layout.last:
+        factor = _BUFFERED
+    else:
+        factor = _DOT + _SHORT_DOT / layout.cells
+    strided = g.channels_first and layout.stride[2] > 1
+    runs = -(-g.groups // layout.groups) * -(-g.images // layout.images)
+    return Work(
+        einsum=cells * g.filters * g.patch * factor,
+        copy=2 * (copies * (1 + strided) + g.images * g.filters * g.positions),
+        blocks=runs * (4 + 4 * len(layout.phases)),
+        pieces=-(-g.groups // layout.piece),
+    )
+
+
+def _bias(job: Job, bias: Array | None) -> tuple[Array | None]:
+    """The bias as (G, K/G, 1, 1, 1), in the type of the sums."""
+    offset = take_bias(job, bias)
+    if offset is None:
+        return (None,)
+    return (offset.reshape(job.problem.geometry.groups, -1, 1, 1, 1),)
 
 
 def _offset(job: Job, bias: Array | None) -> Array:
