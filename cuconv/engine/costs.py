@@ -7,6 +7,10 @@ worker, for float32.
 import math
 from typing import NamedTuple
 
+# The most blocks that are recorded: with more, the work takes longer than computing the
+# steps anew.
+MOST_BLOCKS = 32
+
 
 class Work(NamedTuple):
     """The steps of a job, counted in the units of `Rates`.
@@ -65,8 +69,10 @@ class Rates(NamedTuple):
     products: float
     # The gain of a second worker in steps that wait for memory, as a fraction of one.
     crowding: float
-    # One block of work, and one more worker.
+    # One block of work, one of a plan that is not recorded since it has too many, and
+    # one more worker.
     block: float
+    unrecorded: float
     worker: float
     # Work of fewer nanoseconds than this gets one worker.
     worth_workers: float
@@ -124,7 +130,8 @@ def price(work: Work, rates: Rates) -> Price:
         + work.transpose * rates.transpose
         + work.reread * rates.reread
     )
-    even = product + each + work.blocks * rates.block
+    block = rates.block if work.blocks <= MOST_BLOCKS else rates.unrecorded
+    even = product + each + work.blocks * block
     return Price(float(even), float(crowded), work.pieces)
 
 
@@ -149,6 +156,7 @@ CPU_RATES = Rates(
     products=30,
     crowding=0.2,
     block=5_000,
+    unrecorded=40_000,
     worker=100_000,
     # With two workers, layers of 0.3 to 0.5 ms took 1.05 times as long as with one, and
     # those of 0.5 to 1 ms 0.78 times, in passes over networks after 50 ms of sleep.
@@ -176,6 +184,7 @@ CUDA_RATES = Rates(
     products=0,
     crowding=0,
     block=15_000,
+    unrecorded=15_000,
     worker=0,
     worth_workers=float("inf"),
     processors=132,

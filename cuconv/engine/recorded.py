@@ -14,6 +14,7 @@ from cuconv.arrays import (
     stub_of,
 )
 from cuconv.backends import Backend, refuse_capture
+from cuconv.engine.costs import MOST_BLOCKS
 from cuconv.engine.execute import Memory, Run
 from cuconv.engine.lowering import Lowering
 from cuconv.engine.program import MOST_BYTES, Program, Recording, TooManySteps
@@ -23,9 +24,6 @@ from cuconv.options import Options
 
 # Why a call without `out` is refused while a CUDA graph is captured.
 NEEDS_OUT = "the result cannot be allocated: pass out="
-# The most blocks that are recorded: with more, the work takes far longer than computing
-# the steps anew.
-MOST_BLOCKS = 32
 
 
 class Recorded(ABC):

@@ -68,9 +68,9 @@ _LEAST_ROW, _SMALL_PRODUCT = 16, 10**6
 _TAP = 0.25
 # The cost of packing a weight, relative to reading it from memory.
 _PACKED = 5
-# A product whose result has as many elements takes twice as long: 1 × 3 take 0.2 to 0.3
-# ns a multiply-add on an Intel Xeon with AVX-512, where a short side says 0.08.
-_SMALL_RESULT = 8
+# Products of few results over many positions are slower, in time per multiply-add of
+# large ones on an Intel Xeon (AVX-512): 64 × 192 1.1, 64 × 42 1.5, 1 × 3 4.
+_FEW_RESULTS, _LEAST_RESULTS = 1500, 500
 
 
 class Taps(NamedTuple):
@@ -220,10 +220,10 @@ class PartialIm2col:
             pieces=blocks * splits,
         )
         if problem.op == "weight_grad":
-            # Both sides of a product may be short: 1 × 3 for each group of one channel.
-            cells = max(g.group_filters * (g.patch // taps), 1)
+            cells = g.group_filters * (g.patch // taps)
+            slower = 1 + _FEW_RESULTS / (cells + _LEAST_RESULTS)
             return work._replace(
-                multiply=g.multiplications * (1 + _SMALL_RESULT / cells),
+                multiply=g.multiplications * slower,
                 short_side=min(tile.positions, g.group_filters, g.patch // taps),
                 gather=columns * run_cost(g),
                 scatter=max(blocks * images - splits, 0) * weights,

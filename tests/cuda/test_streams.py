@@ -303,7 +303,8 @@ def test_calls_are_planned_for_the_device_of_their_arrays(standin, monkeypatch) 
 
 H200 = Gpu("any", "90", 132, 1_980_000, 3_125_000, 6144, 50 * 2**20)
 UNITS = {
-    *("block", "worker", "worth_workers", "short", "products", "einsum", "crowding"),
+    *("block", "unrecorded", "worker", "worth_workers", "short", "products"),
+    *("einsum", "crowding"),
     "tensor",
 }
 
