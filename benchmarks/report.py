@@ -363,7 +363,7 @@ def small_call_text(found: dict[str, float]) -> str:
     return (
         f"A call on (1, 3, 8, 8) with 8 filters of 3×3, padding 1, takes {call} µs, "
         f"with a prepared plan {digits(found['prepared_microseconds'])} µs; "
-        f"{ranges:.1f} µs of it are NVTX ranges that nobody listens to. "
+        f"{max(ranges, 0):.1f} µs of it are NVTX ranges without a profiler. "
         f"`import cuconv` takes {digits(found['import_milliseconds'])} ms beyond "
         "NumPy's."
     )

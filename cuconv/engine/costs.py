@@ -7,6 +7,8 @@ worker, for float32.
 import math
 from typing import NamedTuple
 
+# OpenBLAS for AVX-512 multiplies up to this many multiply-adds without packing.
+SMALL_PRODUCT = 10**6
 # The most blocks that are recorded: with more, the work takes longer than computing the
 # steps anew.
 MOST_BLOCKS = 32

@@ -315,9 +315,19 @@ def sums_in_place(problem: Problem) -> bool:
     )
 
 
-def read_again(weights: int, times: int) -> int:
+def read_again(problem: Problem, weights: int, times: int) -> int:
     """The elements of weights that are read from memory, if they are many."""
-    return weights * times if weights > _IN_CACHE else 0
+    is_counted = problem.module == "numpy" and weights > _IN_CACHE
+    return weights * times if is_counted else 0
+
+
+class ForwardOnly:
+    """A strategy that has no input gradient of its own: `OVER_DY`."""
+
+    def input_grad(
+        self, job: Job, dy: Array, weights: Array, bias: Array | None, out: Array
+    ) -> None:
+        raise NotImplementedError  # refused by `supports`
 
 
 def parts_of(count: int, parts: int) -> list[slice]:

@@ -33,6 +33,7 @@ from cuconv.geometry import Block, ConvGeometry, Tile
 from cuconv.memory import Buffer
 from cuconv.strategies.base import (
     OVER_DY,
+    ForwardOnly,
     Job,
     OneWay,
     Tiling,
@@ -84,7 +85,7 @@ def _frequencies(lengths: tuple[int, ...]) -> tuple[int, ...]:
 _SPECTRA = 7
 
 
-class Fft(OneWay):
+class Fft(ForwardOnly, OneWay):
     """See `cuconv.strategies.Strategy`."""
 
     name = "fft"
@@ -208,11 +209,6 @@ class Fft(OneWay):
                 job.backend.copy(result, into)
 
         job.each(job.blocks, body)
-
-    def input_grad(
-        self, job: Job, dy: Array, weights: Array, bias: Array | None, out: Array
-    ) -> None:
-        raise NotImplementedError  # `supports` excludes it
 
     def weight_grad(self, job: Job, dy: Array, x: Array, out: Array) -> None:
         g, splits = job.problem.geometry, job.tiling.splits

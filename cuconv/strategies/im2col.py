@@ -21,7 +21,7 @@ from cuconv.arrays import Array, DType, Stored, flattened, stored
 from cuconv.backends import Backend
 from cuconv.engine.costs import Work
 from cuconv.engine.problem import Problem, in_groups
-from cuconv.geometry import Block, ConvGeometry, Region, Tile
+from cuconv.geometry import Block, Region, Tile
 from cuconv.memory import Buffer
 from cuconv.strategies.base import (
     Job,
@@ -56,8 +56,8 @@ _SPLIT_BYTES = 4 * 2**20
 # least filters in a part.
 FEW_POSITIONS, PART = 1024, 32
 # The cost of starting a contiguous run, in elements: columns of 7×7 outputs take 0.46
-# ns an element, of 14×14 0.15, of 56×56 0.11.
-_RUN = 8
+# ns an element, of 14×14 0.15, of 56×56 0.11.  On a GPU it is not yet measured.
+_RUN = {"numpy": 8, "cupy": 32}
 # The cost of adding the columns of one tap, in products.
 _ADD = 8
 # A product for each image, or one for several side by side, which must be copied out;
@@ -126,7 +126,7 @@ class Im2col:
 
     def work(self, problem: Problem, tiling: Tiling) -> Work:
         g, splits, positions = problem.geometry, tiling.splits, tiling.tile.positions
-        columns = g.images * g.positions * g.groups * g.patch * run_cost(g)
+        columns = g.images * g.positions * g.groups * g.patch * run_cost(problem)
         blocks = g.count_blocks(tiling.tile)
         products = g.groups * blocks * tiling.tile.images
         transposed = 0 if "w" in problem.zero_copy else g.filters * g.patch
@@ -163,7 +163,7 @@ class Im2col:
             gather=columns * splits,
             copy=0 if direct else g.images * g.positions * g.filters,
             transpose=transposed,
-            reread=read_again(g.filters * g.patch, blocks * images),
+            reread=read_again(problem, g.filters * g.patch, blocks * images),
             products=products,
             blocks=blocks * splits,
             pieces=blocks * splits,
@@ -260,10 +260,11 @@ class Im2col:
             _finish(job, sums[0], out)
 
 
-def run_cost(geometry: ConvGeometry) -> float:
+def run_cost(problem: Problem) -> float:
     """The relative cost of a gathered element, higher for short contiguous runs."""
-    run = geometry.out[-1] if geometry.channels_first else geometry.group_channels
-    return 1 + _RUN / max(run, 1)
+    g = problem.geometry
+    run = g.out[-1] if g.channels_first else g.group_channels
+    return 1 + _RUN[problem.module] / max(run, 1)
 
 
 def filters_apart(problem: Problem, channels: int) -> int:

@@ -25,12 +25,13 @@ from typing import NamedTuple
 
 from cuconv.arrays import Array, flattened, strided
 from cuconv.backends import Backend
-from cuconv.engine.costs import Work
+from cuconv.engine.costs import SMALL_PRODUCT, Work
 from cuconv.engine.problem import Problem, in_groups
 from cuconv.geometry import Block, ConvGeometry, Tile, WindowGeometry
 from cuconv.memory import Buffer
 from cuconv.strategies.base import (
     OVER_DY,
+    ForwardOnly,
     Job,
     Tiling,
     Tilings,
@@ -61,9 +62,8 @@ class Order(Enum):
 
 
 EACH, WIDE, ROWS = Order
-# Rows of fewer positions are not multiplied one by one; and products of more
-# multiply-adds than this are packed by BLAS, their weights each time.
-_LEAST_ROW, _SMALL_PRODUCT = 16, 10**6
+# Rows of fewer positions are not multiplied one by one.
+_LEAST_ROW = 16
 # The cost of one more product and sum, relative to that of a block.
 _TAP = 0.25
 # The cost of packing a weight, relative to reading it from memory.
@@ -129,7 +129,7 @@ def lowered(g: ConvGeometry) -> Lowered:
     return Lowered(WindowGeometry(*own), tuple(taps))
 
 
-class PartialIm2col:
+class PartialIm2col(ForwardOnly):
     """See `cuconv.strategies.Strategy`."""
 
     name = "partial_im2col"
@@ -210,11 +210,11 @@ class PartialIm2col:
             short_side=min(
                 tile.positions // images, g.group_filters // splits, g.patch // taps
             ),
-            gather=columns * run_cost(g) * splits,
+            gather=columns * run_cost(problem) * splits,
             scatter=(taps - 1) * results,
             copy=copied,
             transpose=_runs_of_weights(problem),
-            reread=read_again(weights, blocks * images),
+            reread=read_again(problem, weights, blocks * images),
             products=products * taps * splits,
             blocks=blocks * splits * steps,
             pieces=blocks * splits,
@@ -225,7 +225,7 @@ class PartialIm2col:
             return work._replace(
                 multiply=g.multiplications * slower,
                 short_side=min(tile.positions, g.group_filters, g.patch // taps),
-                gather=columns * run_cost(g),
+                gather=columns * run_cost(problem),
                 scatter=max(blocks * images - splits, 0) * weights,
                 copy=copied + splits * weights,
                 reread=0,
@@ -236,7 +236,7 @@ class PartialIm2col:
         if tiling.variant != ROWS:
             return work
         rows, row = tile.cells[0], math.prod(tile.cells[1:])
-        packed = g.group_filters // splits * g.patch * row > _SMALL_PRODUCT
+        packed = g.group_filters // splits * g.patch * row > SMALL_PRODUCT
         return work._replace(
             short_side=min(row, g.group_filters // splits, g.patch),
             scatter=0,
@@ -283,11 +283,6 @@ class PartialIm2col:
 
         parts = parts_of(g.group_filters, job.tiling.splits)
         job.each(((block, part) for block in job.blocks for part in parts), body)
-
-    def input_grad(
-        self, job: Job, dy: Array, weights: Array, bias: Array | None, out: Array
-    ) -> None:
-        raise NotImplementedError(OVER_DY)
 
     def weight_grad(self, job: Job, dy: Array, x: Array, out: Array) -> None:
         g, splits, variant = job.problem.geometry, job.tiling.splits, job.tiling.variant

@@ -102,7 +102,7 @@ class TapMatmul(OneWay):
         return Work(
             multiply=g.multiplications * met,
             short_side=min(tiling.tile.positions, g.group_filters, g.group_channels),
-            gather=positions * g.channels * run_cost(g),
+            gather=positions * g.channels * run_cost(problem),
             scatter=sums * added,
             copy=blocks * g.taps * g.filters * g.group_channels
             if problem.op == "weight_grad"

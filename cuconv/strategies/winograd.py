@@ -42,6 +42,7 @@ from cuconv.geometry import Block, ConvGeometry, Tile, tile_of
 from cuconv.memory import Buffer
 from cuconv.strategies.base import (
     OVER_DY,
+    ForwardOnly,
     Job,
     Tiling,
     Tilings,
@@ -49,7 +50,6 @@ from cuconv.strategies.base import (
     add_splits,
     bias_buffer,
     output_cells,
-    read_again,
     take_bias,
     three_axes,
 )
@@ -122,7 +122,7 @@ def _shape(geometry: ConvGeometry, variant: tuple[int, ...], dtype: DType) -> Sh
     return Shape(axes, (None if tiled == 1 else sizes[0], sizes[-1]), lines)
 
 
-class Winograd:
+class Winograd(ForwardOnly):
     """See `cuconv.strategies.Strategy`."""
 
     name = "winograd"
@@ -188,18 +188,14 @@ class Winograd:
         outer = tiling.tile.cells[0] if g.rank > len(tiling.variant) else 1
         rows_in_block = -(-tiles // max(blocks * outer, 1))
         grad = problem.op == "weight_grad"
-        # Sums over one tiled axis are many short products: x of 8 × 64 × 56 × 56 takes
-        # 1.3 and 8 × 256 × 14 × 14 2.1 times as long as their size says (Intel Xeon).
-        slower = 1.6 if grad and len(tiling.variant) == 1 else 1.0
-        # A block of a gradient reads the sum and the product, and writes the sum.
         count = products_work if problem.module == "numpy" else kernels_work
-        return Work(
-            multiply=float(tiles) * kept * slower,
+        work = Work(
+            multiply=float(tiles) * kept,
             short_side=min(rows_in_block, g.group_filters, g.group_channels),
-            reread=read_again(kept, 3 * (blocks + tiling.splits) if grad else blocks),
+            reread=(blocks if not grad else blocks + tiling.splits) * kept,
             pieces=tiling.splits if grad else blocks,
-            **count(problem, tiling, shape, blocks),
         )
+        return work._replace(**count(problem, tiling, shape, blocks))
 
     def weights(self, job: Job, w: Array, kept: dict[str, Array]) -> Array:
         """U as (frequencies, G, outer taps · C/G, K/G)."""
@@ -227,11 +223,6 @@ class Winograd:
                 way.outputs(job, offset, into, piece, buffers)
 
         job.each(job.blocks, body)
-
-    def input_grad(
-        self, job: Job, dy: Array, weights: Array, bias: Array | None, out: Array
-    ) -> None:
-        raise NotImplementedError  # refused by `supports`
 
     def weight_grad(self, job: Job, dy: Array, x: Array, out: Array) -> None:
         geometry, tiled = job.problem.geometry, len(job.tiling.variant)

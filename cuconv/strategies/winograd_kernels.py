@@ -15,7 +15,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from dataclasses import replace as changed
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from cuconv.arrays import Array, stored, strided
 from cuconv.backends import TileTransforms
@@ -149,7 +149,7 @@ class TileKernels:
 
 def kernels_work(
     problem: Problem, tiling: Tiling, shape: Shape, blocks: int
-) -> dict[str, float]:
+) -> dict[str, Any]:
     """The cost of these transforms, in elements read and written."""
     g, sizes = problem.geometry, _sizes(problem, tiling, shape)
     cells = g.images * (g.channels * g.cells + g.filters * g.positions)

@@ -7,6 +7,7 @@ from support import candidates_of, plan_of
 
 import cuconv
 from cuconv.geometry import ConvGeometry
+from cuconv.strategies.im2col import run_cost
 from cuconv.strategies.partial_im2col import lowered
 
 
@@ -75,3 +76,18 @@ def test_a_strided_input_gradient_is_refused() -> None:
         cuconv.conv_input_grad(
             dy, w, (1, 2, 11, 11), stride=2, strategy="partial_im2col"
         )
+
+
+@pytest.mark.parametrize("name", ["im2col", "partial_im2col"])
+def test_what_was_measured_on_a_cpu_prices_no_gpu(name) -> None:
+    """Weights beyond the cache, and the start of a contiguous run."""
+    case = Case((8, 256, 14, 14), (256, 256, 3, 3), {"padding": 1})
+    cpu, gpu = (
+        candidates_of(plan_of("forward", case, strategy=name, device=device))[0]
+        for device in ("cpu", "cuda")
+    )
+    work, other = (c.strategy.work(c.problem, c.tiling) for c in (cpu, gpu))
+    assert work.reread > 0
+    assert other.reread == 0
+    assert run_cost(cpu.problem) == 1 + 8 / 14
+    assert run_cost(gpu.problem) == 1 + 32 / 14

@@ -18,17 +18,16 @@ from cuconv.backends.cpu.pooling import CpuPools
 from cuconv.backends.cpu.threads import Blas, Queue, Workers, small_buffers
 from cuconv.backends.padding import Reading
 from cuconv.config import settings
-from cuconv.engine.costs import CPU_RATES
+from cuconv.engine.costs import CPU_RATES, SMALL_PRODUCT
 from cuconv.engine.program import Item, Phase, Program, Slots
 from cuconv.geometry import Axis, Block, Ranges, Tile, WindowGeometry
 from cuconv.memory import ALIGNED, Buffer, aligned_start
 from cuconv.profiling import stage
 
-# OpenBLAS multiplies up to this many multiply-adds without packing; larger ones it
-# packs first.  One core of an AMD EPYC (Zen 4), float32, GFLOP/s, whole and in parts:
+# OpenBLAS packs products of more than `SMALL_PRODUCT` multiply-adds, which are split
+# therefore.  One core of an AMD EPYC (Zen 4), float32, GFLOP/s, whole and in parts:
 # 64×64×3136 96 and 109, 64×576×448 97 and 115, 128×256×784 103 and 112, 512×512×784 104
 # and 106, but 512×1024×392 104 and 87.
-_SMALL_PRODUCT = 10**6
 _LEAST_INNER, _MOST_INNER, _PART_ROWS = 48, 640, 32
 # It reads them many times: the rows of the right side must be close enough in memory to
 # stay in the cache.  512×128×3136 in place, 784 columns apart: 92 whole, 80 in parts.
@@ -507,7 +506,7 @@ def _multiply_parts(
 def _part(a: Array, b: Array, out: Array) -> tuple[int, int]:
     """Rows and columns of one part of a product, or zeros to leave it unsplit."""
     inner, item = a.shape[-1], out.itemsize
-    if out.shape[-2] * inner * out.shape[-1] <= _SMALL_PRODUCT:
+    if out.shape[-2] * inner * out.shape[-1] <= SMALL_PRODUCT:
         return 0, 0
     is_whole = (
         not _BLAS.has_small_products
@@ -521,7 +520,7 @@ def _part(a: Array, b: Array, out: Array) -> tuple[int, int]:
     if is_whole:
         return 0, 0
     rows = min(_PART_ROWS if inner > 2 * _PART_ROWS else 2 * _PART_ROWS, out.shape[-2])
-    columns = _SMALL_PRODUCT // (rows * inner) // 8 * 8
+    columns = SMALL_PRODUCT // (rows * inner) // 8 * 8
     return rows, min(columns, out.shape[-1])
 
 
