@@ -372,7 +372,7 @@ def test_pytorch_answers_rightly() -> None:
 
 def test_a_process_that_never_answers_is_missing() -> None:
     case = Case(PLAIN, "forward", 1)
-    for python, reason in (("true", "ended with status 0"), ("no-such", "No such")):
+    for python, reason in (("true", "ended with status 0"), ("no-such", "no-such")):
         process = Process(python)
         worker = Worker("cuconv", {}, process)
         found = measure_case(case, {"a": worker}, TINY_EFFORT)["findings"]["a"]
