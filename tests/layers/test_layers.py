@@ -583,8 +583,10 @@ def test_every_layer_has_an_example() -> None:
         ),
         (
             lambda: layers.SeparableConv2d(2, 4, 3, layout="NHWC"),
-            "SeparableConv2d(depthwise (3, 3, 2, 1), pointwise (2, 4), bias (4,), "
-            "dtype=float32, layout='NHWC')",
+            (
+                "SeparableConv2d(depthwise (3, 3, 2, 1), pointwise (2, 4), bias (4,), "
+                "dtype=float32, layout='NHWC')"
+            ),
         ),
         (lambda: layers.MaxPool2d(3, stride=2), "MaxPool2d((3, 3), stride=2)"),
         (
