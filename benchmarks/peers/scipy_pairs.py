@@ -5,6 +5,7 @@ Forward by any of its three functions for it, and both gradients by `scipy.signa
 
 from collections.abc import Iterator
 from itertools import product
+from typing import Any
 
 import numpy as np
 import scipy
@@ -26,7 +27,7 @@ class Pairs(Peer):
     def versions(self) -> dict[str, str]:
         return {"scipy": scipy.__version__}
 
-    def correlated(self, image: Host, kernel: Host) -> Host:
+    def correlated(self, image: Host, kernel: Host) -> Any:
         """The correlation where they overlap completely."""
         return correlate(image, kernel, "valid")
 
@@ -59,14 +60,14 @@ class Pairs(Peer):
 class OverlapAdd(Pairs):
     """By the Fourier transform, block by block."""
 
-    def correlated(self, image: Host, kernel: Host) -> Host:
+    def correlated(self, image: Host, kernel: Host) -> Any:
         return oaconvolve(image, np.flip(kernel), "valid")
 
 
 class Ndimage(Pairs):
     """By loops over the taps; what hangs over the edge is cut off."""
 
-    def correlated(self, image: Host, kernel: Host) -> Host:
+    def correlated(self, image: Host, kernel: Host) -> Any:
         sizes = zip(image.shape, kernel.shape, strict=True)
         inside = (slice(k // 2, k // 2 + n - k + 1) for n, k in sizes)
         return ndimage.correlate(image, kernel, mode="constant")[tuple(inside)]
