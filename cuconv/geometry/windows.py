@@ -325,7 +325,7 @@ class WindowGeometry:
         A ``kernel_size`` of several numbers fixes the rank, and ``x_shape`` may then
         lack the batch axis; a single number means a batched array.  ``ceil_mode`` adds
         a window along every axis that has elements left over (`Axis.rounded_up`), and
-        ``cover_all`` one for padding that is left over too (`Axis.covered`).
+        ``cover_all`` one that has padding left over too.
 
         Raises
         ------
@@ -340,8 +340,7 @@ class WindowGeometry:
             frozen_padding(padding),
             frozen("dilation", dilation),
             layout,
-            ceil_mode,
-            check_flag("cover_all", cover_all),
+            (ceil_mode, check_flag("cover_all", cover_all)),
         )
 
     @classmethod
@@ -389,8 +388,7 @@ def _window_geometry(
     padding: object,
     dilation: object,
     layout: str,
-    ceil_mode: bool,  # noqa: FBT001 - the key of a cache
-    cover_all: bool,  # noqa: FBT001
+    rounds_up: tuple[bool, bool],
 ) -> WindowGeometry:
     if isinstance(kernel_size, str):
         raise TypeError(f"kernel_size must be integers; got {kernel_size!r}")
@@ -403,9 +401,13 @@ def _window_geometry(
         )
     split = split_shape(x_shape, len(kernel_size), layout)
     axes = axes_of(
-        *(split.sizes, kernel_size, stride, padding, dilation),
-        ceil_mode=ceil_mode,
-        cover_all=cover_all,
+        split.sizes,
+        kernel_size,
+        stride,
+        padding,
+        dilation,
+        ceil_mode=rounds_up[0],
+        cover_all=rounds_up[1],
     )
     return WindowGeometry(
         split.images, split.channels, axes, split.channels_first, split.batched
