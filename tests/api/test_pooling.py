@@ -32,6 +32,7 @@ from support import (
 import cuconv
 from cuconv import testing
 from cuconv.backends.cpu import backend as host
+from cuconv.backends.cpu import pool_maxima as host_maxima
 from cuconv.backends.cpu import pooling as host_pools
 from cuconv.backends.cuda import cuda_backend
 from cuconv.backends.cuda import pooling as packing
@@ -886,7 +887,7 @@ def test_places_of_maxima_are_added_up_alike_without_numba(dtype, monkeypatch) -
     dy = np.random.default_rng(1).standard_normal(y.shape).astype(dtype)
     gradient = partial(cuconv.max_pool_backward, dy, indices, x.shape, 3, stride=1)
     found = gradient(padding=1)
-    monkeypatch.setattr(host_pools, "jit_is_installed", lambda: False)
+    monkeypatch.setattr(host_maxima, "jit_is_installed", lambda: False)
     forget_plans()
     np.testing.assert_array_equal(found, gradient(padding=1))
 
