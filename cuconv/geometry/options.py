@@ -221,6 +221,7 @@ def axes_of(
     dilation: object,
     *,
     ceil_mode: bool = False,
+    cover_all: bool = False,
     input_dilation: object = 1,
 ) -> tuple[Axis, ...]:
     """One `Axis` for each spatial axis; raise if a kernel does not fit."""
@@ -238,8 +239,8 @@ def axes_of(
         Axis(n, k, s, d, before, after, input_dilation=apart)
         for n, k, s, d, (before, after), apart in each
     )
-    if ceil_mode:
-        axes = tuple(axis.rounded_up for axis in axes)
+    if ceil_mode or cover_all:
+        axes = tuple(axis.rounded_up(cover_all=cover_all) for axis in axes)
     for index, axis in enumerate(axes):
         _check_fits(index, axis, padding)
     return axes

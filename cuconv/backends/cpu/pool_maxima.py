@@ -12,11 +12,17 @@ from typing import cast
 
 import numpy as np
 
-from cuconv.arrays import Array, is_aligned, merged_stride, strided
+from cuconv.arrays import Array, is_aligned
 from cuconv.backends.cpu.machine import jit_is_installed
+from cuconv.backends.cpu.pool_places import (
+    BOOL,
+    INDEX,
+    PlacesWorker,
+    add_at,
+    refused,
+    runs_upward,
+)
 from cuconv.backends.cpu.pool_sweeps import (
-    MOST_NUMBERS,
-    PoolWorker,
     Reduction,
     along,
     comparing,
@@ -27,15 +33,16 @@ from cuconv.backends.cpu.pool_sweeps import (
     span_of,
 )
 from cuconv.engine.pool_problem import PoolInputs, PoolProblem
-from cuconv.geometry import Block, Range, Ranges, Region
+from cuconv.geometry import Block, Range, Region
 from cuconv.memory import Buffer
 
 # Sums that a compiled loop adds up; NumPy's keeps other threads waiting.
 _LOOPED = np.dtype(np.float32), np.dtype(np.float64)
-_INDEX, _BOOL = np.dtype(np.int64), np.dtype(bool)
+# The axes of its planes.
+_LOOP_AXES = 3
 
 
-class MaxWorker(PoolWorker):
+class MaxWorker(PlacesWorker):
     """Maxima, and where they are."""
 
     @classmethod
@@ -45,7 +52,7 @@ class MaxWorker(PoolWorker):
         yield from super()._forward_buffers(problem, head, outputs)
         if not problem.with_indices:
             return
-        index = np.dtype(np.int32) if problem.geometry.cells < 2**31 else _INDEX
+        index = np.dtype(np.int32) if problem.geometry.cells < 2**31 else INDEX
         steps = pass_sizes(problem, head, outputs, inner_first=True)
         spans = span_of(problem, outputs)
         largest = max(*steps, head * math.prod(spans))
@@ -54,36 +61,37 @@ class MaxWorker(PoolWorker):
         yield Buffer("places", max(spans), index)
         yield Buffer("met", largest, index)
         for name in ("mask", "nan"):
-            yield Buffer(name, largest, _BOOL)
+            yield Buffer(name, largest, BOOL)
+        if not problem.is_search:
+            yield from cls._base_buffers(head)
 
     @classmethod
     def _backward_buffers(
         cls, problem: PoolProblem, head: int, cells: Sequence[int]
     ) -> Iterator[Buffer]:
         reached = reach_of(problem, cells)
-        outputs = head * math.prod(reached)
-        yield Buffer("share", outputs, problem.accumulate)
         yield Buffer("sum", head * math.prod(cells), problem.accumulate)
-        for name in ("at", "rest", "cell"):
-            yield Buffer(name, outputs, _INDEX)
-        for name in ("images", "channels", "heads"):
-            yield Buffer(name, head, _INDEX)
-        if problem.values is None:
-            for name in ("mask", "nan"):
-                yield Buffer(name, outputs, _BOOL)
-        else:
-            yield Buffer("indices", outputs, _INDEX)
+        yield from cls._place_buffers(problem, head, reached)
+        if problem.values is not None:
+            yield Buffer("indices", head * math.prod(reached), INDEX)
             yield from cls._forward_buffers(problem.search, head, reached)
 
     def _reduce_to(
-        self, block: Block, window: Array, target: Array, indices: Array | None
+        self,
+        block: Block,
+        span: Range,
+        window: Array,
+        target: Array,
+        indices: Array | None,
     ) -> None:
         to_maxima = Reduction.to_maxima(target.dtype)
         seen = self._sweep(to_maxima, block, window, target, indices)
         if indices is not None:
-            self._find(block, seen, indices)
+            self._find(block, span, seen, indices)
 
-    def _find(self, block: Block, seen: list[Array], indices: Array) -> None:
+    def _find(
+        self, block: Block, span: Range, seen: list[Array], indices: Array
+    ) -> None:
         """Find the first cell of every maximum in its plane; -1 where there is none."""
         geometry = self._geometry
         total = geometry.cells
@@ -109,6 +117,10 @@ class MaxWorker(PoolWorker):
         self._do(np.subtract, total, found, indices)
         for axis in set(range(geometry.rank)) - set(passes):
             self._do(np.add, indices, self._places(block, axis), indices)
+        bases = self._bases(block.images, span)
+        if bases is not None:
+            self._do(np.multiply, indices, self._problem.index_steps[0], indices)
+            self._do(np.add, indices, bases, indices)
         if not is_reached:
             self._do(_mark_empty, found, indices, self._view("mask", found.shape))
 
@@ -165,58 +177,40 @@ class MaxWorker(PoolWorker):
         return places.reshape(*(1,) * (2 + axis), -1, *inner)
 
     def _takes_sums(self, dx: Array) -> bool:
-        return super()._takes_sums(dx) and _runs_upward(dx)
+        return super()._takes_sums(dx) and runs_upward(dx)
 
     def _backward_to(
         self, region: Region, given: PoolInputs, span: Range, target: Array
     ) -> None:
         indices = self._indices(region, given, span)
         dy = given.dy[place_of(region.images, span, region.output)]
-        is_whole = tuple(target.shape[2:]) == self._geometry.size
-        if is_whole and dy.size and _is_looped(target, indices, dy):
-            from cuconv.backends.cpu import loops  # noqa: PLC0415 - Numba, when first needed
-
-            planes = math.prod(target.shape[:2])
-            cells, places, values = (
-                a.reshape(planes, -1) for a in (target, indices, dy)
-            )
-            self._do(loops.add_in_planes, cells, places.view(np.uint64), values)
+        if self._is_looped(target, indices, dy):
+            self._loop(region, target, indices, dy)
             return
         self._do(np.ndarray.fill, target, 0)
-        steps = [step // target.itemsize for step in target.strides]
-        reach = zip(target.shape, steps, strict=True)
-        length = 1 + sum((n - 1) * step for n, step in reach)
-        names = ("at", "rest", "cell", "mask", "nan", "share")
-        self._do(
-            _add_at,
-            *(region.cells, self._geometry.size, tuple(steps)),
-            strided(target, (length,), (target.itemsize,)),
-            *(indices, dy, self._flat(dy), self._heads(target.shape, steps)),
-            *(self._view(name, indices.shape) for name in names),
-            *(self._buffers[name][: dy.size] for name in ("at", "share")),
-        )
+        found = self._locate(region, span, indices, target)
+        self._do(add_at, *found, dy, self._view("share", dy.shape))
 
-    def _heads(self, shape: Sequence[int], steps: Sequence[int]) -> Array:
-        """Where every plane of a piece begins."""
-        images, channels = (
-            self._numbers(self._buffers[name][: shape[axis]], 0, steps[axis])
-            for axis, name in enumerate(("images", "channels"))
-        )
-        heads = self._buffers["heads"][: shape[0] * shape[1]].reshape(shape[:2])
-        if heads.size > MOST_NUMBERS:
-            self._do(np.add, images[:, None], channels, heads)
-        else:
-            heads = images[:, None] + channels
-        return heads.reshape(*heads.shape, *(1,) * self._geometry.rank)
+    def _is_looped(self, dx: Array, indices: Array, dy: Array) -> bool:
+        """Whether a compiled loop can add dy where the indices say.
 
-    def _flat(self, dy: Array) -> Array | None:
-        """The cells of dy in the order of the buffers; None if it has another."""
-        share = self._view("share", dy.shape)
-        run = zip(dy.shape, dy.strides, share.strides, strict=True)
-        same = all(n == 1 or one == two for n, one, two in run)
-        if not (same and dy.dtype == share.dtype and is_aligned(dy)):
-            return None
-        return strided(dy, (dy.size,), (dy.itemsize,))
+        It takes whole planes that lie one after another, of one type.
+        """
+        arrays = dx, indices, dy
+        lie = all(array.flags.c_contiguous and is_aligned(array) for array in arrays)
+        is_whole = tuple(dx.shape[2:]) == self._geometry.size and dy.size > 0
+        is_plain = is_whole and lie and not any(self._problem.index_steps[1:])
+        return is_plain and dx.dtype == dy.dtype in _LOOPED and jit_is_installed()
+
+    def _loop(self, region: Region, dx: Array, indices: Array, dy: Array) -> None:
+        """Add dy in a compiled loop."""
+        axes, missing = self._geometry.axes, _LOOP_AXES - self._geometry.rank
+        head = math.prod(dx.shape[:2]), *(1,) * missing
+        planes = (a.reshape(*head, *a.shape[2:]) for a in (dx, indices, dy))
+        bounds = [np.zeros(1, INDEX), np.ones(1, INDEX)] * missing
+        bounds += (b.reshape(-1) for both in self._bounds(region.output) for b in both)
+        dilation = (*(1,) * missing, *(axis.dilation for axis in axes))
+        self._do(_add_in_planes, missing, dilation, *planes, *bounds)
 
     def _indices(self, region: Region, given: PoolInputs, span: Range) -> Array:
         """The indices of the windows over a region, given or found in x."""
@@ -228,7 +222,7 @@ class MaxWorker(PoolWorker):
         y, indices = self._view("y", shape), self._view("indices", shape)
         window = given.x[place_of(region.images, span, block.window)]
         worker = MaxWorker(self._problem.search, self._buffers, self._do)
-        worker.reduce(block, window, y, indices)
+        worker.reduce(block, span, window, y, indices)
         return indices
 
 
@@ -272,66 +266,20 @@ def _keep_best(
         np.maximum(place, met, out=place)
 
 
-def _is_looped(dx: Array, indices: Array, dy: Array) -> bool:
-    """Whether a compiled loop can add dy where the indices say.
-
-    It takes whole planes that lie one after another, of one type.
-    """
-    arrays = dx, indices, dy
-    lie = all(array.flags.c_contiguous and is_aligned(array) for array in arrays)
-    return lie and dx.dtype == dy.dtype in _LOOPED and jit_is_installed()
-
-
-def _add_at(
-    region: Ranges,
-    size: tuple[int, ...],
-    steps: tuple[int, ...],
-    cells: Array,
+def _add_in_planes(
+    missing: int,
+    dilation: tuple[int, ...],
+    dx: Array,
     indices: Array,
     dy: Array,
-    values: Array | None,
-    heads: Array,
-    *buffers: Array,
+    *bounds: Array,
 ) -> None:
-    """Add dy to the cells of a region of planes where the indices say.
+    """Add dy in a loop, which checks the indices; the first axes may be missing."""
+    from cuconv.backends.cpu import loops  # noqa: PLC0415 - Numba, when first needed
 
-    ``values`` are those of dy in the order of ``flat_at``, if they lie so; planes begin
-    at ``heads`` and their cells lie ``steps`` apart.
-    """
-    at, rest, cell, outside, beyond, share, flat_at, flat_share = buffers
-    total, step = math.prod(size), merged_stride(size, steps[2:])
-    is_whole = region == tuple((0, n) for n in size)
-    # As unsigned numbers, those below zero are the largest.
-    may_run = is_whole and step is not None
-    if step is not None and may_run and indices.view(np.uint64).max() < total:
-        if step != 1:
-            indices = np.multiply(indices, step, at)
-        np.add(indices, heads, at)
-        if values is None:
-            np.copyto(share, dy)
-            values = flat_share
-        np.add.at(cells, flat_at, values)
-        return
-    np.less(indices, 0, outside)
-    np.copyto(rest, indices)
-    np.copyto(at, heads)
-    for axis in reversed(range(len(size))):
-        start, stop = region[axis]
-        np.remainder(rest, size[axis], cell)
-        np.floor_divide(rest, size[axis], rest)
-        np.logical_or(outside, np.less(cell, start, beyond), outside)
-        np.logical_or(outside, np.greater_equal(cell, stop, beyond), outside)
-        np.multiply(np.subtract(cell, start, cell), steps[2 + axis], cell)
-        np.add(at, cell, at)
-    np.logical_or(outside, np.not_equal(rest, 0, beyond), outside)
-    np.copyto(at, 0, where=outside)
-    np.copyto(share, dy)
-    np.copyto(share, 0, where=outside)
-    np.add.at(cells, flat_at, flat_share)
-
-
-def _runs_upward(array: Array) -> bool:
-    """Whether all cells lie at whole items after the first one."""
-    steps = [s for n, s in zip(array.shape, array.strides, strict=True) if n > 1]
-    whole = all(step > 0 and step % array.itemsize == 0 for step in steps)
-    return whole and is_aligned(array)
+    wrong = loops.add_in_planes(dx, indices, dy, bounds, dilation)
+    if wrong >= 0:
+        at = np.unravel_index(wrong, indices.shape)
+        both = bounds[2 * missing :: 2], bounds[2 * missing + 1 :: 2]
+        windows = zip(dilation[missing:], *both, at[1 + missing :], strict=True)
+        raise refused(indices[at], dx.shape[1 + missing :], windows)

@@ -62,9 +62,14 @@ class NormWorker(PoolWorker):
         return self._problem, tuple(self._buffers), *self._buffers.values()
 
     def _reduce_to(
-        self, block: Block, window: Array, target: Array, indices: Array | None
+        self,
+        block: Block,
+        span: Range,
+        window: Array,
+        target: Array,
+        indices: Array | None,
     ) -> None:
-        del indices
+        del span, indices
         norm, powers = self._problem.norm, self._view("power", window.shape)
         low, most = _safe_sums(self._problem)
         self._do(_powers, norm, most, window, powers)

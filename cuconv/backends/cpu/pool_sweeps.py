@@ -9,7 +9,6 @@ The outermost axis comes first, while the elements of a row are still neighbours
 """
 
 import math
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
@@ -46,6 +45,10 @@ def run_now(function: Callable[..., Any], *operands: Any) -> None:
     function(*operands)
 
 
+def _maximum(one: Array, two: Array, out: Array) -> None:
+    np.maximum(one, two, out=out)  # NumPy warns of three positional arguments
+
+
 def _quiet(function: Callable[..., Any]) -> Callable[..., None]:
     """A function of halves: bfloat16 takes it for a mistake to compare with a NaN."""
 
@@ -70,7 +73,7 @@ class Reduction(NamedTuple):
 
     @classmethod
     def to_maxima(cls, dtype: DType) -> "Reduction":
-        pair, axis = (comparing(f, dtype) for f in (np.maximum, np.maximum.reduce))
+        pair, axis = (comparing(f, dtype) for f in (_maximum, np.maximum.reduce))
         return cls(pair, axis, _least(dtype))
 
 
@@ -84,7 +87,7 @@ def _least(dtype: DType) -> Any:
     return False if dtype.kind == "b" else -np.inf
 
 
-class PoolWorker(ABC):
+class PoolWorker:
     """One worker of a pooling: its problem and its buffers.
 
     Everything that is done with arrays goes through ``do``, on stubs too: what depends
@@ -128,19 +131,24 @@ class PoolWorker(ABC):
             yield Buffer("sum", head * math.prod(cells), problem.accumulate)
 
     def reduce(
-        self, block: Block, window: Array, y: Array, indices: Array | None
+        self, block: Block, span: Range, window: Array, y: Array, indices: Array | None
     ) -> None:
-        """Reduce one block of windows, to ``y`` and its places to ``indices``."""
+        """Reduce one block of windows of some channels, to ``y`` and ``indices``."""
         target = y if y.dtype == self._problem.accumulate else self._view("y", y.shape)
-        self._reduce_to(block, window, target, indices)
+        self._reduce_to(block, span, window, target, indices)
         if target is not y:
             self._copy(target, y)
 
-    @abstractmethod
     def _reduce_to(
-        self, block: Block, window: Array, target: Array, indices: Array | None
+        self,
+        block: Block,
+        span: Range,
+        window: Array,
+        target: Array,
+        indices: Array | None,
     ) -> None:
         """Reduce to an array of the type of sums."""
+        raise NotImplementedError
 
     def backward(
         self, region: Region, given: PoolInputs, span: Range, dx: Array
@@ -155,11 +163,11 @@ class PoolWorker(ABC):
         """Whether sums can be written to this array in place."""
         return bool(dx.dtype == self._problem.accumulate)
 
-    @abstractmethod
     def _backward_to(
         self, region: Region, given: PoolInputs, span: Range, target: Array
     ) -> None:
         """Write the gradient to an array of the type of sums."""
+        raise NotImplementedError
 
     def _copy(self, source: Any, target: Array) -> None:
         """Copy with a cast."""
@@ -354,9 +362,14 @@ class MeanWorker(PoolWorker):
         yield from _divisor_buffers(problem, reach_of(problem, cells))
 
     def _reduce_to(
-        self, block: Block, window: Array, target: Array, indices: Array | None
+        self,
+        block: Block,
+        span: Range,
+        window: Array,
+        target: Array,
+        indices: Array | None,
     ) -> None:
-        del indices
+        del span, indices
         self._sweep(SUM, block, window, target)
         self._do(np.divide, target, self._divisor(block.output, window), target)
 
@@ -419,11 +432,16 @@ def along(axis: int, part: slice) -> tuple[slice, ...]:
     return (*(slice(None),) * (2 + axis), part)
 
 
+def in_strips(count: int) -> Iterator[slice]:
+    """Divide so many numbers, which then take little memory."""
+    for first in range(0, count, _STRIP):
+        yield slice(first, min(first + _STRIP, count))
+
+
 def _count_up(numbers: Array, start: int, step: int, total: int) -> None:
-    """Write (start + i) · step, or ``total`` less it, with little memory for it."""
-    for first in range(0, len(numbers), _STRIP):
-        part = numbers[first : first + _STRIP]
-        part[...] = np.arange(start + first, start + first + len(part))
+    """Write (start + i) · step, or ``total`` less it."""
+    for part in in_strips(len(numbers)):
+        numbers[part] = np.arange(start + part.start, start + part.stop)
     np.multiply(numbers, step, out=numbers)
     if total:
         np.subtract(total, numbers, out=numbers)

@@ -9,6 +9,7 @@ from cuconv.arrays import Array
 from cuconv.backends.cpu.machine import call_overhead
 from cuconv.backends.cpu.pool_maxima import MaxWorker
 from cuconv.backends.cpu.pool_norms import NormWorker
+from cuconv.backends.cpu.pool_places import TakeWorker
 from cuconv.backends.cpu.pool_sweeps import (
     Buffers,
     Do,
@@ -20,6 +21,7 @@ from cuconv.engine.pool_problem import (
     MAXIMUM,
     MEAN,
     NORM,
+    TAKE,
     PoolInputs,
     PoolProblem,
     PoolTiling,
@@ -34,7 +36,12 @@ _PIECE = 2**19
 # Below this many cells a second worker costs more than it saves.
 _WORTH_WORKERS = 2**17
 
-_WORKERS: dict[str, Any] = {MAXIMUM: MaxWorker, MEAN: MeanWorker, NORM: NormWorker}
+_WORKERS: dict[str, Any] = {
+    MAXIMUM: MaxWorker,
+    MEAN: MeanWorker,
+    NORM: NormWorker,
+    TAKE: TakeWorker,
+}
 
 
 class CpuPools:
@@ -76,7 +83,7 @@ class CpuPools:
             place = place_of(block.images, span, block.output)
             window = x[place_of(block.images, span, block.window)]
             found = None if indices is None else indices[place]
-            worker.reduce(block, window, y[place], found)
+            worker.reduce(block, span, window, y[place], found)
 
         blocks = problem.geometry.blocks(tiling.tile)
         self._run(problem, tiling, scratch, blocks, body)
