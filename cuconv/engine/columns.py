@@ -1,7 +1,6 @@
 """The calls of im2col and col2im: checked, planned, and block by block."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -120,7 +119,7 @@ def plan_columns(
     else:
         xp = module_of({"cols": array})
         check_type("cols", array.dtype)
-        geometry = _windows_over(more["x_shape"], windows)
+        geometry = WindowGeometry.of(more["x_shape"], **windows)
         shape = geometry.column_shape(order)
         if array.shape != shape:
             raise ValueError(f"cols has shape {array.shape} and must have {shape}")
@@ -140,14 +139,7 @@ def checked_windows(x: Array, options: Mapping[str, Any]) -> tuple[WindowGeometr
     """The windows over an array, and its module."""
     xp = module_of({"x": x})
     check_type("x", x.dtype)
-    return _windows_over(x.shape, options), xp
-
-
-def _windows_over(x_shape: Sequence[int], options: Mapping[str, Any]) -> WindowGeometry:
-    """The windows over an array; those that hang over read padding."""
-    geometry = WindowGeometry.of(x_shape, **options)
-    axes = tuple(axis.without_overhang for axis in geometry.axes)
-    return replace(geometry, axes=axes)
+    return WindowGeometry.of(x.shape, **options), xp
 
 
 def column_steps(

@@ -109,9 +109,10 @@ class Axis(NamedTuple):
         return self._replace(overhang=self.stride - rest)
 
     @property
-    def without_overhang(self) -> "Axis":
-        """The axis with its overhang as padding."""
-        return self._replace(after=self.after + self.overhang, overhang=0)
+    def covered(self) -> "Axis":
+        """The axis with more padding at its end, to complete a last partial window."""
+        rest = (self.padded - self.extent) % self.stride
+        return self._replace(after=self.after + self.stride - rest) if rest else self
 
     @property
     def is_identity(self) -> bool:

@@ -15,8 +15,8 @@ from cuconv.geometry.options import (
     as_index,
     axes_of,
     channels_are_first,
-    check_repeats,
     checked_padding_mode,
+    check_repeats,
     checked_shape,
     frozen,
     frozen_padding,
@@ -338,7 +338,6 @@ def _conv_geometry(
         cover_all=cover_all,
         input_dilation=input_dilation,
     )
-    axes = tuple(axis.without_overhang for axis in axes)
     check_repeats(padding_mode, axes)
     return ConvGeometry(
         split.images,

@@ -255,8 +255,10 @@ def axes_of(
         Axis(n, k, s, d, before, after, input_dilation=apart)
         for n, k, s, d, (before, after), apart in each
     )
-    if ceil_mode or cover_all:
+    if ceil_mode:
         axes = tuple(axis.rounded_up(cover_all=cover_all) for axis in axes)
+    elif cover_all:
+        axes = tuple(axis.covered for axis in axes)
     for index, axis in enumerate(axes):
         _check_fits(index, axis, padding)
     return axes
