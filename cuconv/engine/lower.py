@@ -12,6 +12,7 @@ def lower(request: Request) -> Lowering:
     A strategy that the user named, a memory limit or a CUDA graph may want the
     convolution as it was given.
     """
+    request.warn_of_wrapping()
     found: Lowering | None = None
     try:
         found = canonical.lower(request, _lower)

@@ -24,7 +24,7 @@ from cuconv.arrays import (
     native,
     resolve_types,
 )
-from cuconv.engine.pool_plan import INDEX, limit_of, plan_of, y_shape
+from cuconv.engine.pool_plan import INDEX, limit_of, plan_of, warn_of_sums, y_shape
 from cuconv.engine.pool_problem import MAXIMUM, MEAN, NORM, TAKE, PoolProblem
 from cuconv.engine.problem import check_shape
 from cuconv.geometry import (
@@ -295,8 +295,8 @@ def _max_gradient(
     if (indices is None) == (x is None):
         both = "both" if x is not None else "neither"
         raise TypeError(f"indices or x must be given, one of them; got {both}")
+    name = NAMES[call][0]
     if dy.dtype == bool:
-        name = NAMES[call][0]
         raise TypeError(f"{name} has type bool, which cannot be summed")
     over_array = _over_array(options)
     if indices is not None:
@@ -304,6 +304,7 @@ def _max_gradient(
     if x is not None:
         _check_ordered("x", x.dtype)
     dtype = native(dy.dtype)
+    warn_of_sums(name, dtype, geometry)
     dtypes = dtype, accumulator(dtype), dtype
     values = None if x is None else native(x.dtype)
     problem = PoolProblem(
