@@ -70,14 +70,14 @@ class Request(NamedTuple):
             "input_grad": g.group_filters * g.taps,
             "weight_grad": g.results * g.positions,
         }[CONVOLUTION.get(self.call, self.call)]
-        zeros, dtypes = self.zero_points, {n: a.dtype for n, a in self.arrays.items()}
-        bound, names = terms, list(ROLES[self.call])
-        for name in names[:2]:
+        arrays, zeros, bound = self.arrays, self.zero_points, terms
+        names = list(ROLES[self.call])[:2]
+        for name in names:
             # Less its zero point, a value is at most twice as large.
-            bound *= magnitude(dtypes[name]) * (1 + (name in zeros))
-        if "bias" in dtypes:
-            bound += magnitude(dtypes["bias"])
-        both = " and ".join(dtypes[name].name for name in names[:2])
+            bound *= magnitude(arrays[name].dtype) * (1 + (name in zeros))
+        if "bias" in arrays:
+            bound += magnitude(arrays["bias"].dtype)
+        both = " and ".join(arrays[name].dtype.name for name in names)
         what = f"a sum of {terms} products of {both}"
         warn_of_wrapping(result, bound, what, "pass dtype='{}'")
 

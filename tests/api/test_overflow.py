@@ -53,7 +53,7 @@ def test_convolution(xp, words, dtype) -> None:
         lambda: cuconv.conv2d(of("f4", *CONV["x"]), of("i4", *CONV["w"])),
         lambda: cuconv.conv2d(of("?", *CONV["x"]), of("?", *CONV["w"])),
         lambda: cuconv.conv2d(
-            of("i1", *CONV["x"]), of("i1", *CONV["w"]), x_zero_point=np.array(3, "i1")
+            of("i1", *CONV["x"]), of("i1", *CONV["w"]), x_zero_point=3
         ),
         lambda: cuconv.max_pool2d(of("u1", *CONV["x"]), 3),
         lambda: cuconv.avg_pool2d(of("u1", *CONV["x"]), 3),
