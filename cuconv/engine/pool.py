@@ -24,6 +24,7 @@ from cuconv.arrays import (
     native,
     resolve_types,
 )
+from cuconv.choices import check_choice, check_options
 from cuconv.engine.pool_plan import INDEX, limit_of, plan_of, warn_of_sums, y_shape
 from cuconv.engine.pool_problem import MAXIMUM, MEAN, NORM, TAKE, PoolProblem
 from cuconv.engine.problem import check_shape
@@ -196,24 +197,21 @@ def window_geometry(
     """The windows over an array of this shape."""
     _check_known(options, list(kind.__annotations__))
     chosen = {**DEFAULTS, **options}
-    stride = chosen["stride"]
+    stride, covers = chosen["stride"], bool(chosen["cover_all"])
     return WindowGeometry.of(
         shape,
         kernel_size,
         stride=kernel_size if stride is None else stride,
         padding=chosen["padding"],
         dilation=chosen["dilation"],
-        ceil_mode=bool(chosen["ceil_mode"]),
-        cover_all=bool(chosen["cover_all"]),
+        ceil_mode=bool(chosen["ceil_mode"]) or covers,
+        cover_all=covers,
         layout=chosen["layout"],
     )
 
 
 def _check_known(options: Values, names: list[str]) -> None:
-    unknown = sorted(set(options) - set(names))
-    if unknown:
-        known = ", ".join(names)
-        raise TypeError(f"there is no option {unknown[0]!r}; the options are {known}")
+    check_options(options, names)
 
 
 def divided_by(options: Values) -> dict[str, Any]:
@@ -252,9 +250,7 @@ def _checked(named: Mapping[str, Array | None]) -> Named:
 def _over_array(options: Values) -> bool:
     """Whether indices count the elements of the whole array."""
     over = options.get("indices_over", "plane")
-    if over not in ("plane", "array"):
-        raise ValueError(f"indices_over must be one of 'plane', 'array'; got {over!r}")
-    return bool(over == "array")
+    return check_choice("indices_over", over, ("plane", "array")) == "array"
 
 
 def _check_indices(indices: Array, geometry: WindowGeometry) -> None:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import NamedTuple
 
+from cuconv.choices import check_flag, not_a_choice
 from cuconv.geometry.axis import Axis, Range, Ranges, T
 from cuconv.geometry.options import (
     Padding,
@@ -16,6 +17,7 @@ from cuconv.geometry.options import (
     checked_shape,
     even_axis,
     frozen,
+    frozen_padding,
     pads_of,
     per_axis,
     split_shape,
@@ -203,8 +205,7 @@ class WindowGeometry:
             "batched": (images, patch, positions),
         }
         if not isinstance(order, str) or order not in shapes:
-            words = ", ".join(map(repr, shapes))
-            raise ValueError(f"order must be one of {words}; got {order!r}")
+            raise not_a_choice("order", order, shapes)
         return (
             shapes[order] if self.batched or order != "batched" else shapes[order][1:]
         )
@@ -325,8 +326,9 @@ class WindowGeometry:
 
         A ``kernel_size`` of several numbers fixes the rank, and ``x_shape`` may then
         lack the batch axis; a single number means a batched array.  ``ceil_mode`` adds
-        a window along every axis that has elements left over (`Axis.rounded_up`), and
-        ``cover_all`` one that has padding left over too.
+        a window along every axis that has elements left over (`Axis.rounded_up`), with
+        ``cover_all`` also one for padding alone; ``cover_all`` without it adds padding
+        instead, which completes the last window (`Axis.covered`).
 
         Raises
         ------
@@ -338,10 +340,10 @@ class WindowGeometry:
             checked_shape("x", x_shape),
             frozen("kernel_size", kernel_size),
             frozen("stride", stride),
-            frozen("padding", padding),
+            frozen_padding(padding),
             frozen("dilation", dilation),
             layout,
-            (ceil_mode, cover_all),
+            (ceil_mode, check_flag("cover_all", cover_all)),
         )
 
     @classmethod
@@ -402,11 +404,7 @@ def _window_geometry(
         )
     split = split_shape(x_shape, len(kernel_size), layout)
     axes = axes_of(
-        split.sizes,
-        kernel_size,
-        stride,
-        padding,
-        dilation,
+        *(split.sizes, kernel_size, stride, padding, dilation),
         ceil_mode=rounds_up[0],
         cover_all=rounds_up[1],
     )
@@ -440,11 +438,12 @@ def unpooled_shape(
     rank = len(kernel) if isinstance(kernel, tuple) else len(shape) - 2
     split = split_shape(shape, rank, layout)
     taps = per_axis("kernel_size", kernel, rank, 1)
-    strides = per_axis("stride", frozen("stride", stride), rank, 1) if stride else taps
+    step = kernel_size if stride is None else stride
+    strides = per_axis("stride", frozen("stride", step), rank, 1)
     apart = per_axis("dilation", frozen("dilation", dilation), rank, 1)
     if output_size is None:
         most = tuple(n * s for n, s in zip(split.sizes, strides, strict=True))
-        pads = pads_of(frozen("padding", padding), most, taps, strides, apart)
+        pads = pads_of(frozen_padding(padding), most, taps, strides, apart)
         sizes = tuple(
             (n - 1) * s + d * (k - 1) + 1 - before - after if n else 0
             for n, k, s, d, (before, after) in zip(

@@ -438,6 +438,7 @@ class MaxUnpool(Layer):
             raise TypeError(f"pool must be a layer of maxima, as MaxPool; got {pool!r}")
         super().__init__()
         self._pool = pool
+        self._sizes = (pool,)
 
     def forward(self, x: Array) -> Array:
         """Put values where the maxima of the last call of the pooling layer were.
