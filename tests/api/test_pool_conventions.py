@@ -75,7 +75,7 @@ def test_onnx_norms_and_global_pooling(square) -> None:
 SHAPES = [
     (size, kernel, stride, pad)
     for size, kernel, stride, pad in itertools.product(
-        range(1, 9), (1, 2, 3), (1, 2, 3), (0, 1, 2)
+        range(1, 7), (1, 2, 3), (1, 2, 3), (0, 2)
     )
     if size + 2 * pad >= kernel
 ]
@@ -119,7 +119,7 @@ def test_chainer_max_pooling_nd(cover_all) -> None:
         del options["cover_all"]
         ceil = cuconv.max_pool(x, kernel, ceil_mode=True, **options)
         added += cover_all and ceil.shape != y.shape
-    assert added > 10 or not cover_all
+    assert added > 5 or not cover_all
 
 
 @pytest.mark.parametrize("counted", [True, False])
