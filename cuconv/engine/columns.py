@@ -28,6 +28,7 @@ from cuconv.geometry import Block, Tile, WindowGeometry
 from cuconv.memory import (
     Buffer,
     MemoryLimit,
+    LEAST_ROOM,
     MemoryLimitError,
     allocated,
     parse_memory_limit,
@@ -173,10 +174,11 @@ def _tile_within(
     def needed(positions: int) -> int:
         return _step_bytes(backend, geometry, dtype, geometry.tile(positions))
 
-    whole = geometry.images * geometry.positions
-    positions = largest_fitting(lambda p: needed(p) <= limit, max(whole, 1))
-    if not positions:
-        raise MemoryLimitError(limit, needed(1), "one column")
+    whole = max(geometry.images * geometry.positions, 1)
+    least = min(needed(whole), needed(1) + LEAST_ROOM)
+    if limit < least:
+        raise MemoryLimitError(limit, least, "some columns")
+    positions = largest_fitting(lambda p: needed(p) <= limit, whole)
     return geometry.tile(positions)
 
 

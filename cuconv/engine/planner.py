@@ -6,6 +6,7 @@ strategy that supports a problem, `cuconv.engine.tile_search` finds tiles that f
 is chosen.  The reasons against the others are computed when they are asked for.
 """
 
+import itertools
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -18,6 +19,9 @@ from cuconv.strategies import Strategy, strategies
 
 # More than 1 by the rounding error of a sum of prices.
 _ROUNDED = 1 + 1e-9
+# A strategy that takes so many times as long as another at best is not a way to do with
+# less memory.
+_USELESS = 4
 
 
 @dataclass(frozen=True)
@@ -117,7 +121,7 @@ def _best(
 
     Searches run in the order of their lower bounds, and stop once those are too high.
     """
-    searches = enumerate(_searches(problem, backend, name, limit))
+    searches = enumerate(_useful(_searches(problem, backend, name, limit), problem))
     found: list[tuple[float, int, Candidate]] = []
     least: list[int] = []
     for number, search in sorted(searches, key=lambda pair: pair[1].floor):
@@ -143,15 +147,21 @@ def _every(
     """All candidates by rank; and why strategies, by name, have none or one less."""
     found: list[Candidate] = []
     sizes: dict[str, list[int]] = {}
-    for search in _searches(problem, backend, name, limit):
+    searches = _searches(problem, backend, name, limit)
+    useful = {id(search) for search in _useful(searches, problem)}
+    last: list[Candidate] = []
+    for search in searches:
         try:
-            found.append(search.candidate(workers))
+            candidate = search.candidate(workers)
         except MemoryLimitError as error:
             sizes.setdefault(search.strategy.name, []).append(error.smallest)
+        else:
+            (found if id(search) in useful else last).append(candidate)
     refusals = {s.name: _refusal(s, problem) for s in _named(name)}
     reasons = {name: reason for name, reason in refusals.items() if reason}
     reasons |= {name: _too_large(min(each), problem) for name, each in sizes.items()}
-    return tuple(sorted(found, key=lambda candidate: candidate.rank)), reasons
+    ranked = (sorted(each, key=lambda candidate: candidate.rank) for each in (found, last))
+    return tuple(itertools.chain(*ranked)), reasons
 
 
 def _searches(
@@ -167,6 +177,15 @@ def _searches(
         if strategy.supports(form)[0]
         for variant in strategy.variants(form)
     ]
+
+
+def _useful(searches: list[TileSearch], problem: Problem) -> list[TileSearch]:
+    """The searches that are worth a try when memory is short."""
+    floors = [search.floor_alone for search in searches]
+    most = min(filter(None, floors), default=0) * _USELESS
+    if problem.captured:
+        return searches
+    return [s for s, least in zip(searches, floors, strict=True) if least <= most]
 
 
 def _named(name: str) -> Iterable[Strategy]:

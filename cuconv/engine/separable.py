@@ -42,6 +42,7 @@ from cuconv.engine.tile_search import largest_fitting
 from cuconv.geometry import Axis, ConvGeometry, Range, Ranges, Tile
 from cuconv.memory import (
     Buffer,
+    LEAST_ROOM,
     MemoryLimitError,
     buffer_bytes,
     least_limit,
@@ -445,8 +446,7 @@ def _lowered(request: SeparableRequest, least: int) -> Separable:
 
 
 def _within(request: SeparableRequest, limit: int, least: int) -> Separable:
-    counts = request.counts() if least <= limit else []
-    tilings = [request.tiling(count, limit) for count in reversed(counts)]
+    tilings = _tilings(request, limit) if least <= limit else []
     # The largest pieces first, but half of the limit is for the steps if it can be:
     # in what little the largest may leave, their blocks would be tiny.
     tilings.sort(key=lambda tiling: tiling.limit < limit // 2)
@@ -461,6 +461,16 @@ def _within(request: SeparableRequest, limit: int, least: int) -> Separable:
     raise MemoryLimitError(limit, smallest, "a separable convolution")
 
 
+def _tilings(request: SeparableRequest, limit: int) -> list[Tiling]:
+    """Tilings from the whole to the first that takes little memory."""
+    tilings = []
+    for count in reversed(request.counts()):
+        tilings.append(request.tiling(count, limit))
+        if workspace_bytes(tilings[-1].buffers) <= LEAST_ROOM:
+            break
+    return tilings
+
+
 def _calls(
     request: SeparableRequest, tiling: Tiling, limit: int
 ) -> dict[Kind, Callable[[], Lowering]]:
@@ -472,8 +482,7 @@ def _calls(
 def _smallest(request: SeparableRequest) -> int:
     """The smallest limit that would do."""
     best: int | None = None
-    for count in request.counts():
-        tiling = request.tiling(count, 0)
+    for tiling in reversed(_tilings(request, 0)):
         if best is None or -tiling.limit < best:
             needed = least_limit(_calls(request, tiling, 0)) - tiling.limit
             best = needed if best is None else min(best, needed)
