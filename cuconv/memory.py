@@ -21,7 +21,7 @@ R = TypeVar("R")
 ALIGNED = 512
 # The smallest limit that an error names leaves so many bytes to blocks, or what all of
 # the work takes if that is less: one position at a time would be in nobody's interest.
-LEAST_ROOM = 2**17
+LEAST_ROOM = 3 * 2**15
 _UNITS = {
     "": 1,
     "b": 1,
@@ -152,6 +152,16 @@ class Buffer(NamedTuple):
     def nbytes(self) -> int:
         """Bytes, rounded up so that the next buffer is aligned too."""
         return -(-self.cells * self.dtype.itemsize // ALIGNED) * ALIGNED
+
+
+def least_of(whole: int, smallest: int) -> int:
+    """The smallest limit to name for work that takes so much, whole or in pieces."""
+    return min(whole, smallest + LEAST_ROOM)
+
+
+def is_little(buffers: Iterable[Buffer]) -> bool:
+    """True if smaller pieces would save too little memory to be worth their time."""
+    return workspace_bytes(buffers) <= LEAST_ROOM
 
 
 def buffer_bytes(buffers: Iterable[Buffer]) -> int:

@@ -28,9 +28,9 @@ from cuconv.geometry import Block, Tile, WindowGeometry
 from cuconv.memory import (
     Buffer,
     MemoryLimit,
-    LEAST_ROOM,
     MemoryLimitError,
     allocated,
+    least_of,
     parse_memory_limit,
     workspace_bytes,
 )
@@ -175,7 +175,7 @@ def _tile_within(
         return _step_bytes(backend, geometry, dtype, geometry.tile(positions))
 
     whole = max(geometry.images * geometry.positions, 1)
-    least = min(needed(whole), needed(1) + LEAST_ROOM)
+    least = least_of(needed(whole), needed(1))
     if limit < least:
         raise MemoryLimitError(limit, least, "some columns")
     positions = largest_fitting(lambda p: needed(p) <= limit, whole)

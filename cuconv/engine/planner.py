@@ -6,7 +6,6 @@ strategy that supports a problem, `cuconv.engine.tile_search` finds tiles that f
 is chosen.  The reasons against the others are computed when they are asked for.
 """
 
-import itertools
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -14,13 +13,13 @@ from functools import cached_property, lru_cache
 from cuconv.backends import Backend
 from cuconv.engine.problem import NAMES, Problem
 from cuconv.engine.tile_search import Candidate, TileSearch, over
-from cuconv.memory import MemoryLimit, MemoryLimitError
+from cuconv.memory import MemoryLimit, MemoryLimitError, least_of
 from cuconv.strategies import Strategy, strategies
 
 # More than 1 by the rounding error of a sum of prices.
 _ROUNDED = 1 + 1e-9
-# A strategy that takes so many times as long as another at best is not a way to do with
-# less memory.
+# A strategy that takes so many times as long as another, both at best, is not what a
+# smaller limit is for.
 _USELESS = 4
 
 
@@ -121,24 +120,39 @@ def _best(
 
     Searches run in the order of their lower bounds, and stop once those are too high.
     """
-    searches = enumerate(_useful(_searches(problem, backend, name, limit), problem))
+    searches = _searches(problem, backend, name, limit)
+    if not problem.captured:
+        _check_limit(searches, problem, limit)
     found: list[tuple[float, int, Candidate]] = []
-    least: list[int] = []
-    for number, search in sorted(searches, key=lambda pair: pair[1].floor):
+    for number, search in sorted(enumerate(searches), key=lambda pair: pair[1].floor):
         if found and search.floor > min(found)[0] * _ROUNDED:
             break
         try:
             candidate = search.candidate(workers)
-        except MemoryLimitError as error:
-            least.append(error.smallest)
-        else:
-            found.append((candidate.rank, number, candidate))
+        except MemoryLimitError:
+            continue
+        found.append((candidate.rank, number, candidate))
     if found:
         return min(found)[-1]
-    if problem.captured:
-        _, reasons = _every(problem, backend, name, limit, workers)
-        raise ValueError(_nothing_to_capture(problem, reasons))
-    raise MemoryLimitError(limit, min(least), NAMES[problem.call])
+    _, reasons = _every(problem, backend, name, limit, workers)
+    raise ValueError(_nothing_to_capture(problem, reasons))
+
+
+def _check_limit(searches: list[TileSearch], problem: Problem, limit: int) -> None:
+    """Raise if the fastest strategy does not fit, and others save too little memory.
+
+    What takes none at all, as kernels may, is never refused.
+    """
+    floors = [search.floor_alone for search in searches]
+    least = min(filter(None, floors), default=0)
+    needed = searches[floors.index(least)].smallest
+    if needed > limit:
+        pairs = zip(searches, floors, strict=True)
+        sizes = [(s.smallest, floor <= least * _USELESS) for s, floor in pairs]
+        smallest = min(size for size, is_useful in sizes if is_useful or not size)
+        smallest = least_of(needed, smallest) if smallest else 0
+        if limit < smallest:
+            raise MemoryLimitError(limit, smallest, NAMES[problem.call])
 
 
 def _every(
@@ -147,21 +161,15 @@ def _every(
     """All candidates by rank; and why strategies, by name, have none or one less."""
     found: list[Candidate] = []
     sizes: dict[str, list[int]] = {}
-    searches = _searches(problem, backend, name, limit)
-    useful = {id(search) for search in _useful(searches, problem)}
-    last: list[Candidate] = []
-    for search in searches:
+    for search in _searches(problem, backend, name, limit):
         try:
-            candidate = search.candidate(workers)
+            found.append(search.candidate(workers))
         except MemoryLimitError as error:
             sizes.setdefault(search.strategy.name, []).append(error.smallest)
-        else:
-            (found if id(search) in useful else last).append(candidate)
     refusals = {s.name: _refusal(s, problem) for s in _named(name)}
     reasons = {name: reason for name, reason in refusals.items() if reason}
     reasons |= {name: _too_large(min(each), problem) for name, each in sizes.items()}
-    ranked = (sorted(each, key=lambda candidate: candidate.rank) for each in (found, last))
-    return tuple(itertools.chain(*ranked)), reasons
+    return tuple(sorted(found, key=lambda candidate: candidate.rank)), reasons
 
 
 def _searches(
@@ -177,15 +185,6 @@ def _searches(
         if strategy.supports(form)[0]
         for variant in strategy.variants(form)
     ]
-
-
-def _useful(searches: list[TileSearch], problem: Problem) -> list[TileSearch]:
-    """The searches that are worth a try when memory is short."""
-    floors = [search.floor_alone for search in searches]
-    most = min(filter(None, floors), default=0) * _USELESS
-    if problem.captured:
-        return searches
-    return [s for s, least in zip(searches, floors, strict=True) if least <= most]
 
 
 def _named(name: str) -> Iterable[Strategy]:

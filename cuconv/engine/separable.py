@@ -42,14 +42,16 @@ from cuconv.engine.tile_search import largest_fitting
 from cuconv.geometry import Axis, ConvGeometry, Range, Ranges, Tile
 from cuconv.memory import (
     Buffer,
-    LEAST_ROOM,
     MemoryLimitError,
     buffer_bytes,
+    is_little,
     least_limit,
     workspace_bytes,
 )
 from cuconv.options import SEPARABLE_OPTIONS, Options
 
+# About as many parts as a plan has: several steps, over a few kinds of pieces.
+_MOST_PARTS = 8
 SEPARABLE_GRADIENTS = ("x", "depthwise", "pointwise", "bias")
 _FORWARD = "x", "depthwise", "pointwise", "bias"
 _BACKWARD = "dy", "x", "depthwise", "pointwise"
@@ -251,8 +253,8 @@ class SeparableRequest(NamedTuple):
             return Tiling((), (), limit)
         traversals = self._traversals(positions)
         buffers = tuple(self._buffers(traversals))
-        overhead = self.backend.overhead(1, self.types.accumulate.itemsize)
-        return Tiling(traversals, buffers, limit - overhead - workspace_bytes(buffers))
+        parts = _MOST_PARTS * self.backend.part_bytes
+        return Tiling(traversals, buffers, limit - parts - workspace_bytes(buffers))
 
     def _traversals(self, positions: int) -> tuple[Traversal, ...]:
         g, results = self.geometry, frozenset(self.results)
@@ -466,7 +468,7 @@ def _tilings(request: SeparableRequest, limit: int) -> list[Tiling]:
     tilings = []
     for count in reversed(request.counts()):
         tilings.append(request.tiling(count, limit))
-        if workspace_bytes(tilings[-1].buffers) <= LEAST_ROOM:
+        if is_little(tilings[-1].buffers):
             break
     return tilings
 

@@ -14,9 +14,9 @@ from cuconv.engine.costs import Price, Rates, Work, price
 from cuconv.engine.problem import NAMES, Problem
 from cuconv.geometry import Tile
 from cuconv.memory import (
-    LEAST_ROOM,
     MemoryLimitError,
     buffer_bytes,
+    least_of,
     with_start,
     workspace_bytes,
 )
@@ -132,7 +132,7 @@ class TileSearch:
         least = self._bytes(most, 1)
         if least <= self._limit:
             return least
-        return min(least, self._bytes(self._fit(1, 1, 1), 1) + LEAST_ROOM)
+        return least_of(least, self._bytes(self._fit(1, 1, 1), 1))
 
     @cached_property
     def _is_busy(self) -> bool:
@@ -282,8 +282,12 @@ class TileSearch:
         """Everything at once, without partial sums."""
         if self._has_room(self._whole, 1):
             return self._whole
-        smallest = min(self._least, self._bytes(self._whole, 1))
-        raise MemoryLimitError(self._limit, smallest, NAMES[self._problem.call])
+        raise MemoryLimitError(self._limit, self.smallest, NAMES[self._problem.call])
+
+    @property
+    def smallest(self) -> int:
+        """The smallest limit that would do."""
+        return min(self._least, self._bytes(self._whole, 1))
 
     def _fit(self, positions: int, cells: int, splits: int) -> "_Fit":
         if self._problem.op != "input_grad":

@@ -42,7 +42,7 @@ from cuconv.engine.pool_problem import (
     PoolTiling,
 )
 from cuconv.geometry import Block, Range, Ranges, Region, WindowGeometry
-from cuconv.memory import LEAST_ROOM, Buffer, MemoryLimitError, workspace_bytes
+from cuconv.memory import Buffer, MemoryLimitError, is_little, workspace_bytes
 
 # Cells of x in a piece.  (8, 64, 112, 112), float32, 3×3 of stride 2, one core of an
 # AMD EPYC with 32 MiB of L3 and other work to do: pieces of 2^16, 2^17, 2^18 and 2^19
@@ -86,7 +86,7 @@ class CpuPools:
                 tiling = _tiling(problem, budget, count)
                 if _call_bytes(problem, tiling) <= limit:
                     return tiling._replace(threads=self._workers if is_large else 0)
-                if workspace_bytes(_buffers(problem, tiling)) <= LEAST_ROOM:
+                if is_little(_buffers(problem, tiling)):
                     break
                 budget //= 2
         raise MemoryLimitError(limit, _call_bytes(problem, tiling), "a piece")

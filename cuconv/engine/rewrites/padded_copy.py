@@ -20,7 +20,7 @@ from cuconv.engine.problem import NAMES
 from cuconv.engine.request import Request
 from cuconv.engine.rewrites import polyphase
 from cuconv.geometry import Block, ConvGeometry, Range
-from cuconv.memory import LEAST_ROOM, Buffer, MemoryLimitError, workspace_bytes
+from cuconv.memory import Buffer, MemoryLimitError, is_little, workspace_bytes
 
 Index: TypeAlias = tuple[Any, ...]
 
@@ -291,8 +291,8 @@ def _attempts(
             too_large.append(attempt)
         else:
             yield attempt
-        if workspace_bytes(buffers) <= LEAST_ROOM:
-            break  # smaller copies would be no use
+        if is_little(buffers):
+            break
     yield from reversed(too_large)
 
 

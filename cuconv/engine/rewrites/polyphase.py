@@ -92,8 +92,9 @@ def _by_phases(request: Request) -> Polyphase:
     geometry, limit = request.geometry, request.options.memory_limit
     by_input = request.is_input_grad
     phases = list(geometry.input_phases() if by_input else geometry.phases())
-    taken = len(phases) * request.backend.part_bytes
+    taken, given = len(phases) * request.backend.part_bytes, 0
     if isinstance(limit, int):
+        given = limit
         options = request.options._replace(memory_limit=max(limit - taken, 0))
         request = request._replace(options=options)
     places = [_place(request, phase) for phase in phases]
@@ -105,7 +106,7 @@ def _by_phases(request: Request) -> Polyphase:
         found = within(calls, request.options.memory_limit)
     except MemoryLimitError as error:
         smallest = error.smallest + taken
-        raise MemoryLimitError(limit, smallest, NAMES[request.call]) from None
+        raise MemoryLimitError(given, smallest, NAMES[request.call]) from None
     parts = [part for each in found.values() for part in each.parts]
     covered = _is_covered(request, phases)
     if not parts:
