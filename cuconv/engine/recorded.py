@@ -171,7 +171,7 @@ class LoweredCall(Recorded):
 
     @property
     def spare_bytes(self) -> int:
-        overhead = max(candidate.overhead_bytes for candidate in self.candidates)
+        overhead = max((c.overhead_bytes for c in self.candidates), default=0)
         return self.lowering.memory_limit - self.nbytes - overhead
 
     def execute_first(self, arrays: dict[str, Array]) -> None:
