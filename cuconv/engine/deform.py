@@ -86,7 +86,6 @@ class DeformRequest(NamedTuple):
     types: Types
     options: Options
     backend: Backend
-    what = "a deformable convolution"
 
     @classmethod
     def of(cls, arrays: dict[str, Array], options: Options) -> "DeformRequest":
@@ -129,6 +128,10 @@ class DeformRequest(NamedTuple):
         request = cls(problem, geometry.batched, {}, {}, types, options, backend)
         stubs = {name: stub_of(name, array) for name, array in arrays.items()}
         return request._replace(arrays=request.with_batch(stubs))
+
+    @property
+    def what(self) -> str:
+        return "a deformable convolution"
 
     @property
     def geometry(self) -> ConvGeometry:

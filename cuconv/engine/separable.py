@@ -174,7 +174,6 @@ class SeparableRequest(NamedTuple):
     types: Types
     options: Options
     backend: Backend
-    what = "a separable convolution"
 
     @classmethod
     def of(cls, arrays: dict[str, Array], options: Options) -> "SeparableRequest":
@@ -190,6 +189,10 @@ class SeparableRequest(NamedTuple):
         options = options._replace(dtype=types.result)
         stubs = {name: stub_of(name, array) for name, array in arrays.items()}
         return cls(geometry, filters, flat, stubs, {}, types, options, backend)
+
+    @property
+    def what(self) -> str:
+        return "a separable convolution"
 
     @property
     def y_shape(self) -> tuple[int, ...]:

@@ -104,6 +104,7 @@ class CpuDeform:
         space: dict[str, Array],
         own: tuple[dict[str, Array], ...],
     ) -> None:
+        # Rows have been copied from x.
         self._run(sample, x.shape[0], samples, columns, space["rows"], (), own)
 
     def gradients(
@@ -318,8 +319,8 @@ def _positions(grid: Grid, r: int, taps: slice, into: Array, line: Array) -> Non
     along = [1] * (into.ndim - 1)
     along[r] = line.size
     for part, tap in zip(into, range(taps.start, taps.stop), strict=True):
-        part[...] = line.reshape(along)
-        part += int(np.unravel_index(tap, kernel)[r]) * axis.dilation
+        moved = int(np.unravel_index(tap, kernel)[r]) * axis.dilation
+        np.add(line.reshape(along), moved, out=part)
 
 
 def _parts(grid: Grid, group: int, rows: Array) -> Iterator[tuple[int, int, slice]]:
