@@ -171,9 +171,7 @@ class DeformBackend(Protocol):
     ) -> Iterable[Buffer]:
         """Buffers for so many images: ``reads`` x, sums for ``dx`` if it is wanted."""
 
-    def buffers(
-        self, problem: DeformProblem, tile: Tile, *, gradients: bool
-    ) -> tuple[Buffer, ...]:
+    def buffers(self, problem: DeformProblem, *, gradients: bool) -> tuple[Buffer, ...]:
         """The buffers of one worker."""
 
     def load(self, problem: DeformProblem, x: Array, space: dict[str, Array]) -> None:

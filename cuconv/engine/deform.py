@@ -178,7 +178,7 @@ class DeformRequest(NamedTuple):
         workers = self.backend.workers() if cells > _WORTH_WORKERS else 1
         for count in sorted({1, workers}, reverse=True):
             shared = tuple(self._buffers(tile.images, cells, g.count_blocks(tile)))
-            own = deform.buffers(self.problem, tile, gradients=self.has_gradients)
+            own = deform.buffers(self.problem, gradients=self.has_gradients)
             taken = workspace_bytes(shared) + count * buffer_bytes(own)
             overhead = self.backend.overhead(count, self.types.accumulate.itemsize)
             left = limit - taken - overhead
@@ -238,6 +238,7 @@ class DeformRequest(NamedTuple):
             yield Step(1, "input_grad", product, {"dy": dy, "w": w}, into)
 
     def lowered(self, step: Step, limit: int) -> Lowering:
+        """Lower a product."""
         options = self.options._replace(dtype=step.out.dtype, memory_limit=limit)
         given = step.call, step.geometry, step.operands, step.out
         return lower(Request(*given, options, self.backend))

@@ -16,7 +16,6 @@ from typing import Any, NamedTuple, TypeAlias
 
 from cuconv.arrays import (
     Array,
-    DType,
     Types,
     base_array,
     check_out,

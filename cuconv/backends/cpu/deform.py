@@ -69,9 +69,7 @@ class CpuDeform:
         if dx is not None:
             yield Buffer("drows", cells, problem.sums)
 
-    def buffers(
-        self, problem: DeformProblem, tile: Tile, *, gradients: bool
-    ) -> tuple[Buffer, ...]:
+    def buffers(self, problem: DeformProblem, *, gradients: bool) -> tuple[Buffer, ...]:
         if _has_loops(problem):
             return ()
         samples = _samples(problem)
@@ -157,7 +155,7 @@ class CpuDeform:
         tile = Tile(1, tile_of(1, sizes, _samples(problem)).cells)
         blocks = list(g.blocks(tile, (0, 1), samples.outputs))
         items = product(range(images), [blocks] if together else [[b] for b in blocks])
-        # (N, *out, G, taps, C/G)
+        # To (N, *out, G, taps, C/G).
         columns = columns.transpose(0, *range(4, columns.ndim), 1, 3, 2)
 
         def body(number: int, item: tuple[int, list[Block]], buffers: Any) -> None:
@@ -188,8 +186,8 @@ class CpuDeform:
 
 
 def _has_loops(problem: DeformProblem) -> bool:
-    """True if loops that Numba compiles run."""
-    return False
+    """True if loops that Numba compiles run: for floats that need no cast."""
+    return problem.uniform and problem.sums.char in "fd" and jit_is_installed()
 
 
 def _place(block: Block, samples: Samples) -> tuple[slice, ...]:
@@ -413,17 +411,13 @@ def gradients(
                 np.take(rows[number], chunk.place, 0, taken, "clip")
                 np.einsum("...c,...c->...", taken, given, out=more)
                 np.add(dot, more, out=dot)
-            for r in range(rank) if doffset is not None else ():
+            _weigh(chunk.fractions, corner, weight, one)
+            np.add(of_mask, np.multiply(weight, dot, out=weight), out=of_mask)
+            for r, total in enumerate(of_offset):
                 others = chunk.fractions[:r] + chunk.fractions[r + 1 :]
                 _weigh(others, corner[:r] + corner[r + 1 :], weight, one)
                 np.multiply(weight, dot, out=weight)
-                (np.add if corner[r] else np.subtract)(
-                    of_offset[r], weight, of_offset[r]
-                )
-            if dmask is not None:
-                _weigh(chunk.fractions, corner, weight, one)
-                np.multiply(weight, dot, out=weight)
-                np.add(of_mask, weight, out=of_mask)
+                (np.add if corner[r] else np.subtract)(total, weight, total)
         place = chunk.group, chunk.taps
         if dmask is not None:
             dmask[place] = of_mask

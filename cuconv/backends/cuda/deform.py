@@ -18,7 +18,6 @@ from cuconv.backends.cuda.structs import (
 )
 from cuconv.backends.cuda.variants import deform_variant
 from cuconv.backends.deform import DeformProblem, Samples
-from cuconv.geometry import Tile
 from cuconv.memory import Buffer
 
 _THREADS = 256
@@ -42,10 +41,8 @@ class CudaDeform:
         if dx is not None and dx.dtype != problem.sums:
             yield Buffer("sums of dx", images * g.channels * g.cells, problem.sums)
 
-    def buffers(
-        self, problem: DeformProblem, tile: Tile, *, gradients: bool
-    ) -> tuple[Buffer, ...]:
-        del problem, tile, gradients
+    def buffers(self, problem: DeformProblem, *, gradients: bool) -> tuple[Buffer, ...]:
+        del problem, gradients
         return ()
 
     def load(self, problem: DeformProblem, x: Array, space: dict[str, Array]) -> None:
