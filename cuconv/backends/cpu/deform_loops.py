@@ -100,14 +100,20 @@ def sample_rows(
 
 @compiled
 def add_dots(
-    rows: Cells, d: int, groups: int, columns: Cells, places: Cells, dots: Cells
+    rows: Cells,
+    d: int,
+    groups: int,
+    columns: Cells,
+    t: int,
+    places: Cells,
+    dots: Cells,
 ) -> None:
-    """Write sums over channels of columns (G, C/G) times each row around a sample."""
+    """Write sums over channels of columns (G, taps, C/G) times rows around a sample."""
     parts, cells, channels = rows.shape
     dots[:] = 0
     for part in range(d * parts // groups, (d + 1) * parts // groups):
-        g, first = divmod(part * channels, columns.shape[1])
-        given = columns[g][first : first + channels]
+        g, first = divmod(part * channels, columns.shape[2])
+        given = columns[g, t][first : first + channels]
         for c in range(0, dots.shape[0], 2):
             one = rows[part, min(places[c], cells - 1)]
             two = rows[part, min(places[c + 1], cells - 1)]
@@ -156,7 +162,7 @@ def differentiate(
                 at[0], at[1], at[2] = o
                 moved = offset[d, t, :, o[0], o[1], o[2]]
                 locate(table, firsts, moved, at, unit, weights, places, fractions)
-                add_dots(rows, d, groups, columns[o[0], o[1], o[2], :, t], places, dots)
+                add_dots(rows, d, groups, columns[o[0], o[1], o[2]], t, places, dots)
                 if dmask.size:
                     total = rows.dtype.type(0)
                     for c in range(corners):
