@@ -171,8 +171,10 @@ class DeformBackend(Protocol):
     ) -> Iterable[Buffer]:
         """Buffers for so many images: ``reads`` x, sums for ``dx`` if it is wanted."""
 
-    def buffers(self, problem: DeformProblem, *, gradients: bool) -> tuple[Buffer, ...]:
-        """The buffers of one worker."""
+    def buffers(
+        self, problem: DeformProblem, positions: int, *, gradients: bool
+    ) -> tuple[Buffer, ...]:
+        """The buffers of one worker, for pieces of at most so many positions."""
 
     def load(self, problem: DeformProblem, x: Array, space: dict[str, Array]) -> None:
         """Prepare x for samples."""

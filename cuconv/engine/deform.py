@@ -161,12 +161,17 @@ class DeformRequest(NamedTuple):
         return {name: a[None] if name in own else a for name, a in arrays.items()}
 
     def counts(self) -> list[int]:
-        """Halves of the most positions whose columns stay in the cache."""
+        """Halves of the most positions whose columns stay in the cache.
+
+        Columns of less memory than an image are not tried: they would save no more than
+        that, and take many pieces.
+        """
         g = self.geometry
         column = g.channels * g.taps * self.types.accumulate.itemsize
         most = max(self.backend.block_bytes // max(column, 1), 1)
         most = max(min(most, g.images * g.positions), 1)
-        return sorted({max(most >> i, 1) for i in range(most.bit_length())})
+        least = max(min(g.cells // max(g.taps, 1), most), 1)
+        return sorted({max(most >> i, least) for i in range(most.bit_length())})
 
     def tiling(self, positions: int, limit: int) -> Tiling:
         """Cut into pieces of at most so many positions."""
@@ -178,7 +183,9 @@ class DeformRequest(NamedTuple):
         workers = self.backend.workers() if cells > _WORTH_WORKERS else 1
         for count in sorted({1, workers}, reverse=True):
             shared = tuple(self._buffers(tile.images, cells, g.count_blocks(tile)))
-            own = deform.buffers(self.problem, gradients=self.has_gradients)
+            own = deform.buffers(
+                self.problem, tile.positions, gradients=self.has_gradients
+            )
             taken = workspace_bytes(shared) + count * buffer_bytes(own)
             overhead = self.backend.overhead(count, self.types.accumulate.itemsize)
             left = limit - taken - overhead

@@ -69,10 +69,15 @@ class CpuDeform:
         if dx is not None:
             yield Buffer("drows", cells, problem.sums)
 
-    def buffers(self, problem: DeformProblem, *, gradients: bool) -> tuple[Buffer, ...]:
+    def buffers(
+        self, problem: DeformProblem, positions: int, *, gradients: bool
+    ) -> tuple[Buffer, ...]:
         if _has_loops(problem):
             return ()
-        samples = _samples(problem)
+        at_once = min(
+            _SAMPLES, _ROWS // problem.part, positions * problem.geometry.taps
+        )
+        samples = max(at_once, 1)
         rows, rank = samples * problem.part, problem.geometry.rank
         found = (
             Buffer("numbers", (2 * rank + 6) * samples, problem.sums),
@@ -151,8 +156,9 @@ class CpuDeform:
 
             function = getattr(deform_loops, function.__name__)
         rows = _rows(rows, problem, images)
+        most = own[0]["flags"].size if "flags" in own[0] else _SAMPLES
         sizes = tuple(stop - start for start, stop in samples.outputs)
-        tile = Tile(1, tile_of(1, sizes, _samples(problem)).cells)
+        tile = Tile(1, tile_of(1, sizes, most).cells)
         blocks = list(g.blocks(tile, (0, 1), samples.outputs))
         items = product(range(images), [blocks] if together else [[b] for b in blocks])
         # To (N, *out, G, taps, C/G).
@@ -200,10 +206,6 @@ def _place(block: Block, samples: Samples) -> tuple[slice, ...]:
 
 def _shape(problem: DeformProblem) -> tuple[int, ...]:
     return tuple(size + 2 for size in problem.geometry.size)
-
-
-def _samples(problem: DeformProblem) -> int:
-    return max(min(_SAMPLES, _ROWS // max(problem.part, 1)), 64)
 
 
 def _rows(flat: Array, problem: DeformProblem, images: int) -> Array:

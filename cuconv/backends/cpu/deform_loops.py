@@ -10,13 +10,17 @@ part), offsets (D, taps, axes, *out), a mask (D, taps, *out) or without elements
 columns (*out, G, taps, C/G).  ``table`` is `Grid.table`, of as many axes as there are.
 """
 
-from functools import cache
+from threading import Lock
 from typing import Any
 
 import numpy as np
 
 from cuconv.arrays import Array
 from cuconv.backends.cpu.loops import Cells, compiled
+
+# The types that loops are compiled for, by one thread at a time.
+_READY: set[str] = set()
+_LOCK = Lock()
 
 
 @compiled
@@ -210,9 +214,10 @@ def scatter_rows(
                             two[i] += w * given[i]
 
 
-@cache
 def compile_for(char: str) -> None:
     """Compile the loops for a type, unless they are in Numba's cache."""
+    if char in _READY:
+        return
     from numba import from_dtype, types  # noqa: PLC0415 - no name is imported above
 
     real = from_dtype(np.dtype(char))
@@ -225,10 +230,12 @@ def compile_for(char: str) -> None:
         (scatter_rows, []),
         (differentiate, written),
     ]
-    for loop, more in loops:
-        loop.disable_compile(val=False)
-        loop.compile((rows, table, *given, columns, *more))
-        loop.disable_compile()
+    with _LOCK:
+        for loop, more in loops if char not in _READY else ():
+            loop.disable_compile(val=False)
+            loop.compile((rows, table, *given, columns, *more))
+            loop.disable_compile()
+        _READY.add(char)
 
 
 def sample(

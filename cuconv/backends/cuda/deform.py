@@ -41,8 +41,10 @@ class CudaDeform:
         if dx is not None and dx.dtype != problem.sums:
             yield Buffer("sums of dx", images * g.channels * g.cells, problem.sums)
 
-    def buffers(self, problem: DeformProblem, *, gradients: bool) -> tuple[Buffer, ...]:
-        del problem, gradients
+    def buffers(
+        self, problem: DeformProblem, positions: int, *, gradients: bool
+    ) -> tuple[Buffer, ...]:
+        del problem, positions, gradients
         return ()
 
     def load(self, problem: DeformProblem, x: Array, space: dict[str, Array]) -> None:
