@@ -32,7 +32,7 @@ KERNELS = {
     "deform_scatter": 24,
     "deform_gather": 24,
     "deform_offsets": 24,
-    "pool": 60,
+    "pool": 70,
     "pool_gradient": 56,
 }
 # Where there are no tensor cores, or none that are used.
