@@ -228,7 +228,7 @@ class DeformRequest(NamedTuple):
     def steps(self, block: Block, arrays: dict[str, Array]) -> Iterator[Step]:
         """The products for a piece, in order."""
         product, results = self.product(block), self.results
-        w = self.weights(self.ordered(arrays, "w", "ordered"), product)
+        w = self.ordered(arrays, "w", "ordered").reshape(product.w_shape)
         if self.has_columns:
             columns = self.columns(arrays, block)[1]
         if "y" in results:
@@ -238,7 +238,7 @@ class DeformRequest(NamedTuple):
             return
         dy = self.at(arrays["dy"], block)
         if "dw" in results:
-            total = self.weights(self.ordered(arrays, "dw", "sum of dw"), product)
+            total = self.ordered(arrays, "dw", "sum of dw").reshape(product.w_shape)
             yield Step(1, "weight_grad", product, {"dy": dy, "x": columns}, total)
         if self.has_gradients:
             into = self.columns(arrays, block, gradient=True)[1]
@@ -306,11 +306,7 @@ class DeformRequest(NamedTuple):
         patch = slice(1, None) if self.geometry.channels_first else slice(0, -1)
         return merged_stride(ordered.shape[patch], ordered.strides[patch]) is not None
 
-    def weights(self, ordered: Array, product: ConvGeometry) -> Array:
-        """Weights in the order of columns as those of the product."""
-        return ordered.reshape(product.w_shape)
-
-    def transposed_copy(self, arrays: Mapping[str, Array], run: Run) -> None:
+    def copy_weights(self, arrays: Mapping[str, Array], run: Run) -> None:
         """Copy the weights where that must be."""
         if "ordered" in arrays and (self.has_gradients or "y" in self.results):
             view = self._in_order(arrays["w"])
@@ -355,7 +351,7 @@ class Deformed(Pieces):
         own = run.memory.own("sampling", run.start, tiling.own, tiling.workers)
         start = run.start + tiling.workers * buffer_bytes(tiling.own)
         run = run._replace(arrays=arrays, start=start)
-        request.transposed_copy(arrays, run)
+        request.copy_weights(arrays, run)
         images = None
         for number, block in enumerate(request.geometry.blocks(tiling.way)):
             if block.images != images:

@@ -12,6 +12,7 @@ from support import (
     LAYOUTS,
     PLACES,
     TESTS,
+    captured,
     forget_plans,
     integers,
     outs,
@@ -577,6 +578,18 @@ def test_types_that_cannot_be_interpolated(xp):
         cuconv.deform_conv_backward(x, x, xp.zeros((1, 1, 4)), w, needs=("dx",))
     with pytest.raises(ValueError, match="out may share memory with x"):
         cuconv.deform_conv(x, xp.zeros((1, 1, 4)), w, out=x)
+
+
+def test_a_capture_is_refused(xp):
+    if xp is np:
+        pytest.skip("NumPy has no graphs")
+    x, offset, w = xp.ones((1, 1, 4)), xp.zeros((1, 1, 4)), xp.ones((1, 1, 1))
+    out = xp.empty((1, 1, 4))
+    with captured(xp):
+        with pytest.raises(ValueError, match="memory for its columns"):
+            cuconv.deform_conv(x, offset, w, out=out)
+        with pytest.raises(ValueError, match="memory for its columns"):
+            cuconv.deform_conv_backward(out, x, offset, w)
 
 
 def test_dask_arrays_are_refused():
