@@ -286,6 +286,20 @@ def test_pieces_of_any_size(xp, pieces_of, name, dtype, size):
     assert_same(call_on(xp, CASES[name], dtype=dtype), wanted_of(name))
 
 
+@pytest.mark.parametrize("name", ["steps", "three axes"])
+def test_indices_of_64_bits(xp, name, monkeypatch):
+    if xp is np:
+        pytest.skip("about kernels")
+    from cuconv.backends.cuda import structs
+
+    monkeypatch.setattr(structs, "MOST_THREADS", 2**31)  # as if launches were huge
+    for deterministic in (True, False):
+        forget_plans()
+        found = call_on(xp, CASES[name], deterministic=deterministic)
+        assert_same(found, wanted_of(name))
+    forget_plans()
+
+
 def test_several_workers(monkeypatch, by_numpy):
     monkeypatch.setattr(engine, "_WORTH_WORKERS", 0)
     monkeypatch.setattr(host, "_SAMPLES", 8)
