@@ -33,6 +33,7 @@ from cuconv.layers.pooling import (
     MaxPool1d,
     MaxPool2d,
     MaxPool3d,
+    MaxUnpool,
 )
 from cuconv.layers.separable import (
     SeparableConv,
@@ -69,6 +70,7 @@ __all__ = [
     "MaxPool1d",
     "MaxPool2d",
     "MaxPool3d",
+    "MaxUnpool",
     "SeparableConv",
     "SeparableConv1d",
     "SeparableConv2d",
