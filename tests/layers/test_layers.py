@@ -636,7 +636,8 @@ def test_every_layer_has_an_example() -> None:
     named = {k.__name__: k for k in kinds if issubclass(k, Layer)}
     public = {name: k for name, k in named.items() if not name.startswith("_")}
     depthwise = {f"DepthwiseConv{rank}" for rank in ("", "1d", "2d", "3d")}
-    tested = {*MADE, *depthwise, *SEPARABLE, *POOLED, "MaxUnpool"}
+    deform = {"DeformConv", "DeformConv2d"}
+    tested = {*MADE, *depthwise, *SEPARABLE, *POOLED, *deform, "MaxUnpool"}
     assert set(public) == {"Layer", *tested} == set(layers.__all__)
     assert all(">>> " in public[name].__doc__ for name in tested)
 
