@@ -243,10 +243,10 @@ def test_precompile(xp):
     # channels, tiles of three sizes along one axis, and along two; and products without
     # columns, for blocks of four sizes (three of doubles). For any rank: pooling by
     # maxima and means, and norms of floats, and their gradients, of which that of a
-    # maximum takes indices or, of floats, x.
-    assert cuconv.precompile(("float32",), (2,)) == 2 * 9 + 2 + 6 + 4 * 4 + 7
-    assert cuconv.precompile(("float64",), (1,)) == 7 + 2 + 3 + 3 * 4 + 7
-    assert cuconv.precompile(("int8",), (1, 2)) == 13 + 4 * 4 + 3
+    # maximum takes indices or, of floats, x; and the four of deformable convolution.
+    assert cuconv.precompile(("float32",), (2,)) == 2 * 9 + 2 + 6 + 4 * 4 + 8 + 4
+    assert cuconv.precompile(("float64",), (1,)) == 7 + 2 + 3 + 3 * 4 + 8 + 4
+    assert cuconv.precompile(("int8",), (1, 2)) == 13 + 4 * 4 + 4
     with pytest.raises(TypeError, match="object"):
         cuconv.precompile((object,))
 

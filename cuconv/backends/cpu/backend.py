@@ -13,6 +13,7 @@ import numpy as np
 
 from cuconv.arrays import Array, DType, Types, stored, strided
 from cuconv.backends import padding
+from cuconv.backends.cpu.deform import CpuDeform
 from cuconv.backends.cpu.machine import PART_BYTES, call_overhead, cpu_machine
 from cuconv.backends.cpu.pooling import CpuPools
 from cuconv.backends.cpu.threads import Blas, Queue, Workers, small_buffers
@@ -72,6 +73,10 @@ class CpuBackend:
     @property
     def pools(self) -> CpuPools:
         return CpuPools(self.do, self.each, self.workers())
+
+    @property
+    def deform(self) -> CpuDeform:
+        return CpuDeform(self)
 
     def device_of(self, array: Array) -> AbstractContextManager[object]:
         del array

@@ -19,6 +19,7 @@ from cuconv.arrays import (
 )
 from cuconv.backends import padding
 from cuconv.backends.cuda.compiler import Do, launch
+from cuconv.backends.cuda.deform import CudaDeform
 from cuconv.backends.cuda.depthwise import (
     MOST_BLOCKS,
     DirectLaunch,
@@ -180,6 +181,10 @@ class CudaBackend:
     @property
     def pools(self) -> PoolKernels:
         return PoolKernels(self.do)
+
+    @property
+    def deform(self) -> CudaDeform:
+        return CudaDeform(self)
 
     @staticmethod
     def do(function: Callable[..., Any], *operands: Any) -> None:

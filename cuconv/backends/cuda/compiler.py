@@ -14,6 +14,7 @@ from cuconv.backends.cuda.source import kernel_source
 from cuconv.backends.cuda.tilings import usual_variants
 from cuconv.backends.cuda.variants import (
     copy_variants,
+    deform_variants,
     direct_variant,
     has_atomics,
     pad_adjoint_variant,
@@ -77,6 +78,8 @@ def precompile(
         else:
             for name in ("depthwise", "depthwise_weights"):
                 variants.add(direct_variant(name, dtype, dtype, wide=False))
+        for rank in ranks:
+            variants.update(deform_variants(dtype, rank, wide=False))
         # In canonical form, a convolution may have fewer axes than were given.
         for rank in range(1, max(ranks, default=0) + 1):
             variants.update(_column_variants(dtype, rank))
