@@ -80,7 +80,7 @@ class ConvOptions(TypedDict, total=False):
         ``"auto"``; ``"benchmark"`` to time the candidates on these arrays and remember
         the fastest; or the name of one: ``"im2col"``, ``"partial_im2col"``,
         ``"pointwise"``, ``"tap_matmul"``, ``"winograd"``, ``"depthwise"``, ``"fft"``
-        (NumPy only) and ``"implicit_gemm"`` (CuPy only).
+        (NumPy only), ``"implicit_gemm"`` and ``"cudnn"`` (CuPy only).
     precision
         ``"strict"``: every result is a direct sum of products.  ``"standard"``:
         Winograd too, in tiles of up to 6 elements: float32 within 1e-5 of the largest

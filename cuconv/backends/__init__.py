@@ -16,6 +16,7 @@ from cuconv.backends.blocking import Blocking
 from cuconv.backends.cpu.backend import CpuBackend
 from cuconv.backends.cpu.machine import jit_is_installed as jit_is_installed
 from cuconv.backends.deform import DeformProblem, Samples
+from cuconv.backends.library import LibraryConv, LibraryEngine
 from cuconv.backends.padding import Reading
 from cuconv.engine.costs import Rates
 from cuconv.engine.pool_problem import PoolInputs, PoolProblem, PoolTiling
@@ -120,6 +121,24 @@ class Contraction(Protocol):
 
     def transpose(self, source: Array, target: Array) -> None:
         """Copy (N, G, rows, columns) to (N, G, columns, rows), both along the last."""
+
+
+class ConvLibrary(Protocol):
+    """A library that computes whole convolutions."""
+
+    def engines(self, conv: LibraryConv) -> tuple[LibraryEngine, ...]:
+        """The engines that compute it, those expected to be fastest first."""
+
+    def run(
+        self,
+        conv: LibraryConv,
+        engine: LibraryEngine,
+        x: Array,
+        w: Array,
+        y: Array,
+        workspace: Array | None,
+    ) -> None:
+        """Compute it on packed arrays: write the result, or add to it."""
 
 
 class PoolBackend(Protocol):
@@ -252,6 +271,13 @@ class Backend(Protocol):
     @property
     def direct(self) -> DirectConv | None:
         """Loops over channels that need no buffers; None where there are none."""
+
+    @property
+    def library(self) -> ConvLibrary | None:
+        """The library of strategy `cudnn`; None where there is none."""
+
+    def missing(self, library: str) -> str:
+        """The reason why a library of NVIDIA cannot be used; empty if it can."""
 
     @property
     def pools(self) -> PoolBackend:
@@ -507,7 +533,7 @@ def precompile(
     Examples
     --------
     >>> import cuconv
-    >>> cuconv.precompile(("float32",), ranks=(2,)) in (0, 54)
+    >>> cuconv.precompile(("float32",), ranks=(2,)) in (0, 80)
     True
     """
     from cuconv.backends.cuda import working_cupy

@@ -9,6 +9,7 @@ import numpy as np
 from cuconv.arrays import (
     Array,
     Types,
+    alignment_of,
     any_dask,
     as_dtype,
     base_array,
@@ -36,6 +37,8 @@ from cuconv.options import Options
 from cuconv.overflow import magnitude, may_wrap, warn_of_wrapping
 
 ZERO_POINTS = "x_zero_point", "w_zero_point"
+# Bytes that a library may read at once.
+PACKED_TO = 16
 _OPTIONAL = ("bias", "indices", *ZERO_POINTS)
 
 
@@ -138,7 +141,8 @@ class Request(NamedTuple):
             transposed=self.call in CONVOLUTION,
         )
         ready = _zero_copy(problem, in_roles, self.out, backend)
-        return replace(problem, zero_copy=ready)
+        packed = _packed(in_roles, self.out) if backend.xp is not np else frozenset()
+        return replace(problem, zero_copy=ready, packed=packed)
 
 
 def named_inputs(arrays: Mapping[str, Array | None]) -> dict[str, Array]:
@@ -242,6 +246,19 @@ def _zero_copy(
     if out is None or _is_one_run(out):
         ready.add("run")
     return frozenset(ready)
+
+
+def _packed(in_roles: dict[str, Array], out: Array | None) -> frozenset[str]:
+    """The names of arrays that a library takes as they are; see `Problem`."""
+    arrays = dict(in_roles)
+    if out is not None:
+        arrays["out"] = base_array(out)
+    found = {
+        name
+        for name, array in arrays.items()
+        if array.flags.c_contiguous and alignment_of(array) % PACKED_TO == 0
+    }
+    return frozenset(found | ({"out"} if out is None else set()))
 
 
 def _is_zero_copy_out(problem: Problem, out: Array | None, backend: Backend) -> bool:
