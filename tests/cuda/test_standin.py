@@ -248,8 +248,8 @@ def test_precompile(xp):
     # columns, for blocks of four sizes (three of doubles), halves whole and in parts,
     # of float32 as TF32 too; a sum of parts, and, for tensor cores, a copy to
     # channels last. For any rank: pooling by maxima and means, and norms of floats, and
-    # their gradients, of which that of a maximum takes indices or, of floats, x; elements
-    # at indices; and the four of deformable convolution.
+    # their gradients, of which that of a maximum takes indices or, of floats, x;
+    # elements at indices; and the four of deformable convolution.
     products = {"float32": 4 * 4 + 4 * 6 + 2, "float16": 2 * 4 * 6 + 2}
     single = cuconv.precompile(("float32",), (2,))
     assert single == 2 * 9 + 2 + 6 + 8 + 4 + products["float32"]
