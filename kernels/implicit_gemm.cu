@@ -682,6 +682,7 @@ struct Stage {
     static const int ACROSS = (ALONG_F ? ROWS : TILE_P) / VECTOR;
     static const int LINES = ALONG_F ? TILE_P : ROWS;
     static const int AT_ONCE = THREADS > ACROSS ? THREADS / ACROSS : 1;
+    static_assert(LINES % AT_ONCE == 0, "a thread without a line");
 
     struct __align__(VECTOR * sizeof(SUM) > 16 ? 16 : VECTOR * sizeof(SUM)) Sums {
         SUM value[VECTOR];
@@ -699,7 +700,7 @@ struct Stage {
         const Core &core, SUM *stage, const SUM *bias, const Offset *own, RESULT *out,
         int filters, int columns, long long step)
     {
-#pragma unroll
+#pragma unroll 1
         for (int base = 0; base < TILE_F; base += ROWS) {
             __syncthreads();
 #pragma unroll
@@ -709,16 +710,16 @@ struct Stage {
                     stage[cell(row, Core::column(n))] = core.result(n);
             }
             __syncthreads();
-            for (int i = threadIdx.x % ACROSS; i < ACROSS; i += THREADS) {
-                const int first = threadIdx.x / ACROSS;
+#pragma unroll
+            for (int i = 0; i < ACROSS; i += THREADS) {
+                const int line = threadIdx.x / ACROSS;
+                const int across = (i + threadIdx.x % ACROSS) * VECTOR;
                 if (ALONG_F)
                     write_filters(
-                        base, i * VECTOR, first, stage, bias, own, out, filters, columns,
-                        step);
+                        base, across, line, stage, bias, own, out, filters, columns, step);
                 else
                     write_places(
-                        base, first, i * VECTOR, stage, bias, own, out, filters, columns,
-                        step);
+                        base, line, across, stage, bias, own, out, filters, columns, step);
             }
         }
     }
@@ -730,11 +731,13 @@ struct Stage {
     {
         if (base + row >= filters) return;
         const Sums more = *(const Sums *)(bias + base + row);
-        out += (base + row) * step;
+        out = kept(out + (base + row) * step);
 #pragma unroll 4
-        for (int column = first; column < TILE_P; column += AT_ONCE)
+        for (int i = 0; i < LINES; i += AT_ONCE) {
+            const int column = first + i;
             if (column < columns)
                 put(out + own[column], stage + cell(row, column), more);
+        }
     }
 
     // The same columns of every AT_ONCE-th filter.
@@ -743,9 +746,10 @@ struct Stage {
         const Offset *own, RESULT *out, int filters, int columns, long long step)
     {
         if (column >= columns) return;
-        out += own[column] + (base + first) * step;
+        out = kept(out + own[column] + (base + first) * step);
 #pragma unroll 4
-        for (int row = first; row < ROWS; row += AT_ONCE) {
+        for (int i = 0; i < LINES; i += AT_ONCE) {
+            const int row = first + i;
             Sums more;
 #pragma unroll
             for (int i = 0; i < VECTOR; ++i) more.value[i] = bias[base + row];

@@ -31,14 +31,21 @@ __device__ inline unsigned shared_address(const void *at)
 
 // Keep a value in a register: the compiler would compute it again in every iteration, or
 // take a pointer apart.
-template <class Value>
-__device__ inline Value kept(Value value)
+__device__ inline unsigned kept(unsigned value)
 {
 #ifndef HOST_SHIM
-    if (sizeof(Value) == 8)
-        asm("" : "+l"(*(unsigned long long *)&value));
-    else
-        asm("" : "+r"(*(unsigned *)&value));
+    asm("" : "+r"(value));
+#endif
+    return value;
+}
+
+// The same for an address in global memory.
+template <class Element>
+__device__ inline Element *kept(Element *value)
+{
+#ifndef HOST_SHIM
+    asm("" : "+l"(value));
+    __builtin_assume(__isGlobal(value));
 #endif
     return value;
 }
