@@ -17,9 +17,9 @@
 // No element of x is tested against its sizes.  An index has an offset in x and a few
 // bits: a position one for each tap of each axis, set if that tap is inside x there; a
 // term the bits of its own taps.  p ⊕ r is inside if the position has every bit of the
-// term, and its address is a pointer of the one plus an offset of the other.  With MASKS
-// words of 32 bits all taps of all axes have one bit each, offsets are 32 bits wide, and
-// MASKS 0 is for larger kernels and arrays: coordinates, and offsets of 64 bits.
+// term, and its address is a pointer of the one plus an offset of the other.  With
+// MASKED 0, for kernels of more than 31 taps along all axes together and for arrays that
+// offsets of 32 bits do not reach, an index has coordinates instead of bits.
 //
 // A block computes TILE_F × TILE_P results, TILE_R terms of the sum at a time, with
 // STAGES tiles of both operands in flight in shared memory.  The offsets and bits of p
@@ -59,8 +59,8 @@
 #define X_ALONG_R 0
 #define X_VECTOR 1
 #endif
-#ifndef MASKS
-#define MASKS 1
+#ifndef MASKED
+#define MASKED 1
 #define SUMS_TERMS 1  // 0: the gradient of w
 #endif
 #ifndef CONJUGATED
@@ -72,7 +72,7 @@
 
 const int THREADS = TILE_F / WARP_F * (TILE_P / WARP_P) * 32;
 
-#if MASKS
+#if MASKED
 typedef int Offset;
 #else
 typedef long long Offset;
@@ -111,21 +111,11 @@ static_assert(sizeof(Contraction) == CONTRACTION_BYTES, "the host packs another 
 #endif
 
 // What decides whether p ⊕ r is inside x.
-#if MASKS
-struct Reach {
-    unsigned word[MASKS];
-};
+#if MASKED
+typedef unsigned Reach;
 
 // A term that is not there needs a bit that no position has.
 const unsigned NEVER = 1u << 31;
-
-__device__ inline bool is_inside(const Reach &position, const Reach &term)
-{
-    unsigned outside = 0;
-#pragma unroll
-    for (int i = 0; i < MASKS; ++i) outside |= term.word[i] & ~position.word[i];
-    return outside == 0;
-}
 #else
 struct Reach {
     int cell[3];
@@ -195,70 +185,47 @@ __device__ inline Offset offset_of(
     return base;
 }
 
-#if MASKS
-// The lowest `count` bits.
-__device__ inline unsigned low_bits(int count)
-{
-    return count >= 32 ? ~0u : count > 0 ? (1u << count) - 1 : 0;
-}
-
+#if MASKED
 __device__ inline int over_dilation(int n, const Axis &axis)
 {
     return axis.dilation == 1 ? n
                               : (int)(__umulhi((unsigned)n, axis.multiplier) >> axis.shift);
 }
 
-__device__ inline int clamped(int n, int least, int most)
-{
-    return n < least ? least : n > most ? most : n;
-}
+__device__ inline int smaller(int a, int b) { return a < b ? a : b; }
 
 // The taps of a position that are inside x: 0 <= first + tap * dilation < size.
 __device__ inline Reach taps_inside(
     const Digits &d, const MixedRadix &mixed, const Contraction &c)
 {
-    Reach reach = {};
+    Reach inside = 0;
 #pragma unroll
     for (int i = 0; i < 3; ++i) {
         const Axis &axis = c.axis[i];
         const int first = mixed.first[i] + d.digit[i + 1] * mixed.scale[i];
         const int before = first < 0 ? axis.dilation - 1 - first : 0;
         const int after = axis.size - 1 - first + axis.dilation;
-        const int end =
-            clamped(over_dilation(after > 0 ? after : 0, axis), 0, axis.taps);
-        const int low = clamped(over_dilation(before, axis), 0, end);
-#pragma unroll
-        for (int w = 0; w < MASKS; ++w)
-            reach.word[w] |= low_bits(axis.bit + end - 32 * w) &
-                             ~low_bits(axis.bit + low - 32 * w);
+        const int end = smaller(over_dilation(after > 0 ? after : 0, axis), axis.taps);
+        const int low = smaller(over_dilation(before, axis), end);
+        inside |= (1u << (axis.bit + end)) - (1u << (axis.bit + low));
     }
-    return reach;
+    return inside;
 }
 
 __device__ inline Reach taps_of(const Digits &d, const Contraction &c)
 {
-    Reach reach = {};
+    Reach taps = 0;
 #pragma unroll
-    for (int i = 0; i < 3; ++i) {
-        const int bit = c.axis[i].bit + d.digit[i + 1];
-#pragma unroll
-        for (int w = 0; w < MASKS; ++w)
-            if (MASKS == 1 || bit / 32 == w) reach.word[w] |= 1u << bit % 32;
-    }
-    return reach;
+    for (int i = 0; i < 3; ++i) taps |= 1u << (c.axis[i].bit + d.digit[i + 1]);
+    return taps;
 }
 
 template <bool IS_TERM>
 __device__ inline Reach reach_of(
     const Digits &d, bool is_there, const MixedRadix &mixed, const Contraction &c)
 {
-    Reach reach = IS_TERM ? taps_of(d, c) : taps_inside(d, mixed, c);
-    if (IS_TERM)
-        reach.word[MASKS - 1] |= is_there ? 0 : NEVER;
-    else
-#pragma unroll
-        for (int w = 0; w < MASKS; ++w) reach.word[w] &= is_there ? ~0u : 0;
-    return reach;
+    if (IS_TERM) return taps_of(d, c) | (is_there ? 0 : NEVER);
+    return is_there ? taps_inside(d, mixed, c) : 0;
 }
 #else
 template <bool IS_TERM>
@@ -277,8 +244,8 @@ __device__ inline Reach reach_of(
 // True if p ⊕ r is inside x.
 __device__ inline bool are_inside(const Reach &p, const Reach &r, const Contraction &c)
 {
-#if MASKS
-    return SUMS_TERMS ? is_inside(p, r) : is_inside(r, p);
+#if MASKED
+    return SUMS_TERMS ? !(r & ~p) : !(p & ~r);
 #else
     bool inside = true;
 #pragma unroll

@@ -10,8 +10,8 @@ from cuconv.backends.cuda.structs import CONTRACTION
 
 # Of `struct Digits` in `implicit_gemm.cu`.
 _DIGITS_BYTES = 16
-# Words of 32 taps in a mask; the last bit of them is none.
-MASKS = 1, 4
+# Bits of a mask, of which the last belongs to no tap.
+MOST_TAPS = 31
 # A block of so few threads has many copies for each of them.
 _FEW_THREADS = 64
 
@@ -26,24 +26,22 @@ class Operand(NamedTuple):
 class Addressing(NamedTuple):
     """The offsets of an index in `implicit_gemm`, and its test against sizes of x.
 
-    With ``masks`` words, every tap of every axis has a bit, and offsets have 32 bits;
-    with 0 there are coordinates, and 64 bits.  ``sums_terms``: the sum is over terms,
-    not over positions.
+    ``masked``: every tap of every axis has a bit, and offsets have 32 bits; otherwise
+    there are coordinates, and 64 bits.  ``sums_terms``: the sum is over terms, not over
+    positions.
     """
 
-    masks: int = 1
+    masked: bool = True
     sums_terms: bool = True
 
     @classmethod
     def of(cls, taps: int, reach: int, *, sums_terms: bool) -> "Addressing":
-        """The smallest for kernels with this sum of extents and these offsets."""
-        fits = (n for n in MASKS if taps < 32 * n and reach < 2**31)
-        return cls(next(fits, 0), sums_terms)
+        """The one for this number of taps along all axes, and these offsets."""
+        return cls(taps <= MOST_TAPS and reach < 2**31, sums_terms)
 
     def table_bytes(self, terms: int, columns: int) -> int:
         """Bytes of digits, of two steps of a ring, and of a column of each result."""
-        offset = 4 if self.masks else 8
-        element, own = (4 + 4 * self.masks, 8) if self.masks else (24, 16)
+        element, own, offset = (8, 8, 4) if self.masked else (24, 16, 8)
         ring = terms * (_DIGITS_BYTES + 2 * (element + own))
         return ring + columns * (element + offset)
 
@@ -153,7 +151,7 @@ def contraction_variant(
         "DENSE_VECTOR": dense.vector,
         "X_ALONG_R": int(x.along_terms),
         "X_VECTOR": x.vector,
-        "MASKS": addressing.masks,
+        "MASKED": int(addressing.masked),
         "SUMS_TERMS": int(addressing.sums_terms),
         "SHARED_BYTES": shared,
         "CONTRACTION_BYTES": CONTRACTION.itemsize,
