@@ -481,7 +481,7 @@ struct Core {
     static const int COUNT = F * P;
     SUM sum[COUNT];
 
-    __device__ inline SUM result(int n) const { return sum[n]; }
+    __device__ inline SUM &result(int n) { return sum[n]; }
     __device__ static inline int across(int i, int lanes, int lane)
     {
         return i / 4 * 4 * lanes + lane * 4 + i % 4;
@@ -540,7 +540,7 @@ struct Core {
     static const int STEP = sizeof(ELEMENT) == 4 ? 8 : 16;
     float sum[F * P][4];
 
-    __device__ inline SUM result(int n) const { return sum[n / 4][n % 4]; }
+    __device__ inline SUM &result(int n) { return sum[n / 4][n % 4]; }
     __device__ static inline int first_filter()
     {
         return threadIdx.x / 32 / (TILE_P / WARP_P) * WARP_F;
@@ -636,16 +636,19 @@ const int WIDE = sizeof(RESULT) > 8 ? 1 : sizeof(RESULT) > 4 ? 2 : 4;
 
 template <bool ALONG_F, int VECTOR>
 struct Stage {
-    static const int PITCH_OF_ROWS = TILE_P + 8;
-    static const int ROWS_THAT_FIT = TILE_BYTES / (PITCH_OF_ROWS * (int)sizeof(SUM));
+    // Aligned for vectors, and for few conflicts of banks.
+    static const int PITCH_OF_ROWS = TILE_P + (CORE == 1 ? 8 : 4);
+    static const int ROWS_THAT_FIT =
+        TILE_BYTES / (int)sizeof(SUM) / (ALONG_F ? TILE_P : PITCH_OF_ROWS) -
+        (ALONG_F ? 4 : 0);
     static const int ROWS = ROWS_THAT_FIT >= TILE_F       ? TILE_F
                             : ROWS_THAT_FIT >= TILE_F / 2 ? TILE_F / 2
                             : ROWS_THAT_FIT >= TILE_F / 4 ? TILE_F / 4
                                                           : TILE_F / 8;
+    static_assert(ROWS <= ROWS_THAT_FIT, "a slice of results is too large");
     static const int PITCH = ALONG_F ? ROWS + 4 : PITCH_OF_ROWS;
-    static_assert(
-        (ALONG_F ? TILE_P : ROWS) * PITCH * (int)sizeof(SUM) <= TILE_BYTES,
-        "a slice of results is too large");
+    // All results of a warp lie in one slice.
+    static const bool IS_WHOLE = ROWS % WARP_F == 0;
     static const int ACROSS = (ALONG_F ? ROWS : TILE_P) / VECTOR;
     static const int LINES = ALONG_F ? TILE_P : ROWS;
     static const int AT_ONCE = THREADS > ACROSS ? THREADS / ACROSS : 1;
@@ -664,18 +667,13 @@ struct Stage {
     }
 
     __device__ static inline void write(
-        const Core &core, SUM *stage, const SUM *bias, const Offset *own, RESULT *out,
-        int filters, int columns, long long step)
+        Core &core, SUM *stage, const Offset *own, RESULT *out, int filters,
+        int columns, long long step)
     {
 #pragma unroll 1
         for (int base = 0; base < TILE_F; base += ROWS) {
             __syncthreads();
-#pragma unroll
-            for (int n = 0; n < Core::COUNT; ++n) {
-                const int row = Core::row(n) - base;
-                if (ROWS == TILE_F || (row >= 0 && row < ROWS))
-                    stage[cell(row, Core::column(n))] = core.result(n);
-            }
+            collect(core, stage, base);
             __syncthreads();
 #pragma unroll
             for (int i = 0; i < ACROSS; i += THREADS) {
@@ -683,57 +681,66 @@ struct Stage {
                 const int across = (i + threadIdx.x % ACROSS) * VECTOR;
                 if (ALONG_F)
                     write_filters(
-                        base, across, line, stage, bias, own, out, filters, columns, step);
+                        across, line, stage, own, out, filters - base, columns, step);
                 else
                     write_places(
-                        base, line, across, stage, bias, own, out, filters, columns, step);
+                        line, across, stage, own, out, filters - base, columns, step);
             }
+            out += ROWS * step;
+        }
+    }
+
+    __device__ static inline void collect(Core &core, SUM *stage, int base)
+    {
+        const int first = threadIdx.x / 32 / (TILE_P / WARP_P) * WARP_F - base;
+        if (IS_WHOLE && (first < 0 || first >= ROWS)) return;
+#pragma unroll
+        for (int n = 0; n < Core::COUNT; ++n) {
+            const int row = Core::row(n) - base;
+            if (!IS_WHOLE && (row < 0 || row >= ROWS)) continue;
+            stage[cell(row, Core::column(n))] = core.result(n);
         }
     }
 
     // The same filters at every AT_ONCE-th column.
     __device__ static inline void write_filters(
-        int base, int row, int first, const SUM *stage, const SUM *bias,
-        const Offset *own, RESULT *out, int filters, int columns, long long step)
+        int row, int first, const SUM *stage, const Offset *own, RESULT *out,
+        int filters, int columns, long long step)
     {
-        if (base + row >= filters) return;
-        const Sums more = *(const Sums *)(bias + base + row);
-        out = kept(out + (base + row) * step);
-#pragma unroll 4
-        for (int i = 0; i < LINES; i += AT_ONCE) {
-            const int column = first + i;
-            if (column < columns)
-                put(out + own[column], stage + cell(row, column), more);
-        }
+        if (row >= filters) return;
+        out = kept(out + row * step);
+        stage += cell(row, first);
+        own += first;
+        const int left = columns - first;
+#pragma unroll 8
+        for (int i = 0; i < LINES; i += AT_ONCE)
+            if (i < left) put(out + own[i], stage + cell(0, i));
     }
 
     // The same columns of every AT_ONCE-th filter.
     __device__ static inline void write_places(
-        int base, int first, int column, const SUM *stage, const SUM *bias,
-        const Offset *own, RESULT *out, int filters, int columns, long long step)
+        int first, int column, const SUM *stage, const Offset *own, RESULT *out,
+        int filters, int columns, long long step)
     {
         if (column >= columns) return;
-        out = kept(out + own[column] + (base + first) * step);
-#pragma unroll 4
+        out = kept(out + own[column] + first * step);
+        stage += cell(first, column);
+        const int left = filters - first;
+        const long long further = AT_ONCE * step;
+#pragma unroll 8
         for (int i = 0; i < LINES; i += AT_ONCE) {
-            const int row = first + i;
-            Sums more;
-#pragma unroll
-            for (int i = 0; i < VECTOR; ++i) more.value[i] = bias[base + row];
-            if (base + row < filters) put(out, stage + cell(row, column), more);
-            out += AT_ONCE * step;
+            if (i < left) put(out, stage + cell(i, 0));
+            out = kept(out + further);
         }
     }
 
-    __device__ static inline void put(RESULT *to, const SUM *from, const Sums &more)
+    __device__ static inline void put(RESULT *to, const SUM *from)
     {
-        Sums sums = *(const Sums *)from;
+        const Sums sums = *(const Sums *)from;
         Results results;
 #pragma unroll
-        for (int i = 0; i < VECTOR; ++i) {
-            add_to(sums.value[i], more.value[i]);
+        for (int i = 0; i < VECTOR; ++i)
             results.value[i] = Stored<RESULT>::of(sums.value[i]);
-        }
         *(Results *)to = results;
     }
 };
@@ -834,6 +841,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) implicit_gemm(
         here = here == (STAGES - 1) * STAGE_CELLS ? 0 : here + STAGE_CELLS;
     }
     wait_for_copies<0>();
+#pragma unroll
+    for (int n = 0; n < Core::COUNT; ++n) add_to(core.result(n), biases[Core::row(n)]);
     SUM *const stage = (SUM *)memory;
     RESULT *const to = out + group * c.out_group + part * c.part_step +
                        first_f * c.out_step;
@@ -843,14 +852,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) implicit_gemm(
     if (c.along_filters)
         if (c.is_packed)
             Stage<true, WIDE>::write(
-                core, stage, biases, own, to, filters, columns, c.out_step);
+                core, stage, own, to, filters, columns, c.out_step);
         else
             Stage<true, 1>::write(
-                core, stage, biases, own, to, filters, columns, c.out_step);
+                core, stage, own, to, filters, columns, c.out_step);
     else if (c.is_packed)
         Stage<false, WIDE>::write(
-            core, stage, biases, own, to, filters, columns, c.out_step);
+            core, stage, own, to, filters, columns, c.out_step);
     else
         Stage<false, 1>::write(
-            core, stage, biases, own, to, filters, columns, c.out_step);
+            core, stage, own, to, filters, columns, c.out_step);
 }

@@ -80,7 +80,8 @@ def run_sanitized(*arguments: str) -> subprocess.CompletedProcess[str]:
             ("api/test_pooling.py", "cupy and (any_view or no_window)", 6),
             (
                 *("strategies/test_implicit_gemm.py",),
-                *("odd-channels_first or aligned-channels_last", 6),
+                "odd-channels_first or aligned-channels_last or coordinates or several",
+                36,
             ),
         ),
     ],
