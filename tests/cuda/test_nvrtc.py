@@ -3,13 +3,8 @@
 import pytest
 from cuda.bindings import nvrtc
 
-from benchmarks.kernels import (
-    ARCHITECTURES,
-    CompileError,
-    checked,
-    compile_variant,
-    log_of,
-)
+from benchmarks.kernels import ARCHITECTURES
+from benchmarks.nvrtc import CompileError, checked, compile_variant, log_of
 from cuconv.backends.cuda.elements import Variant
 from cuconv.backends.cuda.source import kernel_folder, kernel_source
 from cuconv.backends.cuda.variants import all_variants
