@@ -118,9 +118,7 @@ def measured(kernel: Kernel, architecture: int) -> dict[str, Any]:
     taken = compiled.resources()
     item = np.dtype("float32" if kernel.is_partial else kernel.dtype).itemsize
     number = tiling.filters * tiling.columns // tiling.threads
-    counts = sass.counts(
-        sass.disassembled(compiled.binary), sass.Results(number, item)
-    )
+    counts = sass.counts(sass.disassembled(compiled.binary), sass.Results(number, item))
     packed = {size > item: 0.0 for size, _ in counts.epilogue}
     for size, slots in counts.epilogue:
         packed[size > item] = max(packed[size > item], round(slots, 1))
@@ -133,7 +131,9 @@ def measured(kernel: Kernel, architecture: int) -> dict[str, Any]:
         "share": round(counts.share(tiling.threads), 3),
         "registers": taken["registers"],
         "spills": taken["spill_store_bytes"] + taken["spill_load_bytes"],
-        "warps": warps(taken["registers"], variant.shared, tiling.threads, architecture),
+        "warps": warps(
+            taken["registers"], variant.shared, tiling.threads, architecture
+        ),
         "copies": {str(x.bytes): round(x.slots, 1) for x in counts.copies},
         "packed": packed[True],
         "single": packed[False],
@@ -144,7 +144,9 @@ def warps(registers: int, shared: int, threads: int, architecture: int) -> int:
     """Warps on a multiprocessor at once, by registers and shared memory."""
     each = threads // 32
     by_registers = REGISTERS // (-(-registers * 32 // 256) * 256) // each
-    by_shared = SHARED[architecture] * 1024 // (shared + RESERVED * (architecture >= 80))
+    by_shared = (
+        SHARED[architecture] * 1024 // (shared + RESERVED * (architecture >= 80))
+    )
     return min(by_registers * each, by_shared * each, WARPS.get(architecture, 64))
 
 
@@ -180,7 +182,7 @@ def key_of(row: dict[str, Any]) -> tuple[Any, ...]:
 def compared(rows: Sequence[dict[str, Any]]) -> list[str]:
     """Complaints of all rows; one that was never kept is one."""
     kept = {key_of(row): row for row in read()["kernels"]}
-    found = []
+    found: list[str] = []
     for row in rows:
         if key_of(row) in kept:
             found += complaints(row, kept[key_of(row)])

@@ -55,7 +55,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     words.add_argument("--kernel", action="append", help=several)
     one: Any = {"action": "append", "type": int, "choices": ARCHITECTURES}
     words.add_argument("--architecture", **one, help=f"{several} (default: all)")
-    kept = "compare counts of the main kernels' machine code with those kept; --save them"
+    kept = (
+        "compare counts of the main kernels' machine code with those kept; --save them"
+    )
     words.add_argument("--budgets", action="store_true", help=kept)
     chosen = words.parse_args(arguments)
     if chosen.budgets:

@@ -28,7 +28,7 @@ class Copies(NamedTuple):
     """Copies of so many bytes in an iteration, and the slots from one to the next."""
 
     bytes: int
-    count: int
+    number: int
     slots: float
 
 
@@ -197,12 +197,13 @@ def _path(code: Code, part: Loop, second: int, results: Results) -> tuple[int, f
         leaf = min(storing, key=lambda x: x[1] - x[0])
         stored = sum(n for k, n in sizes.items() if leaf[0] <= k <= leaf[1])
         turns[leaf] = results.number * results.bytes / stored
-        for around in storing:
-            if around != leaf:
-                turns[around] = turns[leaf] / code.trips(leaf)
+        outer = (x for x in storing if x != leaf)
+        turns |= dict.fromkeys(outer, turns[leaf] / code.trips(leaf))
     slots = 0.0
     for k in range(part[0], part[1] + 1):
         once = code.names[k].startswith("STS") or any(a <= k <= b for a, b in jumped)
         inner = [x for x in storing if x[0] <= k <= x[1]]
-        slots += 1 if once or not inner else turns[min(inner, key=lambda x: x[1] - x[0])]
+        slots += (
+            1 if once or not inner else turns[min(inner, key=lambda x: x[1] - x[0])]
+        )
     return max(sizes.values()), slots

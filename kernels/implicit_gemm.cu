@@ -423,17 +423,18 @@ struct InputLoader : Copies<XTile> {
     typedef XTile T;
     typedef Several<Element, T::TERMS> Terms;
     static const bool KEEPS = T::FREES <= 2;
+    static const int KEPT = KEEPS ? T::FREES : 1;
     static_assert(KEEPS || T::TERMS == 1, "many places of many terms");
     static const int AT_ONCE = Several<Element, T::FREES>::N;
-    const ELEMENT *from[KEEPS ? T::FREES : 1];
-    Reach reach[KEEPS ? T::FREES : 1];
+    const ELEMENT *from[KEPT];
+    Reach reach[KEPT];
 
     __device__ inline void begin(const ELEMENT *x, const Element *places)
     {
         from[0] = kept(x);
         if (KEEPS && T::is_mine())
 #pragma unroll
-            for (int j = 0; j < T::FREES; ++j) {
+            for (int j = 0; j < KEPT; ++j) {
                 const Element mine = places[T::free() + j * T::FREE_STEP];
                 from[j] = kept(x + mine.x);
                 reach[j] = mine.reach;
@@ -451,9 +452,9 @@ struct InputLoader : Copies<XTile> {
 #pragma unroll
                 for (int i = 0; i < Terms::N; ++i)
 #pragma unroll
-                    for (int j = 0; j < T::FREES; ++j)
-                        take(j, k + i, tile, from[j % (KEEPS ? T::FREES : 1)] + r.each[i].x,
-                             are_inside(reach[j % (KEEPS ? T::FREES : 1)], r.each[i].reach, c));
+                    for (int j = 0; j < KEPT; ++j)
+                        take(j, k + i, tile, from[j] + r.each[i].x,
+                             are_inside(reach[j], r.each[i].reach, c));
             }
         else {
             const Element r = ring[T::term()];

@@ -33,6 +33,7 @@ from cuconv import testing
 from cuconv.arrays import accumulator
 from cuconv.backends.blocking import Blocking, block_sizes
 from cuconv.backends.cuda import cuda_backend, implicit_gemm, structs, tilings
+from cuconv.engine.call import forget_plans
 from cuconv.engine.problem import in_groups
 from cuconv.geometry import ConvGeometry
 from cuconv.strategies.base import filters_of
@@ -255,12 +256,15 @@ def launches(monkeypatch):
         made.append(usual(*arguments))
         return made[-1]
 
+    def forget() -> None:
+        forget_plans()
+        implicit_gemm._forward.cache_clear()
+        implicit_gemm._backward.cache_clear()
+
     monkeypatch.setattr(implicit_gemm, "_launch", noted)
-    for remembered in (implicit_gemm._forward, implicit_gemm._backward):
-        remembered.cache_clear()
+    forget()
     yield made
-    for remembered in (implicit_gemm._forward, implicit_gemm._backward):
-        remembered.cache_clear()
+    forget()
 
 
 def are_masked(launches: list[Any]) -> set[bool]:
@@ -312,7 +316,9 @@ def test_a_mask_has_a_bit_for_each_tap_of_each_axis(xp, kernel, masked, launches
     case = Case((2, 3, *size), (4, 3, *kernel), {"padding": 3})
     arrays = operands(case, "float32").on(xp)
     for op in OPERATIONS:
-        testing.assert_equal(to_host(run(op, arrays, case, **MINE)), wanted_of(op, case))
+        testing.assert_equal(
+            to_host(run(op, arrays, case, **MINE)), wanted_of(op, case)
+        )
     assert are_masked(launches) == {masked}
 
 
@@ -320,7 +326,9 @@ PACKED = Case((3, 16, 6, 8), (20, 8, 3, 3), {"groups": 2, "padding": 1})
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("dtype", ["float32", "float16", "float64", "complex64", "int8"])
+@pytest.mark.parametrize(
+    "dtype", ["float32", "float16", "float64", "complex64", "int8"]
+)
 def test_neighbouring_results_are_written_several_at_a_time(
     xp, dtype, layout, launches
 ):

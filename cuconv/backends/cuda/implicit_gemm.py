@@ -83,7 +83,9 @@ class _MixedRadix(NamedTuple):
     @property
     def reach(self) -> int:
         """The largest offset that a kernel computes, some steps past the end too."""
-        ends = [radix + 4 * _MOST_TERMS * (i == 0) for i, radix in enumerate(self.radix)]
+        ends = [
+            radix + 4 * _MOST_TERMS * (i == 0) for i, radix in enumerate(self.radix)
+        ]
         return max(
             abs(self.x_base) + reach_of(ends, self.x_step),
             reach_of(ends, self.own_step),
@@ -321,7 +323,8 @@ def _launch(
 
 def _packed_taps(terms: _MixedRadix, sizes: Steps) -> list[tuple[int, ...]]:
     """``struct Axis`` for each of three axes."""
-    taps, packed, bit = terms.radix[1:], [], 0
+    taps, bit = terms.radix[1:], 0
+    packed: list[tuple[int, ...]] = []
     for size, number, scale in zip(_three(sizes, 1), taps, terms.scale, strict=True):
         packed.append((size, number, bit, *divisor(max(scale, 1))))
         bit += number
@@ -347,9 +350,7 @@ def _is_packed(
     whole = math.prod(out.shape) if parts > 1 else 0
     # As many as the kernel writes: WIDE.
     wide = min(4, max(_WORD // result.itemsize, 1))
-    return out.is_aligned and not any(
-        n % wide for n in (run, group, whole, *others)
-    )
+    return out.is_aligned and not any(n % wide for n in (run, group, whole, *others))
 
 
 def _cut(terms: int, parts: int, tile: int, out: _View) -> tuple[int, int]:

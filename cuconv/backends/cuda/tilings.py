@@ -83,7 +83,7 @@ class Tiling(NamedTuple):
         return 512 if self.threads > few else 384
 
     def stages(self, dtype: DType, *, modern: bool) -> int:
-        """Tiles in flight: as many terms of float32 in two stages as of others in three.
+        """Tiles in flight: two that are 16 terms of float32 deep, else three.
 
         Older devices have no asynchronous copies to wait for.
         """
@@ -96,7 +96,7 @@ class Tiling(NamedTuple):
         stages: int,
         addressing: Addressing,
     ) -> int:
-        """Bytes of shared memory: all stages of both operands' tiles, biases, tables."""
+        """Bytes of shared memory: all stages of both tiles, biases, tables."""
         item, tiles = dtype.itemsize, 0
         for free, side in zip((self.filters, self.columns), sides, strict=True):
             is_along = self.tensor and side.along_terms
