@@ -24,7 +24,7 @@ from typing import NamedTuple
 from cuconv.arrays import Array, flattened
 from cuconv.backends import Backend, Contraction
 from cuconv.backends.blocking import Blocking, block_sizes
-from cuconv.engine.costs import Work
+from cuconv.engine.costs import LAUNCHES, Work
 from cuconv.engine.problem import Problem, in_groups
 from cuconv.geometry import Axis, Tile
 from cuconv.memory import Buffer
@@ -34,6 +34,7 @@ from cuconv.strategies.base import (
     Tilings,
     Workspace,
     filters_of,
+    words_of,
 )
 
 # The kernel counts elements along an axis in 32 bits, with room to add two of them; and
@@ -46,10 +47,10 @@ _MOST_TERMS = 2**33
 _MOST_BLOCKS = 2**31 - 1
 # The most parts of a sum, the number of blocks above which sums are not split, and the
 # least terms of a part; not yet measured on a GPU.
-_PARTS = (1, 4, 16, 64)
+_PARTS = (1, 2, 4, 8, 16, 32, 64)
 _ENOUGH_BLOCKS, _LEAST_TERMS = 512, 256
-# The overhead of copying two operands, in blocks of im2col; not measured.
-_COPYING = 0.5
+# The launches that copy two operands.
+_COPYING = 2
 _WORD = 16  # bytes of the widest copy
 
 
@@ -77,6 +78,7 @@ class ImplicitGemm:
 
     name = "implicit_gemm"
     capturable = True
+    on_tensor_cores = True
     gains_from_size = True
     by_runs = False
 
@@ -148,13 +150,17 @@ class ImplicitGemm:
         phases = math.prod(min(axis.stride, max(axis.size, 1)) for axis in g.axes)
         launches = phases if problem.op == "input_grad" else 1 + (parts > 1)
         sizes = g.images * (g.channels * g.cells + g.filters * g.positions)
+        unread = g.images * g.channels * max(g.cells - g.positions * g.taps, 0)
         by_dense, by_x = _vectors(problem, layout)
+        # A result costs as many instructions as a copy, whichever part it is of.
+        results = float(tiles) * parts * tall * wide
         return Work(
             multiply=float(tiles) * tall * wide * terms,
-            loads=float(tiles) * terms * (tall / by_dense + wide / by_x),
-            copy=sizes * (1 + layout) + (2 * parts * _results(problem) * (parts > 1)),
+            loads=float(tiles) * terms * (tall / by_dense + wide / by_x) + results,
+            moved=words_of(problem, sizes - unread + g.filters * g.patch),
+            copy=sizes * layout + parts * _results(problem) * (parts > 1),
             tiles=tiles * parts,
-            blocks=launches + _COPYING * layout,
+            blocks=(launches + _COPYING * layout) / LAUNCHES,
         )
 
     def weights(self, job: Job, w: Array, kept: dict[str, Array]) -> Array:

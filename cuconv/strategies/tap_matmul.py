@@ -46,6 +46,7 @@ class TapMatmul(OneWay):
 
     name = "tap_matmul"
     capturable = False
+    on_tensor_cores = True
     by_runs = True
 
     def supports(self, problem: Problem) -> tuple[bool, str]:

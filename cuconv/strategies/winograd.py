@@ -127,6 +127,7 @@ class Winograd(ForwardOnly):
 
     name = "winograd"
     capturable = False
+    on_tensor_cores = False
     gains_from_size = True
     by_runs = False
 
