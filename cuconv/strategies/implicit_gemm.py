@@ -45,10 +45,11 @@ _LARGEST_COUNT = 2**30
 _MOST_TERMS = 2**33
 # Of a grid, along its first axis.
 _MOST_BLOCKS = 2**31 - 1
-# The most parts of a sum, the number of blocks above which sums are not split, and the
-# least terms of a part; not yet measured on a GPU.
-_PARTS = (1, 2, 4, 8, 16, 32, 64)
-_ENOUGH_BLOCKS, _LEAST_TERMS = 512, 256
+# The parts of a sum, each a quarter more, so that some number of them fills processors;
+# the blocks between which sums are split, and the least terms of a part.  Not yet
+# measured on a GPU.
+_PARTS = (2, 3, 4, 5, 6, 7, 9, 11, 13, 16, 20, 26, 32, 40, 51, 64)
+_FEW_BLOCKS, _ENOUGH_BLOCKS, _LEAST_TERMS = 64, 512, 256
 # The launches that copy two operands.
 _COPYING = 2
 _WORD = 16  # bytes of the widest copy
@@ -94,18 +95,8 @@ class ImplicitGemm:
         return tuple(
             KernelVariant(*size, parts, layout)
             for size, layout in itertools.product(wide, layouts)
-            for parts in _PARTS
-            if parts == 1 or self._is_worth_cutting(problem, size, parts)
+            for parts in _splits(problem, size)
         )
-
-    def _is_worth_cutting(
-        self, problem: Problem, size: tuple[int, int], parts: int
-    ) -> bool:
-        g = problem.geometry
-        terms, blocks = _extents(problem)[-1], _count_blocks(problem, size)
-        strided = problem.op == "input_grad" and not g.is_unit_stride
-        few = blocks * parts <= _ENOUGH_BLOCKS and terms >= parts * _LEAST_TERMS
-        return few and "run" in problem.zero_copy and not strided
 
     def describe(self, variant: KernelVariant) -> str:
         filters, columns, parts, layout = variant
@@ -148,7 +139,7 @@ class ImplicitGemm:
         tall, wide, parts, layout = tiling.variant
         terms, tiles = _extents(problem)[-1], _count_blocks(problem, (tall, wide))
         phases = math.prod(min(axis.stride, max(axis.size, 1)) for axis in g.axes)
-        launches = phases if problem.op == "input_grad" else 1 + (parts > 1)
+        launches = (phases if problem.op == "input_grad" else 1) + (parts > 1)
         sizes = g.images * (g.channels * g.cells + g.filters * g.positions)
         unread = g.images * g.channels * max(g.cells - g.positions * g.taps, 0)
         by_dense, by_x = _vectors(problem, layout)
@@ -226,6 +217,18 @@ class ImplicitGemm:
         dw, how = filters_of(out, job.problem), _how(job, conjugated=2 * is_complex)
         with job.backend.stage("product", self.name):
             _kernels(job).correlate(dy, x, dw, g.axes, how, job.shared["parts"])
+
+
+def _splits(problem: Problem, size: tuple[int, int]) -> tuple[int, ...]:
+    """The numbers of parts that are worth a try: 1, and some that fill a device."""
+    strided = problem.op == "input_grad" and not problem.geometry.is_unit_stride
+    if strided or "run" not in problem.zero_copy:
+        return (1,)
+    terms, blocks = _extents(problem)[-1], _count_blocks(problem, size)
+    most = min(_ENOUGH_BLOCKS // max(blocks, 1), terms // _LEAST_TERMS)
+    allowed = [parts for parts in _PARTS if parts <= most]
+    fills = (n for n in allowed if n * blocks >= _FEW_BLOCKS or n == allowed[-1])
+    return (1, *fills)
 
 
 def _refusals(problem: Problem) -> Iterator[str]:

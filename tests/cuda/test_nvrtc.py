@@ -19,6 +19,7 @@ KERNELS = {
     "implicit_gemm": 212,
     "sum_parts": 11,
     "transpose": 2,
+    "delay": 1,
     "depthwise": 16,
     "depthwise_weights": 16,
     "pad_copy": 30,
