@@ -288,7 +288,9 @@ FEW = {("odd", "channels_first"), ("three axes", "channels_last")}
         for each in product(CASES, LAYOUTS)
     ],
 )
-@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize(
+    "dtype", ["float32", pytest.param("float16", marks=pytest.mark.slow)]
+)
 def test_coordinates_where_masks_have_too_few_bits(
     xp, dtype, name, layout, launches, monkeypatch
 ):
@@ -327,7 +329,11 @@ PACKED = Case((3, 16, 6, 8), (20, 8, 3, 3), {"groups": 2, "padding": 1})
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize(
-    "dtype", ["float32", "float16", "float64", "complex64", "int8"]
+    "dtype",
+    [
+        *("float32", "float16"),
+        *(pytest.param(n, marks=pytest.mark.slow) for n in ("f8", "c8", "int8")),
+    ],
 )
 def test_neighbouring_results_are_written_several_at_a_time(
     xp, dtype, layout, launches
