@@ -140,6 +140,12 @@ struct Digits {
     int digit[4];
 };
 
+// The results of a block, their group, and the part of their sums.
+struct BlockOfResults {
+    int group, part, first_f, reserved;
+    long long first_p;
+};
+
 __device__ inline Digits digits_of(long long index, const MixedRadix &mixed)
 {
     Digits d;
@@ -315,8 +321,8 @@ const int RING_BYTES = 2 * TILE_R * (int)sizeof(Element);
 const int RING_OWN_BYTES = 2 * TILE_R * (int)sizeof(Own);
 const int PLACES_BYTES = TILE_P * (int)sizeof(Element);
 const int OWN_BYTES = TILE_P * (int)sizeof(Offset);
-const int TABLE_BYTES =
-    DIGITS_BYTES + RING_BYTES + RING_OWN_BYTES + PLACES_BYTES + OWN_BYTES;
+const int TABLE_BYTES = DIGITS_BYTES + RING_BYTES + RING_OWN_BYTES + PLACES_BYTES +
+                        OWN_BYTES + (int)sizeof(BlockOfResults);
 
 #ifdef SHARED_BYTES
 static_assert(
@@ -746,6 +752,16 @@ struct Stage {
     }
 };
 
+// Blocks of neighbouring filters run at the same time: they gather the same places.
+__device__ inline BlockOfResults block_of(unsigned number, const Contraction &c)
+{
+    const unsigned tile_f = number % c.tiles_f, outer = number / c.tiles_f;
+    const unsigned tile_p = outer % c.tiles_p, both = outer / c.tiles_p;
+    return {
+        (int)(both % c.groups), (int)(both / c.groups), (int)tile_f * TILE_F, 0,
+        (long long)tile_p * TILE_P};
+}
+
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) implicit_gemm(
     const ELEMENT *__restrict__ dense, const ELEMENT *__restrict__ x,
     const ELEMENT *__restrict__ bias, RESULT *__restrict__ out, const Contraction c)
@@ -758,13 +774,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) implicit_gemm(
     Own *const ring_own = (Own *)((unsigned char *)ring + RING_BYTES);
     Element *const places = (Element *)((unsigned char *)ring_own + RING_OWN_BYTES);
     Offset *const own = (Offset *)((unsigned char *)places + PLACES_BYTES);
+    BlockOfResults *const block = (BlockOfResults *)((unsigned char *)own + OWN_BYTES);
 
-    // Blocks of neighbouring filters run at the same time: they gather the same places.
-    const unsigned tile_f = blockIdx.x % c.tiles_f, outer = blockIdx.x / c.tiles_f;
-    const unsigned tile_p = outer % c.tiles_p, both = outer / c.tiles_p;
-    const int group = (int)(both % c.groups), part = (int)(both / c.groups);
-    const long long first_p = (long long)tile_p * TILE_P;
-    const int first_f = (int)tile_f * TILE_F;
+    const BlockOfResults mine = block_of(blockIdx.x, c);
+    // Read again behind the loop, which has their registers.
+    if (threadIdx.x == 0) *block = mine;
+    const int group = mine.group, part = mine.part, first_f = mine.first_f;
+    const long long first_p = mine.first_p;
     const long long start = part * c.part_length;
     const long long rest = c.r.count - start;
     const long long length = rest < c.part_length ? rest : c.part_length;
@@ -845,10 +861,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) implicit_gemm(
 #pragma unroll
     for (int n = 0; n < Core::COUNT; ++n) add_to(core.result(n), biases[Core::row(n)]);
     SUM *const stage = (SUM *)memory;
-    RESULT *const to = out + group * c.out_group + part * c.part_step +
-                       first_f * c.out_step;
-    const int filters = (int)(c.filters - first_f);
-    const long long left = c.p.count - first_p;
+    const BlockOfResults again = *block;
+    RESULT *const to = out + again.group * c.out_group + again.part * c.part_step +
+                       again.first_f * c.out_step;
+    const int filters = (int)(c.filters - again.first_f);
+    const long long left = c.p.count - again.first_p;
     const int columns = left < TILE_P ? (int)left : TILE_P;
     if (c.along_filters)
         if (c.is_packed)

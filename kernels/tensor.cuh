@@ -34,7 +34,7 @@ __device__ inline unsigned shared_address(const void *at)
 __device__ inline unsigned kept(unsigned value)
 {
 #ifndef HOST_SHIM
-    asm("" : "+r"(value));
+    asm volatile("" : "+r"(value));
 #endif
     return value;
 }
@@ -44,7 +44,7 @@ template <class Element>
 __device__ inline Element *kept(Element *value)
 {
 #ifndef HOST_SHIM
-    asm("" : "+l"(value));
+    asm volatile("" : "+l"(value));
     __builtin_assume(__isGlobal(value));
 #endif
     return value;

@@ -8,8 +8,8 @@ from cuconv.backends.blocking import block_sizes, uses_tensor_cores
 from cuconv.backends.cuda.elements import ELEMENTS, SUMS, Variant
 from cuconv.backends.cuda.structs import CONTRACTION
 
-# Of `struct Digits` in `implicit_gemm.cu`.
-_DIGITS_BYTES = 16
+# Of `struct Digits` and `struct BlockOfResults` in `implicit_gemm.cu`.
+_DIGITS_BYTES, _BLOCK_BYTES = 16, 24
 # Bits of a mask, of which the last belongs to no tap.
 MOST_TAPS = 31
 # A block of so few threads has many copies for each of them.
@@ -43,7 +43,7 @@ class Addressing(NamedTuple):
         """Bytes of digits, of two steps of a ring, and of a column of each result."""
         element, own, offset = (8, 8, 4) if self.masked else (24, 16, 8)
         ring = terms * (_DIGITS_BYTES + 2 * (element + own))
-        return ring + columns * (element + offset)
+        return ring + columns * (element + offset) + _BLOCK_BYTES
 
 
 class Tiling(NamedTuple):
