@@ -28,6 +28,10 @@ DOCS = ROOT / "docs" / "gpu.md"
 MARKS = ("<!-- budgets -->", "<!-- end of budgets -->")
 # Compilers differ by so much, as a fraction.
 ALLOWED = 0.03
+# And by so much more: registers are allocated by eight, and the distance between two
+# copies depends on what the compiler moves there.
+SLACK = {"registers": 8, "packed": 0.5, "single": 0.5}
+COPY_SLACK = 2
 # Of a multiprocessor: registers, bytes of shared memory, warps.
 REGISTERS = 2**16
 SHARED = {75: 64, 80: 164, 90: 228, 100: 228, 120: 100}
@@ -166,12 +170,12 @@ def complaints(found: dict[str, Any], kept: dict[str, Any]) -> Iterator[str]:
     for key in ("share", "warps"):
         if found[key] < kept[key] * (1 - ALLOWED):
             yield f"{name}: {key} {found[key]}, kept {kept[key]}"
-    pairs = {key: (found[key], kept[key]) for key in ("registers", "packed", "single")}
+    pairs = {key: (found[key], kept[key], SLACK[key]) for key in SLACK}
     for size, slots in kept["copies"].items():
-        pairs[f"slots of a copy of {size} bytes"] = found["copies"].get(size, 0), slots
-    for key, (now, before) in pairs.items():
-        # Figures of a few slots may differ by half a one.
-        if now > before * (1 + ALLOWED) + 0.5:
+        key = f"slots of a copy of {size} bytes"
+        pairs[key] = found["copies"].get(size, 0), slots, COPY_SLACK
+    for key, (now, before, slack) in pairs.items():
+        if now > before * (1 + ALLOWED) + slack:
             yield f"{name}: {key} {now}, kept {before}"
 
 

@@ -493,18 +493,22 @@ struct Core {
     {
         return i / 4 * 4 * lanes + lane * 4 + i % 4;
     }
-    __device__ static inline int filter(int i)
+    __device__ static inline int filter(int i, unsigned thread = threadIdx.x)
     {
-        return threadIdx.x / 32 / (TILE_P / WARP_P) * WARP_F +
-               across(i, 4, threadIdx.x % 32 / 8);
+        return thread / 32 / (TILE_P / WARP_P) * WARP_F + across(i, 4, thread % 32 / 8);
     }
-    __device__ static inline int position(int j)
+    __device__ static inline int position(int j, unsigned thread = threadIdx.x)
     {
-        return threadIdx.x / 32 % (TILE_P / WARP_P) * WARP_P +
-               across(j, 8, threadIdx.x % 8);
+        return thread / 32 % (TILE_P / WARP_P) * WARP_P + across(j, 8, thread % 8);
     }
-    __device__ static inline int row(int n) { return filter(n / P); }
-    __device__ static inline int column(int n) { return position(n % P); }
+    __device__ static inline int row(int n, unsigned thread)
+    {
+        return filter(n / P, thread);
+    }
+    __device__ static inline int column(int n, unsigned thread)
+    {
+        return position(n % P, thread);
+    }
 
     __device__ inline void multiply(const ELEMENT *dense, const ELEMENT *x)
     {
@@ -548,21 +552,21 @@ struct Core {
     float sum[F * P][4];
 
     __device__ inline SUM &result(int n) { return sum[n / 4][n % 4]; }
-    __device__ static inline int first_filter()
+    __device__ static inline int first_filter(unsigned thread = threadIdx.x)
     {
-        return threadIdx.x / 32 / (TILE_P / WARP_P) * WARP_F;
+        return thread / 32 / (TILE_P / WARP_P) * WARP_F;
     }
-    __device__ static inline int first_position()
+    __device__ static inline int first_position(unsigned thread = threadIdx.x)
     {
-        return threadIdx.x / 32 % (TILE_P / WARP_P) * WARP_P;
+        return thread / 32 % (TILE_P / WARP_P) * WARP_P;
     }
-    __device__ static inline int row(int n)
+    __device__ static inline int row(int n, unsigned thread)
     {
-        return first_filter() + n / 4 / P * 16 + threadIdx.x % 32 / 4 + n % 4 / 2 * 8;
+        return first_filter(thread) + n / 4 / P * 16 + thread % 32 / 4 + n % 4 / 2 * 8;
     }
-    __device__ static inline int column(int n)
+    __device__ static inline int column(int n, unsigned thread)
     {
-        return first_position() + n / 4 % P * 8 + threadIdx.x % 4 * 2 + n % 2;
+        return first_position(thread) + n / 4 % P * 8 + thread % 4 * 2 + n % 2;
     }
 
     __device__ inline void multiply(const ELEMENT *dense, const ELEMENT *x)
@@ -674,18 +678,18 @@ struct Stage {
     }
 
     __device__ static inline void write(
-        Core &core, SUM *stage, const Offset *own, RESULT *out, int filters,
-        int columns, long long step)
+        Core &core, unsigned thread, SUM *stage, const Offset *own, RESULT *out,
+        int filters, int columns, long long step)
     {
 #pragma unroll 1
         for (int base = 0; base < TILE_F; base += ROWS) {
             __syncthreads();
-            collect(core, stage, base);
+            collect(core, thread, stage, base);
             __syncthreads();
 #pragma unroll
             for (int i = 0; i < ACROSS; i += THREADS) {
-                const int line = threadIdx.x / ACROSS;
-                const int across = (i + threadIdx.x % ACROSS) * VECTOR;
+                const int line = thread / ACROSS;
+                const int across = (i + thread % ACROSS) * VECTOR;
                 if (ALONG_F)
                     write_filters(
                         across, line, stage, own, out, filters - base, columns, step);
@@ -697,15 +701,16 @@ struct Stage {
         }
     }
 
-    __device__ static inline void collect(Core &core, SUM *stage, int base)
+    __device__ static inline void collect(
+        Core &core, unsigned thread, SUM *stage, int base)
     {
-        const int first = threadIdx.x / 32 / (TILE_P / WARP_P) * WARP_F - base;
+        const int first = thread / 32 / (TILE_P / WARP_P) * WARP_F - base;
         if (IS_WHOLE && (first < 0 || first >= ROWS)) return;
 #pragma unroll
         for (int n = 0; n < Core::COUNT; ++n) {
-            const int row = Core::row(n) - base;
+            const int row = Core::row(n, thread) - base;
             if (!IS_WHOLE && (row < 0 || row >= ROWS)) continue;
-            stage[cell(row, Core::column(n))] = core.result(n);
+            stage[cell(row, Core::column(n, thread))] = core.result(n);
         }
     }
 
@@ -777,7 +782,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) implicit_gemm(
     BlockOfResults *const block = (BlockOfResults *)((unsigned char *)own + OWN_BYTES);
 
     const BlockOfResults mine = block_of(blockIdx.x, c);
-    // Read again behind the loop, which has their registers.
     if (threadIdx.x == 0) *block = mine;
     const int group = mine.group, part = mine.part, first_f = mine.first_f;
     const long long first_p = mine.first_p;
@@ -858,10 +862,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) implicit_gemm(
         here = here == (STAGES - 1) * STAGE_CELLS ? 0 : here + STAGE_CELLS;
     }
     wait_for_copies<0>();
-#pragma unroll
-    for (int n = 0; n < Core::COUNT; ++n) add_to(core.result(n), biases[Core::row(n)]);
-    SUM *const stage = (SUM *)memory;
+    // Read or computed again, so that the loop has their registers.
     const BlockOfResults again = *block;
+    const unsigned thread = kept(threadIdx.x);
+#pragma unroll
+    for (int n = 0; n < Core::COUNT; ++n)
+        add_to(core.result(n), biases[Core::row(n, thread)]);
+    SUM *const stage = (SUM *)memory;
     RESULT *const to = out + again.group * c.out_group + again.part * c.part_step +
                        again.first_f * c.out_step;
     const int filters = (int)(c.filters - again.first_f);
@@ -870,14 +877,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) implicit_gemm(
     if (c.along_filters)
         if (c.is_packed)
             Stage<true, WIDE>::write(
-                core, stage, own, to, filters, columns, c.out_step);
+                core, thread, stage, own, to, filters, columns, c.out_step);
         else
             Stage<true, 1>::write(
-                core, stage, own, to, filters, columns, c.out_step);
+                core, thread, stage, own, to, filters, columns, c.out_step);
     else if (c.is_packed)
         Stage<false, WIDE>::write(
-            core, stage, own, to, filters, columns, c.out_step);
+            core, thread, stage, own, to, filters, columns, c.out_step);
     else
         Stage<false, 1>::write(
-            core, stage, own, to, filters, columns, c.out_step);
+            core, thread, stage, own, to, filters, columns, c.out_step);
 }
