@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, partial
 
+from cuconv.arrays import is_half
 from cuconv.backends import Backend
 from cuconv.engine.costs import Price, Rates, Work, price
 from cuconv.engine.problem import NAMES, Problem
@@ -113,7 +114,10 @@ class TileSearch:
         self._backend = backend
         self._variant = variant
         self._limit = limit
-        self._rates = backend.rates.on_tensor_cores(wanted=problem.is_for_tensor_cores)
+        self._rates = backend.rates
+        if problem.is_for_tensor_cores and strategy.on_tensor_cores:
+            halves = is_half(problem.operand)
+            self._rates = self._rates.on_tensor_cores(halves=halves)
         self._itemsize = problem.types.accumulate.itemsize
         self._everything = problem.geometry.images * problem.geometry.positions
         self._tilings = strategy.tilings(problem, variant, backend)

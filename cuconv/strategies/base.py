@@ -126,6 +126,8 @@ class Strategy(Protocol):
     # Whether a run on CUDA only launches kernels, so that a graph can contain it: CuPy
     # refuses cuBLAS and cuFFT while one is captured.
     capturable: bool
+    # Whether its products run on tensor cores where the problem allows that.
+    on_tensor_cores: bool
     # Whether one block of everything costs no more than any other tiling, and several
     # no less than that and the start of each.
     gains_from_size: bool
@@ -315,6 +317,11 @@ def sums_in_place(problem: Problem) -> bool:
     return (
         "out" in problem.zero_copy and problem.types.result == problem.types.accumulate
     )
+
+
+def words_of(problem: Problem, elements: int) -> float:
+    """The size of so many elements of the operands, in units of four bytes."""
+    return elements * problem.operand.itemsize / 4
 
 
 def read_again(problem: Problem, weights: int, times: int) -> int:

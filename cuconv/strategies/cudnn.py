@@ -17,7 +17,14 @@ from cuconv.engine.costs import Work
 from cuconv.engine.problem import Problem, in_groups
 from cuconv.geometry import Axis, ConvGeometry, Tile
 from cuconv.memory import Buffer
-from cuconv.strategies.base import Job, Tiling, Tilings, Workspace, filters_of
+from cuconv.strategies.base import (
+    Job,
+    Tiling,
+    Tilings,
+    Workspace,
+    filters_of,
+    words_of,
+)
 
 _TYPES = "float16", "bfloat16", "float32", "float64"
 # Results in a tile of a product, and how much longer each choice takes than the one
@@ -41,6 +48,7 @@ class Cudnn:
     name = "cudnn"
     libraries: tuple[str, ...] = ("cudnn",)
     capturable = True
+    on_tensor_cores = True
     gains_from_size = True
     by_runs = False
 
@@ -93,14 +101,14 @@ class Cudnn:
         tiles = g.groups * -(-rows // tall) * -(-columns // _WIDE)
         roles = _ROLES[problem.op]
         copies = [a for role, a in roles.items() if not _is_in_place(problem, role)]
-        moved = sum(map(math.prod, sizes.values()))
         return Work(
             multiply=float(tiles)
             * tall
             * _WIDE
             * terms
             * (1 + _LATER * tiling.variant.choice),
-            copy=moved + 2 * sum(math.prod(sizes[array]) for array in copies),
+            copy=2 * sum(math.prod(sizes[array]) for array in copies),
+            moved=words_of(problem, sum(map(math.prod, sizes.values()))),
             tiles=tiles if terms < _SPLIT else 0,
             blocks=1 + len(copies) + problem.has_bias,
         )

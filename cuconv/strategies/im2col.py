@@ -44,6 +44,7 @@ from cuconv.strategies.base import (
     take_weights,
     weight_buffer,
     weight_matrix,
+    words_of,
 )
 
 # Sums of weight gradients are kept as (patch × filters) if the patch is the longer
@@ -82,6 +83,7 @@ class Im2col:
     name = "im2col"
     libraries: tuple[str, ...] = ("cublas",)
     capturable = False
+    on_tensor_cores = True
     gains_from_size = True
     by_runs = True
 
@@ -132,6 +134,8 @@ class Im2col:
         blocks = g.count_blocks(tiling.tile)
         products = g.groups * blocks * tiling.tile.images
         transposed = sum(buffer.cells for buffer in _weight_buffer(problem))
+        # Columns stay in a cache.
+        moved = words_of(problem, g.filters * (g.images * g.positions + g.patch))
         if problem.op == "input_grad":
             regions = g.count_regions(tiling.region)
             again = g.reach(tiling.region) * regions / max(g.images * g.positions, 1)
@@ -140,6 +144,7 @@ class Im2col:
                 short_side=min(positions, g.group_filters, g.patch),
                 scatter=columns,
                 transpose=transposed,
+                moved=moved,
                 products=products + _ADD * g.taps * blocks,
                 blocks=blocks,
                 pieces=regions,
@@ -153,6 +158,7 @@ class Im2col:
                 short_side=min(positions, g.group_filters // apart, g.patch),
                 gather=columns * apart,
                 copy=0 if tiling.variant == FILTERS else splits * g.filters * g.patch,
+                moved=moved,
                 products=products,
                 blocks=blocks * apart,
                 pieces=splits,
@@ -166,6 +172,7 @@ class Im2col:
             copy=0 if direct else g.images * g.positions * g.filters,
             transpose=transposed,
             reread=read_again(problem, g.filters * g.patch, blocks * images),
+            moved=moved,
             products=products,
             blocks=blocks * splits,
             pieces=blocks * splits,

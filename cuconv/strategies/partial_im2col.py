@@ -135,6 +135,7 @@ class PartialIm2col(ForwardOnly):
     name = "partial_im2col"
     libraries: tuple[str, ...] = ("cublas",)
     capturable = False
+    on_tensor_cores = True
     gains_from_size = True
     by_runs = True
 

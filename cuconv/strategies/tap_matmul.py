@@ -47,6 +47,7 @@ class TapMatmul(OneWay):
     name = "tap_matmul"
     libraries: tuple[str, ...] = ("cublas",)
     capturable = False
+    on_tensor_cores = True
     by_runs = True
 
     def supports(self, problem: Problem) -> tuple[bool, str]:

@@ -128,6 +128,7 @@ class Winograd(ForwardOnly):
     name = "winograd"
     libraries: tuple[str, ...] = ("cublas",)
     capturable = False
+    on_tensor_cores = False
     gains_from_size = True
     by_runs = False
 

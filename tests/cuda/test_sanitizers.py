@@ -82,7 +82,8 @@ def run_sanitized(*arguments: str) -> subprocess.CompletedProcess[str]:
             ("api/test_deform.py", "cupy and (gradients or order or not_a_number)", 20),
             (
                 *("strategies/test_implicit_gemm.py",),
-                *("odd-channels_first or aligned-channels_last", 6),
+                "odd-channels_first or aligned-channels_last or coordinates or several",
+                36,
             ),
         ),
     ],

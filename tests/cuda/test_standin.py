@@ -245,16 +245,17 @@ def test_precompile(xp):
     # For each rank, and each below: the copy in every width, two sums, what lies around
     # an array and its adjoint; a product for integers; for floats two loops over
     # channels, tiles of three sizes along one axis, and along two; and products without
-    # columns, for blocks of four sizes (three of doubles), halves whole and in parts,
+    # columns, in five ways for four sizes of blocks (three of doubles), on tensor cores
+    # in six, halves whole and in parts,
     # of float32 as TF32 too; a sum of parts, and, for tensor cores, a copy to
     # channels last. For any rank: pooling by maxima and means, and norms of floats, and
     # their gradients, of which that of a maximum takes indices or, of floats, x;
     # elements at indices; and the four of deformable convolution.
-    products = {"float32": 4 * 4 + 4 * 6 + 2, "float16": 2 * 4 * 6 + 2}
+    products = {"float32": 5 * 4 + 4 * 6 + 2, "float16": 2 * 4 * 6 + 2}
     single = cuconv.precompile(("float32",), (2,))
     assert single == 2 * 9 + 2 + 6 + 8 + 4 + products["float32"]
-    assert cuconv.precompile(("float64",), (1,)) == 7 + 2 + 3 + 3 * 4 + 1 + 8 + 4
-    assert cuconv.precompile(("int8",), (1, 2)) == 13 + 4 * 4 + 1 + 4
+    assert cuconv.precompile(("float64",), (1,)) == 7 + 2 + 3 + 5 * 3 + 1 + 8 + 4
+    assert cuconv.precompile(("int8",), (1, 2)) == 13 + 5 * 4 + 1 + 4
     assert cuconv.precompile(("float16",), (2,)) > products["float16"]
     with pytest.raises(TypeError, match="object"):
         cuconv.precompile((object,))
@@ -271,7 +272,7 @@ def test_precision_governs_tf32(standin):
     seen = {}
     for precision in ("strict", "standard", "fast"):
         before = len(blas.calls)
-        cuconv.conv(x, w, precision=precision)
+        cuconv.conv(x, w, precision=precision, strategy="im2col")
         seen[precision] = {compute for *_, compute, _ in blas.calls[before:]}
     plain, tf32 = {blas.CUBLAS_COMPUTE_32F}, {blas.CUBLAS_COMPUTE_32F_FAST_TF32}
     assert seen == {"strict": plain, "standard": plain, "fast": tf32}
@@ -340,7 +341,7 @@ def columns(xp: Any) -> None:
 
 
 def convolutions(xp: Any) -> None:
-    x, w = xp.ones((1, 2, 5, 5), "float16"), xp.ones((3, 2, 3, 3), "float16")
+    x, w = xp.ones((1, 8, 6, 6), "float16"), xp.ones((8, 8, 3, 3), "float16")
     cuconv.conv_backward(cuconv.conv(x, w), x, w)
 
 

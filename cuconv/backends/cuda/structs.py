@@ -52,12 +52,17 @@ _STEPS = (
     *("dense_step", "out_step", "bias_step"),
 )
 _COUNTS = "tiles_f", "tiles_p", "groups", "filters", "has_bias"
+_TAPS = np.dtype(
+    [(name, "i4") for name in ("size", "taps", "bit", "dilation")]
+    + [(name, "u4") for name in ("multiplier", "shift")]
+)
 CONTRACTION = np.dtype(
     [
         *[("p", _MIXED_RADIX), ("r", _MIXED_RADIX)],
         *[(name, "i8") for name in _STEPS],
         *[(name, "u4") for name in _COUNTS],
-        *[("size", "i4", 3), ("along_filters", "i4"), ("reserved", "i4")],
+        *[("along_filters", "i4"), ("is_packed", "i4")],
+        *[("axis", _TAPS, 3), ("reserved", "i4")],
     ]
 )
 

@@ -164,6 +164,10 @@ def _index_macros(rank: int, *, wide: bool) -> tuple[str, ...]:
     return f"RANK={rank}", f"WIDE_INDEX={int(wide)}", f"GEOMETRY_BYTES={size}"
 
 
+# Nothing, for some time.
+DELAY = Variant("delay", ())
+
+
 def all_variants(architecture: int = 90) -> Iterator[Variant]:
     """Every variant that the library can use on a device.
 
@@ -183,6 +187,7 @@ def all_variants(architecture: int = 90) -> Iterator[Variant]:
     pools = (pool_variants(types, wide=wide) for wide in (False, True))
     yield from dict.fromkeys(Variant(*named) for each in pools for named in each)
     yield from map(transpose_variant, (2, 4))
+    yield DELAY
     names = ("bool", "uint8", "uint16", "uint32", "uint64")
     yield from (product_variant(np.dtype(name)) for name in names)
     yield from _contractions(modern=architecture >= MODERN)
