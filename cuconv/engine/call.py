@@ -150,7 +150,7 @@ def plan_convolution(
 
         return dask_conv.plan(request)
     plan = Plan(request)
-    plan.check_result(out, request.arrays, captured=plan.problem.captured)
+    plan.check_result(out, request.arrays, captured=plan.captured)
     return plan
 
 

@@ -1,6 +1,8 @@
 """Plans: the chosen steps, the reasons, and running them."""
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -60,12 +62,17 @@ class Plan(LoweredCall):
         self.request, self.call = request, request.call
         lowering = lower(request) if lowering is None else lowering
         self.flops = 0 if request.geometry.is_empty else lowering.flops
-        self.problem: Problem = request.problem()
+        self.captured = request.backend.is_capturing()
         self.result_shape, self.dtype = request.result_shape, types.result
         self.names = (*ROLES[self.call], *ZERO_POINTS)
         # Operands that are numbers, not arrays.
         self._numbers = {n: a for n, a in arrays.items() if not is_array(a)}
         super().__init__(lowering, request.backend, request.options)
+
+    @cached_property
+    def problem(self) -> Problem:
+        """The convolution as it was asked for, as strategies would see it."""
+        return replace(self.request.problem(), captured=self.captured)
 
     @property
     def _first(self) -> PlanningResult:
@@ -167,7 +174,7 @@ class Plan(LoweredCall):
                 check_overlap(self.backend.xp, out, self._named(arrays))
             return plan.run(arrays, out)
         plan = self._checked(arrays, out)
-        if layouts is not None and not plan.problem.captured:
+        if layouts is not None and not plan.captured:
             most = _MOST_PREPARED if self.is_prepared else _MOST_LAYOUTS
             if len(self.others) >= most:
                 self.others.clear()

@@ -1,7 +1,6 @@
 """Checked calls, with everything that a plan depends on."""
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -95,25 +94,50 @@ class Request(NamedTuple):
             for name, role in roles.items()
             if name in self.arrays
         }
-        casts = (role for role, array in in_roles.items() if array.dtype != operand)
-        problem = Problem(
+        transposed = self.call in CONVOLUTION
+        is_backward = flipped or op == "input_grad"
+        # Whether weights are as they are multiplied.
+        as_given = not flipped and (operand.kind != "c" or is_backward == transposed)
+        roles_in_place = {
+            role
+            for role, array in in_roles.items()
+            if array.dtype == operand
+            and role != "bias"
+            and (role != "w" or as_given)
+            and _is_matrix(role, array, self.geometry, backend)
+        }
+        return Problem(
             op=op,
             geometry=self.geometry,
             types=types,
             operand=operand,
             source=in_roles["dy" if op == "input_grad" else "x"].dtype,
-            zero_copy=frozenset(),
-            needs_cast=frozenset(casts),
+            zero_copy=frozenset(roles_in_place | self._result_in_place(op, types)),
+            needs_cast=frozenset(
+                [role for role, array in in_roles.items() if array.dtype != operand]
+            ),
             has_bias="bias" in self.arrays,
             deterministic=self.options.deterministic is not False,
             precision=self.options.precision or "standard",
             module=backend.xp.__name__,
             flipped=flipped,
             captured=backend.is_capturing(),
-            transposed=self.call in CONVOLUTION,
+            transposed=transposed,
         )
-        ready = _zero_copy(problem, in_roles, self.out, backend)
-        return replace(problem, zero_copy=ready)
+
+    def _result_in_place(self, op: str, types: Types) -> set[str]:
+        """``out`` if BLAS can write to the result; ``run`` if it is contiguous."""
+        backend, geometry = self.backend, self.geometry
+        can_store = backend.can_store(types, types.result)
+        if self.out is None:
+            fits = can_store and geometry.positions <= backend.largest_step
+            return {"out", "run"} if fits else {"run"}
+        ready, role = set(), "w" if op == "weight_grad" else "out"
+        if can_store and _is_matrix(role, base_array(self.out), geometry, backend):
+            ready.add("out")
+        if _is_one_run(self.out):
+            ready.add("run")
+        return ready
 
 
 def named_inputs(arrays: Mapping[str, Array | None]) -> dict[str, Array]:
@@ -178,42 +202,13 @@ def request_of_shapes(
     return Request(call, geometry, arrays, None, options.settled(), backend)
 
 
-def _zero_copy(
-    problem: Problem, in_roles: dict[str, Array], out: Array | None, backend: Backend
-) -> frozenset[str]:
-    """The names of arrays that BLAS can read or write in place.
-
-    And ``run`` if the result is contiguous.
-    """
-    geometry, ready = problem.geometry, set()
-    for role, array in in_roles.items():
-        if array.dtype != problem.operand or role == "bias":
-            continue
-        if role == "w":
-            fits = _is_weight_matrix(array, geometry, backend)
-            fits = fits and not (problem.conjugates_weights or problem.flipped)
-        else:
-            cells = in_groups(array, geometry)
-            fits = is_matrix_ready(cells, geometry.rank, backend.largest_step)
-        if fits:
-            ready.add(role)
-    if _is_zero_copy_out(problem, out, backend):
-        ready.add("out")
-    if out is None or _is_one_run(out):
-        ready.add("run")
-    return frozenset(ready)
-
-
-def _is_zero_copy_out(problem: Problem, out: Array | None, backend: Backend) -> bool:
-    """True if BLAS can write products to the result in place."""
-    geometry, types = problem.geometry, problem.types
-    if not backend.can_store(types, types.result):
-        return False
-    if out is None:
-        return geometry.positions <= backend.largest_step
-    if problem.op == "weight_grad":
-        return _is_weight_matrix(base_array(out), geometry, backend)
-    cells = in_groups(base_array(out), geometry)
+def _is_matrix(
+    role: str, array: Array, geometry: ConvGeometry, backend: Backend
+) -> bool:
+    """Whether BLAS can read or write an array in place."""
+    if role == "w":
+        return _is_weight_matrix(array, geometry, backend)
+    cells = in_groups(array, geometry)
     return is_matrix_ready(cells, geometry.rank, backend.largest_step)
 
 

@@ -22,7 +22,7 @@ from cuconv.geometry.options import (
     split_shape,
 )
 from cuconv.geometry.transposed import Ends, Source, transposed_axes
-from cuconv.geometry.windows import Block, WindowGeometry
+from cuconv.geometry.windows import Block, WindowGeometry, _worked_out
 
 
 class Phase(NamedTuple):
@@ -52,36 +52,48 @@ class ConvGeometry(WindowGeometry):
     batch_groups: int = 1
     padding_mode: str = "zeros"
 
+    # Images of y; channels and filters of a group; elements under one window in one
+    # group, the length of a dot product; multiply-adds of one pass, padding counted as
+    # if it were data.
+    results: int = _worked_out()
+    group_channels: int = _worked_out()
+    group_filters: int = _worked_out()
+    patch: int = _worked_out()
+    multiplications: int = _worked_out()
+    y_shape: tuple[int, ...] = _worked_out()
+    w_shape: tuple[int, ...] = _worked_out()
+    is_unit_stride: bool = _worked_out()
+    # Whether there are zeros between elements of the input; and whether it needs a copy
+    # of the input, padded or regrouped.
+    has_input_dilation: bool = _worked_out()
+    is_copied: bool = _worked_out()
+    _hash: int = _worked_out()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        axes, filters, shared = self.axes, self.filters, self.batch_groups
+        results, channels = self.images // shared, self.channels // self.groups
+        patch, y_shape = channels * self.taps, self.array_shape(filters, self.out)
+        w_shape = (*self.kernel, channels, filters)
+        if self.channels_first:
+            w_shape = (filters, channels, *self.kernel)
+        self.__dict__.update(
+            results=results,
+            group_channels=channels,
+            group_filters=filters // self.groups,
+            patch=patch,
+            multiplications=results * self.positions * filters * patch,
+            y_shape=(results, *y_shape[1:]) if shared > 1 else y_shape,
+            w_shape=w_shape,
+            is_unit_stride=all([axis.stride == 1 for axis in axes]),
+            has_input_dilation=any([axis.input_dilation > 1 for axis in axes]),
+            is_copied=shared > 1 or (self.padding_mode != "zeros" and self.is_padded),
+            # Geometries are hashed often.
+            _hash=hash((self.images, self.channels, axes, filters, self.groups)),
+        )
+
     def __hash__(self) -> int:
         return self._hash
-
-    @cached_property
-    def _hash(self) -> int:
-        """Cached: geometries are hashed often."""
-        return hash((self.images, self.channels, self.axes, self.filters, self.groups))
-
-    @cached_property
-    def results(self) -> int:
-        """Images of y."""
-        return self.images // self.batch_groups
-
-    @cached_property
-    def group_channels(self) -> int:
-        return self.channels // self.groups
-
-    @cached_property
-    def group_filters(self) -> int:
-        return self.filters // self.groups
-
-    @cached_property
-    def patch(self) -> int:
-        """Elements under one window in one group: the length of a dot product."""
-        return self.group_channels * self.taps
-
-    @cached_property
-    def multiplications(self) -> int:
-        """Multiply-adds of one pass, padding counted as if it were data."""
-        return self.results * self.positions * self.filters * self.patch
 
     @cached_property
     def is_empty(self) -> bool:
@@ -95,21 +107,6 @@ class ConvGeometry(WindowGeometry):
             min(stop, axis.size) <= max(start, 0)
             for axis, (start, stop) in zip(self.axes, spans, strict=True)
         )
-
-    @cached_property
-    def y_shape(self) -> tuple[int, ...]:
-        shape = self.array_shape(self.filters, self.out)
-        return (self.results, *shape[1:]) if self.batch_groups > 1 else shape
-
-    @cached_property
-    def w_shape(self) -> tuple[int, ...]:
-        if self.channels_first:
-            return (self.filters, self.group_channels, *self.kernel)
-        return (*self.kernel, self.group_channels, self.filters)
-
-    @cached_property
-    def is_unit_stride(self) -> bool:
-        return all(axis.stride == 1 for axis in self.axes)
 
     @cached_property
     def adjoint(self) -> "ConvGeometry":
@@ -128,18 +125,7 @@ class ConvGeometry(WindowGeometry):
         )
         return replace(self, axes=axes, channels=self.filters, filters=self.channels)
 
-    @cached_property
-    def has_input_dilation(self) -> bool:
-        """True if there are zeros between elements of the input."""
-        return any(axis.input_dilation > 1 for axis in self.axes)
-
-    @cached_property
-    def is_copied(self) -> bool:
-        """True if it needs a copy of the input, padded or regrouped."""
-        is_wrapped = self.padding_mode != "zeros" and self.is_padded
-        return is_wrapped or self.batch_groups > 1
-
-    @cached_property
+    @property
     def is_basic(self) -> bool:
         """True if it is a basic convolution, which strategies support."""
         return not (self.has_input_dilation or self.is_copied)
