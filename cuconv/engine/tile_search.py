@@ -5,6 +5,7 @@ of workers, so that neither the choice nor the bits of a result depend on the nu
 threads.  The number of workers is then as large as threads and memory limit allow.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -92,7 +93,10 @@ def over(problem: Problem) -> str:
 
 
 class TileSearch:
-    """The search over tilings of one strategy in one variant."""
+    """The search over tilings of one strategy in one variant.
+
+    ``floor`` is a lower bound for `Candidate.rank`.
+    """
 
     def __init__(
         self,
@@ -102,17 +106,22 @@ class TileSearch:
         variant: Variant,
         limit: int,
     ) -> None:
-        self.strategy = strategy
-        self._problem = problem
-        self._backend = backend
-        self._variant = variant
-        self._limit = limit
-        self._rates = backend.rates.on_tensor_cores(wanted=problem.is_for_tensor_cores)
-        self._itemsize = problem.types.accumulate.itemsize
-        self._everything = problem.geometry.images * problem.geometry.positions
+        geometry = problem.geometry
+        self.strategy, self.problem, self.backend = strategy, problem, backend
+        self._variant, self._limit = variant, limit
+        self.rates = backend.rates.on_tensor_cores(wanted=problem.is_for_tensor_cores)
+        self._everything = geometry.images * geometry.positions
         self._tilings = strategy.tilings(problem, variant, backend)
-        self._tiles: dict[int, Tile] = {}
+        self._region = geometry.whole_region
         self._fits: dict[tuple[int, int, int], _Fit] = {}
+        self._alone_at_least = self.floor = 0.0
+        if strategy.gains_from_size:
+            # One block of everything.
+            self._whole = self._fit(self._everything, geometry.cells, 1)
+            self._blocks = geometry.count_blocks(self._whole.tiling.tile)
+            self._alone_at_least = self._cost(self._whole, 1)
+            shared = self._shared_at_least(2, min(2, self._tilings.splits))
+            self.floor = min(self._alone_at_least, shared)
 
     @cached_property
     def _alone(self) -> "_Fit | None":
@@ -122,28 +131,10 @@ class TileSearch:
     @cached_property
     def _is_busy(self) -> bool:
         """True if the job is long enough for several workers."""
-        alone, worth = self._alone, self._rates.worth_workers
+        alone, worth = self._alone, self.rates.worth_workers
         if alone is None:
             return False
-        return self._floor_alone >= worth or self._cost(alone, 1) >= worth
-
-    @cached_property
-    def _whole(self) -> "_Fit":
-        """One block of everything."""
-        return self._fit(self._everything, self._problem.geometry.cells, 1)
-
-    @cached_property
-    def _floor_alone(self) -> float:
-        """A lower bound for the cost of a tiling with one worker."""
-        return self._cost(self._whole, 1) if self.strategy.gains_from_size else 0.0
-
-    @cached_property
-    def floor(self) -> float:
-        """A lower bound for `Candidate.rank`."""
-        alone = self._floor_alone
-        if alone < self._rates.worth_workers and not self._is_busy:
-            return alone
-        return min(alone, self._floor_shared(2, min(2, self._tilings.splits)))
+        return self._alone_at_least >= worth or self._cost(alone, 1) >= worth
 
     def candidate(self, workers: int) -> Candidate:
         """The candidate with the largest blocks up to the preferred size.
@@ -154,12 +145,14 @@ class TileSearch:
             If none fits.
         """
         found = self._cheapest() or self._alone or self._extreme()
-        pieces = max(found.work.pieces, 1)
-        available = min(workers, pieces) if self._is_busy else 1
-        count = max(largest_fitting(partial(self._has_room, found), available), 1)
+        count = 1
+        if self._is_busy:
+            available = min(workers, max(found.price.pieces, 1))
+            fits = partial(self._has_room, found)
+            count = max(largest_fitting(fits, available), 1)
         return Candidate(
             self.strategy,
-            self._problem,
+            self.problem,
             found.tiling._replace(workers=count),
             found.workspace,
             self._bytes(found, count),
@@ -173,32 +166,27 @@ class TileSearch:
             return None
         most = self._tilings.splits
         choices = [(n, m) for n in _PIECES for m in dict.fromkeys((min(most, n), 1))]
-        floors = [self._floor_shared(*choice) for choice in choices]
+        floors = [self._shared_at_least(*choice) for choice in choices]
         likely = _last_worthwhile(floors)
         found = self._shared(*choices[likely])
         if found is not None:
             # A cost below all lower bounds is below all costs.
-            cost, before, after = (
-                self._rank(found),
-                floors[:likely],
-                floors[likely + 1 :],
-            )
-            wins = cost < min(before, default=float("inf")) * _WORTH_FEWER * _ALMOST
-            if (
-                wins
-                and cost * _WORTH_FEWER < min(after, default=float("inf")) * _ALMOST
-            ):
+            cost = self._rank(found)
+            before = min(floors[:likely], default=math.inf)
+            after = min(floors[likely + 1 :], default=math.inf)
+            wins = cost < before * _WORTH_FEWER * _ALMOST
+            if wins and cost * _WORTH_FEWER < after * _ALMOST:
                 return found
-        best, least = None, float("inf")
+        best, least = None, math.inf
         for choice, floor in zip(choices, floors, strict=True):
             if floor * _ALMOST < least * _WORTH_FEWER:
                 found = self._shared(*choice)
-                cost = float("inf") if found is None else self._rank(found)
+                cost = math.inf if found is None else self._rank(found)
                 if cost < least * _WORTH_FEWER:
                     best, least = found, cost
         return best
 
-    def _floor_shared(self, pieces: int, splits: int) -> float:
+    def _shared_at_least(self, pieces: int, splits: int) -> float:
         """A lower bound for `_shared`: all of the work, and the overhead of each block.
 
         Every sum of a weight gradient has one worker; splits by filters may share
@@ -206,25 +194,23 @@ class TileSearch:
         """
         if not self.strategy.gains_from_size:
             return 0.0
-        price, work, op = self._whole.price, self._whole.work, self._problem.op
-        if work.pieces == splits == 1 and op == "weight_grad":
-            return self._floor_alone
-        geometry, rates = self._problem.geometry, self._rates
-        apart = splits > 1 and op != "weight_grad"
-        one = geometry.count_blocks(self._whole.tiling.tile)
-        if work.pieces == one == 1 and not apart:
-            blocks = geometry.count_blocks(self._tile(self._preferred(pieces)))
-            even = price.even + (blocks - 1) * work.blocks * rates.block
-            price = price._replace(even=even)
+        is_sum = self.problem.op == "weight_grad"
+        even, crowded, parts = self._whole.price
+        if parts == splits == 1 and is_sum:
+            return self._alone_at_least
+        if parts == self._blocks == 1 and (splits == 1 or is_sum):
+            tile = self._tilings.tile(self._preferred(pieces))
+            more = self.problem.geometry.count_blocks(tile) - 1
+            even += more * self._whole.work.blocks * self.rates.block
         # A tiling of one piece has one worker; others may share evenly.
-        balanced = price._replace(pieces=_NOTIONAL_WORKERS)
-        return min(balanced.of(n, rates) for n in (1, _NOTIONAL_WORKERS))
+        balanced = Price(even, crowded, _NOTIONAL_WORKERS)
+        return min(even + crowded, balanced.of(_NOTIONAL_WORKERS, self.rates))
 
     def _shared(self, pieces: int, splits: int) -> "_Fit | None":
         """A tiling with room for a second worker, if its blocks are not too small."""
         while True:
             # Splits by filters are pieces already: each of them has all positions.
-            apart = splits if self._problem.op != "weight_grad" else 1
+            apart = splits if self.problem.op != "weight_grad" else 1
             blocks = -(-pieces // apart)
             found = self._largest(2, splits, blocks)
             if found is not None:
@@ -241,14 +227,14 @@ class TileSearch:
         def fits(positions: int, cells: int) -> bool:
             return self._has_room(self._fit(positions, cells, splits), workers)
 
-        geometry = self._problem.geometry
+        geometry = self.problem.geometry
         share = -(-pieces // max(geometry.images, 1))
         whole = max(1, -(-geometry.cells // share))
         preferred = self._preferred(pieces)
         positions = largest_fitting(lambda p: fits(p, whole), preferred)
         if positions:
             return self._fit(positions, whole, splits)
-        if self._problem.op != "input_grad":
+        if self.problem.op != "input_grad":
             return None
         halves = (preferred >> i for i in range(preferred.bit_length()))
         pairs = ((p, largest_fitting(partial(fits, p), whole)) for p in halves)
@@ -265,103 +251,81 @@ class TileSearch:
 
     def _extreme(self) -> "_Fit":
         """One position at a time, or everything at once without partial sums."""
-        everything = self._everything, self._problem.geometry.cells, 1
+        everything = self._everything, self.problem.geometry.cells, 1
         extremes = self._fit(1, 1, 1), self._fit(*everything)
         for found in extremes:
             if self._has_room(found, 1):
                 return found
         smallest = min(self._bytes(found, 1) for found in extremes)
-        raise MemoryLimitError(self._limit, smallest, NAMES[self._problem.call])
+        raise MemoryLimitError(self._limit, smallest, NAMES[self.problem.call])
 
     def _fit(self, positions: int, cells: int, splits: int) -> "_Fit":
-        if self._problem.op != "input_grad":
-            cells = self._problem.geometry.cells
-        key = positions, cells, splits
+        """A tiling; only an input gradient has regions of so many ``cells``."""
+        geometry, has_regions = self.problem.geometry, self.problem.op == "input_grad"
+        key = positions, cells if has_regions else 0, splits
         found = self._fits.get(key)
         if found is None:
-            tiling = self._tiling(*key)
-            found = _Fit(
-                self.strategy, self._problem, self._backend, self._rates, tiling
-            )
-            self._fits[key] = found
-        return found
-
-    def _tiling(self, positions: int, cells: int, splits: int) -> Tiling:
-        geometry = self._problem.geometry
-        tile = self._tile(positions)
-        region = geometry.whole_region
-        if self._problem.op == "input_grad":
-            whole = cells >= geometry.cells
-            region = Tile(tile.images, region.cells)
-            region = region if whole else geometry.region_tile(cells)
-        return Tiling(tile, region, splits, self._variant)
-
-    def _tile(self, positions: int) -> Tile:
-        found = self._tiles.get(positions)
-        if found is None:
-            found = self._tiles[positions] = self._tilings.tile(positions)
+            tile, region = self._tilings.tile(positions), self._region
+            if has_regions and cells < geometry.cells:
+                region = geometry.region_tile(cells)
+            elif has_regions:
+                region = Tile(tile.images, region.cells)
+            tiling = Tiling(tile, region, splits, self._variant)
+            found = self._fits[key] = _Fit(self, tiling)
         return found
 
     def _has_room(self, found: "_Fit", workers: int) -> bool:
         return self._bytes(found, workers) <= self._limit
 
     def _bytes(self, found: "_Fit", workers: int) -> int:
-        buffers = found.shared_bytes + found.own_bytes * workers
-        unseen = self._backend.overhead(workers, self._itemsize)
+        shared, own = found.nbytes
+        itemsize = self.problem.types.accumulate.itemsize
+        unseen = self.backend.overhead(workers, itemsize)
         unseen += found.workspace.unseen * workers
-        return unseen + with_start(buffers)
+        return unseen + with_start(shared + own * workers)
 
     def _rank(self, found: "_Fit") -> float:
         """The cost of a tiling for the fixed number of workers."""
         several = _NOTIONAL_WORKERS if self._is_busy else 1
-        workers = max(min(found.work.pieces, several), 1)
+        workers = max(min(found.price.pieces, several), 1)
         return self._cost(found, workers if self._has_room(found, workers) else 1)
 
     def _cost(self, found: "_Fit", workers: int) -> float:
-        return found.price.of(workers, self._rates)
+        return found.price.of(workers, self.rates)
 
     def _overlap(self, found: "_Fit") -> float:
         # Fewer positions leave room for a larger region, and so for fewer windows that
         # two regions both compute; but products of short matrices are slow.
-        tiling, geometry = found.tiling, self._problem.geometry
+        tiling, geometry = found.tiling, self.problem.geometry
         region = max(tiling.region.positions, 1)
         return geometry.reach(tiling.region) / region * (1 + 64 / tiling.tile.positions)
 
 
 class _Fit:
-    """A tiling for one worker, with its workspace and cost, computed on demand."""
+    """A tiling, with its workspace and its price, worked out when first asked for."""
 
-    def __init__(
-        self,
-        strategy: Strategy,
-        problem: Problem,
-        backend: Backend,
-        rates: Rates,
-        tiling: Tiling,
-    ) -> None:
-        self.tiling = tiling
-        self._strategy, self._problem = strategy, problem
-        self._backend, self._rates = backend, rates
-
-    @cached_property
-    def workspace(self) -> Workspace:
-        return self._strategy.workspace(self._problem, self.tiling, self._backend)
-
-    @cached_property
-    def shared_bytes(self) -> int:
-        return buffer_bytes((*self.workspace.weights, *self.workspace.shared))
-
-    @cached_property
-    def own_bytes(self) -> int:
-        return buffer_bytes(self.workspace.per_worker)
+    def __init__(self, search: TileSearch, tiling: Tiling) -> None:
+        self.tiling, self._search = tiling, search
 
     @cached_property
     def work(self) -> Work:
-        return self._strategy.work(self._problem, self.tiling)
+        search = self._search
+        return search.strategy.work(search.problem, self.tiling)
 
     @cached_property
     def price(self) -> Price:
-        return price(self.work, self._rates)
+        return price(self.work, self._search.rates)
+
+    @cached_property
+    def workspace(self) -> Workspace:
+        search = self._search
+        return search.strategy.workspace(search.problem, self.tiling, search.backend)
+
+    @cached_property
+    def nbytes(self) -> tuple[int, int]:
+        """Bytes of the buffers that workers share, and of those of each."""
+        weights, shared, own, _ = self.workspace
+        return buffer_bytes((*weights, *shared)), buffer_bytes(own)
 
 
 def _last_worthwhile(costs: list[float]) -> int:
