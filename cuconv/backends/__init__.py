@@ -318,7 +318,7 @@ class Backend(Protocol):
     ) -> None:
         """The adjoint of `pad_copy`, in a fixed order; ``add`` to what is there."""
 
-    def run_alone(self, body: Callable[[], None]) -> None:
+    def alone(self) -> AbstractContextManager[object]:
         """Run steps that are not recorded, with the buffers of NumPy within bounds."""
 
 

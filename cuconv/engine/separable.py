@@ -28,12 +28,13 @@ from cuconv.arrays import (
     stub_of,
 )
 from cuconv.backends import Backend, backend_of, refuse_capture
+from cuconv.config import config
 from cuconv.engine.bias_grad import BiasGrad
 from cuconv.engine.call import Runnable, check_needs
 from cuconv.engine.depthwise import FlatWeights
 from cuconv.engine.execute import Run, fill
 from cuconv.engine.lower import lower
-from cuconv.engine.lowering import Lowering, held_by, within
+from cuconv.engine.lowering import Lowering, fits, held_by
 from cuconv.engine.planner import PlanningResult
 from cuconv.engine.problem import check_shape
 from cuconv.engine.recorded import LoweredCall
@@ -43,6 +44,7 @@ from cuconv.geometry import Axis, ConvGeometry, Range, Ranges, Tile
 from cuconv.memory import (
     Buffer,
     MemoryLimitError,
+    all_within,
     buffer_bytes,
     least_limit,
     workspace_bytes,
@@ -452,8 +454,12 @@ def _within(request: SeparableRequest, limit: int, least: int) -> Separable:
     tilings.sort(key=lambda tiling: tiling.limit < limit // 2)
     for tiling in tilings:
         if tiling.limit >= 0:
+            calls = _calls(request, tiling, tiling.limit)
             try:
-                inner = within(_calls(request, tiling, tiling.limit), tiling.limit)
+                inner = all_within(calls)
+                if not fits(inner.values(), tiling.limit):
+                    with config(num_threads=1):
+                        inner = all_within(calls)
             except MemoryLimitError:
                 continue
             return Separable(request, tiling, inner)

@@ -107,9 +107,9 @@ class TileSearch:
         limit: int,
     ) -> None:
         geometry = problem.geometry
-        self.strategy, self.problem, self.backend = strategy, problem, backend
+        self.strategy, self._problem, self._backend = strategy, problem, backend
         self._variant, self._limit = variant, limit
-        self.rates = backend.rates.on_tensor_cores(wanted=problem.is_for_tensor_cores)
+        self._rates = backend.rates.on_tensor_cores(wanted=problem.is_for_tensor_cores)
         self._everything = geometry.images * geometry.positions
         self._tilings = strategy.tilings(problem, variant, backend)
         self._region = geometry.whole_region
@@ -131,7 +131,7 @@ class TileSearch:
     @cached_property
     def _is_busy(self) -> bool:
         """True if the job is long enough for several workers."""
-        alone, worth = self._alone, self.rates.worth_workers
+        alone, worth = self._alone, self._rates.worth_workers
         if alone is None:
             return False
         return self._alone_at_least >= worth or self._cost(alone, 1) >= worth
@@ -152,7 +152,7 @@ class TileSearch:
             count = max(largest_fitting(fits, available), 1)
         return Candidate(
             self.strategy,
-            self.problem,
+            self._problem,
             found.tiling._replace(workers=count),
             found.workspace,
             self._bytes(found, count),
@@ -194,23 +194,23 @@ class TileSearch:
         """
         if not self.strategy.gains_from_size:
             return 0.0
-        is_sum = self.problem.op == "weight_grad"
+        is_sum = self._problem.op == "weight_grad"
         even, crowded, parts = self._whole.price
         if parts == splits == 1 and is_sum:
             return self._alone_at_least
         if parts == self._blocks == 1 and (splits == 1 or is_sum):
             tile = self._tilings.tile(self._preferred(pieces))
-            more = self.problem.geometry.count_blocks(tile) - 1
-            even += more * self._whole.work.blocks * self.rates.block
+            more = self._problem.geometry.count_blocks(tile) - 1
+            even += more * self._whole.work.blocks * self._rates.block
         # A tiling of one piece has one worker; others may share evenly.
         balanced = Price(even, crowded, _NOTIONAL_WORKERS)
-        return min(even + crowded, balanced.of(_NOTIONAL_WORKERS, self.rates))
+        return min(even + crowded, balanced.of(_NOTIONAL_WORKERS, self._rates))
 
     def _shared(self, pieces: int, splits: int) -> "_Fit | None":
         """A tiling with room for a second worker, if its blocks are not too small."""
         while True:
             # Splits by filters are pieces already: each of them has all positions.
-            apart = splits if self.problem.op != "weight_grad" else 1
+            apart = splits if self._problem.op != "weight_grad" else 1
             blocks = -(-pieces // apart)
             found = self._largest(2, splits, blocks)
             if found is not None:
@@ -227,14 +227,14 @@ class TileSearch:
         def fits(positions: int, cells: int) -> bool:
             return self._has_room(self._fit(positions, cells, splits), workers)
 
-        geometry = self.problem.geometry
+        geometry = self._problem.geometry
         share = -(-pieces // max(geometry.images, 1))
         whole = max(1, -(-geometry.cells // share))
         preferred = self._preferred(pieces)
         positions = largest_fitting(lambda p: fits(p, whole), preferred)
         if positions:
             return self._fit(positions, whole, splits)
-        if self.problem.op != "input_grad":
+        if self._problem.op != "input_grad":
             return None
         halves = (preferred >> i for i in range(preferred.bit_length()))
         pairs = ((p, largest_fitting(partial(fits, p), whole)) for p in halves)
@@ -251,17 +251,18 @@ class TileSearch:
 
     def _extreme(self) -> "_Fit":
         """One position at a time, or everything at once without partial sums."""
-        everything = self._everything, self.problem.geometry.cells, 1
+        everything = self._everything, self._problem.geometry.cells, 1
         extremes = self._fit(1, 1, 1), self._fit(*everything)
         for found in extremes:
             if self._has_room(found, 1):
                 return found
         smallest = min(self._bytes(found, 1) for found in extremes)
-        raise MemoryLimitError(self._limit, smallest, NAMES[self.problem.call])
+        raise MemoryLimitError(self._limit, smallest, NAMES[self._problem.call])
 
     def _fit(self, positions: int, cells: int, splits: int) -> "_Fit":
         """A tiling; only an input gradient has regions of so many ``cells``."""
-        geometry, has_regions = self.problem.geometry, self.problem.op == "input_grad"
+        problem, geometry = self._problem, self._problem.geometry
+        has_regions = problem.op == "input_grad"
         key = positions, cells if has_regions else 0, splits
         found = self._fits.get(key)
         if found is None:
@@ -271,7 +272,8 @@ class TileSearch:
             elif has_regions:
                 region = Tile(tile.images, region.cells)
             tiling = Tiling(tile, region, splits, self._variant)
-            found = self._fits[key] = _Fit(self, tiling)
+            found = _Fit(self.strategy, problem, self._backend, self._rates, tiling)
+            self._fits[key] = found
         return found
 
     def _has_room(self, found: "_Fit", workers: int) -> bool:
@@ -279,8 +281,8 @@ class TileSearch:
 
     def _bytes(self, found: "_Fit", workers: int) -> int:
         shared, own = found.nbytes
-        itemsize = self.problem.types.accumulate.itemsize
-        unseen = self.backend.overhead(workers, itemsize)
+        itemsize = self._problem.types.accumulate.itemsize
+        unseen = self._backend.overhead(workers, itemsize)
         unseen += found.workspace.unseen * workers
         return unseen + with_start(shared + own * workers)
 
@@ -291,12 +293,12 @@ class TileSearch:
         return self._cost(found, workers if self._has_room(found, workers) else 1)
 
     def _cost(self, found: "_Fit", workers: int) -> float:
-        return found.price.of(workers, self.rates)
+        return found.price.of(workers, self._rates)
 
     def _overlap(self, found: "_Fit") -> float:
         # Fewer positions leave room for a larger region, and so for fewer windows that
         # two regions both compute; but products of short matrices are slow.
-        tiling, geometry = found.tiling, self.problem.geometry
+        tiling, geometry = found.tiling, self._problem.geometry
         region = max(tiling.region.positions, 1)
         return geometry.reach(tiling.region) / region * (1 + 64 / tiling.tile.positions)
 
@@ -304,22 +306,29 @@ class TileSearch:
 class _Fit:
     """A tiling, with its workspace and its price, worked out when first asked for."""
 
-    def __init__(self, search: TileSearch, tiling: Tiling) -> None:
-        self.tiling, self._search = tiling, search
+    def __init__(
+        self,
+        strategy: Strategy,
+        problem: Problem,
+        backend: Backend,
+        rates: Rates,
+        tiling: Tiling,
+    ) -> None:
+        self.tiling = tiling
+        self._strategy, self._problem = strategy, problem
+        self._backend, self._rates = backend, rates
 
     @cached_property
     def work(self) -> Work:
-        search = self._search
-        return search.strategy.work(search.problem, self.tiling)
+        return self._strategy.work(self._problem, self.tiling)
 
     @cached_property
     def price(self) -> Price:
-        return price(self.work, self._search.rates)
+        return price(self.work, self._rates)
 
     @cached_property
     def workspace(self) -> Workspace:
-        search = self._search
-        return search.strategy.workspace(search.problem, self.tiling, search.backend)
+        return self._strategy.workspace(self._problem, self.tiling, self._backend)
 
     @cached_property
     def nbytes(self) -> tuple[int, int]:

@@ -22,7 +22,7 @@ from cuconv.geometry.options import (
     split_shape,
 )
 from cuconv.geometry.transposed import Ends, Source, transposed_axes
-from cuconv.geometry.windows import Block, WindowGeometry, _worked_out
+from cuconv.geometry.windows import Block, WindowGeometry
 
 
 class Phase(NamedTuple):
@@ -37,8 +37,31 @@ class Phase(NamedTuple):
     geometry: "ConvGeometry"
 
 
+class _ConvSizes:
+    """Numbers of a `ConvGeometry`, which are worked out once.
+
+    ``results`` are the images of y.  ``patch`` are the elements under one window in one
+    group, the length of a dot product; ``multiplications`` the multiply-adds of one
+    pass, padding counted as if it were data.  ``has_input_dilation``: there are zeros
+    between elements of the input.  ``is_copied``: it needs a copy of the input, padded
+    or regrouped.
+    """
+
+    results: int
+    group_channels: int
+    group_filters: int
+    patch: int
+    multiplications: int
+    y_shape: tuple[int, ...]
+    w_shape: tuple[int, ...]
+    is_unit_stride: bool
+    has_input_dilation: bool
+    is_copied: bool
+    _hash: int
+
+
 @dataclass(frozen=True)
-class ConvGeometry(WindowGeometry):
+class ConvGeometry(WindowGeometry, _ConvSizes):
     """The shapes of one convolution: windows over the input, filters over windows.
 
     ``filters`` is K, ``groups`` is G; group g maps channels [g·C/G, (g+1)·C/G) to
@@ -51,23 +74,6 @@ class ConvGeometry(WindowGeometry):
     groups: int = 1
     batch_groups: int = 1
     padding_mode: str = "zeros"
-
-    # Images of y; channels and filters of a group; elements under one window in one
-    # group, the length of a dot product; multiply-adds of one pass, padding counted as
-    # if it were data.
-    results: int = _worked_out()
-    group_channels: int = _worked_out()
-    group_filters: int = _worked_out()
-    patch: int = _worked_out()
-    multiplications: int = _worked_out()
-    y_shape: tuple[int, ...] = _worked_out()
-    w_shape: tuple[int, ...] = _worked_out()
-    is_unit_stride: bool = _worked_out()
-    # Whether there are zeros between elements of the input; and whether it needs a copy
-    # of the input, padded or regrouped.
-    has_input_dilation: bool = _worked_out()
-    is_copied: bool = _worked_out()
-    _hash: int = _worked_out()
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -85,15 +91,14 @@ class ConvGeometry(WindowGeometry):
             multiplications=results * self.positions * filters * patch,
             y_shape=(results, *y_shape[1:]) if shared > 1 else y_shape,
             w_shape=w_shape,
-            is_unit_stride=all([axis.stride == 1 for axis in axes]),
-            has_input_dilation=any([axis.input_dilation > 1 for axis in axes]),
+            is_unit_stride=all(axis.stride == 1 for axis in axes),
+            has_input_dilation=any(axis.input_dilation > 1 for axis in axes),
             is_copied=shared > 1 or (self.padding_mode != "zeros" and self.is_padded),
-            # Geometries are hashed often.
             _hash=hash((self.images, self.channels, axes, filters, self.groups)),
         )
 
     def __hash__(self) -> int:
-        return self._hash
+        return self._hash  # asked for often
 
     @cached_property
     def is_empty(self) -> bool:

@@ -2,9 +2,9 @@
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from cuconv.geometry.axis import Axis, Range, Ranges, T
 from cuconv.geometry.options import (
@@ -97,13 +97,26 @@ def _spans(ranges: Sequence[Range], steps: Sequence[int]) -> Iterator[Ranges]:
             yield ((low, min(low + steps[0], stop)), *rest)
 
 
-def _worked_out() -> Any:
-    """A field that the others determine."""
-    return field(init=False, repr=False, compare=False)
+class _WindowSizes:
+    """Numbers of a `WindowGeometry`, which are worked out once.
+
+    ``size``, ``kernel`` and ``out`` are elements of the input, taps, and outputs along
+    every axis; ``cells``, ``taps`` and ``positions`` are their products.
+    """
+
+    rank: int
+    size: tuple[int, ...]
+    kernel: tuple[int, ...]
+    out: tuple[int, ...]
+    cells: int
+    taps: int
+    positions: int
+    is_padded: bool
+    x_shape: tuple[int, ...]
 
 
 @dataclass(frozen=True)
-class WindowGeometry:
+class WindowGeometry(_WindowSizes):
     """Sliding windows over a batch of multi-channel arrays.
 
     Parameters
@@ -124,17 +137,6 @@ class WindowGeometry:
     channels_first: bool = True
     batched: bool = True
 
-    rank: int = _worked_out()
-    # Elements of the input, taps, and outputs along every axis; and the products.
-    size: tuple[int, ...] = _worked_out()
-    kernel: tuple[int, ...] = _worked_out()
-    out: tuple[int, ...] = _worked_out()
-    cells: int = _worked_out()
-    taps: int = _worked_out()
-    positions: int = _worked_out()
-    is_padded: bool = _worked_out()
-    x_shape: tuple[int, ...] = _worked_out()
-
     def __post_init__(self) -> None:
         axes = self.axes
         size, kernel = tuple([a.size for a in axes]), tuple([a.kernel for a in axes])
@@ -147,7 +149,7 @@ class WindowGeometry:
             cells=math.prod(size),
             taps=math.prod(kernel),
             positions=math.prod(out),
-            is_padded=any([axis.before > 0 or axis.after > 0 for axis in axes]),
+            is_padded=any(axis.before > 0 or axis.after > 0 for axis in axes),
             x_shape=self.array_shape(self.channels, size),
         )
 

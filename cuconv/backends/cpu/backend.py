@@ -13,9 +13,10 @@ import numpy as np
 
 from cuconv.arrays import Array, DType, Types, stored, strided
 from cuconv.backends import padding
+from cuconv.backends.cpu import threads
 from cuconv.backends.cpu.machine import call_overhead, cpu_machine
 from cuconv.backends.cpu.pooling import CpuPools
-from cuconv.backends.cpu.threads import Blas, Queue, Workers, small_buffers
+from cuconv.backends.cpu.threads import Queue, small_buffers
 from cuconv.backends.padding import Reading
 from cuconv.config import settings
 from cuconv.engine.costs import CPU_RATES, SMALL_PRODUCT
@@ -81,7 +82,7 @@ class CpuBackend:
 
     def workers(self) -> int:
         asked = settings().num_threads
-        return _BLAS.threads() if asked is None else asked
+        return threads.BLAS.threads() if asked is None else asked
 
     def is_capturing(self) -> bool:
         return False
@@ -299,26 +300,9 @@ class CpuBackend:
 
     stage = stage
 
-    @staticmethod
-    def do(function: Callable[..., Any], *operands: Any) -> None:
-        function(*operands)
-
-    def each(
-        self,
-        items: Iterable[Any],
-        body: Callable[..., None],
-        scratch: tuple[Any, ...],
-        *,
-        single_threaded: bool,
-    ) -> None:
-        queue = Queue(enumerate(items))
-
-        def work(worker: int) -> None:
-            for number, item in queue:
-                body(number, item, scratch[worker])
-
-        with small_buffers(), _one_blas_thread(single_threaded):
-            _WORKERS.share(work, len(scratch), queue.close)
+    do = staticmethod(threads.do)
+    each = staticmethod(threads.each)
+    alone = small_buffers
 
     def execute(self, program: Program, arrays: dict[str, Array]) -> None:
         phases = program.current_phases()
@@ -334,27 +318,18 @@ class CpuBackend:
                 return
             each = [program.placed(arrays, slots) for slots in bound]
             # Threaded BLAS rounds by its number of threads, and other calls change it.
-            with small_buffers(), _one_blas_thread(program.single_threaded):
+            with small_buffers(), threads.one_blas_thread(program.single_threaded):
                 if program.workers == 1:
                     _run(phases, each[0])
                     return
                 for items, workers in phases:
                     queue = Queue(items)
                     count = min(len(items), workers)
-                    _WORKERS.share(
+                    threads.WORKERS.share(
                         partial(_run_shared, queue, each), count, queue.close
                     )
         finally:
             _ARENAS.give_back(arena)
-
-    def run_alone(self, body: Callable[[], None]) -> None:
-        with small_buffers():
-            body()
-
-
-def _one_blas_thread(is_single: bool) -> AbstractContextManager[object]:  # noqa: FBT001
-    """Limit BLAS to one thread, unless it uses no other anyway."""
-    return nullcontext() if is_single else _BLAS
 
 
 def _run(phases: tuple[Phase, ...], slots: Slots) -> None:
@@ -509,7 +484,7 @@ def _part(a: Array, b: Array, out: Array) -> tuple[int, int]:
     if out.shape[-2] * inner * out.shape[-1] <= SMALL_PRODUCT:
         return 0, 0
     is_whole = (
-        not _BLAS.has_small_products
+        not threads.BLAS.has_small_products
         or out.dtype.char not in "fd"
         or not _LEAST_INNER <= inner <= _MOST_INNER
         or out.shape[-1] < _LEAST_INNER
@@ -609,21 +584,12 @@ def _taps(kernel: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
 
 
 def _begin() -> None:
-    """Set up the state that all calls share, also in a forked child.
-
-    A child has none of its parent's threads, and a lock of theirs may never be
-    released.
-    """
-    global _ARENAS, _BLAS, _WORKERS  # noqa: PLW0603 - one state for the process
-    if "_BLAS" in globals():
-        _BLAS.restore()
-    _BLAS, _WORKERS = Blas(), Workers()
+    """Forget workspaces in a forked child: a lock of them may never be released."""
+    global _ARENAS  # noqa: PLW0603 - one state for the process
     _ARENAS = _Arenas(CpuBackend.default_memory_limit)
 
 
 _ARENAS: _Arenas
-_BLAS: Blas
-_WORKERS: Workers
 _begin()
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_begin)

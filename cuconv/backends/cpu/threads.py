@@ -4,11 +4,11 @@ import ctypes
 import os
 import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext, suppress
 from contextvars import Context, copy_context
 from functools import partial
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 from threadpoolctl import ThreadpoolController
@@ -148,6 +148,21 @@ class Workers:
         if errors:
             raise errors[0]
 
+    def each(
+        self,
+        items: Iterable[Any],
+        body: Callable[..., None],
+        scratch: Sequence[Any],
+    ) -> None:
+        """Call ``body(number, item, worker's scratch)`` for every item."""
+        queue = Queue(enumerate(items))
+
+        def work(worker: int) -> None:
+            for number, item in queue:
+                body(number, item, scratch[worker])
+
+        self.share(work, len(scratch), queue.close)
+
     def _take(self) -> _Worker | None:
         """A worker that waits, or a new one; None if the interpreter is ending."""
         if sys.is_finalizing():
@@ -272,3 +287,44 @@ class Blas:
             give_way = getattr(library, "clear_controlling_thread", None)
             if give_way:
                 give_way()
+
+
+def do(function: Callable[..., Any], *operands: Any) -> None:
+    """Call a function."""
+    function(*operands)
+
+
+def each(
+    items: Iterable[Any],
+    body: Callable[..., None],
+    scratch: Sequence[Any],
+    *,
+    single_threaded: bool,
+) -> None:
+    """`Workers.each` with the workers of this process."""
+    with small_buffers(), one_blas_thread(single_threaded):
+        WORKERS.each(items, body, scratch)
+
+
+def one_blas_thread(is_single: bool) -> AbstractContextManager[object]:  # noqa: FBT001
+    """Limit BLAS to one thread, unless it uses no other anyway."""
+    return nullcontext() if is_single else BLAS
+
+
+def _begin() -> None:
+    """Set up the state that all calls share, also in a forked child.
+
+    A child has none of its parent's threads, and a lock of theirs may never be
+    released.
+    """
+    global BLAS, WORKERS
+    if "BLAS" in globals():
+        BLAS.restore()
+    BLAS, WORKERS = Blas(), Workers()
+
+
+BLAS: Blas
+WORKERS: Workers
+_begin()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_begin)

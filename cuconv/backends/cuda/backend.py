@@ -405,9 +405,8 @@ class CudaBackend:
         mode = _MODES[reading.mode]
         _launch(self.do, variant, packed, copied, cells, mode, np.int32(add))
 
-    def run_alone(self, body: Callable[[], None]) -> None:
-        with CUBLAS:
-            body()
+    def alone(self) -> AbstractContextManager[object]:
+        return CUBLAS
 
 
 def _launch(
