@@ -8,7 +8,6 @@ import math
 import sys
 from collections.abc import Iterable, Sequence
 from functools import lru_cache, partial
-from itertools import pairwise
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
@@ -450,13 +449,13 @@ def merged_stride(shape: Sequence[int], strides: Sequence[int]) -> int | None:
     """The stride of these axes merged into one; None if they cannot be."""
     if 0 in shape:
         return 0
-    kept = [(n, s) for n, s in zip(shape, strides, strict=True) if n != 1]
-    if not kept:
-        return 0
-    for (_, outer), (size, inner) in pairwise(kept):
-        if outer != size * inner:
-            return None
-    return kept[-1][1]
+    last: int | None = None
+    for size, stride in zip(shape, strides, strict=True):
+        if size != 1:
+            if last is not None and last != size * stride:
+                return None
+            last = stride
+    return last or 0
 
 
 def grouped(

@@ -47,7 +47,7 @@ class Block(NamedTuple):
     @property
     def shape(self) -> tuple[int, ...]:
         """Output elements along every axis."""
-        return tuple(stop - start for start, stop in self.output)
+        return tuple([stop - start for start, stop in self.output])
 
 
 class Region(NamedTuple):
@@ -156,7 +156,7 @@ class WindowGeometry(_WindowSizes):
     @property
     def whole_region(self) -> Tile:
         """The whole input as a tile; axes without elements count as one."""
-        return Tile(self.images, tuple(max(n, 1) for n in self.size))
+        return Tile(self.images, tuple([n or 1 for n in self.size]))
 
     @property
     def is_pointwise(self) -> bool:
