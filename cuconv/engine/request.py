@@ -19,6 +19,7 @@ from cuconv.arrays import (
     stub_array,
 )
 from cuconv.backends import Backend
+from cuconv.choices import check_options
 from cuconv.engine.problem import (
     CONVOLUTION,
     ROLES,
@@ -26,6 +27,7 @@ from cuconv.engine.problem import (
     check_shape,
     in_groups,
     shapes_of,
+    taps_reversed,
 )
 from cuconv.geometry import ConvGeometry
 from cuconv.options import Options
@@ -98,21 +100,17 @@ class Request(NamedTuple):
         is_backward = flipped or op == "input_grad"
         # Whether weights are as they are multiplied.
         as_given = not flipped and (operand.kind != "c" or is_backward == transposed)
-        roles_in_place = {
-            role
-            for role, array in in_roles.items()
-            if array.dtype == operand
-            and role != "bias"
-            and (role != "w" or as_given)
-            and _is_matrix(role, array, self.geometry, backend)
-        }
+        in_place = self._result_in_place(op, types)
+        for role, array in in_roles.items():
+            if array.dtype == operand and role != "bias" and (role != "w" or as_given):
+                in_place |= _in_place(role, array, self.geometry, backend)
         return Problem(
             op=op,
             geometry=self.geometry,
             types=types,
             operand=operand,
             source=in_roles["dy" if op == "input_grad" else "x"].dtype,
-            zero_copy=frozenset(roles_in_place | self._result_in_place(op, types)),
+            zero_copy=frozenset(in_place),
             needs_cast=frozenset(
                 [role for role, array in in_roles.items() if array.dtype != operand]
             ),
@@ -132,12 +130,12 @@ class Request(NamedTuple):
         if self.out is None:
             fits = can_store and geometry.positions <= backend.largest_step
             return {"out", "run"} if fits else {"run"}
-        ready, role = set(), "w" if op == "weight_grad" else "out"
-        if can_store and _is_matrix(role, base_array(self.out), geometry, backend):
-            ready.add("out")
-        if _is_one_run(self.out):
-            ready.add("run")
-        return ready
+        found = {"run"} if _is_one_run(self.out) else set[str]()
+        if can_store:
+            role, out = "w" if op == "weight_grad" else "out", base_array(self.out)
+            ready = _in_place(role, out, geometry, backend)
+            found |= {"out" if name == role else name for name in ready}
+        return found
 
 
 def named_inputs(arrays: Mapping[str, Array | None]) -> dict[str, Array]:
@@ -152,10 +150,7 @@ def named_inputs(arrays: Mapping[str, Array | None]) -> dict[str, Array]:
 
 def chosen_options(options: Mapping[str, Any], known: Any = Options._fields) -> Options:
     """The options with their defaults; raise for an unknown one."""
-    unknown = sorted(set(options) - set(known))
-    if unknown:
-        names = ", ".join(known)
-        raise TypeError(f"there is no option {unknown[0]!r}; the options are {names}")
+    check_options(options, known)
     return Options(**options)
 
 
@@ -202,21 +197,32 @@ def request_of_shapes(
     return Request(call, geometry, arrays, None, options.settled(), backend)
 
 
-def _is_matrix(
+def _in_place(
     role: str, array: Array, geometry: ConvGeometry, backend: Backend
-) -> bool:
-    """Whether BLAS can read or write an array in place."""
-    if role == "w":
-        return _is_weight_matrix(array, geometry, backend)
-    cells = in_groups(array, geometry)
-    return is_matrix_ready(cells, geometry.rank, backend.largest_step)
+) -> set[str]:
+    """The role of an array that BLAS can read or write in place.
+
+    For weights, ``reversed`` if it could with their taps in reverse.
+    """
+    if role != "w":
+        cells = in_groups(array, geometry)
+        fits = is_matrix_ready(cells, geometry.rank, backend.largest_step)
+        return {role} if fits else set()
+    if _is_weight_matrix(array, geometry, backend):
+        return {role}
+    other = taps_reversed(array, geometry)
+    is_reversed = geometry.taps > 1 and _is_weight_matrix(other, geometry, backend)
+    return {"reversed"} if is_reversed else set()
 
 
 def _is_one_run(array: Array) -> bool:
-    """Whether an array is one run of memory, in whichever order of its axes."""
+    """Whether an array is one run of memory, in whichever order of its axes.
+
+    Any of them may be in reverse.
+    """
     step = array.dtype.itemsize
     pairs = zip(array.strides, array.shape, strict=True)
-    for stride, size in sorted((s, n) for s, n in pairs if n != 1):
+    for stride, size in sorted((abs(s), n) for s, n in pairs if n != 1):
         if stride != step:
             return False
         step *= size
