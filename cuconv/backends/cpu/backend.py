@@ -44,9 +44,6 @@ _HEAD = (_ALL,) * 3
 # The most phases of a strided axis: each is two copies.  Windows of 256 at stride 128
 # over (44, 1, 832) take 3.6 ms with 128 phases, and 0.3 without.
 _MOST_PHASES = 8
-# The largest workspace of programs that set no buffer size: NumPy's buffers for arrays
-# that fit into it are less than what `CpuBackend.overhead` counts, whatever their size.
-_SMALL_BYTES = 2**16
 # The largest number of programs that an arena keeps views for.
 _MOST_PROGRAMS = 256
 
@@ -312,20 +309,20 @@ class CpuBackend:
     alone = small_buffers
 
     def execute(self, program: Program, arrays: dict[str, Array]) -> None:
-        phases = program.current_phases()
-        is_small = program.single_threaded and program.buffered <= _SMALL_BYTES
-        if is_small and not program.kept:
-            _run(phases, program.placed(arrays, program.slots))
-            return
-        arena = _ARENAS.take(program.nbytes)
+        phases, bound = program.current_phases(), [program.slots]
+        arena = _ARENAS.take(program.nbytes) if program.kept else None
         try:
-            bound = arena.slots_of(program)
-            if is_small:
+            if arena is not None:
+                bound = arena.slots_of(program)
+            if program.single_threaded and not program.is_buffered:
                 _run(phases, program.placed(arrays, bound[0]))
                 return
             each = [program.placed(arrays, slots) for slots in bound]
             # Threaded BLAS rounds by its number of threads, and other calls change it.
-            with small_buffers(), threads.one_blas_thread(program.single_threaded):
+            with (
+                small_buffers() if program.is_buffered else nullcontext(),
+                threads.one_blas_thread(program.single_threaded),
+            ):
                 if program.workers == 1:
                     _run(phases, each[0])
                     return
@@ -336,7 +333,8 @@ class CpuBackend:
                         partial(_run_shared, queue, each), count, queue.close
                     )
         finally:
-            _ARENAS.give_back(arena)
+            if arena is not None:
+                _ARENAS.give_back(arena)
 
 
 def _run(phases: tuple[Phase, ...], slots: Slots) -> None:
