@@ -33,7 +33,10 @@ MOST_BYTES = 2**18
 # that fit into it are less than what `CpuBackend.overhead` counts, whatever their size.
 _SMALL_BYTES = 2**16
 # Functions of NumPy's that need no buffers for arrays of one type.
-_UNBUFFERED = np.ndarray.__setitem__, np.ndarray.fill, profiling.push, profiling.pop
+_UNBUFFERED = (
+    *(np.ndarray.__setitem__, np.ndarray.fill, np.dot),
+    *(profiling.push, profiling.pop),
+)
 
 
 Slots: TypeAlias = list[Any]

@@ -273,7 +273,8 @@ class CpuBackend:
         self.xp.add(target, summand, out=target, casting="unsafe")
 
     def fill(self, target: Array, value: int) -> None:
-        self.do(np.ndarray.fill, target, value)
+        run = target.reshape(-1) if target.flags.c_contiguous else target
+        self.do(np.ndarray.fill, run, value)
 
     def pad_copy(
         self,
@@ -457,7 +458,7 @@ def _multiply(do: Do, a: Array, b: Array, out: Array) -> None:
     """``out = a @ b``, split into products that BLAS multiplies without packing."""
     rows, columns = _part(a, b, out)
     if not rows:
-        do(np.matmul, a, b, out)
+        do(*_product(a, b, out))
         return
     whole = out.shape[-2] // rows * rows, out.shape[-1] // columns * columns
     for tall in (slice(0, whole[0]), slice(whole[0], out.shape[-2])):
@@ -467,6 +468,24 @@ def _multiply(do: Do, a: Array, b: Array, out: Array) -> None:
                 _multiply_parts(do, left, right, into, rows, columns)
             elif into.size:
                 do(np.matmul, left, right, into)
+
+
+def _product(a: Array, b: Array, out: Array) -> tuple[Any, Array, Array, Array]:
+    """The function for a product, and its operands: `numpy.dot` where it calls BLAS.
+
+    It takes 0.5 µs for a small product, and `numpy.matmul` 0.9 (Intel Xeon).
+    """
+    while out.ndim > 2 and len(a) == len(b) == len(out) == 1:
+        a, b, out = a[0], b[0], out[0]
+    is_ready = (
+        out.ndim == 2
+        and out.flags.c_contiguous
+        and out.dtype.char in "fd"
+        and min(*a.shape, b.shape[1]) > 1
+        and a.dtype == b.dtype == out.dtype
+        and all(m.flags.forc and m.flags.aligned for m in (a, b))
+    )
+    return np.dot if is_ready else np.matmul, a, b, out
 
 
 def _multiply_parts(
