@@ -205,8 +205,8 @@ class Backend(Protocol):
     def stage(self, name: str, strategy: str = "", chunk: int = 0) -> stage:
         """A range that a profiler shows."""
 
-    def execute(self, program: Program, arrays: dict[str, Array]) -> None:
-        """Run a program on the arrays of a call, by their names."""
+    def execute(self, program: Program, arrays: Sequence[Array | None]) -> None:
+        """Run a program on the arrays of a call, in the order of its recording."""
 
     def empty(self, shape: tuple[int, ...], dtype: DType) -> Array:
         """An uninitialised array on this device."""

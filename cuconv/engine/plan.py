@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from functools import cached_property
+from itertools import zip_longest
 from typing import Any
 
 import numpy as np
@@ -302,15 +303,19 @@ class Plan(LoweredCall):
     def run(self, arrays: Sequence[Array | None], out: Array | None) -> Array:
         """Run it on checked arrays."""
         backend = self.backend
-        result = backend.empty(self.result_shape, self.dtype) if out is None else out
-        named = dict(zip(self.names, arrays, strict=False))
-        named["out"] = result if out is None else base_array(out)
-        if self.weights or self._numbers:
-            named.update(self.weights, **self._numbers)
-        if self.program is None:
-            self.execute_first(named)
+        if out is None:
+            result = target = backend.empty(self.result_shape, self.dtype)
         else:
-            backend.execute(self.program, named)
+            result, target = out, base_array(out)
+        if self._numbers:
+            pairs = zip_longest(self.names, arrays)
+            arrays = [self._numbers.get(name, array) for name, array in pairs]
+        if self.program is not None:
+            backend.execute(self.program, (target, *self.weights.values(), *arrays))
+        else:
+            # In the same order: steps are recorded for it.
+            named = {"out": target, **self.weights}
+            self.execute_first(named | dict(zip(self.names, arrays, strict=False)))
         return result
 
     def _check(

@@ -84,7 +84,7 @@ class Recorded(ABC):
             with self.backend.device_of(next(iter(arrays.values()))):
                 self.program = self._recorded(arrays)
         if self.program is not None:
-            self.backend.execute(self.program, arrays)
+            self.backend.execute(self.program, tuple(arrays.values()))
         else:
             self._run_steps(arrays)
 
@@ -324,7 +324,7 @@ class RecordedPlan(Recorded):
         if self.program is None:
             self.execute_first(named)
         else:
-            backend.execute(self.program, named)
+            backend.execute(self.program, tuple(named.values()))
         return tuple(found) if len(found) > 1 else array
 
 

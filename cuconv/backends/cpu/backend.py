@@ -309,7 +309,7 @@ class CpuBackend:
     each = staticmethod(threads.each)
     alone = small_buffers
 
-    def execute(self, program: Program, arrays: dict[str, Array]) -> None:
+    def execute(self, program: Program, arrays: Sequence[Array | None]) -> None:
         phases, bound = program.current_phases(), [program.slots]
         arena = _ARENAS.take(program.nbytes) if program.kept else None
         try:
