@@ -255,6 +255,7 @@ class CpuBackend:
         else:
             _add_product(self.do, a, b, out, partial)
         if bias is not None:
+            out, bias = _without_batch(out, bias)
             self.do(np.add, out, bias, out)
 
     def copy(self, source: Array, target: Array) -> None:
@@ -475,8 +476,7 @@ def _product(a: Array, b: Array, out: Array) -> tuple[Any, Array, Array, Array]:
 
     It takes 0.5 µs for a small product, and `numpy.matmul` 0.9 (Intel Xeon).
     """
-    while out.ndim > 2 and len(a) == len(b) == len(out) == 1:
-        a, b, out = a[0], b[0], out[0]
+    a, b, out = _without_batch(a, b, out)
     is_ready = (
         out.ndim == 2
         and out.flags.c_contiguous
@@ -486,6 +486,13 @@ def _product(a: Array, b: Array, out: Array) -> tuple[Any, Array, Array, Array]:
         and all(m.flags.forc and m.flags.aligned for m in (a, b))
     )
     return np.dot if is_ready else np.matmul, a, b, out
+
+
+def _without_batch(*matrices: Array) -> tuple[Array, ...]:
+    """View matrices without the axes before them, where all have one element there."""
+    while matrices[0].ndim > 2 and all(len(each) == 1 for each in matrices):
+        matrices = tuple([each[0] for each in matrices])
+    return matrices
 
 
 def _multiply_parts(
@@ -556,17 +563,26 @@ def _windows(source: Array, axes: tuple[Axis, ...], shape: tuple[int, ...]) -> A
 
 
 def _runs_as_items(source: Array, target: Array) -> tuple[Array, Array]:
-    """View short runs that are contiguous in both arrays as one item each."""
+    """View short runs that are contiguous in both arrays as one item each.
+
+    Neighbouring axes of the target's memory make a run, in whichever order they come.
+    """
     if source.dtype != target.dtype or source.shape != target.shape:
         return source, target
-    run, inner = target.itemsize, target.ndim
-    while inner and source.strides[inner - 1] == target.strides[inner - 1] == run:
+    strides, shape, run = target.strides, target.shape, target.itemsize
+    order = sorted(range(target.ndim), key=strides.__getitem__, reverse=True)
+    inner = len(order)
+    while inner:
+        axis = order[inner - 1]
+        if not source.strides[axis] == strides[axis] == run:
+            break
         inner -= 1
-        run *= target.shape[inner]
+        run *= shape[axis]
     if not (inner and target.itemsize < run <= _SHORT_RUN):
         return source, target
     item = np.dtype((np.void, run))
-    merged = *target.shape[:inner], run // target.itemsize
+    merged = *[shape[axis] for axis in order[:inner]], run // target.itemsize
+    source, target = source.transpose(order), target.transpose(order)
     source, target = source.reshape(merged), target.reshape(merged)
     return source.view(item)[..., 0], target.view(item)[..., 0]
 
