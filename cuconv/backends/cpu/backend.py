@@ -1,6 +1,5 @@
 """The backend for NumPy: strided copies, BLAS through matmul, a pool of threads."""
 
-import itertools
 import math
 import os
 import threading
@@ -22,7 +21,7 @@ from cuconv.backends.padding import Reading
 from cuconv.config import settings
 from cuconv.engine.costs import CPU_RATES, SMALL_PRODUCT
 from cuconv.engine.program import Item, Phase, Program, Slots
-from cuconv.geometry import Axis, Block, Ranges, Tile, WindowGeometry
+from cuconv.geometry import Axis, Block, Range, Ranges, Tile, WindowGeometry
 from cuconv.memory import ALIGNED, Buffer, aligned_start
 from cuconv.profiling import stage
 
@@ -223,14 +222,8 @@ class CpuBackend:
                 zero = np.zeros((), target.dtype)
                 self.do(np.add, _without_ones(columns), zero, _without_ones(under))
                 return
-        axes = zip(geometry.axes, block.output, cells, strict=True)
-        met = [
-            [(tap, *axis.hits(tap, *spans)) for tap in range(axis.kernel)]
-            for axis, *spans in axes
-        ]
-        # Every tap, the last axis fastest, one at a time.
-        for each in itertools.product(*met):
-            tap, inside, outputs = zip(*each, strict=True)
+        each = list(zip(geometry.axes, block.output, cells, strict=True))
+        for tap, inside, outputs in _taps(each):
             into = target[(..., *inside)]
             self.do(np.add, into, columns[(*_HEAD, *tap, *outputs)], into)
 
@@ -615,6 +608,23 @@ def _apart(
             return None
         place.append(slice(*inside))
     return _windows(target[(..., *place)], geometry.axes, columns.shape)
+
+
+def _taps(
+    axes: Sequence[tuple[Axis, Range, Range]],
+) -> Iterator[tuple[tuple[Any, ...], tuple[Any, ...], tuple[Any, ...]]]:
+    """Every tap, the last axis fastest, with the elements and outputs that it meets.
+
+    One at a time: there may be more than fit into memory.
+    """
+    if not axes:
+        yield (), (), ()
+        return
+    (axis, output, cells), *others = axes
+    for tap in range(axis.kernel):
+        inside, outputs = axis.hits(tap, output, cells)
+        for more in _taps(others):
+            yield (tap, *more[0]), (inside, *more[1]), (outputs, *more[2])
 
 
 def _begin() -> None:
