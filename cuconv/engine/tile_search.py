@@ -114,6 +114,7 @@ class TileSearch:
         self._tilings = strategy.tilings(problem, variant, backend)
         self._region = geometry.whole_region
         self._fits: dict[tuple[int, int, int], _Fit] = {}
+        self._overheads: dict[int, int] = {}
         self._alone_at_least = self.floor = 0.0
         if strategy.gains_from_size:
             # One block of everything.
@@ -154,7 +155,7 @@ class TileSearch:
             self.strategy,
             self._problem,
             found.tiling._replace(workers=count),
-            found.workspace,
+            self._workspace(found),
             self._bytes(found, count),
             self._cost(found, count),
             self._rank(found),
@@ -272,19 +273,31 @@ class TileSearch:
             elif has_regions:
                 region = Tile(tile.images, region.cells)
             tiling = Tiling(tile, region, splits, self._variant)
-            found = _Fit(self.strategy, problem, self._backend, self._rates, tiling)
-            self._fits[key] = found
+            work = self.strategy.work(problem, tiling)
+            found = self._fits[key] = _Fit(tiling, work, price(work, self._rates))
         return found
 
     def _has_room(self, found: "_Fit", workers: int) -> bool:
         return self._bytes(found, workers) <= self._limit
 
     def _bytes(self, found: "_Fit", workers: int) -> int:
+        needs = self._workspace(found)
         shared, own = found.nbytes
-        itemsize = self._problem.types.accumulate.itemsize
-        unseen = self._backend.overhead(workers, itemsize)
-        unseen += found.workspace.unseen * workers
-        return unseen + with_start(shared + own * workers)
+        overhead = self._overheads.get(workers)
+        if overhead is None:
+            itemsize = self._problem.types.accumulate.itemsize
+            overhead = self._backend.overhead(workers, itemsize)
+            self._overheads[workers] = overhead
+        return overhead + needs.unseen * workers + with_start(shared + own * workers)
+
+    def _workspace(self, found: "_Fit") -> Workspace:
+        needs = found.workspace
+        if needs is None:
+            work = self._problem, found.tiling, self._backend
+            needs = found.workspace = self.strategy.workspace(*work)
+            shared = buffer_bytes((*needs.weights, *needs.shared))
+            found.nbytes = shared, buffer_bytes(needs.per_worker)
+        return needs
 
     def _rank(self, found: "_Fit") -> float:
         """The cost of a tiling for the fixed number of workers."""
@@ -304,37 +317,15 @@ class TileSearch:
 
 
 class _Fit:
-    """A tiling, with its workspace and its price, worked out when first asked for."""
+    """A tiling, with its price, and its workspace once that has been asked for."""
 
-    def __init__(
-        self,
-        strategy: Strategy,
-        problem: Problem,
-        backend: Backend,
-        rates: Rates,
-        tiling: Tiling,
-    ) -> None:
-        self.tiling = tiling
-        self._strategy, self._problem = strategy, problem
-        self._backend, self._rates = backend, rates
+    __slots__ = ("nbytes", "price", "tiling", "work", "workspace")
 
-    @cached_property
-    def work(self) -> Work:
-        return self._strategy.work(self._problem, self.tiling)
-
-    @cached_property
-    def price(self) -> Price:
-        return price(self.work, self._rates)
-
-    @cached_property
-    def workspace(self) -> Workspace:
-        return self._strategy.workspace(self._problem, self.tiling, self._backend)
-
-    @cached_property
-    def nbytes(self) -> tuple[int, int]:
-        """Bytes of the buffers that workers share, and of those of each."""
-        weights, shared, own, _ = self.workspace
-        return buffer_bytes((*weights, *shared)), buffer_bytes(own)
+    def __init__(self, tiling: Tiling, work: Work, price: Price) -> None:
+        self.tiling, self.work, self.price = tiling, work, price
+        self.workspace: Workspace | None = None
+        # Of the buffers that workers share, and of those of each.
+        self.nbytes = 0, 0
 
 
 def _last_worthwhile(costs: list[float]) -> int:
