@@ -2,7 +2,7 @@
 
 A strategy is ordinary code that makes views of arrays and passes them to functions
 through `Backend.do`.  The views and functions depend on shapes, strides and types
-alone. So its first run is a recording on stubs (`ArrayStub`): every function with its
+alone. So its second run is recorded on stubs (`ArrayStub`): every function with its
 views becomes a `Step`.  Running the `Program` later builds the views of the caller's
 arrays, reuses those of the workspace, and calls the functions.
 
