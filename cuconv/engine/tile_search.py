@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import cached_property, partial
 
 from cuconv.backends import Backend
-from cuconv.engine.costs import Price, Rates, Work, price
+from cuconv.engine.costs import Price, Work, price
 from cuconv.engine.problem import NAMES, Problem
 from cuconv.geometry import Tile
 from cuconv.memory import MemoryLimitError, buffer_bytes, with_start, workspace_bytes
