@@ -48,8 +48,9 @@ class Problem:
     ``run`` if the result is contiguous, and ``reversed`` if weights, or the gradient
     for them, are such a matrix with their taps in reverse.  ``source`` is the type of
     the array that is gathered, and ``needs_cast`` names all arrays whose type is not
-    that of the operands.  ``flipped`` marks the forward pass over dy that an input gradient is: its
-    weights are those of the caller, filters and channels exchanged, taps in reverse.
+    that of the operands.  ``flipped`` marks the forward pass over dy that an input
+    gradient is: its weights are those of the caller, filters and channels exchanged,
+    taps in reverse.
     ``captured``: the call is recorded into a CUDA graph, which can launch kernels but
     not allocate.  ``transposed``: it is one of `TRANSPOSED`, where the arrays have the
     roles of the adjoint convolution; a transposed convolution is an input gradient, but
