@@ -160,6 +160,10 @@ class Workers:
         scratch: Sequence[Any],
     ) -> None:
         """Call ``body(number, item, worker's scratch)`` for every item."""
+        if len(scratch) == 1:
+            for number, item in enumerate(items):
+                body(number, item, scratch[0])
+            return
         queue = Queue(enumerate(items))
 
         def work(worker: int) -> None:
