@@ -167,6 +167,8 @@ class Backend(Protocol):
     block_bytes: int
     rates: Rates
     default_memory_limit: int
+    # What a part of a plan takes, where the limit is for the host's memory.
+    part_bytes: int
     # The longest row step that BLAS can take, in items.
     largest_step: int
     # Whether `gemm(add=True)` needs a buffer for the product before it is added.

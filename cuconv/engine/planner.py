@@ -14,11 +14,14 @@ from cuconv.backends import Backend
 from cuconv.choices import not_a_choice
 from cuconv.engine.problem import NAMES, Problem
 from cuconv.engine.tile_search import Candidate, TileSearch, over
-from cuconv.memory import MemoryLimit, MemoryLimitError
+from cuconv.memory import MemoryLimit, MemoryLimitError, least_of
 from cuconv.strategies import STRATEGIES, Strategy, strategies
 
 # More than 1 by the rounding error of a sum of prices.
 _ROUNDED = 1 + 1e-9
+# A strategy that takes so many times as long as another, both at best, is not what a
+# smaller limit is for.
+_USELESS = 4
 
 
 @dataclass(frozen=True)
@@ -116,24 +119,39 @@ def _best(
 
     Searches run in the order of their lower bounds, and stop once those are too high.
     """
-    searches = enumerate(_searches(problem, backend, name, limit))
+    searches = _searches(problem, backend, name, limit)
+    if not problem.captured:
+        _check_limit(searches, problem, limit)
     found: list[tuple[float, int, Candidate]] = []
-    least: list[int] = []
-    for number, search in sorted(searches, key=lambda pair: pair[1].floor):
+    for number, search in sorted(enumerate(searches), key=lambda pair: pair[1].floor):
         if found and search.floor > min(found)[0] * _ROUNDED:
             break
         try:
             candidate = search.candidate(workers)
-        except MemoryLimitError as error:
-            least.append(error.smallest)
-        else:
-            found.append((candidate.rank, number, candidate))
+        except MemoryLimitError:
+            continue
+        found.append((candidate.rank, number, candidate))
     if found:
         return min(found)[-1]
-    if problem.captured:
-        _, reasons = _every(problem, backend, name, limit, workers)
-        raise ValueError(_nothing_to_capture(problem, reasons))
-    raise MemoryLimitError(limit, min(least), NAMES[problem.call])
+    _, reasons = _every(problem, backend, name, limit, workers)
+    raise ValueError(_nothing_to_capture(problem, reasons))
+
+
+def _check_limit(searches: list[TileSearch], problem: Problem, limit: int) -> None:
+    """Raise if the fastest strategy does not fit, and others save too little memory.
+
+    What takes none at all, as kernels may, is never refused.
+    """
+    floors = [search.floor_alone for search in searches]
+    least = min(filter(None, floors), default=0)
+    needed = searches[floors.index(least)].smallest
+    if needed > limit:
+        pairs = zip(searches, floors, strict=True)
+        sizes = [(s.smallest, floor <= least * _USELESS) for s, floor in pairs]
+        smallest = min(size for size, is_useful in sizes if is_useful or not size)
+        smallest = least_of(needed, smallest) if smallest else 0
+        if limit < smallest:
+            raise MemoryLimitError(limit, smallest, NAMES[problem.call])
 
 
 def _every(

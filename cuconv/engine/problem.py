@@ -50,11 +50,10 @@ class Problem:
     the array that is gathered, and ``needs_cast`` names all arrays whose type is not
     that of the operands.  ``flipped`` marks the forward pass over dy that an input
     gradient is: its weights are those of the caller, filters and channels exchanged,
-    taps in reverse.
-    ``captured``: the call is recorded into a CUDA graph, which can launch kernels but
-    not allocate.  ``transposed``: it is one of `TRANSPOSED`, where the arrays have the
-    roles of the adjoint convolution; a transposed convolution is an input gradient, but
-    for what is conjugated.
+    taps in reverse. ``captured``: the call is recorded into a CUDA graph, which can
+    launch kernels but not allocate.  ``transposed``: it is one of `TRANSPOSED`, where
+    the arrays have the roles of the adjoint convolution; a transposed convolution is an
+    input gradient, but for what is conjugated.
     """
 
     op: str

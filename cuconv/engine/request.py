@@ -1,6 +1,6 @@
 """Checked calls, with everything that a plan depends on."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -30,6 +30,7 @@ from cuconv.engine.problem import (
     taps_reversed,
 )
 from cuconv.geometry import ConvGeometry
+from cuconv.geometry.options import checked_shape
 from cuconv.options import Options
 from cuconv.overflow import magnitude, may_wrap, warn_of_wrapping
 
@@ -184,6 +185,8 @@ def geometry_of(
     ``more`` is the shape of a gradient's result, and the arguments of a transposed
     convolution beside the options.
     """
+    if "dy" in arrays and "x" not in arrays:
+        _check_batch_axis(arrays["dy"].ndim, arrays["w"].ndim, more["x_shape"])
     shapes = {
         name: more[f"{name}_shape"] if f"{name}_shape" in more else arrays[name].shape
         for name in ("x", "w")
@@ -198,6 +201,16 @@ def geometry_of(
         if name in arrays:
             check_shape(name, arrays[name], wanted[name])
     return geometry
+
+
+def _check_batch_axis(dy_axes: int, w_axes: int, x_shape: Sequence[int]) -> None:
+    """Raise if only one of x_shape and dy has a batch axis."""
+    shape = checked_shape("x", x_shape)
+    if {len(shape), dy_axes} == {w_axes - 1, w_axes}:
+        raise ValueError(
+            f"x_shape has {len(shape)} axes: {shape}, and dy has {dy_axes}: both have "
+            "a batch axis, or neither"
+        )
 
 
 def request_of_shapes(

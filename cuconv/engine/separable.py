@@ -46,11 +46,14 @@ from cuconv.memory import (
     MemoryLimitError,
     all_within,
     buffer_bytes,
+    is_little,
     least_limit,
     workspace_bytes,
 )
 from cuconv.options import SEPARABLE_OPTIONS, Options
 
+# About as many parts as a plan has: several steps, over a few kinds of pieces.
+_MOST_PARTS = 8
 SEPARABLE_GRADIENTS = ("x", "depthwise", "pointwise", "bias")
 _FORWARD = "x", "depthwise", "pointwise", "bias"
 _BACKWARD = "dy", "x", "depthwise", "pointwise"
@@ -252,8 +255,8 @@ class SeparableRequest(NamedTuple):
             return Tiling((), (), limit)
         traversals = self._traversals(positions)
         buffers = tuple(self._buffers(traversals))
-        overhead = self.backend.overhead(1, self.types.accumulate.itemsize)
-        return Tiling(traversals, buffers, limit - overhead - workspace_bytes(buffers))
+        parts = _MOST_PARTS * self.backend.part_bytes
+        return Tiling(traversals, buffers, limit - parts - workspace_bytes(buffers))
 
     def _traversals(self, positions: int) -> tuple[Traversal, ...]:
         g, results = self.geometry, frozenset(self.results)
@@ -447,8 +450,7 @@ def _lowered(request: SeparableRequest, least: int) -> Separable:
 
 
 def _within(request: SeparableRequest, limit: int, least: int) -> Separable:
-    counts = request.counts() if least <= limit else []
-    tilings = [request.tiling(count, limit) for count in reversed(counts)]
+    tilings = _tilings(request, limit) if least <= limit else []
     # The largest pieces first, but half of the limit is for the steps if it can be:
     # in what little the largest may leave, their blocks would be tiny.
     tilings.sort(key=lambda tiling: tiling.limit < limit // 2)
@@ -467,6 +469,16 @@ def _within(request: SeparableRequest, limit: int, least: int) -> Separable:
     raise MemoryLimitError(limit, smallest, "a separable convolution")
 
 
+def _tilings(request: SeparableRequest, limit: int) -> list[Tiling]:
+    """Tilings from the whole to the first that takes little memory."""
+    tilings = []
+    for count in reversed(request.counts()):
+        tilings.append(request.tiling(count, limit))
+        if is_little(tilings[-1].buffers):
+            break
+    return tilings
+
+
 def _calls(
     request: SeparableRequest, tiling: Tiling, limit: int
 ) -> dict[Kind, Callable[[], Lowering]]:
@@ -478,8 +490,7 @@ def _calls(
 def _smallest(request: SeparableRequest) -> int:
     """The smallest limit that would do."""
     best: int | None = None
-    for count in request.counts():
-        tiling = request.tiling(count, 0)
+    for tiling in reversed(_tilings(request, 0)):
         if best is None or -tiling.limit < best:
             needed = least_limit(_calls(request, tiling, 0)) - tiling.limit
             best = needed if best is None else min(best, needed)

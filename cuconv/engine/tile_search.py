@@ -14,7 +14,13 @@ from cuconv.backends import Backend
 from cuconv.engine.costs import Price, Work, price
 from cuconv.engine.problem import NAMES, Problem
 from cuconv.geometry import Tile
-from cuconv.memory import MemoryLimitError, buffer_bytes, with_start, workspace_bytes
+from cuconv.memory import (
+    MemoryLimitError,
+    buffer_bytes,
+    least_of,
+    with_start,
+    workspace_bytes,
+)
 from cuconv.strategies import Blocks, Strategy, Tiling, Variant, Workspace
 
 # A job for several workers is split into one of these numbers of pieces, the one that
@@ -95,7 +101,8 @@ def over(problem: Problem) -> str:
 class TileSearch:
     """The search over tilings of one strategy in one variant.
 
-    ``floor`` is a lower bound for `Candidate.rank`.
+    ``floor`` is a lower bound for `Candidate.rank`, and ``floor_alone`` for the cost of
+    a tiling with one worker.
     """
 
     def __init__(
@@ -115,19 +122,28 @@ class TileSearch:
         self._region = geometry.whole_region
         self._fits: dict[tuple[int, int, int], _Fit] = {}
         self._overheads: dict[int, int] = {}
-        self._alone_at_least = self.floor = 0.0
+        # One block of everything.
+        self._whole = self._fit(self._everything, geometry.cells, 1)
+        self._blocks = geometry.count_blocks(self._whole.tiling.tile)
+        self.floor_alone = self.floor = 0.0
         if strategy.gains_from_size:
-            # One block of everything.
-            self._whole = self._fit(self._everything, geometry.cells, 1)
-            self._blocks = geometry.count_blocks(self._whole.tiling.tile)
-            self._alone_at_least = self._cost(self._whole, 1)
+            self.floor_alone = self._cost(self._whole, 1)
             shared = self._shared_at_least(2, min(2, self._tilings.splits))
-            self.floor = min(self._alone_at_least, shared)
+            self.floor = min(self.floor_alone, shared)
 
     @cached_property
     def _alone(self) -> "_Fit | None":
         """The best tiling for one worker, if any fits."""
-        return self._largest(1, 1, 1)
+        return self._largest(1, 1, 1) if self._limit >= self._least else None
+
+    @cached_property
+    def _least(self) -> int:
+        """The smallest limit under which work is split: blocks have some room."""
+        most = self._fit(self._preferred(1), self._problem.geometry.cells, 1)
+        least = self._bytes(most, 1)
+        if least <= self._limit:
+            return least
+        return least_of(least, self._bytes(self._fit(1, 1, 1), 1))
 
     @cached_property
     def _is_busy(self) -> bool:
@@ -135,7 +151,7 @@ class TileSearch:
         alone, worth = self._alone, self._rates.worth_workers
         if alone is None:
             return False
-        return self._alone_at_least >= worth or self._cost(alone, 1) >= worth
+        return self.floor_alone >= worth or self._cost(alone, 1) >= worth
 
     def candidate(self, workers: int) -> Candidate:
         """The candidate with the largest blocks up to the preferred size.
@@ -198,7 +214,7 @@ class TileSearch:
         is_sum = self._problem.op == "weight_grad"
         even, crowded, parts = self._whole.price
         if parts == splits == 1 and is_sum:
-            return self._alone_at_least
+            return self.floor_alone
         if parts == self._blocks == 1 and (splits == 1 or is_sum):
             tile = self._tilings.tile(self._preferred(pieces))
             more = self._problem.geometry.count_blocks(tile) - 1
@@ -251,14 +267,15 @@ class TileSearch:
         return max(1, min(largest, -(-whole // pieces)))
 
     def _extreme(self) -> "_Fit":
-        """One position at a time, or everything at once without partial sums."""
-        everything = self._everything, self._problem.geometry.cells, 1
-        extremes = self._fit(1, 1, 1), self._fit(*everything)
-        for found in extremes:
-            if self._has_room(found, 1):
-                return found
-        smallest = min(self._bytes(found, 1) for found in extremes)
-        raise MemoryLimitError(self._limit, smallest, NAMES[self._problem.call])
+        """Everything at once, without partial sums."""
+        if self._has_room(self._whole, 1):
+            return self._whole
+        raise MemoryLimitError(self._limit, self.smallest, NAMES[self._problem.call])
+
+    @property
+    def smallest(self) -> int:
+        """The smallest limit that would do."""
+        return min(self._least, self._bytes(self._whole, 1))
 
     def _fit(self, positions: int, cells: int, splits: int) -> "_Fit":
         """A tiling; only an input gradient has regions of so many ``cells``."""

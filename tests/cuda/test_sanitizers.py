@@ -78,6 +78,7 @@ def run_sanitized(*arguments: str) -> subprocess.CompletedProcess[str]:
                 15,
             ),
             ("api/test_pooling.py", "cupy and (any_view or no_window)", 6),
+            ("api/test_pool_indices.py", "cupy and any_view or on_a_device", 3),
             (
                 *("strategies/test_implicit_gemm.py",),
                 *("odd-channels_first or aligned-channels_last", 6),

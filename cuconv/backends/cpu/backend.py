@@ -14,7 +14,7 @@ import numpy as np
 from cuconv.arrays import Array, DType, Types, stored, strided
 from cuconv.backends import padding
 from cuconv.backends.cpu import threads
-from cuconv.backends.cpu.machine import call_overhead, cpu_machine
+from cuconv.backends.cpu.machine import PART_BYTES, call_overhead, cpu_machine
 from cuconv.backends.cpu.pooling import CpuPools
 from cuconv.backends.cpu.threads import Queue, small_buffers
 from cuconv.backends.padding import Reading
@@ -63,6 +63,7 @@ class CpuBackend:
     # (weight gradient) times as long, 8 MiB 1.03, 1.01 and 1.01.
     block_bytes = 4 * 2**20
     default_memory_limit = 64 * 2**20
+    part_bytes = PART_BYTES
     rates = CPU_RATES
     largest_step = 2**62
     tiles = None

@@ -149,6 +149,7 @@ class CudaBackend:
 
     xp: Any = cupy
     default_memory_limit = 256 * 2**20
+    part_bytes = 0
     # cuBLAS takes its leading dimensions as 32-bit integers.
     largest_step = 2**31 - 1
     needs_partial = False
