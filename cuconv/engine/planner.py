@@ -17,6 +17,7 @@ from cuconv.engine.tile_search import Candidate, TileSearch, over
 from cuconv.memory import MemoryLimit, MemoryLimitError, least_of
 from cuconv.strategies import STRATEGIES, Strategy, strategies
 
+_NO_ENGINE = "none of its engines computes this with this precision and determinism"
 # More than 1 by the rounding error of a sum of prices.
 _ROUNDED = 1 + 1e-9
 # A strategy that takes so many times as long as another, both at best, is not what a
@@ -78,7 +79,7 @@ def decide(
         captured.
     """
     if name != "auto":
-        _check_strategy(problem, name)
+        _check_strategy(problem, name, backend)
     allowed = backend.default_memory_limit if limit is None else limit
     try:
         best = _best(problem, backend, name, allowed, workers)
@@ -104,9 +105,9 @@ def check_strategy_name(name: str) -> None:
         raise not_a_choice("strategy", name, words)
 
 
-def _check_strategy(problem: Problem, name: str) -> None:
+def _check_strategy(problem: Problem, name: str, backend: Backend) -> None:
     check_strategy_name(name)
-    reason = _refusal(strategies()[name], problem)
+    reason = _refusal(strategies()[name], problem, backend)
     if reason:
         what = NAMES[problem.call]
         raise ValueError(f"strategy {name!r} cannot run {what} here: {reason}")
@@ -120,7 +121,7 @@ def _best(
     Searches run in the order of their lower bounds, and stop once those are too high.
     """
     searches = _searches(problem, backend, name, limit)
-    if not problem.captured:
+    if searches and not problem.captured:
         _check_limit(searches, problem, limit)
     found: list[tuple[float, int, Candidate]] = []
     for number, search in sorted(enumerate(searches), key=lambda pair: pair[1].floor):
@@ -134,7 +135,10 @@ def _best(
     if found:
         return min(found)[-1]
     _, reasons = _every(problem, backend, name, limit, workers)
-    raise ValueError(_nothing_to_capture(problem, reasons))
+    words = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
+    if problem.captured:
+        raise ValueError(_nothing_to_capture(problem, backend, words))
+    raise ValueError(f"nothing can run {NAMES[problem.call]} here: {words}")
 
 
 def _check_limit(searches: list[TileSearch], problem: Problem, limit: int) -> None:
@@ -165,7 +169,7 @@ def _every(
             found.append(search.candidate(workers))
         except MemoryLimitError as error:
             sizes.setdefault(search.strategy.name, []).append(error.smallest)
-    refusals = {s.name: _refusal(s, problem) for s in _named(name)}
+    refusals = {s.name: _refusal(s, problem, backend) for s in _named(name)}
     reasons = {name: reason for name, reason in refusals.items() if reason}
     reasons |= {name: _too_large(min(each), problem) for name, each in sizes.items()}
     return tuple(sorted(found, key=lambda candidate: candidate.rank)), reasons
@@ -181,8 +185,8 @@ def _searches(
         for strategy in _named(name)
         if strategy.capturable or not problem.captured
         for form in forms
-        if strategy.supports(form)[0]
-        for variant in strategy.variants(form)
+        if strategy.supports(form)[0] and not _missing(strategy, problem, backend)
+        for variant in strategy.variants(form, backend)
     ]
 
 
@@ -196,13 +200,27 @@ def _forms(problem: Problem) -> list[Problem]:
     return [problem] if other is None else [problem, other]
 
 
-def _refusal(strategy: Strategy, problem: Problem) -> str:
+def _missing(strategy: Strategy, problem: Problem, backend: Backend) -> str:
+    """The reason why a library that a strategy calls cannot be used; empty if all can.
+
+    Integers are multiplied by kernels of our own.
+    """
+    names = () if problem.operand.kind in "biu" else strategy.libraries
+    return next(filter(None, map(backend.missing, names)), "")
+
+
+def _refusal(strategy: Strategy, problem: Problem, backend: Backend) -> str:
     """The reason why a strategy cannot run the problem in any form; empty if it can."""
     if problem.captured and not strategy.capturable:
         return "a CUDA graph is being captured, which cannot contain cuBLAS or cuFFT"
-    answers = [strategy.supports(form) for form in _forms(problem)]
-    if any(able for able, _ in answers):
-        return ""
+    forms = _forms(problem)
+    answers = [strategy.supports(form) for form in forms]
+    able = [f for f, (ok, _) in zip(forms, answers, strict=True) if ok]
+    if able and not (missing := _missing(strategy, problem, backend)):
+        found = any(strategy.variants(form, backend) for form in able)
+        return "" if found else _NO_ENGINE
+    if able:
+        return missing
     return f"; {over(problem)}: ".join(reason for _, reason in answers)
 
 
@@ -212,9 +230,12 @@ def _too_large(size: int, problem: Problem) -> str:
     return f"needs {size} bytes at least"
 
 
-def _nothing_to_capture(problem: Problem, reasons: dict[str, str]) -> str:
-    able = (repr(s.name) for s in strategies().values() if s.capturable)
-    words = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
+def _nothing_to_capture(problem: Problem, backend: Backend, words: str) -> str:
+    able = (
+        repr(s.name)
+        for s in strategies().values()
+        if s.capturable and not _missing(s, problem, backend)
+    )
     return (
         f"{NAMES[problem.call]} cannot be captured in a CUDA graph here ({words}): "
         f"call it outside the capture, or so that {' or '.join(able)} can run it "

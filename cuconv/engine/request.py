@@ -8,6 +8,7 @@ import numpy as np
 from cuconv.arrays import (
     Array,
     Types,
+    alignment_of,
     any_dask,
     as_dtype,
     base_array,
@@ -35,6 +36,8 @@ from cuconv.options import Options
 from cuconv.overflow import magnitude, may_wrap, warn_of_wrapping
 
 ZERO_POINTS = "x_zero_point", "w_zero_point"
+# Bytes that a library may read at once.
+PACKED_TO = 16
 _OPTIONAL = ("bias", "indices", *ZERO_POINTS)
 
 
@@ -123,6 +126,7 @@ class Request(NamedTuple):
         is_backward = flipped or op == "input_grad"
         # Whether weights are as they are multiplied.
         as_given = not flipped and (operand.kind != "c" or is_backward == transposed)
+        packed = _packed(in_roles, self.out) if backend.xp is not np else frozenset()
         in_place = self._result_in_place(op, types)
         for role, array in in_roles.items():
             if array.dtype == operand and role != "bias" and (role != "w" or as_given):
@@ -144,6 +148,7 @@ class Request(NamedTuple):
             flipped=flipped,
             captured=backend.is_capturing(),
             transposed=transposed,
+            packed=packed,
         )
 
     def _result_in_place(self, op: str, types: Types) -> set[str]:
@@ -248,6 +253,19 @@ def _in_place(
     other = taps_reversed(array, geometry)
     is_reversed = geometry.taps > 1 and _is_weight_matrix(other, geometry, backend)
     return {"reversed"} if is_reversed else set()
+
+
+def _packed(in_roles: dict[str, Array], out: Array | None) -> frozenset[str]:
+    """The names of arrays that a library takes as they are; see `Problem`."""
+    arrays = dict(in_roles)
+    if out is not None:
+        arrays["out"] = base_array(out)
+    found = {
+        name
+        for name, array in arrays.items()
+        if array.flags.c_contiguous and alignment_of(array) % PACKED_TO == 0
+    }
+    return frozenset(found | ({"out"} if out is None else set()))
 
 
 def _is_one_run(array: Array) -> bool:

@@ -121,6 +121,8 @@ class Strategy(Protocol):
     """One way to compute the three operations."""
 
     name: str
+    # The libraries of NVIDIA that it calls on CUDA with floats: cublas or cudnn.
+    libraries: tuple[str, ...]
     # Whether a run on CUDA only launches kernels, so that a graph can contain it: CuPy
     # refuses cuBLAS and cuFFT while one is captured.
     capturable: bool
@@ -133,7 +135,7 @@ class Strategy(Protocol):
     def supports(self, problem: Problem) -> tuple[bool, str]:
         """Whether it can run the problem, and the reason if it cannot."""
 
-    def variants(self, problem: Problem) -> tuple[Variant, ...]:
+    def variants(self, problem: Problem, backend: Backend) -> tuple[Variant, ...]:
         """The ways in which it can do it."""
 
     def describe(self, variant: Variant) -> str:
@@ -173,8 +175,8 @@ class OneWay:
     gains_from_size = True
     by_runs = False
 
-    def variants(self, problem: Problem) -> tuple[Variant, ...]:
-        del problem
+    def variants(self, problem: Problem, backend: Backend) -> tuple[Variant, ...]:
+        del problem, backend
         return (None,)
 
     def describe(self, variant: Variant) -> str:

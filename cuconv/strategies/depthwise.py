@@ -52,6 +52,7 @@ class Depthwise(OneWay):
     """See `cuconv.strategies.Strategy`."""
 
     name = "depthwise"
+    libraries: tuple[str, ...] = ()
     capturable = True
 
     def supports(self, problem: Problem) -> tuple[bool, str]:

@@ -89,6 +89,7 @@ class Fft(ForwardOnly, OneWay):
     """See `cuconv.strategies.Strategy`."""
 
     name = "fft"
+    libraries: tuple[str, ...] = ()
     capturable = False
     gains_from_size = False  # the cost of an element grows with the transform's length
 

@@ -80,6 +80,7 @@ class Im2col:
     """See `cuconv.strategies.Strategy`."""
 
     name = "im2col"
+    libraries: tuple[str, ...] = ("cublas",)
     capturable = False
     gains_from_size = True
     by_runs = True
@@ -88,7 +89,8 @@ class Im2col:
         del problem
         return True, ""
 
-    def variants(self, problem: Problem) -> tuple[Sharing, ...]:
+    def variants(self, problem: Problem, backend: Backend) -> tuple[Sharing, ...]:
+        del backend
         g = problem.geometry
         if problem.op == "weight_grad":
             several = g.group_filters >= 2 * PART and problem.module == "numpy"

@@ -76,6 +76,7 @@ class ImplicitGemm:
     """See `cuconv.strategies.Strategy`."""
 
     name = "implicit_gemm"
+    libraries: tuple[str, ...] = ()
     capturable = True
     gains_from_size = True
     by_runs = False
@@ -84,7 +85,8 @@ class ImplicitGemm:
         reason = next(_refusals(problem), "")
         return not reason, reason
 
-    def variants(self, problem: Problem) -> tuple[KernelVariant, ...]:
+    def variants(self, problem: Problem, backend: Backend) -> tuple[KernelVariant, ...]:
+        del backend
         sizes = block_sizes(problem.operand)
         rows, _, _ = _extents(problem)
         wide = [size for size in sizes if size[0] < 2 * rows] or sizes[-1:]

@@ -59,12 +59,12 @@ class Pointwise(Im2col):
             return False, "its input gradient multiplies by the weights transposed"
         return True, ""
 
-    def variants(self, problem: Problem) -> tuple[Sharing, ...]:
+    def variants(self, problem: Problem, backend: Backend) -> tuple[Sharing, ...]:
         if not _lies_ready(problem) or problem.geometry.images == 1:
-            return super().variants(problem)
+            return super().variants(problem, backend)
         short = problem.op != "input_grad" and problem.geometry.positions < LONG_ROW
         both = (EACH, WIDE) if short and problem.module == "numpy" else (EACH,)
-        more = super().variants(problem) if problem.op == "weight_grad" else ()
+        more = super().variants(problem, backend) if problem.op == "weight_grad" else ()
         return tuple(dict.fromkeys((*both, *more)))
 
     def tilings(self, problem: Problem, variant: Sharing, backend: Backend) -> Tilings:

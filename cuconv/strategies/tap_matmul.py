@@ -45,6 +45,7 @@ class TapMatmul(OneWay):
     """See `cuconv.strategies.Strategy`."""
 
     name = "tap_matmul"
+    libraries: tuple[str, ...] = ("cublas",)
     capturable = False
     by_runs = True
 

@@ -28,6 +28,10 @@ KERNELS = {
     "depthwise_weights": 16,
     "pad_copy": 30,
     "pad_adjoint": 54,
+    "deform_im2col": 24,
+    "deform_scatter": 24,
+    "deform_gather": 24,
+    "deform_offsets": 24,
     "pool": 70,
     "pool_gradient": 56,
 }

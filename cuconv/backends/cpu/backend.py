@@ -14,6 +14,7 @@ import numpy as np
 from cuconv.arrays import Array, DType, Types, stored, strided
 from cuconv.backends import padding
 from cuconv.backends.cpu import threads
+from cuconv.backends.cpu.deform import CpuDeform
 from cuconv.backends.cpu.machine import PART_BYTES, call_overhead, cpu_machine
 from cuconv.backends.cpu.pooling import CpuPools
 from cuconv.backends.cpu.threads import Queue, small_buffers
@@ -57,6 +58,7 @@ class CpuBackend:
     device = "cpu"
     direct = None
     contraction = None
+    library = None
     # Columns of one block.  Of 1, 2, 4 and 8 MiB, 4 was the best over six 3×3 and 7×7
     # layers of ResNet-50 and VGG-16, N = 8, on two AMD EPYC cores (1 MiB of L2 cache
     # each, 32 MiB of L3): 1 MiB took 1.04 (forward), 1.12 (input gradient) and 1.09
@@ -72,6 +74,15 @@ class CpuBackend:
     @property
     def pools(self) -> CpuPools:
         return CpuPools(self.do, self.each, self.workers())
+
+    @property
+    def deform(self) -> CpuDeform:
+        return CpuDeform(self)
+
+    @staticmethod
+    def missing(library: str) -> str:
+        del library  # NumPy has what it needs
+        return ""
 
     def device_of(self, array: Array) -> AbstractContextManager[object]:
         del array

@@ -19,6 +19,9 @@ from cuconv.arrays import (
 )
 from cuconv.backends import padding
 from cuconv.backends.cuda.compiler import Do, launch
+from cuconv.backends.cuda.cudnn import Cudnn
+from cuconv.backends.cuda.cudnn import version as cudnn_version
+from cuconv.backends.cuda.deform import CudaDeform
 from cuconv.backends.cuda.depthwise import (
     MOST_BLOCKS,
     DirectLaunch,
@@ -29,6 +32,7 @@ from cuconv.backends.cuda.device import gpu_of, is_capturing
 from cuconv.backends.cuda.elements import Variant
 from cuconv.backends.cuda.gemm import CUBLAS, gemm
 from cuconv.backends.cuda.implicit_gemm import CudaContraction
+from cuconv.backends.cuda.libraries import missing
 from cuconv.backends.cuda.pooling import PoolLaunch, PoolTypes, pack_pool, pool_macros
 from cuconv.backends.cuda.structs import (
     MOST_THREADS,
@@ -178,8 +182,20 @@ class CudaBackend:
         return CudaContraction(self.do, self._architecture)
 
     @property
+    def library(self) -> Cudnn:
+        return Cudnn(self.do, self._index)
+
+    @staticmethod
+    def missing(library: str) -> str:
+        return missing(library)
+
+    @property
     def pools(self) -> PoolKernels:
         return PoolKernels(self.do)
+
+    @property
+    def deform(self) -> CudaDeform:
+        return CudaDeform(self)
 
     @staticmethod
     def do(function: Callable[..., Any], *operands: Any) -> None:
@@ -267,7 +283,8 @@ class CudaBackend:
         runtime = cupy.cuda.runtime
         versions = runtime.driverGetVersion(), runtime.runtimeGetVersion()
         gpu = self._gpu.name, self._gpu.compute_capability
-        return ("cupy", cupy.__version__, *map(str, versions), *gpu)
+        own = () if missing("cudnn") else (cudnn_version(),)
+        return ("cupy", cupy.__version__, *map(str, versions), *gpu, *own)
 
     def release(self) -> None:
         cupy.get_default_memory_pool().free_all_blocks()

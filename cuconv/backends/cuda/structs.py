@@ -131,6 +131,26 @@ def TRANSFORM(element: DType, rows: int, columns: int, *, wide: bool) -> DType: 
     )
 
 
+@lru_cache(maxsize=8)
+def DEFORM(rank: int, *, wide: bool) -> DType:  # noqa: N802 - names the C struct
+    """The type of ``struct Deform``."""
+    index = "i8" if wide else "i4"
+    names = "image", "group", "tap", "axis"
+    fields = [*((name, index) for name in names), ("out", index, (rank,))]
+    steps = np.dtype(fields, align=True)
+    numbers = "each", "x_channel", "c_channel", "group_channels", "offset_channels"
+    return np.dtype(
+        [
+            ("g", GEOMETRY(rank, wide=wide)),
+            *((name, index) for name in (*numbers, "last")),
+            ("taps", index, (rank,)),
+            ("by_offset_channels", divisor_type(index)),
+            *((name, steps) for name in ("offset", "mask", "doffset", "dmask")),
+        ],
+        align=True,
+    )
+
+
 class Launch(NamedTuple):
     """The arguments of a kernel between x and its columns."""
 

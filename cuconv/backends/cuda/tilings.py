@@ -118,11 +118,11 @@ def contraction_variant(
 
 
 def usual_variants(
-    dtype: DType, *, fast: bool = False, modern: bool = True
+    dtype: DType, *, fast: bool = False, modern: bool = True, partial: bool = False
 ) -> Iterator[Variant]:
     """`implicit_gemm` for C-contiguous arrays: every operation, layout and block size.
 
-    ``modern`` devices copy asynchronously.
+    ``modern`` devices copy asynchronously; ``partial``: sums in parts.
     """
     tensor = modern and uses_tensor_cores(dtype, fast=fast)
     stages = 3 if modern else 2
@@ -131,7 +131,10 @@ def usual_variants(
         tiling = Tiling.of(dtype, *size, tensor=tensor)
         for op, sides in _usual_operands(dtype, tensor=tensor):
             variant = contraction_variant(
-                *(dtype, dtype, tiling, *sides), conjugated=op, stages=stages
+                *(dtype, dtype, tiling, *sides),
+                is_partial=partial,
+                conjugated=op,
+                stages=stages,
             )
             if variant not in seen:
                 seen.add(variant)
