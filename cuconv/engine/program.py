@@ -33,11 +33,6 @@ MOST_BYTES = MOST_STEPS * STEP_BYTES
 # The largest workspace of programs that set no buffer size: NumPy's buffers for arrays
 # that fit into it are less than what `CpuBackend.overhead` counts, whatever their size.
 _SMALL_BYTES = 2**16
-# Functions of NumPy's that need no buffers for arrays of one type.
-_UNBUFFERED = (
-    *(np.ndarray.__setitem__, np.ndarray.fill, np.dot),
-    *(profiling.push, profiling.pop),
-)
 
 
 Slots: TypeAlias = list[Any]
@@ -103,7 +98,7 @@ class Program:
         self.nbytes, self.workers = nbytes, workers
         self.single_threaded = single_threaded
         # Whether NumPy may read or write more than a few arrays by way of buffers.
-        self.is_buffered = recording.casts and nbytes + buffered > _SMALL_BYTES
+        self.is_buffered = nbytes + buffered > _SMALL_BYTES
         self.slots = list(recording.slots)
         self.views = tuple(recording.views.items())
         each = (recording.phases_of(ranges=ranges) for ranges in (False, True))
@@ -250,8 +245,6 @@ class Recording:
         self._phases: list[tuple[list[list[Step]], int]] = []
         self._steps: list[Step] | None = None
         self._count = 0
-        # Whether a step may cast its operands.
-        self.casts = False
 
     def do(self, function: Callable[..., Any], *operands: Any) -> None:
         """Record a step."""
@@ -261,11 +254,6 @@ class Recording:
         if self._steps is None:
             self._steps = []
             self._phases.append(([self._steps], 1))
-        if isinstance(function, np.ufunc) or function in _UNBUFFERED:
-            types = {o.dtype for o in operands if isinstance(o, ArrayStub)}
-            self.casts = self.casts or len(types) > 1
-        else:
-            self.casts = True
         by_address = takes_addresses(function)
         slots = [self._slot(o, is_address=by_address) for o in operands]
         self._steps.append((function, _picker(slots)))

@@ -126,6 +126,7 @@ class Request(NamedTuple):
         is_backward = flipped or op == "input_grad"
         # Whether weights are as they are multiplied.
         as_given = not flipped and (operand.kind != "c" or is_backward == transposed)
+        packed = _packed(in_roles, self.out) if backend.xp is not np else frozenset()
         in_place = self._result_in_place(op, types)
         for role, array in in_roles.items():
             if array.dtype == operand and role != "bias" and (role != "w" or as_given):
@@ -148,6 +149,7 @@ class Request(NamedTuple):
             flipped=flipped,
             captured=backend.is_capturing(),
             transposed=transposed,
+            packed=packed,
         )
 
     def _result_in_place(self, op: str, types: Types) -> set[str]:
