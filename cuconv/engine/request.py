@@ -138,7 +138,6 @@ class Request(NamedTuple):
             operand=operand,
             source=in_roles["dy" if op == "input_grad" else "x"].dtype,
             zero_copy=frozenset(in_place),
-            packed=(frozenset() if backend.xp is np else _packed(in_roles, self.out)),
             needs_cast=frozenset(
                 [role for role, array in in_roles.items() if array.dtype != operand]
             ),
