@@ -1,6 +1,6 @@
 """Checked calls, with everything that a plan depends on."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -31,7 +31,6 @@ from cuconv.engine.problem import (
     taps_reversed,
 )
 from cuconv.geometry import ConvGeometry
-from cuconv.geometry.options import checked_shape
 from cuconv.options import Options
 from cuconv.overflow import magnitude, may_wrap, warn_of_wrapping
 
@@ -190,17 +189,18 @@ def geometry_of(
     ``more`` is the shape of a gradient's result, and the arguments of a transposed
     convolution beside the options.
     """
-    if "dy" in arrays and "x" not in arrays:
-        _check_batch_axis(arrays["dy"].ndim, arrays["w"].ndim, more["x_shape"])
     shapes = {
         name: more[f"{name}_shape"] if f"{name}_shape" in more else arrays[name].shape
         for name in ("x", "w")
     }
-    if call in CONVOLUTION:
-        ends = more["output_padding"], more["output_size"]
-        geometry = options.transposed_geometry(shapes["x"], shapes["w"], *ends)
-    else:
-        geometry = options.geometry(shapes["x"], shapes["w"])
+    try:
+        if call in CONVOLUTION:
+            ends = more["output_padding"], more["output_size"]
+            geometry = options.transposed_geometry(shapes["x"], shapes["w"], *ends)
+        else:
+            geometry = options.geometry(shapes["x"], shapes["w"])
+    except ValueError as error:
+        raise ValueError(f"{error}{_batch_hint(arrays, more)}") from None
     wanted = shapes_of(call, geometry)
     for name in ("dy", "bias"):
         if name in arrays:
@@ -208,14 +208,15 @@ def geometry_of(
     return geometry
 
 
-def _check_batch_axis(dy_axes: int, w_axes: int, x_shape: Sequence[int]) -> None:
-    """Raise if only one of x_shape and dy has a batch axis."""
-    shape = checked_shape("x", x_shape)
-    if {len(shape), dy_axes} == {w_axes - 1, w_axes}:
-        raise ValueError(
-            f"x_shape has {len(shape)} axes: {shape}, and dy has {dy_axes}: both have "
-            "a batch axis, or neither"
-        )
+def _batch_hint(arrays: Mapping[str, Array], more: Mapping[str, Any]) -> str:
+    """The end of an error's message where only one of x_shape and dy has a batch."""
+    if not ("dy" in arrays and "w" in arrays and "x_shape" in more):
+        return ""
+    axes = {"x_shape": len(more["x_shape"]), "dy": arrays["dy"].ndim}
+    if set(axes.values()) != {arrays["w"].ndim - 1, arrays["w"].ndim}:
+        return ""
+    each = " and ".join(f"{name} has {n} axes" for name, n in axes.items())
+    return f"; {each}: both have a batch axis, or neither"
 
 
 def request_of_shapes(

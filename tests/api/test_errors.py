@@ -100,7 +100,6 @@ SHAPES = {
     "a stride in words": bad("stride", "'two'", error=TypeError, stride="two"),
     "groups in words": bad("groups", "'two'", error=TypeError, groups="two"),
     "a padding word": bad("'full'", "'same_lower'", "'half'", padding="half"),
-    "a padding case": bad("'same'", "'SAME'", padding="SAME"),
     "a layout word": bad("layout", "'NHWC'", "'NCWH'", layout="NCWH"),
     "no layout": bad("layout", "None", layout=None),
     "a layout's rank": bad("'NCDHW' has 3", "has 2", layout="NCDHW"),
@@ -492,7 +491,7 @@ def test_an_error_in_the_second_gradient_comes_before_the_first_runs(xp) -> None
             lambda: cuconv.conv_input_grad(
                 np.ones((1, 4, 6, 6)), np.ones((4, 3, 3, 3)), (1, 3, 8)
             ),
-            r"x_shape has 3 axes: \(1, 3, 8\), and dy has 4",
+            "x_shape has 3 axes and dy has 4 axes",
         ),
         (
             lambda: cuconv.conv2d(np.ma.ones((1, 3, 8, 8)), np.ones((4, 3, 3, 3))),
