@@ -7,6 +7,7 @@
 - unet3d: as in Çiçek et al. 2016, on volumes of moderate size.
 - audio1d: WaveNet's dilated layers, and a second of sound through EnCodec's encoder.
 - large_kernel: depthwise as in ConvNeXt-T and RepLKNet-31B; dense 11×11 and 15×15.
+- filters: a bank of filters over eight frames, as people use SciPy for.
 - transposed: decoders: a common shape; DCGAN's, Radford et al. 2015, figure 1; U-Net's,
   Ronneberger et al. 2015, padded to equal sizes; as in CycleGAN, Zhu et al. 2017.
 - pooling: ResNet's, without padding too, VGG's, Inception's, and whole planes; over one
@@ -22,6 +23,7 @@ from benchmarks.networks import NETWORKS, Network, Pass
 
 PYTORCH = ("cuconv", "torch")
 WITH_ONNX = (*PYTORCH, "onnxruntime")
+FILTERS = (*PYTORCH, "scipy", "oaconvolve", "ndimage", "im2col_columns")
 COLUMNS = ("im2col_rows", "im2col_columns")
 
 
@@ -66,6 +68,7 @@ SUITES = {
         listed("unet3d", 1),
         listed("audio1d"),
         listed("large_kernel"),
+        listed("filters", 8, FILTERS, ("forward",)),
         Suite("single_image", LAYERS["resnet50"], 1),
         listed("transposed", 8, PYTORCH, tuple(Transposed.operations)),
         listed("pooling", 8, PYTORCH, tuple(Pool.operations)),

@@ -1,15 +1,16 @@
-"""The command line: ``python -m cuconv`` info, plan, precompile and demo."""
+"""The command line, ``cuconv``: info, plan, precompile and demo."""
 
 import argparse
 import importlib
 import importlib.metadata
 import importlib.util
 import json
+import os
 import platform
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -152,6 +153,12 @@ def _progress(what: str) -> Iterator[Callable[[int, int], object] | None]:
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
+def _status(doing: str) -> AbstractContextManager[object]:
+    """Show what is being done, on a terminal."""
+    console = _terminal()
+    return nullcontext() if console is None else console.status(doing)
+
+
 def _refuse(error: object) -> int:
     print(f"error: {error}", file=sys.stderr)
     return 2
@@ -164,7 +171,8 @@ def _demo(chosen: argparse.Namespace) -> int:
     if missing:
         words = ", ".join(missing)
         return _refuse(f'the demo needs {words}: pip install "cuconv[demo]"')
-    from cuconv.demo import DemoError, run_demo  # noqa: PLC0415 - needs the extra
+    with _status("loading scikit-learn and matplotlib"):
+        from cuconv.demo import DemoError, run_demo  # noqa: PLC0415 - needs the extra
 
     try:
         passed = run_demo(
@@ -225,8 +233,9 @@ class _Parser(argparse.ArgumentParser):
 
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
-        prog="python -m cuconv", description="Convolution over NumPy and CuPy arrays."
+        prog="cuconv", description="Convolution over NumPy and CuPy arrays."
     )
+    parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser(
         "info", help="array modules, GPU, BLAS and versions"
@@ -304,7 +313,16 @@ def _add_demo(commands: Any) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; the exit status is its result."""
     chosen = _parser().parse_args(arguments)
-    status: int = chosen.run(chosen)
+    try:
+        status: int = chosen.run(chosen)
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130  # 128 + SIGINT, as shells count
+    except BrokenPipeError:
+        # The reader of the output has enough; nothing more may be flushed at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141  # 128 + SIGPIPE
     return status
 
 

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, Never
 
 import numpy as np
 
+from cuconv.choices import check_choice, check_options, hint
 from cuconv.memory import MemoryLimit, parse_memory_limit
 
 PRECISIONS = ("strict", "standard", "fast")
@@ -73,9 +74,7 @@ class config:  # noqa: N801 - read as a statement: with config(...): ...
         deterministic: bool | None = None,
         **unknown: Never,
     ) -> None:
-        for name in unknown:
-            names = ", ".join(_CHECKS)
-            raise TypeError(f"there is no option {name!r}; the options are {names}")
+        check_options(unknown, _CHECKS)
         given = {
             "num_threads": num_threads,
             "memory_limit": memory_limit,
@@ -110,10 +109,7 @@ def check_precision(value: object) -> str:
     """Raise if the value is not a precision."""
     if not isinstance(value, str):
         raise TypeError(f"precision must be a str; got {value!r}")
-    if value not in PRECISIONS:
-        words = ", ".join(map(repr, PRECISIONS))
-        raise ValueError(f"precision must be one of {words}; got {value!r}")
-    return value
+    return check_choice("precision", value, PRECISIONS)
 
 
 def check_deterministic(value: object) -> bool:
@@ -168,7 +164,8 @@ def _warn_of_others(known: tuple[str, ...]) -> None:
         is_ours = name in known or name.startswith(_OF_TESTS)
         if name.startswith("CUCONV_") and not is_ours:
             names = ", ".join(known)
-            words = f"{name} is not read; the variables of cuconv are {names}"
+            meant = hint(name, known)
+            words = f"{name} is not read; the variables of cuconv are {names}{meant}"
             warnings.warn(words, stacklevel=4)
 
 

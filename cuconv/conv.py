@@ -5,6 +5,7 @@ from typing import Any, Unpack
 
 from cuconv.arrays import Array, is_array
 from cuconv.backends import backend_on
+from cuconv.choices import not_a_choice
 from cuconv.engine.call import (
     GRADIENTS,
     ConvGradients,
@@ -469,8 +470,7 @@ def plan_conv(
     chosen = chosen_options({"dtype": "float32", **options})
     check_bias(bias)
     if not isinstance(op, str) or op not in ROLES:
-        words = ", ".join(map(repr, ROLES))
-        raise ValueError(f"op must be one of {words}; got {op!r}")
+        raise not_a_choice("op", op, ROLES)
     more: dict[str, Any] = {"x_shape": x_shape, "w_shape": w_shape}
     if op.startswith("transpose"):
         more |= {"output_padding": output_padding, "output_size": output_size}

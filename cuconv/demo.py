@@ -326,27 +326,31 @@ def run_stack(recorder: Recorder, photo: Array) -> tuple[Array, Array]:
 def load_photo(path: Path | None) -> Array:
     """A photograph as (1, 3, H, W), float32 from 0 to 1.
 
+    Pixels of more than 8 bits are divided by the largest of them.
+
     Raises
     ------
     DemoError
         If there is no picture in the file.
     """
     if path is None:
-        pixels = load_sample_image("china.jpg")
+        pixels, top = load_sample_image("china.jpg"), 255.0
     else:
         try:
             with Image.open(path) as image:
-                if image.mode.startswith(("I", "F")):
-                    raise DemoError(
-                        f"{path} has pixels of mode {image.mode}, not 8 bits"
-                    )
-                upright = ImageOps.exif_transpose(image).convert("RGB")
+                upright = ImageOps.exif_transpose(image)
+                is_deep = upright.mode.startswith(("I", "F"))
+                upright = upright.convert("F" if is_deep else "RGB")
         except _UNREADABLE as error:
             raise DemoError(f"{path} cannot be read as a picture: {error}") from error
         upright.thumbnail((LARGEST_SIDE, LARGEST_SIDE))
-        pixels = np.asarray(upright)
+        pixels = np.atleast_3d(np.asarray(upright, dtype=np.float32))
+        top = float(pixels.max()) if is_deep else 255.0
+        if not np.isfinite(pixels).all():
+            raise DemoError(f"{path} has pixels that are not finite")
     planes = np.moveaxis(pixels, -1, 0)[None]
-    return np.ascontiguousarray(planes, dtype=np.float32) / np.float32(255)
+    photo = np.broadcast_to(planes, (1, 3, *planes.shape[2:]))
+    return np.ascontiguousarray(photo, dtype=np.float32) / np.float32(top or 1)
 
 
 def check_output(output: Path, photo: Path | None) -> None:

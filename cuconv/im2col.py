@@ -23,6 +23,7 @@ def im2col(
     stride: Sizes = 1,
     padding: Padding = 0,
     dilation: Sizes = 1,
+    cover_all: bool = False,
     layout: str = "channels_first",
     order: str = "rows",
     out: Array | None = None,
@@ -36,7 +37,7 @@ def im2col(
         The batch axis may be missing if ``kernel_size`` names every axis.
     kernel_size
         Taps along each axis: one number for a batched ``x``, or one for each axis.
-    stride, padding, dilation, layout
+    stride, padding, dilation, cover_all, layout
         As for `cuconv.conv`.
     order
         ``"rows"``: (N·positions, C·taps); ``"columns"``: (C·taps, N·positions);
@@ -73,6 +74,7 @@ def im2col(
         "stride": stride,
         "padding": padding,
         "dilation": dilation,
+        "cover_all": cover_all,
         "layout": layout,
         "order": order,
     }
@@ -87,6 +89,7 @@ def col2im(
     stride: Sizes = 1,
     padding: Padding = 0,
     dilation: Sizes = 1,
+    cover_all: bool = False,
     layout: str = "channels_first",
     order: str = "rows",
     out: Array | None = None,
@@ -102,7 +105,7 @@ def col2im(
         Columns in the given ``order``, as `im2col` writes them.
     x_shape
         Shape of the array to build.
-    kernel_size, stride, padding, dilation, layout, order
+    kernel_size, stride, padding, dilation, cover_all, layout, order
         As for `im2col`.
     out
         Array to write to, of shape ``x_shape`` and the type of ``cols``, in the
@@ -135,6 +138,7 @@ def col2im(
         "stride": stride,
         "padding": padding,
         "dilation": dilation,
+        "cover_all": cover_all,
         "layout": layout,
         "order": order,
     }
@@ -149,6 +153,7 @@ def iter_im2col(
     stride: Sizes = 1,
     padding: Padding = 0,
     dilation: Sizes = 1,
+    cover_all: bool = False,
     layout: str = "channels_first",
     order: str = "rows",
     memory_limit: MemoryLimit = None,
@@ -157,7 +162,7 @@ def iter_im2col(
 
     Parameters
     ----------
-    x, kernel_size, stride, padding, dilation, layout, order
+    x, kernel_size, stride, padding, dilation, cover_all, layout, order
         As for `im2col`.
     memory_limit
         Upper bound on what one step allocates, its columns included (columns that you
@@ -191,6 +196,7 @@ def iter_im2col(
         "stride": stride,
         "padding": padding,
         "dilation": dilation,
+        "cover_all": cover_all,
         "layout": layout,
     }
     return column_steps(x, options, order, memory_limit)

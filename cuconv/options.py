@@ -7,6 +7,7 @@ from typing import Any, Literal, NamedTuple, ParamSpec, TypeAlias, TypedDict, Ty
 
 import numpy as np
 
+from cuconv.choices import check_flag
 from cuconv.config import check_deterministic, check_precision, settings
 from cuconv.geometry import ConvGeometry, Padding, Sizes
 from cuconv.memory import MemoryLimit, parse_memory_limit
@@ -16,7 +17,7 @@ R = TypeVar("R")
 T = TypeVar("T")
 
 # Options that a transposed convolution does not have.
-FORWARD_ALONE = "padding_mode", "input_dilation", "batch_groups"
+FORWARD_ALONE = "padding_mode", "input_dilation", "batch_groups", "cover_all"
 
 PaddingMode: TypeAlias = Literal[
     "zeros", "reflect", "symmetric", "replicate", "circular"
@@ -36,11 +37,11 @@ class ConvOptions(TypedDict, total=False):
         Zeros around the input, in elements: an integer, one for each spatial axis, or
         (before, after) pairs; negative numbers crop.  Or a string: ``"valid"`` is no
         padding; ``"full"`` is dilation · (kernel - 1) elements at both ends, so that
-        there is an output for every overlap of kernel and input; ``"same"`` makes the
-        output ceil(size / stride) long, with the extra element after; ``"same_lower"``
-        with the extra element before; ``"causal"``, for one spatial axis, is dilation ·
-        (kernel - 1) elements before and none after, so that output o depends on no
-        input after o · stride.
+        there is an output for every overlap of kernel and input; ``"same"``, also as
+        ``"SAME_UPPER"``, makes the output ceil(size / stride) long, with the extra
+        element after; ``"same_lower"`` with the extra element before; ``"causal"``, for
+        one spatial axis, is dilation · (kernel - 1) elements before and none after, so
+        that output o depends on no input after o · stride.  In any case.
     groups
         Split channels and filters into this number of independent groups;
         ``groups=C`` is depthwise convolution.
@@ -58,10 +59,18 @@ class ConvOptions(TypedDict, total=False):
         Split images and filters into B groups: images [b · N / B, (b + 1) · N / B) are
         convolved with filters [b · K / B, (b + 1) · K / B) only, and y has N / B images
         and all K filters.  Above 1, only with ``groups=1``.
+    flip_kernel
+        True: convolution in the sense of mathematics and of SciPy.  The taps are taken
+        in reverse along every spatial axis, ``w[k, c, kernel - 1 - t]`` in place of
+        ``w[k, c, t]``, and nothing is conjugated.  ``w`` is not copied for it.
+    cover_all
+        True: round the size of the output up, as Chainer does: the padding at the end
+        of each axis grows until no element, and no padding, is left over after the last
+        window.
     layout
         ``"channels_first"``, also as ``"NCL"``, ``"NCW"``, ``"NCHW"`` or ``"NCDHW"``;
         or ``"channels_last"``, also as ``"NLC"``, ``"NWC"``, ``"NHWC"`` or
-        ``"NDHWC"``.
+        ``"NDHWC"``; in any case.
     dtype
         Type of the result; by default NumPy's common type of the arrays.  float16 and
         bfloat16 are summed in float32 and rounded once, everything else in the common
@@ -95,6 +104,8 @@ class ConvOptions(TypedDict, total=False):
     padding_mode: PaddingMode
     input_dilation: Sizes
     batch_groups: int
+    flip_kernel: bool
+    cover_all: bool
     layout: str
     dtype: Any
     strategy: str
@@ -109,6 +120,8 @@ class SeparableOptions(TypedDict, total=False):
     stride: Sizes
     padding: Padding
     dilation: Sizes
+    flip_kernel: bool
+    cover_all: bool
     layout: str
     dtype: Any
     strategy: str
@@ -215,6 +228,8 @@ class Options(NamedTuple):
     padding_mode: str = "zeros"
     input_dilation: Sizes = 1
     batch_groups: int = 1
+    flip_kernel: bool = False
+    cover_all: bool = False
     layout: str = "channels_first"
     dtype: Any = None
     strategy: str = "auto"
@@ -234,6 +249,7 @@ class Options(NamedTuple):
             padding_mode=self.padding_mode,
             input_dilation=self.input_dilation,
             batch_groups=self.batch_groups,
+            cover_all=self.cover_all,
         )
 
     def transposed_geometry(
@@ -268,6 +284,7 @@ class Options(NamedTuple):
             raise TypeError(f"strategy must be a str; got {self.strategy!r}")
         limit, precision, same = self.memory_limit, self.precision, self.deterministic
         return self._replace(
+            flip_kernel=check_flag("flip_kernel", self.flip_kernel),
             memory_limit=(
                 now.memory_limit if limit is None else parse_memory_limit(limit)
             ),

@@ -32,6 +32,8 @@ class _ConvOptions(TypedDict, total=False):
     padding_mode: str
     input_dilation: Sizes
     batch_groups: int
+    flip_kernel: bool
+    cover_all: bool
 
 
 class _TransposedOptions(TypedDict, total=False):
@@ -42,6 +44,7 @@ class _TransposedOptions(TypedDict, total=False):
     dilation: Sizes
     groups: int
     layout: str
+    flip_kernel: bool
 
 
 _DEFAULTS = {
@@ -52,6 +55,8 @@ _DEFAULTS = {
     "batch_groups": 1,
     "layout": "channels_first",
     "padding_mode": "zeros",
+    "flip_kernel": False,
+    "cover_all": False,
 }
 _CONV_DEFAULTS, _TRANSPOSED_DEFAULTS = (
     {name: _DEFAULTS[name] for name in options.__annotations__}
@@ -78,7 +83,7 @@ def conv_reference(
         (K,).
     stride, padding, dilation, groups, layout
         As for `cuconv.conv`.
-    padding_mode, input_dilation, batch_groups
+    padding_mode, input_dilation, batch_groups, flip_kernel, cover_all
         As for `cuconv.conv`.
 
     Returns
@@ -120,7 +125,7 @@ def conv_input_grad_reference(
         Shape of the input.
     stride, padding, dilation, groups, layout
         As for `cuconv.conv`.
-    padding_mode, input_dilation, batch_groups
+    padding_mode, input_dilation, batch_groups, flip_kernel, cover_all
         As for `cuconv.conv`.
 
     Returns
@@ -163,7 +168,7 @@ def conv_weight_grad_reference(
         Shape of the weights, (K, C / groups, *kernel).
     stride, padding, dilation, groups, layout
         As for `cuconv.conv`.
-    padding_mode, input_dilation, batch_groups
+    padding_mode, input_dilation, batch_groups, flip_kernel, cover_all
         As for `cuconv.conv`.
 
     Returns
@@ -207,7 +212,7 @@ def conv_transpose_reference(
         Weights, (C, K / groups, *kernel).
     bias
         (K,).
-    stride, padding, output_padding, output_size, dilation, groups, layout
+    stride, padding, output_padding, output_size, dilation, groups, layout, flip_kernel
         As for `cuconv.conv_transpose`.
 
     Returns
@@ -247,7 +252,7 @@ def conv_transpose_input_grad_reference(
         Weights, (C, K / groups, *kernel); conjugated where complex, as in PyTorch.
     x_shape
         Shape of the input.
-    stride, padding, output_padding, output_size, dilation, groups, layout
+    stride, padding, output_padding, output_size, dilation, groups, layout, flip_kernel
         As for `cuconv.conv_transpose`.
 
     Returns
@@ -288,7 +293,7 @@ def conv_transpose_weight_grad_reference(
         Input, (N, C, *spatial); conjugated where complex, as in PyTorch.
     w_shape
         Shape of the weights.
-    stride, padding, output_padding, output_size, dilation, groups, layout
+    stride, padding, output_padding, output_size, dilation, groups, layout, flip_kernel
         As for `cuconv.conv_transpose`.
 
     Returns
@@ -364,22 +369,25 @@ class _View(NamedTuple):
 
     layout: str
     batched: bool
+    flips: bool = False
 
     @classmethod
     def of(cls, options: dict[str, Any], *, batched: bool) -> "_View":
-        """Take the layout out of the options."""
-        return cls(options.pop("layout"), batched)
+        """Take what it sees to out of the options."""
+        return cls(options.pop("layout"), batched, options.pop("flip_kernel"))
 
     @property
     def _channels_last(self) -> bool:
-        return self.layout == "channels_last" or self.layout.endswith("C")
+        return self.layout.lower().endswith(("channels_last", "c"))
 
     def of_images(self, array: Host) -> Host:
         array = array if self.batched else array[np.newaxis]
         return np.moveaxis(array, -1, 1) if self._channels_last else array
 
     def of_filters(self, array: Host) -> Host:
-        return np.moveaxis(array, (-1, -2), (0, 1)) if self._channels_last else array
+        if self._channels_last:
+            array = np.moveaxis(array, (-1, -2), (0, 1))
+        return np.flip(array, range(2, array.ndim)) if self.flips else array
 
     def back(self, array: Host) -> Host:
         array = np.moveaxis(array, 1, -1) if self._channels_last else array
@@ -414,6 +422,7 @@ class _Loops:
         padding_mode: str,
         input_dilation: Sizes,
         batch_groups: int,
+        cover_all: bool,
     ) -> "_Loops":
         if x_shape[1] != w_shape[1] * groups or w_shape[0] % groups:
             raise ValueError(
@@ -437,8 +446,9 @@ class _Loops:
             pads = [
                 (p, p) if isinstance(p, int) else tuple(p) for p in _each(padding, rank)
             ]
+        # Rounded up, a window may lack all elements but one step's first.
         out = tuple(
-            len(_starts(size + sum(pad), span, step))
+            len(_starts(size + sum(pad) + (step - 1) * cover_all, span, step))
             for (size, span, step), pad in zip(axes, pads, strict=True)
         )
         before = tuple(pad[0] for pad in pads)
@@ -535,7 +545,9 @@ class _Spread:
             size = None if output_size is None else _each(output_size, rank)[axis]
             if padding in ("same", "same_lower", "causal"):
                 size = cells * step if size is None else size
-                found.append((_word_pads(padding, size, span, step)[0], size))
+                # What is added at the end is split too.
+                wide = size - extra, span, step
+                found.append((_word_pads(padding, *wide, cells)[0], size))
                 continue
             if isinstance(padding, str):
                 pair = _word_pads(padding, cells, span, step)
@@ -581,15 +593,21 @@ def _starts(size: int, span: int, step: int) -> range:
     return range(0, size - span + 1, step)
 
 
-def _word_pads(word: str, size: int, span: int, step: int) -> tuple[int, int]:
-    """The least padding with which the number of windows of a string option fit."""
+def _word_pads(
+    word: str, size: int, span: int, step: int, wanted: int | None = None
+) -> tuple[int, int]:
+    """The least padding with which the number of windows of a string option fit.
+
+    ``wanted`` is that number, where it does not follow from the size.
+    """
     if word == "valid":
         return 0, 0
     if word == "full":
         return span - 1, span - 1  # the outer windows have one element each
     if word == "causal":
         return span - 1, 0  # the first window ends at the first element
-    wanted = len(range(0, size, step))
+    if wanted is None:
+        wanted = len(range(0, size, step))
     total = next(p for p in count() if len(_starts(size + p, span, step)) >= wanted)
     more, less = total - total // 2, total // 2
     return {"same": (less, more), "same_lower": (more, less)}[word]

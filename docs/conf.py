@@ -5,6 +5,8 @@ import re
 import sys
 from pathlib import Path
 
+from docutils import nodes
+from docutils.utils.math.latex2mathml import tex2mathml
 from sphinx.util import logging
 
 import cuconv
@@ -20,14 +22,16 @@ project_copyright = "the cuconv developers"
 release = version = cuconv.__version__
 
 extensions = [
-    "myst_parser",
+    "myst_nb",
+    "sphinx_copybutton",
     "sphinx.ext.autodoc",
     "sphinx.ext.napoleon",
     "sphinx.ext.viewcode",
 ]
-exclude_patterns = ["_build", "_figures", "examples"]
+exclude_patterns = ["_build", "_figures", "examples", "jupyter_execute"]
 default_role = "py:obj"
 html_theme = "furo"
+html_math_renderer = "mathml"
 html_title = f"cuconv {release}"
 html_copy_source = False
 
@@ -35,6 +39,11 @@ autodoc_typehints = "none"
 autodoc_member_order = "bysource"
 napoleon_google_docstring = False
 napoleon_use_rtype = False
+nb_execution_mode = "force"
+nb_execution_raise_on_error = True
+# Prompts and results of examples are not copied.
+copybutton_prompt_text = r">>> |\.\.\. |\$ "
+copybutton_prompt_is_regexp = True
 myst_heading_anchors = 3
 myst_enable_extensions = ["dollarmath"]
 
@@ -48,6 +57,16 @@ def _escape(*event):
     for i, line in enumerate(lines):
         if not line.lstrip().startswith((">>>", "...")):
             lines[i] = _MARKUP.sub(r"\\\g<0>", line)
+
+
+def _formula(*, as_block):
+    """A visitor that writes a formula as MathML, which browsers read by themselves."""
+
+    def visit(translator, node):
+        translator.body.append(tex2mathml(node.astext(), as_block=as_block))
+        raise nodes.SkipNode
+
+    return visit, None
 
 
 def _draw_figures(_app):
@@ -78,6 +97,11 @@ def _check_reference(_app, env):
 
 
 def setup(app):
+    app.add_html_math_renderer(
+        "mathml",
+        inline_renderers=_formula(as_block=False),
+        block_renderers=_formula(as_block=True),
+    )
     # Before napoleon, which has a priority of 500 and writes markup of its own.
     app.connect("autodoc-process-docstring", _escape, priority=400)
     app.connect("builder-inited", _draw_figures)

@@ -15,6 +15,7 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
+from sklearn.datasets import load_sample_image
 
 import cuconv
 from cuconv import profiling
@@ -298,6 +299,28 @@ def draw_arrow(panel, stop, start, text=""):
     panel.text(middle[0] + 0.12, middle[1] - 0.02, text, size=7, style="italic")
 
 
+def draw_filters(figure):
+    """A photograph through a bank of four filters, in one call."""
+    pixels = load_sample_image("china.jpg")
+    bright = pixels.mean(-1, dtype=np.float32)[None, None] / 255
+    y, x = np.mgrid[-3:4, -3:4]
+    blob = np.exp(-(x**2 + y**2) / 4)
+    wave = blob * np.cos((x + y) * np.pi / 3)
+    bank = np.stack([blob * x, blob * y, blob, wave - blob * wave.sum() / blob.sum()])
+    bank = (bank / np.abs(bank).sum((1, 2), keepdims=True))[:, None].astype("f4")
+    responses = cuconv.conv2d(bright, bank, padding="same", padding_mode="symmetric")
+    panels = figure.subplots(1, 5)
+    panels[0].imshow(pixels)
+    for panel, response in zip(panels[1:], responses[0], strict=True):
+        top = np.percentile(np.abs(response), 99.5)
+        low, colours = (-top, "RdBu_r") if response.min() < 0 else (0, "gray")
+        panel.imshow(response, cmap=colours, vmin=low, vmax=top)
+    names = ("photograph", "across", "down", "blurred", "diagonal wave")
+    for panel, name in zip(panels, names, strict=True):
+        panel.set_title(name)
+        panel.set_axis_off()
+
+
 FIGURES = {
     "road": (draw_road, (11, 3.8)),
     "columns": (draw_columns, (9, 4)),
@@ -324,5 +347,13 @@ def draw_all(folder):
             figure.savefig(folder / f"{name}.svg", metadata={"Date": None})
 
 
+def draw_front(path):
+    """The picture of README.md and of the front page, which is kept."""
+    figure = Figure(figsize=(12, 1.9), layout="constrained")
+    draw_filters(figure)
+    figure.savefig(path, dpi=100)
+
+
 if __name__ == "__main__":
     draw_all(Path(sys.argv[1]))
+    draw_front(Path(sys.argv[1]) / "filters.png")

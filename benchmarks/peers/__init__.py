@@ -15,6 +15,8 @@ PEERS = {
     "im2col_columns": "whole_buffer:Columns",
     "naive": "loops:Loops",
     "scipy": "scipy_pairs:Pairs",
+    "oaconvolve": "scipy_pairs:OverlapAdd",
+    "ndimage": "scipy_pairs:Ndimage",
     "cudnn": "pytorch:Cudnn",
     "cupy_im2col": "whole_buffer:CupyColumns",
 }

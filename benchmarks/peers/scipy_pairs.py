@@ -1,11 +1,16 @@
-"""SciPy: a correlation for every pair of a channel and a filter."""
+"""SciPy: a correlation for every pair of a channel and a filter.
+
+Forward by any of its three functions for it, and both gradients by `scipy.signal`.
+"""
 
 from collections.abc import Iterator
 from itertools import product
+from typing import Any
 
 import numpy as np
 import scipy
-from scipy.signal import convolve, correlate
+from scipy import ndimage
+from scipy.signal import convolve, correlate, oaconvolve
 
 from benchmarks.cases import Case, Host
 from benchmarks.layers import Sizes
@@ -22,12 +27,16 @@ class Pairs(Peer):
     def versions(self) -> dict[str, str]:
         return {"scipy": scipy.__version__}
 
+    def correlated(self, image: Host, kernel: Host) -> Any:
+        """The correlation where they overlap completely."""
+        return correlate(image, kernel, "valid")
+
     def forward(self, case: Case, x: Host, w: Host) -> Host:
         x, w = np.pad(x, case.layer.around), dilated(w, case.layer.dilation)
         y = np.zeros(case.result_shape, np.float32)
         every = tuple(slice(None, None, step) for step in case.layer.stride)
         for n, k, c, channel in pairs(case):
-            y[n, k] += correlate(x[n, channel], w[k, c], "valid")[every]
+            y[n, k] += self.correlated(x[n, channel], w[k, c])[every]
         return y
 
     def input_grad(self, case: Case, dy: Host, w: Host) -> Host:
@@ -46,6 +55,22 @@ class Pairs(Peer):
         for n, k, c, channel in pairs(case):
             dw[k, c] += correlate(x[n, channel], dy[n, k], "valid")[taps]
         return dw
+
+
+class OverlapAdd(Pairs):
+    """By the Fourier transform, block by block."""
+
+    def correlated(self, image: Host, kernel: Host) -> Any:
+        return oaconvolve(image, np.flip(kernel), "valid")
+
+
+class Ndimage(Pairs):
+    """By loops over the taps; what hangs over the edge is cut off."""
+
+    def correlated(self, image: Host, kernel: Host) -> Any:
+        sizes = zip(image.shape, kernel.shape, strict=True)
+        inside = (slice(k // 2, k // 2 + n - k + 1) for n, k in sizes)
+        return ndimage.correlate(image, kernel, mode="constant")[tuple(inside)]
 
 
 def pairs(case: Case) -> Iterator[tuple[int, int, int, int]]:

@@ -2,7 +2,13 @@
 
 from cuconv.engine.lowering import Lowering
 from cuconv.engine.request import Request
-from cuconv.engine.rewrites import canonical, padded_copy, polyphase, zero_points
+from cuconv.engine.rewrites import (
+    canonical,
+    flipped,
+    padded_copy,
+    polyphase,
+    zero_points,
+)
 from cuconv.memory import MemoryLimitError
 
 
@@ -12,6 +18,8 @@ def lower(request: Request) -> Lowering:
     A strategy that the user named, a memory limit or a CUDA graph may want the
     convolution as it was given.
     """
+    if request.options.flip_kernel:
+        return flipped.lower(request, lower)
     found: Lowering | None = None
     try:
         found = canonical.lower(request, _lower)

@@ -95,6 +95,50 @@ class Basic(Lowering):
         yield w
 
 
+class Viewed(Lowering):
+    """Another lowering, run on other views of the call's arrays."""
+
+    def __init__(self, inner: Lowering) -> None:
+        self.inner = inner
+        self.parts, self.buffers = inner.parts, inner.buffers
+        self.is_capturable, self.instead_of = inner.is_capturable, inner.instead_of
+
+    @abstractmethod
+    def views(self, arrays: dict[str, Array]) -> dict[str, Array]:
+        """The arrays that are seen otherwise, of those of a run."""
+
+    @property
+    def composition(self) -> str:
+        return self.inner.composition
+
+    @property
+    def chunks(self) -> int:
+        return self.inner.chunks
+
+    @property
+    def flops(self) -> int:
+        return self.inner.flops
+
+    @property
+    def nanoseconds(self) -> float:
+        return self.inner.nanoseconds
+
+    @property
+    def workspace_bytes(self) -> int:
+        return self.inner.workspace_bytes
+
+    def bytes_around(self, parts: Sequence[int]) -> int:
+        return self.inner.bytes_around(parts)
+
+    @property
+    def memory_limit(self) -> int:
+        return self.inner.memory_limit
+
+    def steps(self, run: Run) -> None:
+        arrays = {**run.arrays, **self.views(run.arrays)}
+        self.inner.steps(run._replace(arrays=arrays))
+
+
 def basic_part(request: Request, *, flipped: bool = False) -> PlanningResult:
     """Plan a basic convolution; ``flipped`` as in `Problem`."""
     options = request.options

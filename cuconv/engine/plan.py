@@ -344,6 +344,22 @@ class Plan(LoweredCall):
     def __str__(self) -> str:
         return "\n".join(f"{name:<14}{text}" for name, text in self.rows())
 
+    def __repr__(self) -> str:
+        x_shape, y_shape = self._outer_shapes
+        return (
+            f"<Plan of {NAMES[self.problem.call]}: x {x_shape}, w "
+            f"{self.request.geometry.w_shape}, y {y_shape}, {self.strategy}, "
+            f"{self.workspace_bytes:,} bytes of workspace>"
+        )
+
+    def _repr_html_(self) -> str:
+        """The lines of `print` as a table, for notebooks."""
+        rows = (
+            f"<tr><th>{name}</th><td>{text.replace('<', '&lt;')}</td></tr>"
+            for name, text in self.rows()
+        )
+        return f"<table>{''.join(rows)}</table>"
+
     def rows(self) -> Iterable[tuple[str, str]]:
         """The lines of `print`: a heading and its text."""
         p, g, candidate = self.problem, self.request.geometry, self.candidates[0]

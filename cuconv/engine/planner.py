@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
 from cuconv.backends import Backend
+from cuconv.choices import not_a_choice
 from cuconv.engine.problem import NAMES, Problem
 from cuconv.engine.tile_search import Candidate, TileSearch, over
 from cuconv.memory import MemoryLimit, MemoryLimitError
@@ -96,8 +97,7 @@ def check_strategy_name(name: str) -> None:
     """Raise if a string is not the name of a strategy, "auto" or "benchmark"."""
     words = "auto", "benchmark", *strategies()
     if name not in words:
-        quoted = ", ".join(map(repr, words))
-        raise ValueError(f"strategy must be one of {quoted}; got {name!r}")
+        raise not_a_choice("strategy", name, words)
 
 
 def _check_strategy(problem: Problem, name: str) -> None:

@@ -24,6 +24,7 @@ from cuconv.arrays import (
     native,
     resolve_types,
 )
+from cuconv.choices import check_options
 from cuconv.engine.pool_plan import INDEX, limit_of, plan_of, y_shape
 from cuconv.engine.pool_problem import MAXIMUM, MEAN, NORM, PoolProblem
 from cuconv.engine.problem import check_shape
@@ -171,10 +172,7 @@ def window_geometry(
 
 
 def _check_known(options: Values, names: list[str]) -> None:
-    unknown = sorted(set(options) - set(names))
-    if unknown:
-        known = ", ".join(names)
-        raise TypeError(f"there is no option {unknown[0]!r}; the options are {known}")
+    check_options(options, names)
 
 
 def divided_by(options: Values) -> dict[str, Any]:

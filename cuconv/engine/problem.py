@@ -45,7 +45,8 @@ class Problem:
 
     ``zero_copy`` names the arrays (``x``, ``w``, ``dy``, ``out``) that BLAS can read or
     write in place: they have the right type, and strides of a matrix.  It contains
-    ``run`` if the result is contiguous.  ``source`` is the type of the array that is
+    ``run`` if the result is contiguous, and ``reversed`` if weights, or the gradient for
+    them, are such a matrix with their taps in reverse.  ``source`` is the type of the array that is
     gathered, and ``needs_cast`` names all arrays whose type is not that of the
     operands.  ``flipped`` marks the forward pass over dy that an input gradient is: its
     weights are those of the caller, filters and channels exchanged, taps in reverse.
@@ -153,6 +154,12 @@ def check_shape(name: str, array: Array, shape: tuple[int, ...]) -> None:
     """Raise if an array has another shape."""
     if array.shape != shape:
         raise ValueError(f"{name} has shape {array.shape} and must have {shape}")
+
+
+def taps_reversed(w: Array, geometry: ConvGeometry) -> Array:
+    """View weights with their taps in reverse along every axis."""
+    taps = (slice(None, None, -1),) * geometry.rank
+    return w[(..., *taps) if geometry.channels_first else taps]
 
 
 def in_groups(array: Array, geometry: ConvGeometry) -> Array:

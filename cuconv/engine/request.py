@@ -20,6 +20,7 @@ from cuconv.arrays import (
     stub_array,
 )
 from cuconv.backends import Backend
+from cuconv.choices import check_options
 from cuconv.engine.problem import (
     CONVOLUTION,
     ROLES,
@@ -27,6 +28,7 @@ from cuconv.engine.problem import (
     check_shape,
     in_groups,
     shapes_of,
+    taps_reversed,
 )
 from cuconv.geometry import ConvGeometry
 from cuconv.options import Options
@@ -128,10 +130,7 @@ def named_inputs(arrays: Mapping[str, Array | None]) -> dict[str, Array]:
 
 def chosen_options(options: Mapping[str, Any], known: Any = Options._fields) -> Options:
     """The options with their defaults; raise for an unknown one."""
-    unknown = sorted(set(options) - set(known))
-    if unknown:
-        names = ", ".join(known)
-        raise TypeError(f"there is no option {unknown[0]!r}; the options are {names}")
+    check_options(options, known)
     return Options(**options)
 
 
@@ -190,8 +189,10 @@ def _zero_copy(
         if array.dtype != problem.operand or role == "bias":
             continue
         if role == "w":
-            fits = _is_weight_matrix(array, geometry, backend)
-            fits = fits and not (problem.conjugates_weights or problem.flipped)
+            as_is = not (problem.conjugates_weights or problem.flipped)
+            fits = as_is and _is_weight_matrix(array, geometry, backend)
+            if as_is and _is_reversed_matrix(array, geometry, backend):
+                ready.add("reversed")
         else:
             cells = in_groups(array, geometry)
             fits = is_matrix_ready(cells, geometry.rank, backend.largest_step)
@@ -199,6 +200,10 @@ def _zero_copy(
             ready.add(role)
     if _is_zero_copy_out(problem, out, backend):
         ready.add("out")
+    if out is not None and problem.op == "weight_grad":
+        stores = backend.can_store(problem.types, problem.types.result)
+        if stores and _is_reversed_matrix(base_array(out), geometry, backend):
+            ready.add("reversed")
     if out is None or _is_one_run(out):
         ready.add("run")
     return frozenset(ready)
@@ -218,10 +223,13 @@ def _is_zero_copy_out(problem: Problem, out: Array | None, backend: Backend) -> 
 
 
 def _is_one_run(array: Array) -> bool:
-    """Whether an array is one run of memory, in whichever order of its axes."""
+    """Whether an array is one run of memory, in whichever order of its axes.
+
+    Any of them may be in reverse.
+    """
     step = array.dtype.itemsize
     pairs = zip(array.strides, array.shape, strict=True)
-    for stride, size in sorted((s, n) for s, n in pairs if n != 1):
+    for stride, size in sorted((abs(s), n) for s, n in pairs if n != 1):
         if stride != step:
             return False
         step *= size
@@ -242,3 +250,10 @@ def _is_weight_matrix(array: Array, geometry: ConvGeometry, backend: Backend) ->
     if not geometry.channels_first:
         order = (geometry.rank + 1, *inner)
     return bool(array.transpose(order).flags.c_contiguous)
+
+
+def _is_reversed_matrix(array: Array, geometry: ConvGeometry, backend: Backend) -> bool:
+    """Whether weights are such a run of memory with their taps in reverse."""
+    if geometry.taps == 1:
+        return False
+    return _is_weight_matrix(taps_reversed(array, geometry), geometry, backend)

@@ -109,6 +109,12 @@ class Axis(NamedTuple):
         return self._replace(overhang=self.stride - rest)
 
     @property
+    def covered(self) -> "Axis":
+        """The axis with more padding at its end, to complete a last partial window."""
+        rest = (self.padded - self.extent) % self.stride
+        return self._replace(after=self.after + self.stride - rest) if rest else self
+
+    @property
     def is_identity(self) -> bool:
         """True if every window is the one element at its own position."""
         single = self.kernel == self.stride == 1 and not self.windows

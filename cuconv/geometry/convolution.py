@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from typing import NamedTuple
 
+from cuconv.choices import check_flag
 from cuconv.geometry.axis import AxisPhase, Range, phases_of_inputs, phases_of_outputs
 from cuconv.geometry.options import (
     Padding,
@@ -14,10 +15,11 @@ from cuconv.geometry.options import (
     as_index,
     axes_of,
     channels_are_first,
-    check_padding_mode,
+    checked_padding_mode,
     check_repeats,
     checked_shape,
     frozen,
+    frozen_padding,
     per_axis,
     split_shape,
 )
@@ -251,7 +253,7 @@ class ConvGeometry(WindowGeometry):
             checked_shape("w", w_shape),
             frozen("stride", stride),
             Ends(
-                frozen("padding", padding),
+                frozen_padding(padding),
                 frozen("output_padding", output_padding),
                 None if output_size is None else frozen("output_size", output_size),
             ),
@@ -274,6 +276,7 @@ class ConvGeometry(WindowGeometry):
         padding_mode: str = "zeros",
         input_dilation: Sizes = 1,
         batch_groups: int = 1,
+        cover_all: bool = False,
     ) -> "ConvGeometry":
         """Geometry of ``conv(x, w)`` from the two shapes; see `cuconv.conv`.
 
@@ -285,12 +288,12 @@ class ConvGeometry(WindowGeometry):
         (8, 64, 109, 109)
         """
         channels_are_first(layout)
-        check_padding_mode(padding_mode)
+        padding_mode = checked_padding_mode(padding_mode)
         return _conv_geometry(
             checked_shape("x", x_shape),
             checked_shape("w", w_shape),
             frozen("stride", stride),
-            frozen("padding", padding),
+            frozen_padding(padding),
             frozen("dilation", dilation),
             layout,
             _Sharing(
@@ -298,17 +301,19 @@ class ConvGeometry(WindowGeometry):
                 as_index("batch_groups", batch_groups),
                 padding_mode,
                 frozen("input_dilation", input_dilation),
+                check_flag("cover_all", cover_all),
             ),
         )
 
 
 class _Sharing(NamedTuple):
-    """Groups, batch groups, padding mode and input dilation."""
+    """Groups, batch groups, padding mode, input dilation, and rounding up."""
 
     groups: int
     batch_groups: int
     padding_mode: str
     input_dilation: object
+    cover_all: bool
 
 
 @lru_cache(maxsize=4096)
@@ -325,11 +330,12 @@ def _conv_geometry(
     filters, channels, kernel = _split_weights(
         w_shape, channels_first=split.channels_first
     )
-    groups, batch_groups, padding_mode, input_dilation = sharing
+    groups, batch_groups, padding_mode, input_dilation, cover_all = sharing
     _check_channels(split, channels, filters, groups)
     _check_batch_groups(split, filters, groups, batch_groups)
     axes = axes_of(
         *(split.sizes, kernel, stride, padding, dilation),
+        cover_all=cover_all,
         input_dilation=input_dilation,
     )
     check_repeats(padding_mode, axes)

@@ -6,6 +6,7 @@ from typing import NamedTuple, TypeAlias
 
 import numpy as np
 
+from cuconv.choices import check_choice
 from cuconv.geometry.axis import Axis, EvenAxis, Range, Ranges, dilated_size
 
 LARGEST_PARAMETER = 2**31 - 1
@@ -13,6 +14,8 @@ LARGEST_PARAMETER = 2**31 - 1
 # With these the output has ceil(size / stride) elements along every axis.
 SIZED_WORDS = ("same", "same_lower", "causal")
 PADDING_WORDS = ("valid", "full", *SIZED_WORDS)
+# ONNX's word for "same".
+_SAME_UPPER = "same_upper"
 
 # The value of padding: zero, the element at the mirrored position (without and with the
 # edge repeated), the edge, or the element that follows when the input is repeated.
@@ -50,6 +53,15 @@ def frozen(name: str, value: object) -> object:
     if isinstance(value, (tuple, list)) or getattr(value, "ndim", 0) > 0:
         return tuple(frozen(name, item) for item in value)  # type: ignore[attr-defined]
     return as_index(name, value)
+
+
+def frozen_padding(padding: object) -> object:
+    """``padding`` for cache keys; words are those of `PADDING_WORDS`."""
+    if not isinstance(padding, str):
+        return frozen("padding", padding)
+    known = (*PADDING_WORDS, _SAME_UPPER)
+    word = check_choice("padding", padding, known, also="integers or ")
+    return "same" if word == _SAME_UPPER else word
 
 
 def checked_shape(name: str, shape: Sequence[int]) -> tuple[int, ...]:
@@ -93,14 +105,11 @@ def kernel_of_rank(kernel_size: Sizes, rank: int) -> tuple[int, ...]:
 
 def channels_are_first(layout: str) -> bool:
     """True if a layout has the channels before the spatial axes."""
-    if not isinstance(layout, str) or layout not in LAYOUTS:
-        words = ", ".join(map(repr, LAYOUTS))
-        raise ValueError(f"layout must be one of {words}; got {layout!r}")
-    return LAYOUTS[layout]
+    return LAYOUTS[check_choice("layout", layout, LAYOUTS)]
 
 
 def _check_layout_rank(layout: str, rank: int) -> None:
-    if not layout.startswith("channels") and len(layout) != rank + 2:
+    if not layout.casefold().startswith("channels") and len(layout) != rank + 2:
         raise ValueError(
             f"layout {layout!r} has {len(layout) - 2} spatial axes "
             f"and the kernel has {rank}"
@@ -170,11 +179,6 @@ def pads_of(
     """The padding before and after each axis, from any form of ``padding``."""
     rank = len(sizes)
     if isinstance(padding, str):
-        if padding not in PADDING_WORDS:
-            words = ", ".join(map(repr, PADDING_WORDS))
-            raise ValueError(
-                f"padding must be integers or one of {words}; got {padding!r}"
-            )
         _check_word_rank(padding, rank)
         each = zip(sizes, kernel, strides, dilations, strict=True)
         return tuple(word_pads(padding, *axis) for axis in each)
@@ -191,8 +195,20 @@ def pads_of(
             "padding", tuple(p[1] for p in pairs), rank, -LARGEST_PARAMETER
         )
         return tuple(zip(befores, afters, strict=True))
+    _check_not_flat(padding, rank)
     each_side = per_axis("padding", padding, rank, -LARGEST_PARAMETER)
     return tuple((p, p) for p in each_side)
+
+
+def _check_not_flat(padding: object, rank: int) -> None:
+    """Raise for ONNX's list of all begins, then all ends."""
+    is_flat = isinstance(padding, tuple) and len(padding) == 2 * rank
+    if is_flat and all(isinstance(p, int) for p in padding):  # type: ignore[attr-defined]
+        pairs = tuple(zip(padding[:rank], padding[rank:], strict=True))  # type: ignore[index]
+        raise ValueError(
+            f"padding has {2 * rank} values for {rank} spatial axes; if they are "
+            f"ONNX's pads, begins and then ends, write the pairs: padding={pairs}"
+        )
 
 
 def _check_fits(index: int, axis: Axis, padding: object) -> None:
@@ -221,6 +237,7 @@ def axes_of(
     dilation: object,
     *,
     ceil_mode: bool = False,
+    cover_all: bool = False,
     input_dilation: object = 1,
 ) -> tuple[Axis, ...]:
     """One `Axis` for each spatial axis; raise if a kernel does not fit."""
@@ -240,6 +257,8 @@ def axes_of(
     )
     if ceil_mode:
         axes = tuple(axis.rounded_up for axis in axes)
+    if cover_all:
+        axes = tuple(axis.covered for axis in axes)
     for index, axis in enumerate(axes):
         _check_fits(index, axis, padding)
     return axes
@@ -259,11 +278,9 @@ def even_axis(index: int, size: int, windows: int) -> Axis:
     return EvenAxis.of(size, windows)
 
 
-def check_padding_mode(padding_mode: str) -> None:
-    """Raise if a string is not a padding mode."""
-    if not isinstance(padding_mode, str) or padding_mode not in PADDING_MODES:
-        words = ", ".join(map(repr, PADDING_MODES))
-        raise ValueError(f"padding_mode must be one of {words}; got {padding_mode!r}")
+def checked_padding_mode(padding_mode: str) -> str:
+    """The padding mode that a string is; raise if it is none."""
+    return check_choice("padding_mode", padding_mode, PADDING_MODES)
 
 
 def check_repeats(padding_mode: str, axes: tuple[Axis, ...]) -> None:

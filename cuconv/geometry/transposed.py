@@ -8,7 +8,6 @@ from cuconv.geometry.options import (
     _check_word_rank,
     pads_of,
     per_axis,
-    word_pads,
 )
 
 
@@ -70,14 +69,23 @@ class Source(NamedTuple):
         after -= more - more % self.stride
         return Axis(size, self.kernel, self.stride, self.dilation, before, after)
 
-    def of_word(self, word: str, wanted: int | None) -> Axis:
-        """The axis for padding as a string: ``wanted`` elements, or size · stride."""
-        most = self.size * self.stride
-        least = max(most - self.stride + 1, 0)
-        size = most if wanted is None else wanted
-        self._check_size(size, least, most)
-        pads = word_pads(word, size, self.kernel, self.stride, self.dilation)
-        return Axis(size, self.kernel, self.stride, self.dilation, *pads)
+    def of_word(self, word: str, wanted: int | None, more: int) -> Axis:
+        """The axis for padding as a string: ``wanted`` elements, or size · stride.
+
+        The size determines what is cropped, ``more`` elements after the last included.
+        """
+        size = self.size * self.stride if wanted is None else wanted
+        total = max(self.reach + more - size, 0)
+        before = {
+            "same": total // 2,
+            "same_lower": total - total // 2,
+            "causal": self.dilation * (self.kernel - 1),
+        }[word]
+        after = max(self.reach - before - size, 0)
+        left = self.reach - before - after
+        if wanted is not None:
+            self._check_size(size, 0, left + self.most_more)
+        return self.padded((before, after), size - left)
 
     def of_size(self, pads: Range, wanted: int) -> Axis:
         """The axis with the output_padding that makes ``wanted`` elements."""
@@ -97,8 +105,9 @@ def transposed_axes(sources: list[Source], ends: Ends) -> tuple[Axis, ...]:
     """The axes of the convolution whose input gradient has the result's size."""
     rank, word = len(sources), ends.word
     more = per_axis("output_padding", ends.output_padding, rank, 0)
+    is_split = word in ("same", "same_lower") and ends.output_size is not None
     sized = word is not None or ends.output_size is not None
-    if any(more) and sized:
+    if any(more) and sized and not is_split:
         other = f"padding {word!r}" if word else f"output_size {ends.output_size}"
         raise ValueError(
             f"output_padding {ends.output_padding} and {other} both determine the "
@@ -110,8 +119,8 @@ def transposed_axes(sources: list[Source], ends: Ends) -> tuple[Axis, ...]:
         wanted = per_axis("output_size", ends.output_size, rank, 0)
     if word is not None:
         _check_word_rank(word, rank)
-        pairs = zip(sources, wanted, strict=True)
-        return tuple(source.of_word(word, size) for source, size in pairs)
+        each = zip(sources, wanted, more, strict=True)
+        return tuple(s.of_word(word, size, cells) for s, size, cells in each)
     _, sizes, kernel, strides, dilations = zip(*sources, strict=True)
     pads = pads_of(ends.padding, sizes, kernel, strides, dilations)
     return tuple(

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import NamedTuple
 
+from cuconv.choices import check_flag, not_a_choice
 from cuconv.geometry.axis import Axis, Range, Ranges, T
 from cuconv.geometry.options import (
     Padding,
@@ -16,6 +17,7 @@ from cuconv.geometry.options import (
     checked_shape,
     even_axis,
     frozen,
+    frozen_padding,
     split_shape,
 )
 
@@ -201,8 +203,7 @@ class WindowGeometry:
             "batched": (images, patch, positions),
         }
         if not isinstance(order, str) or order not in shapes:
-            words = ", ".join(map(repr, shapes))
-            raise ValueError(f"order must be one of {words}; got {order!r}")
+            raise not_a_choice("order", order, shapes)
         return (
             shapes[order] if self.batched or order != "batched" else shapes[order][1:]
         )
@@ -316,13 +317,15 @@ class WindowGeometry:
         padding: Padding = 0,
         dilation: Sizes = 1,
         ceil_mode: bool = False,
+        cover_all: bool = False,
         layout: str = "channels_first",
     ) -> "WindowGeometry":
         """Geometry of windows over an array of shape ``x_shape``.
 
         A ``kernel_size`` of several numbers fixes the rank, and ``x_shape`` may then
         lack the batch axis; a single number means a batched array.  ``ceil_mode`` adds
-        a window along every axis that has elements left over (`Axis.rounded_up`).
+        a window along every axis that has elements left over (`Axis.rounded_up`), and
+        ``cover_all`` one for padding that is left over too (`Axis.covered`).
 
         Raises
         ------
@@ -334,10 +337,11 @@ class WindowGeometry:
             checked_shape("x", x_shape),
             frozen("kernel_size", kernel_size),
             frozen("stride", stride),
-            frozen("padding", padding),
+            frozen_padding(padding),
             frozen("dilation", dilation),
             layout,
             ceil_mode,
+            check_flag("cover_all", cover_all),
         )
 
     @classmethod
@@ -386,6 +390,7 @@ def _window_geometry(
     dilation: object,
     layout: str,
     ceil_mode: bool,  # noqa: FBT001 - the key of a cache
+    cover_all: bool,  # noqa: FBT001
 ) -> WindowGeometry:
     if isinstance(kernel_size, str):
         raise TypeError(f"kernel_size must be integers; got {kernel_size!r}")
@@ -398,7 +403,9 @@ def _window_geometry(
         )
     split = split_shape(x_shape, len(kernel_size), layout)
     axes = axes_of(
-        split.sizes, kernel_size, stride, padding, dilation, ceil_mode=ceil_mode
+        *(split.sizes, kernel_size, stride, padding, dilation),
+        ceil_mode=ceil_mode,
+        cover_all=cover_all,
     )
     return WindowGeometry(
         split.images, split.channels, axes, split.channels_first, split.batched

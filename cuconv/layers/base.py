@@ -4,6 +4,7 @@ import sys
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Self
 
 import numpy as np
@@ -47,6 +48,10 @@ class Layer(ABC):
     array([0., 1.])
     """
 
+    # Positional arguments and options, which `repr` shows beside the parameters.
+    _sizes: tuple[Any, ...] = ()
+    _options: Mapping[str, Any] = MappingProxyType({})
+
     def __init__(self) -> None:
         self.parameters: dict[str, Array] = {}
         self.gradients: dict[str, Array] = {}
@@ -59,6 +64,16 @@ class Layer(ABC):
     @abstractmethod
     def backward(self, dy: Array, *, needs_input: bool = True) -> Array | None:
         """Fill `gradients`; return the gradient for the input, if it is needed."""
+
+    def __repr__(self) -> str:
+        shapes = (f"{name} {array.shape}" for name, array in self.parameters.items())
+        options = (
+            f"{name}={value if name == 'dtype' else repr(value)}"
+            for name, value in self._options.items()
+            if value is not None
+        )
+        shown = ", ".join((*shapes, *map(repr, self._sizes), *options))
+        return f"{type(self).__name__}({shown})"
 
     def __call__(self, x: Array) -> Array:
         return self.forward(x)

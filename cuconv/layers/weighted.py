@@ -9,6 +9,7 @@ import numpy as np
 
 from cuconv.arrays import Array, DType, as_dtype, check_type
 from cuconv.backends import default_array_module
+from cuconv.choices import check_options
 from cuconv.engine.planner import check_strategy_name
 from cuconv.engine.request import chosen_options
 from cuconv.geometry import Sizes, channels_are_first
@@ -25,7 +26,7 @@ class Weighted(Ranked):
 
     def __init__(self, options: Any) -> None:
         super().__init__()
-        _check_known(options, self._known)
+        check_options(options, self._known)
         self._options: Any = {"dtype": np.float32, **options}
         self._dtype = _parameter_type(self._options["dtype"])
         self._options["dtype"] = self._dtype
@@ -165,15 +166,6 @@ class Filters(Weighted):
             return array
         rank = array.ndim - 2
         return array.transpose(rank + 1, rank, *range(rank))
-
-
-def _check_known(options: Iterable[str], known: Iterable[str]) -> None:
-    unknown = set(options) - set(known)
-    if unknown:
-        words = ", ".join(map(repr, sorted(unknown)))
-        raise TypeError(
-            f"a layer has no option {words}; the options are {', '.join(known)}"
-        )
 
 
 def drawn(

@@ -20,7 +20,7 @@ from itertools import islice
 from cuconv.arrays import Array, DType, Stored, flattened, stored
 from cuconv.backends import Backend
 from cuconv.engine.costs import Work
-from cuconv.engine.problem import Problem, in_groups
+from cuconv.engine.problem import Problem, in_groups, taps_reversed
 from cuconv.geometry import Block, Region, Tile
 from cuconv.memory import Buffer
 from cuconv.strategies.base import (
@@ -113,7 +113,7 @@ class Im2col:
             columns = _column_buffer(problem, tile, problem.types.accumulate)
             own = (*_dy_buffer(problem, tile), *_dx_buffer(problem, tiling.region))
             shared = bias_buffer(problem)
-            return Workspace(weight_buffer(problem), shared, (columns, *own))
+            return Workspace(_weight_buffer(problem), shared, (columns, *own))
         gathered = self.column_buffers(problem, tiling, backend)
         if problem.op == "weight_grad":
             sums, own = _sum_buffers(problem, tiling, backend)
@@ -121,7 +121,7 @@ class Im2col:
         direct = "out" in problem.zero_copy and tiling.variant == EACH
         staged = () if direct else (output_buffer(problem, "y", tile),)
         return Workspace(
-            weight_buffer(problem), bias_buffer(problem), (*gathered, *staged)
+            _weight_buffer(problem), bias_buffer(problem), (*gathered, *staged)
         )
 
     def work(self, problem: Problem, tiling: Tiling) -> Work:
@@ -129,7 +129,7 @@ class Im2col:
         columns = g.images * g.positions * g.groups * g.patch * run_cost(problem)
         blocks = g.count_blocks(tiling.tile)
         products = g.groups * blocks * tiling.tile.images
-        transposed = 0 if "w" in problem.zero_copy else g.filters * g.patch
+        transposed = sum(buffer.cells for buffer in _weight_buffer(problem))
         if problem.op == "input_grad":
             regions = g.count_regions(tiling.region)
             again = g.reach(tiling.region) * regions / max(g.images * g.positions, 1)
@@ -193,6 +193,9 @@ class Im2col:
         return columns.matrix
 
     def weights(self, job: Job, w: Array, kept: dict[str, Array]) -> Array:
+        if _reverses(job.problem):
+            geometry = job.problem.geometry
+            return weight_matrix(taps_reversed(w, geometry), geometry)
         return take_weights(job, w, kept)
 
     def forward(
@@ -234,6 +237,8 @@ class Im2col:
     def weight_grad(self, job: Job, dy: Array, x: Array, out: Array) -> None:
         geometry = job.problem.geometry
         x, dy = in_groups(x, geometry), in_groups(dy, geometry)
+        if _reverses(job.problem):
+            out = taps_reversed(out, geometry)
         sums, totals = _sums(job, out)
         splits, own_filters = job.tiling.splits, job.tiling.variant == FILTERS
         parts = parts_of(geometry.group_filters, splits if own_filters else 1)
@@ -258,6 +263,15 @@ class Im2col:
         add_splits(job, sums)
         if sums[0] is not out:
             _finish(job, sums[0], out)
+
+
+def _reverses(problem: Problem) -> bool:
+    """True if columns have their taps in reverse: so do the weights in memory."""
+    return "reversed" in problem.zero_copy
+
+
+def _weight_buffer(problem: Problem) -> tuple[Buffer, ...]:
+    return () if _reverses(problem) else weight_buffer(problem)
 
 
 def run_cost(problem: Problem) -> float:
@@ -296,7 +310,7 @@ def _stored_columns(
 ) -> Stored:
     geometry = job.problem.geometry
     first, last = block.images
-    return stored(
+    columns = stored(
         flat,
         (last - first, geometry.groups, geometry.group_channels),
         geometry.kernel,
@@ -304,6 +318,10 @@ def _stored_columns(
         channels_first=geometry.channels_first,
         wide=wide,
     )
+    if not _reverses(job.problem):
+        return columns
+    taps = (slice(None, None, -1),) * geometry.rank
+    return columns._replace(cells=columns.cells[(slice(None),) * 3 + taps])
 
 
 def _dy_buffer(problem: Problem, tile: Tile) -> tuple[Buffer, ...]:
@@ -334,13 +352,19 @@ def _is_transposed(problem: Problem) -> bool:
     )
 
 
+def _sums_in_place(problem: Problem) -> bool:
+    """True if the gradient of weights is a running sum, whatever order of its taps."""
+    is_whole = problem.types.result == problem.types.accumulate
+    return sums_in_place(problem) or (_reverses(problem) and is_whole)
+
+
 def _sum_buffers(
     problem: Problem, tiling: Tiling, backend: Backend
 ) -> tuple[tuple[Buffer, ...], tuple[Buffer, ...]]:
     """One running sum for each split, the first in the result where it can be."""
     geometry = problem.geometry
     cells = geometry.filters * geometry.patch
-    in_place = sums_in_place(problem) and not _is_transposed(problem)
+    in_place = _sums_in_place(problem) and not _is_transposed(problem)
     splits, filters = tiling.splits, geometry.group_filters
     if tiling.variant == FILTERS:
         splits, filters = 1, -(-filters // tiling.splits)
@@ -362,7 +386,7 @@ def _sums(job: Job, out: Array) -> tuple[list[Array], list[Array]]:
         shape = (geometry.groups, geometry.patch, geometry.group_filters)
         sums = list(flat.reshape(-1, *shape))
         return sums, [total[None].swapaxes(-1, -2) for total in sums]
-    own = [out] if sums_in_place(problem) else []
+    own = [out] if _sums_in_place(problem) else []
     sums = [*own, *flat.reshape(-1, *out.shape)]
     return sums, [weight_matrix(total, geometry) for total in sums]
 

@@ -25,7 +25,7 @@ from cuconv.arrays import Array, flattened
 from cuconv.backends import Backend, Contraction
 from cuconv.backends.blocking import Blocking, block_sizes
 from cuconv.engine.costs import Work
-from cuconv.engine.problem import Problem, in_groups
+from cuconv.engine.problem import Problem, in_groups, taps_reversed
 from cuconv.geometry import Axis, Tile
 from cuconv.memory import Buffer
 from cuconv.strategies.base import (
@@ -159,12 +159,14 @@ class ImplicitGemm:
 
     def weights(self, job: Job, w: Array, kept: dict[str, Array]) -> Array:
         """(G, K/G, C/G, *kernel); the channels that are summed are the third axis."""
+        g, reverse = job.problem.geometry, "reversed" in job.problem.zero_copy
         view = filters_of(w, job.problem)
         if job.problem.op == "input_grad":
             view = view.swapaxes(1, 2)
         if job.tiling.variant[-1] == IN_PLACE:
             return view
-        g = job.problem.geometry
+        # Copied as it is in memory, and reversed again when it is read.
+        w = taps_reversed(w, g) if reverse else w
         flat = w.reshape(g.groups, g.group_filters, g.group_channels, g.taps)
         kernel_last = kept["w"].reshape(
             *(g.groups, view.shape[1], *g.kernel, view.shape[2])
@@ -175,7 +177,9 @@ class ImplicitGemm:
         with job.backend.stage("weights", self.name):
             exchanged = kept["w"].reshape(*flat.shape[:2], flat.shape[3], flat.shape[2])
             _kernels(job).transpose(flat, exchanged)
-        return kernel_last.transpose(0, 1, g.rank + 2, *range(2, g.rank + 2))
+        copy = kernel_last.transpose(0, 1, g.rank + 2, *range(2, g.rank + 2))
+        taps = (slice(None, None, -1),) * g.rank
+        return copy[(..., *taps)] if reverse else copy
 
     def forward(
         self, job: Job, x: Array, weights: Array, bias: Array | None, out: Array
@@ -276,7 +280,8 @@ def _can_copy(problem: Problem) -> bool:
     """True if a copy to channels last allows vector loads for tensor cores."""
     g = problem.geometry
     needed = {"forward": {"x", "w"}, "input_grad": {"dy", "w"}}
-    direct = needed.get(problem.op, {"dy", "x"}) <= problem.zero_copy
+    ready = problem.zero_copy | ({"w"} if "reversed" in problem.zero_copy else set())
+    direct = needed.get(problem.op, {"dy", "x"}) <= ready
     terms = {"input_grad": g.group_filters}.get(problem.op, g.group_channels)
     whole = terms % (_WORD // problem.operand.itemsize) == 0
     return problem.is_for_tensor_cores and g.channels_first and direct and whole

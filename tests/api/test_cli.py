@@ -9,10 +9,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 from support import ROOT
 
 import cuconv
 from cuconv import __main__ as command
+from cuconv.demo import DemoError, load_photo
 from cuconv.options import Options
 
 PAGE = ROOT / "docs" / "cli.md"
@@ -150,6 +152,46 @@ def test_progress_comes_after_each_kernel():
     seen: list[Any] = []
     ready = cuconv.precompile(("int8",), (1,), progress=lambda *now: seen.append(now))
     assert seen == [(done, ready) for done in range(1, ready + 1)]
+
+
+def test_the_version_is_told(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        command.main(["--version"])
+    assert capsys.readouterr().out == f"{cuconv.__version__}\n"
+
+
+def test_an_interrupted_command_ends_in_one_line(monkeypatch, capsys):
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(command, "information", interrupted)
+    assert command.main(["info"]) == 130
+    assert capsys.readouterr() == ("", "interrupted\n")
+
+
+@pytest.mark.parametrize(
+    ("kind", "dtype"),
+    [
+        *(("png", dtype) for dtype in ("uint8", "uint16")),
+        *(("tif", dtype) for dtype in ("uint8", "uint16", "int32", "float32")),
+    ],
+)
+def test_pictures_of_any_depth_are_taken(kind, dtype, tmp_path):
+    top = 255 if dtype == "uint8" else 4000
+    pixels = np.linspace(0, top, 6 * 5).reshape(6, 5).astype(dtype)
+    picture = tmp_path / f"picture.{kind}"
+    Image.fromarray(pixels).save(picture)
+    photo = load_photo(picture)
+    assert photo.shape == (1, 3, 6, 5)
+    for plane in photo[0]:
+        np.testing.assert_array_equal(plane, pixels.astype("f4") / np.float32(top))
+
+
+def test_a_picture_that_is_not_finite_is_refused(tmp_path):
+    picture = tmp_path / "picture.tif"
+    Image.fromarray(np.full((6, 5), np.nan, dtype="f4")).save(picture)
+    with pytest.raises(DemoError, match="not finite"):
+        load_photo(picture)
 
 
 def on_a_terminal(monkeypatch):

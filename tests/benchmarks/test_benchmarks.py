@@ -52,11 +52,14 @@ PLAIN_CASES = [
     for operation in OPERATIONS
 ]
 ALL = PLAIN_CASES + OTHERS
-NUMPY_PEERS = ("cuconv", "im2col_rows", "im2col_columns", "naive", "scipy")
+NUMPY_PEERS = (
+    *("cuconv", "im2col_rows", "im2col_columns", "naive"),
+    *("scipy", "oaconvolve", "ndimage"),
+)
 
 
 def peer_named(name: str, **wishes: Any) -> Any:
-    if name == "scipy":
+    if name in ("scipy", "oaconvolve", "ndimage"):
         pytest.importorskip("scipy")
     return make_peer(name, wishes)
 

@@ -413,3 +413,16 @@ def test_the_second_call_takes_nothing_large(op, monkeypatch) -> None:
         taken.clear()
         result = plan(*arrays)
         assert taken == [result.nbytes]
+
+
+def test_a_plan_shows_itself():
+    plan = cuconv.plan_conv((2, 3, 8, 8), (4, 3, 3, 3), padding=1, strategy="im2col")
+    assert repr(plan) == (
+        "<Plan of the forward pass: x (2, 3, 8, 8), w (4, 3, 3, 3), y (2, 4, 8, 8), "
+        f"im2col, {plan.workspace_bytes:,} bytes of workspace>"
+    )
+    table = plan._repr_html_()
+    rows = list(plan.rows())
+    assert table.count("<tr>") == len(rows) > 10
+    for name, text in rows:
+        assert f"<tr><th>{name}</th><td>{text}</td></tr>" in table

@@ -572,3 +572,28 @@ def test_every_layer_has_an_example() -> None:
     tested = {*MADE, *depthwise, *SEPARABLE, *POOLED}
     assert set(public) == {"Layer", *tested} == set(layers.__all__)
     assert all(">>> " in public[name].__doc__ for name in tested)
+
+
+@pytest.mark.parametrize(
+    ("layer", "text"),
+    [
+        (
+            lambda: layers.Conv1d(2, 4, 3, bias=False, groups=2, dtype="float64"),
+            "Conv1d(weight (4, 1, 3), dtype=float64, groups=2)",
+        ),
+        (
+            lambda: layers.SeparableConv2d(2, 4, 3, layout="NHWC"),
+            (
+                "SeparableConv2d(depthwise (3, 3, 2, 1), pointwise (2, 4), bias (4,), "
+                "dtype=float32, layout='NHWC')"
+            ),
+        ),
+        (lambda: layers.MaxPool2d(3, stride=2), "MaxPool2d((3, 3), stride=2)"),
+        (
+            lambda: layers.AdaptiveAvgPool((1, 2)),
+            "AdaptiveAvgPool((1, 2), layout='channels_first')",
+        ),
+    ],
+)
+def test_a_layer_shows_parameters_and_options(layer, text):
+    assert repr(layer()) == text

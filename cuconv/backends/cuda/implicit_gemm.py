@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from cuconv.arrays import Array, DType, alignment_of
+from cuconv.arrays import Array, DType, alignment_of, strided
 from cuconv.backends.blocking import Blocking, uses_tensor_cores
 from cuconv.backends.cuda.compiler import Do, launch
 from cuconv.backends.cuda.elements import Variant
@@ -169,7 +169,14 @@ def _run(
     out: Array,
     parts: Array,
 ) -> None:
-    into = out if product.parts == 1 else parts
+    into = out
+    if product.parts > 1:
+        # Parts lie as the results do, of which some axes may be in reverse.
+        places = (slice(None, None, -1 if s < 0 else 1) for s in out.strides)
+        reverse = tuple(places)
+        out = out[reverse]
+        steps = (step * parts.itemsize for step in steps_of(out))
+        into = strided(parts, out.shape, tuple(steps))[reverse]
     arrays = dense, x, x if bias is None else bias, into
     sizes = product.blocks, product.threads
     launch(do, product.variant, *sizes, *arrays, product.packed)
@@ -300,10 +307,10 @@ def _cut(terms: int, parts: int, tile: int, out: _View) -> tuple[int, int]:
 
 
 def _is_dense(view: _View) -> bool:
-    """True if the elements are contiguous, in any order of axes."""
+    """True if the elements are contiguous, in any order and direction of axes."""
     reach = 1
     pairs = zip(view.steps, view.shape, strict=True)
-    for step, size in sorted((s, n) for s, n in pairs if n > 1):
+    for step, size in sorted((abs(s), n) for s, n in pairs if n > 1):
         if step != reach:
             return False
         reach *= size

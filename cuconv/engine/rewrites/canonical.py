@@ -24,8 +24,7 @@ from functools import cached_property, lru_cache
 import numpy as np
 
 from cuconv.arrays import Array, merged_stride
-from cuconv.engine.execute import Run
-from cuconv.engine.lowering import Lowering
+from cuconv.engine.lowering import Lowering, Viewed
 from cuconv.engine.problem import ROLES, in_groups
 from cuconv.engine.request import Request
 from cuconv.geometry import Axis, ConvGeometry
@@ -125,47 +124,19 @@ class Form:
         return self.weights(array) if role == "w" else self.cells(array)
 
 
-class Canonical(Lowering):
+class Canonical(Viewed):
     """A convolution run as the one that ``form`` is."""
 
     def __init__(self, form: Form, roles: dict[str, str], inner: Lowering) -> None:
-        self.form, self.roles, self.inner = form, roles, inner
-        self.parts, self.buffers = inner.parts, inner.buffers
-        self.is_capturable, self.instead_of = inner.is_capturable, inner.instead_of
+        super().__init__(inner)
+        self.form, self.roles = form, roles
 
-    @property
-    def composition(self) -> str:
-        return self.inner.composition
-
-    @property
-    def chunks(self) -> int:
-        return self.inner.chunks
-
-    @property
-    def flops(self) -> int:
-        return self.inner.flops
-
-    @property
-    def nanoseconds(self) -> float:
-        return self.inner.nanoseconds
-
-    @property
-    def workspace_bytes(self) -> int:
-        return self.inner.workspace_bytes
-
-    def bytes_around(self, parts: Sequence[int]) -> int:
-        return self.inner.bytes_around(parts)
-
-    @property
-    def memory_limit(self) -> int:
-        return self.inner.memory_limit
-
-    def steps(self, run: Run) -> None:
-        arrays = run.arrays.copy()
-        for name, role in self.roles.items():
-            if arrays.get(name) is not None:
-                arrays[name] = self.form.view(role, arrays[name])
-        self.inner.steps(run._replace(arrays=arrays))
+    def views(self, arrays: dict[str, Array]) -> dict[str, Array]:
+        return {
+            name: self.form.view(role, arrays[name])
+            for name, role in self.roles.items()
+            if arrays.get(name) is not None
+        }
 
     def weights_of(self, w: Array) -> Iterable[Array]:
         return self.inner.weights_of(self.form.weights(w))
