@@ -16,6 +16,23 @@ DOCS = ROOT / "docs" / "benchmarks.md"
 MARKS = ("<!-- figures -->", "<!-- end of figures -->")
 NOTHING = "No results are kept yet: `python -m benchmarks --save` measures them."
 GPU_IMAGE = "gpu-blocks.png"
+NO_GPU = """**Nothing has been measured on a GPU yet**: the CUDA kernels are proven
+right on the CPU and by compilation, not timed."""
+# What README.md shows: a bank of filters, real networks, and one of them in a loop.
+SHOWN = {
+    "filters": ("torch", "oaconvolve", "ndimage", "im2col_columns"),
+    "networks": ("torch", "onnxruntime"),
+    "resnet50": ("torch", "cudnn"),
+}
+SHOWN_PEERS = {
+    "torch": "PyTorch",
+    "cudnn": "cuDNN",
+    "onnxruntime": "ONNX Runtime",
+    "oaconvolve": "`scipy.signal.oaconvolve`",
+    "ndimage": "`scipy.ndimage.correlate`",
+    "im2col_columns": "im2col by hand",
+}
+SUMMARY = ("layers", "operation", "compared with", "time of cuconv ÷ its time")
 MEANS = """Time of cuconv ÷ time of a peer, geometric means over the layers of networks,
 or over networks: below 1, cuconv is faster."""
 
@@ -26,12 +43,11 @@ def pages(folder: Path = RESULTS) -> dict[Path, str]:
     small, run = records.read("small_call", folder), records.read(records.GPU, folder)
     closing = [paragraph(report.small_call_text(small))] if small else []
     docs = [*docs_parts(found), *(gpu_parts(run, found) if run else ())]
+    on_cpu = bool(found) and all(record["device"] == "cpu" for record in found)
     blocks = {
-        README: [*readme_parts(found), *closing],
+        README: [*[paragraph(NO_GPU)] * on_cpu, *readme_parts(found), *closing],
         DOCS: [*docs, *["## Small calls"] * bool(small), *closing],
     }
-    if blocks[README] and all(record["device"] == "cpu" for record in found):
-        blocks[README].append("Nothing here has been measured on a GPU yet.")
     return {
         path: with_block(path.read_text("utf-8"), "\n\n".join(parts) or NOTHING)
         for path, parts in blocks.items()
@@ -61,25 +77,23 @@ def images_of(record: Record) -> list[str]:
 
 
 def readme_parts(found: Sequence[Record]) -> Iterator[str]:
-    """Geometric means of all suites on each device, and where they come from."""
+    """A few geometric means on each device, and where they come from."""
     for device in ("cpu", "cuda"):
-        here = [r for r in found if r["device"] == device and not is_sweep(r)]
+        here = [r for r in found if r["device"] == device and r["suite"] in SHOWN]
         if here:
-            peers = list(dict.fromkeys(p for r in here for p in report.others_of(r)))
-            header = ["layers", "batch", "operation", *peers]
-            rows = [row for record in here for row in summary_rows(record, peers)]
+            rows = [row for record in here for row in summary_rows(record)]
             yield paragraph(MEANS)
-            yield report.Table("", header, rows).markdown()
+            yield report.Table("", SUMMARY, rows).markdown()
             yield from (paragraph(f"{line}.") for line in origins(here))
 
 
-def summary_rows(record: Record, peers: Sequence[str]) -> Iterator[list[report.Cell]]:
-    subject, parts = report.subject_of(record), report.parts_of(record)
-    for kind, part in product(report.kinds_of(record), parts):
-        name = f"{record['suite']}, {kind}" if kind else record["suite"]
-        cases = report.cases_of(record, *part, kind=kind)
-        means = [report.mean_cell(cases, subject, peer) for peer in peers]
-        yield [name, record["batch"], " ".join(filter(None, part)), *means]
+def summary_rows(record: Record) -> Iterator[list[report.Cell]]:
+    subject, peers = report.subject_of(record), SHOWN[record["suite"]]
+    for part, peer in product(report.parts_of(record), peers):
+        cases, words = report.cases_of(record, *part), " ".join(filter(None, part))
+        if mean := report.mean_cell(cases, subject, peer):
+            suite = f"{record['suite']}, N = {record['batch']}"
+            yield [suite, words, SHOWN_PEERS[peer], mean]
 
 
 def origins(here: Sequence[Record]) -> Iterator[str]:

@@ -1,8 +1,18 @@
 """Pooling and its gradients: hand every call to the engine."""
 
 import inspect
-from collections.abc import Callable, Sequence
-from typing import Any, ParamSpec, TypedDict, TypeVar, Unpack, cast, get_type_hints
+from collections.abc import Callable, Iterator, Sequence
+from typing import (
+    Any,
+    Literal,
+    ParamSpec,
+    TypeAlias,
+    TypedDict,
+    TypeVar,
+    Unpack,
+    cast,
+    get_type_hints,
+)
 
 from cuconv.arrays import Array
 from cuconv.docstrings import shares
@@ -12,6 +22,7 @@ from cuconv.engine.pool import (
     MeanOptions,
     OutputSize,
     PoolOptions,
+    UnpoolOptions,
     plan_pool,
 )
 from cuconv.geometry import Sizes
@@ -20,6 +31,7 @@ from cuconv.options import documented_as, spells_out
 
 P = ParamSpec("P")
 R = TypeVar("R")
+IndicesOver: TypeAlias = Literal["plane", "array"]
 
 
 class _Outside(TypedDict, total=False):
@@ -31,8 +43,16 @@ class _Pool(PoolOptions, _Outside, total=False):
     pass
 
 
-class _MaxPool(_Pool, total=False):
+class _MaxGradient(_Pool, total=False):
+    indices_over: IndicesOver
+
+
+class _MaxPool(_MaxGradient, total=False):
     return_indices: bool
+
+
+class _Unpool(UnpoolOptions, _Outside, total=False):
+    indices_over: IndicesOver
 
 
 class _MeanGradient(MeanOptions, _Outside, total=False):
@@ -47,7 +67,11 @@ class _EvenGradient(_Outside, total=False):
     layout: str
 
 
-class _EvenMax(_EvenGradient, total=False):
+class _EvenMaxGradient(_EvenGradient, total=False):
+    indices_over: IndicesOver
+
+
+class _EvenMax(_EvenMaxGradient, total=False):
     return_indices: bool
 
 
@@ -66,6 +90,11 @@ The batch axis may be missing if ``kernel_size`` names every axis.
 """,
     "x: real": "{*windows over planes}\nAny real type.",
     "x: any": "{*windows over planes}\nAny type.",
+    "x: unpooled": "{*planes}\nAny type but bool.",
+    "padding: unpooled": """
+Padding that the windows have: an integer, one for each axis, (before, after) pairs, or
+one of the words of `cuconv.conv`.  The result has none.
+""",
     "x: float": "{*windows over planes}\nfloat16, bfloat16, float32 or float64.",
     "x: adaptive": """
 {*planes}
@@ -79,9 +108,23 @@ take complex ones too.
 The input, where ``indices`` are None: the cells are then found once more.
 """,
     "dy": "Gradient for the output, of its shape.",
-    "indices": """
-What the forward call returned with ``return_indices=True`` for the same options; an
-index outside the plane, such as -1, gives its share to no cell.  Or None.
+    "*indices": """
+What the forward call returned with ``return_indices=True`` for the same options, int64:
+each is the index of an element under its window, or -1 for none.  NumPy arrays are
+checked while the result is computed; on CUDA, where that would wait for the device,
+another index is taken for -1.
+""",
+    "indices": "{*indices}",
+    "indices: or None": "{*indices}\nOr None.",
+    "indices: taken": """
+Indices of `max_pool` with the same options: take the elements there in place of the
+maxima, and 0 where an index is -1.  This is linear in ``x``, the adjoint of
+`max_pool_backward` and of `max_unpool`: the second derivative of the maximum.
+""",
+    "indices_over": """
+What an index counts: ``"plane"``, the elements of its plane row by row, as in PyTorch;
+or ``"array"``, those of the whole array in its layout, as in ONNX, so that
+``x.reshape(-1)[indices]`` are the maxima.
 """,
     "x_shape": "Shape of the input.",
     "x_shape: optional": "Shape of the input; None where ``x`` is given.",
@@ -113,6 +156,10 @@ half a kernel is allowed.
 Whether cells that strides leave over at the end get a window of their own, which hangs
 over; none starts in the padding after the input.
 """,
+    "cover_all": """
+The same, for padding that is left over too: the word of Chainer, where a window may
+start in the padding after the input.
+""",
     "layout": """
 ``"channels_first"`` or ``"channels_last"``, and the other names of `cuconv.conv`.
 """,
@@ -140,6 +187,7 @@ as ``"64 MiB"``.  Kernels on CUDA need none.
 {padding: least}
 {dilation}
 {ceil_mode}
+{cover_all}
 {layout}
 """,
     "*windows: zero": """
@@ -147,6 +195,7 @@ as ``"64 MiB"``.  Kernels on CUDA need none.
 {padding: zero}
 {dilation}
 {ceil_mode}
+{cover_all}
 {layout}
 """,
     "*divisors": """
@@ -219,19 +268,29 @@ def _pool(
     call: str, arrays: tuple[Array | None, ...], options: Any, **more: Any
 ) -> Any:
     out = options.pop("out", None)
+    if "_rank" in options:
+        more["rank"] = options.pop("_rank")
     return run(plan_pool, call, arrays, out, options, more)
 
 
 @_public
-def max_pool(x: Array, kernel_size: Sizes, **options: Unpack[_MaxPool]) -> Array:
+def max_pool(
+    x: Array,
+    kernel_size: Sizes,
+    *,
+    indices: Array | None = None,
+    **options: Unpack[_MaxPool],
+) -> Array:
     """The largest value under every window.
 
     Parameters
     ----------
     {x: real}
     {kernel_size}
+    {indices: taken}
     {*windows: least}
     {return_indices}
+    {indices_over}
     {out: pair}
     {memory_limit}
 
@@ -249,7 +308,7 @@ def max_pool(x: Array, kernel_size: Sizes, **options: Unpack[_MaxPool]) -> Array
     >>> cuconv.max_pool(x, 3, stride=2, padding=1, return_indices=True)
     (array([[[5., 5., 2.]]]), array([[[1, 1, 3]]]))
     """
-    return _pool("max_pool", (x,), options, kernel_size=kernel_size)
+    return _pool("max_pool", (x, indices), options, kernel_size=kernel_size)
 
 
 @_public
@@ -260,18 +319,19 @@ def max_pool_backward(
     kernel_size: Sizes,
     *,
     x: Array | None = None,
-    **options: Unpack[_Pool],
+    **options: Unpack[_MaxGradient],
 ) -> Array:
     """The gradient of `max_pool` for its input: dy goes where the maxima were.
 
     Parameters
     ----------
     {dy}
-    {indices}
+    {indices: or None}
     {x_shape: optional}
     {kernel_size}
     {x: found}
     {*windows: least}
+    {indices_over}
     {*outside}
 
     {*returns: gradient max}
@@ -294,6 +354,54 @@ def max_pool_backward(
         kernel_size=kernel_size,
         x_shape=x_shape,
     )
+
+
+@_public
+def max_unpool(
+    x: Array,
+    indices: Array,
+    kernel_size: Sizes,
+    **options: Unpack[_Unpool],
+) -> Array:
+    """Put values where maxima were, and zeros everywhere else: undoes `max_pool`.
+
+    It is linear in ``x``, and its adjoint is `max_pool` with ``indices=``.  Where
+    windows overlap, values for one element are added up; PyTorch keeps one of them.
+
+    Parameters
+    ----------
+    {x: unpooled}
+    {indices}
+    {kernel_size}
+    {stride}
+    {padding: unpooled}
+    {dilation}
+    output_size
+        Spatial sizes of the result; by default the smallest that has these windows:
+        ``(out - 1) stride + dilation (kernel - 1) + 1`` less the padding.
+    {indices_over}
+    {layout}
+    {*outside}
+
+    Returns
+    -------
+    array
+        (N, C, *output_size) in the type and layout of ``x``.
+
+    {*raises}
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import cuconv
+    >>> x = np.array([[[1.0, 5.0, 4.0, 2.0]]])
+    >>> y, indices = cuconv.max_pool(x, 2, return_indices=True)
+    >>> cuconv.max_unpool(y, indices, 2)
+    array([[[0., 5., 4., 0.]]])
+    >>> cuconv.max_pool(np.array([[[1.0, 2.0, 3.0, 4.0]]]), 2, indices=indices)
+    array([[[2., 3.]]])
+    """
+    return _pool("max_unpool", (x, indices), options, kernel_size=kernel_size)
 
 
 @_public
@@ -450,6 +558,8 @@ def lp_pool_backward(
 def adaptive_max_pool(
     x: Array,
     output_size: OutputSize,
+    *,
+    indices: Array | None = None,
     **options: Unpack[_EvenMax],
 ) -> Array:
     """The largest values of as many windows as are asked for.
@@ -461,7 +571,9 @@ def adaptive_max_pool(
     ----------
     {x: adaptive}
     {output_size}
+    {indices: taken}
     {return_indices}
+    {indices_over}
     {layout}
     {out: pair}
     {memory_limit}
@@ -477,7 +589,7 @@ def adaptive_max_pool(
     >>> cuconv.adaptive_max_pool(np.arange(7.0).reshape(1, 1, 7), 3)
     array([[[2., 4., 6.]]])
     """
-    return _pool("max_pool", (x,), options, output_size=output_size)
+    return _pool("max_pool", (x, indices), options, output_size=output_size)
 
 
 @_public
@@ -488,17 +600,18 @@ def adaptive_max_pool_backward(
     output_size: OutputSize,
     *,
     x: Array | None = None,
-    **options: Unpack[_EvenGradient],
+    **options: Unpack[_EvenMaxGradient],
 ) -> Array:
     """The gradient of `adaptive_max_pool` for its input.
 
     Parameters
     ----------
     {dy}
-    {indices}
+    {indices: or None}
     {x_shape: optional}
     {output_size}
     {x: found}
+    {indices_over}
     {layout}
     {*outside}
 
@@ -591,6 +704,7 @@ def global_max_pool(
     x: Array,
     *,
     batched: bool = True,
+    indices: Array | None = None,
     **options: Unpack[_EvenMax],
 ) -> Array:
     """The largest value of every plane: `adaptive_max_pool` to one cell an axis.
@@ -599,7 +713,9 @@ def global_max_pool(
     ----------
     {x: global}
     {batched}
+    {indices: taken}
     {return_indices}
+    {indices_over}
     {layout}
     {out: pair}
     {memory_limit}
@@ -620,7 +736,7 @@ def global_max_pool(
     <BLANKLINE>
             [[5]]]]))
     """
-    return _pool("max_pool", (x,), options, batched=batched)
+    return _pool("max_pool", (x, indices), options, batched=batched)
 
 
 @_public
@@ -631,17 +747,18 @@ def global_max_pool_backward(
     *,
     x: Array | None = None,
     batched: bool = True,
-    **options: Unpack[_EvenGradient],
+    **options: Unpack[_EvenMaxGradient],
 ) -> Array:
     """The gradient of `global_max_pool` for its input.
 
     Parameters
     ----------
     {dy}
-    {indices}
+    {indices: or None}
     {x_shape: optional}
     {x: found}
     {batched}
+    {indices_over}
     {layout}
     {*outside}
 
@@ -728,35 +845,68 @@ def global_avg_pool_backward(
 
 
 _RANKS = {
-    1: ("one spatial axis", "(N, C, L)", "(1, 2, 8)", "(1, 2, 4)"),
-    2: ("two spatial axes", "(N, C, H, W)", "(1, 2, 8, 6)", "(1, 2, 4, 3)"),
-    3: ("three spatial axes", "(N, C, D, H, W)", "(1, 2, 4, 8, 6)", "(1, 2, 2, 4, 3)"),
+    1: ("one spatial axis", "(N, C, L)", (8,)),
+    2: ("two spatial axes", "(N, C, H, W)", (8, 6)),
+    3: ("three spatial axes", "(N, C, D, H, W)", (4, 8, 6)),
 }
 
 
-def _of_rank(general: Callable[P, R], rank: int) -> Callable[P, R]:
-    """A pooling over so many spatial axes alone: the same options and docstring."""
-    call = general.__name__
-    name = f"{call}{rank}d"
-    axes, shape, before, after = _RANKS[rank]
+def _of_ranks(
+    general: Callable[P, R], arguments: str, result: Callable[[int], int]
+) -> Iterator[Callable[P, R]]:
+    """A pooling over one to three spatial axes: the same options and docstring.
 
-    def pool(x: Array, kernel_size: Sizes, **options: Any) -> Any:
-        return _pool(call, (x,), options, kernel_size=kernel_size, rank=rank)
+    ``arguments`` are those of its example beside x, whose ``result`` has these sizes.
+    """
+    shown = inspect.signature(general)
+    own = [value for name, value in shown.parameters.items() if name != "batched"]
+    for rank, (axes, shape, sizes) in _RANKS.items():
 
-    pool.__name__ = pool.__qualname__ = name
-    pool.__signature__ = inspect.signature(general)  # type: ignore[attr-defined]
-    pool.__annotations__ = general.__annotations__
-    pool.__doc__ = f"""`{call}` over {axes}: x {shape}, or without N.
+        def pool(*arrays: Any, _rank: int = rank, **options: Any) -> Any:
+            return general(*arrays, _rank=_rank, **options)  # type: ignore[arg-type]
+
+        name = f"{general.__name__}{rank}d"
+        pool.__name__ = pool.__qualname__ = name
+        pool.__signature__ = shown.replace(parameters=own)  # type: ignore[attr-defined]
+        pool.__annotations__ = general.__annotations__
+        after = (1, 2, *map(result, sizes))
+        pool.__doc__ = f"""`{general.__name__}` over {axes}: x {shape}, or without N.
 
     Examples
     --------
     >>> import numpy as np
     >>> import cuconv
-    >>> cuconv.{name}(np.zeros({before}), 2).shape
+    >>> x = np.zeros({(1, 2, *sizes)})
+    >>> cuconv.{name}({arguments}).shape
     {after}
     """
-    return cast("Callable[P, R]", documented_as(general, rank)(pool))
+        documented_as(general, rank)(pool)
+        pool.__doc__ = pool.__doc__.replace(_SECTION_OF_BATCHED, "")
+        yield cast("Callable[P, R]", pool)
 
 
-max_pool1d, max_pool2d, max_pool3d = (_of_rank(max_pool, rank) for rank in _RANKS)
-avg_pool1d, avg_pool2d, avg_pool3d = (_of_rank(avg_pool, rank) for rank in _RANKS)
+_SECTION_OF_BATCHED = f"    batched\n        {_SECTIONS['batched']}\n"
+
+
+def _half(size: int) -> int:
+    return size // 2
+
+
+max_pool1d, max_pool2d, max_pool3d = _of_ranks(max_pool, "x, 2", _half)
+max_unpool1d, max_unpool2d, max_unpool3d = _of_ranks(
+    max_unpool, "x, np.full(x.shape, -1), 2", lambda size: 2 * size
+)
+avg_pool1d, avg_pool2d, avg_pool3d = _of_ranks(avg_pool, "x, 2", _half)
+lp_pool1d, lp_pool2d, lp_pool3d = _of_ranks(lp_pool, "x, 2, 2", _half)
+adaptive_max_pool1d, adaptive_max_pool2d, adaptive_max_pool3d = _of_ranks(
+    adaptive_max_pool, "x, 2", lambda _: 2
+)
+adaptive_avg_pool1d, adaptive_avg_pool2d, adaptive_avg_pool3d = _of_ranks(
+    adaptive_avg_pool, "x, 2", lambda _: 2
+)
+global_max_pool1d, global_max_pool2d, global_max_pool3d = _of_ranks(
+    global_max_pool, "x", lambda _: 1
+)
+global_avg_pool1d, global_avg_pool2d, global_avg_pool3d = _of_ranks(
+    global_avg_pool, "x", lambda _: 1
+)

@@ -659,9 +659,9 @@ def pool_reference(x: Array, kernel_size: Sequence[int] = (), **options: Any) ->
         Taps along each axis; empty if ``output_size`` is given.
     **options
         ``kind``, one of ``"max"``, ``"mean"``, ``"norm"``; ``stride``, ``padding``,
-        ``dilation``, ``ceil_mode``, ``count_include_pad``, ``divisor_override``,
-        ``norm_type`` and ``layout`` as in the library; and ``output_size`` for
-        adaptive pooling, one number for each axis.
+        ``dilation``, ``ceil_mode``, ``cover_all``, ``count_include_pad``,
+        ``divisor_override``, ``norm_type`` and ``layout`` as in the library; and
+        ``output_size`` for adaptive pooling, one number for each axis.
 
     Returns
     -------
@@ -747,6 +747,7 @@ class _Pool:
     padding: Any = 0
     dilation: Any = 1
     ceil_mode: bool = False
+    cover_all: bool = False
     count_include_pad: bool = True
     divisor_override: int | None = None
     norm_type: float = 2
@@ -782,8 +783,9 @@ class _Pool:
         end, start = size + pads[1], -pads[0]
         while True:
             under = [start + tap * apart for tap in range(taps)]
-            left_over = under[-1] - step < end - 1 and start < size
-            if under[-1] >= end and not (self.ceil_mode and left_over):
+            left_over = under[-1] - step < end - 1
+            rounds = self.cover_all or (self.ceil_mode and start < size)
+            if under[-1] >= end and not (left_over and rounds):
                 return found
             cells = [i for i in under if 0 <= i < min(size, end)]
             padded = [i for i in under if i < end]

@@ -4,7 +4,8 @@
 //                  or  (sum over i of |x[n, c, i]|^p)^(1/p)
 //
 // over the elements i under the window of o; pool.cuh says which.  With `indices`, the
-// flat index of each maximum in its plane is written too.  A norm whose sum of powers
+// index of each maximum is written too, or (TAKE) the element with that index is y, and
+// 0 where an index is not of an element under its window.  A norm whose sum of powers
 // overflows or underflows is computed anew, from elements divided by the largest.
 //
 // One thread owns one output, reads each of its elements once, and writes once; sums
@@ -30,6 +31,7 @@ __device__ inline bool is_safe(float sum) { return sum > 8.3e-25f && sum < 3.4e3
 __device__ inline bool is_safe(double sum) { return sum > 4.6e-277 && sum < 1.79e308; }
 #endif
 
+#if KIND == MEAN || KIND == NORM
 // The sum over a window of elements or, for a norm, of powers of elements / scale; with
 // LARGEST the largest magnitude.
 template <bool LARGEST>
@@ -61,6 +63,7 @@ __device__ inline SUM sum_of(
         }
     return sum;
 }
+#endif
 
 #if KIND == NORM
 __device__ inline SUM norm_of(const ELEMENT *x, const Span (&s)[RANK], const Pool &p)
@@ -101,7 +104,13 @@ extern "C" __global__ void pool(
         const bool none = best.index < 0;
         y[to] = none ? finished(p.least) : finished(best.value);
         index_to += rest * p.other_y_image + channel * p.other_y_channel;
-        if (indices) indices[index_to] = best.index;
+        if (indices)
+            indices[index_to] = none ? -1 : index_of(best.index, rest, channel, p);
+#elif KIND == TAKE
+        index_to += rest * p.other_y_image + channel * p.other_y_channel;
+        INDEX at;
+        const bool found = find_index(indices[index_to], rest, channel, cells, p, at);
+        y[to] = found ? from[at] : RESULT();
 #elif KIND == MEAN
         const SUM sum = sum_of<false>(from, cells, p, SUM());
         y[to] = finished(divided(sum, divisor_of(o, p)));

@@ -12,6 +12,7 @@
 #define MAXIMUM 0
 #define MEAN 1
 #define NORM 2
+#define TAKE 3
 
 #ifndef KIND
 #define KIND MAXIMUM
@@ -47,6 +48,8 @@ struct Pool {
     INDEX x_image, x_channel, y_image, y_channel;
     INDEX other_x_image, other_x_channel, other_y_image, other_y_channel;
     Divisor by_channels;
+    // An index counts the elements of a plane (1, 0, 0), or of the whole array.
+    long long index_step, index_image, index_channel;
     double divisor;  // zero: the number of elements
     double norm;
     double least;  // of a window without elements
@@ -111,6 +114,40 @@ __device__ inline double divisor_of(const INDEX (&o)[RANK], const Pool &p)
 #pragma unroll
     for (int r = 0; r < RANK; ++r) product *= (double)counted(o[r], p.axis[r]);
     return product;
+}
+
+__device__ inline long long index_of(
+    INDEX cell, INDEX image, INDEX channel, const Pool &p)
+{
+    return cell * p.index_step + image * p.index_image + channel * p.index_channel;
+}
+
+// The offset in x, from its first element of the plane, of the element with an index;
+// false if that is not under the window.
+__device__ inline bool find_index(
+    long long index, INDEX image, INDEX channel, const Span (&cells)[RANK],
+    const Pool &p, INDEX &offset)
+{
+    index -= image * p.index_image + channel * p.index_channel;
+    if (index < 0 || (p.index_step > 1 && index % p.index_step)) return false;
+    if (p.index_step > 1) index /= p.index_step;
+    long long plane = 1;
+#pragma unroll
+    for (int r = 0; r < RANK; ++r) plane *= p.axis[r].windows.size;
+    if (index >= plane) return false;
+    INDEX rest = (INDEX)index;
+    offset = 0;
+    bool is_under = true;
+#pragma unroll
+    for (int r = RANK - 1; r >= 0; --r) {
+        const Axis &a = p.axis[r].windows;
+        const INDEX cell = take(rest, a.by_size), far = cell - cells[r].first;
+        is_under &= far >= 0 && far < cells[r].count * cells[r].step;
+        if (cells[r].step > 1)
+            is_under = is_under && quotient(far, a.by_dilation) * a.dilation == far;
+        offset += cell * a.x_step;
+    }
+    return is_under;
 }
 
 // Conversions, also to and from complex numbers.

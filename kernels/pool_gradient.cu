@@ -3,7 +3,8 @@
 //     dx[n, c, i] = sum of dy[n, c, o] * slope(o, i)
 //
 // over the outputs o with a window over element i.  Of a maximum, the slope is 1 where
-// the maximum of o is at i (as `indices` say or, without them, as x does) and else 0;
+// the maximum of o is at i (as `indices` say or, without them, as x does) and else 0, so
+// that an index which is not of an element under its window adds to none;
 // of a mean, 1 / count(o); of a p-norm, (|x| / y)^(p - 1) sign(x), and 0 if y or x is:
 // the square of a ratio of roots, where y^(1 - p) and |x|^(p - 1) can overflow or
 // underflow.
@@ -30,10 +31,11 @@ __device__ inline SUM root_of_slope(SUM size, SUM norm, double power)
 // The gradient from one output to one element.
 __device__ inline SUM share_of(
     SUM dy, const ELEMENT *y, const long long *indices, INDEX at, const VALUE *x,
-    INDEX plane, const INDEX (&o)[RANK], INDEX own, SUM size, const Pool &p)
+    INDEX plane, const INDEX (&o)[RANK], INDEX own, long long index, SUM size,
+    const Pool &p)
 {
 #if KIND == MAXIMUM
-    if (indices) return indices[at] == own ? dy : SUM();
+    if (indices) return indices[at] == index ? dy : SUM();
     Span cells[RANK];
 #pragma unroll
     for (int r = 0; r < RANK; ++r) cells[r] = cells_under(o[r], p.axis[r]);
@@ -68,6 +70,7 @@ extern "C" __global__ void pool_gradient(
         const INDEX plane = rest * p.other_x_image + channel * p.other_x_channel;
         const INDEX from = rest * p.y_image + channel * p.y_channel;
         const INDEX other = rest * p.other_y_image + channel * p.other_y_channel;
+        const long long index = index_of(own, rest, channel, p);
         SUM sum = {}, size = {};
 #if KIND == NORM
         const SUM value = summand(x[plane + x_at]);
@@ -91,7 +94,7 @@ extern "C" __global__ void pool_gradient(
                     }
                     const SUM all = summand(dy[at]);
                     const SUM share = share_of(
-                        all, y, indices, other_at, x, plane, o, own, size, p);
+                        all, y, indices, other_at, x, plane, o, own, index, size, p);
                     add_to(sum, share);
                 }
 #if KIND == NORM

@@ -277,6 +277,7 @@ def pools(draw: st.DrawFn) -> Pool:
         "padding": tuple(pads),
         "dilation": tuple(dilation),
         "ceil_mode": draw(st.booleans()),
+        "cover_all": draw(st.booleans()),
     }
     return _in_layout(draw, (*images, draw(st.integers(1, 3)), *size), kernel, options)
 

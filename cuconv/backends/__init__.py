@@ -141,7 +141,8 @@ class PoolBackend(Protocol):
     ) -> None:
         """Write the value of every window to ``y``, and the index of its maximum.
 
-        ``scratch`` are the buffers of every worker.
+        To take elements, the indices are read.  ``scratch`` are the buffers of every
+        worker.
         """
 
     def backward(

@@ -29,7 +29,8 @@ class PoolSteps(NamedTuple):
             for name, array in arrays.items()
             if array is not None
         }
-        result, indices = planes.pop(RESULT), planes.pop(INDICES, None)
+        result = planes.pop(RESULT)
+        indices = planes.pop(INDICES, planes.get("indices"))
         with backend.stage("pool", problem.kind):
             if not problem.is_gradient:
                 if result.size:

@@ -44,15 +44,21 @@ def plan(
 ) -> DaskPlan:
     """Check a pooling, or a gradient of one, and split it into blocks."""
     refuse_out(out)
+    if problem.over_array:
+        raise TypeError("indices_over='array' is not for Dask arrays: use 'plane'")
     if problem.is_gradient:
         return _plan_backward(problem, arrays, limit)
-    return _plan_reduce(problem, arrays["x"], limit)
+    return _plan_reduce(problem, arrays, limit)
 
 
-def _plan_reduce(problem: PoolProblem, x: Array, limit: int | None) -> DaskPlan:
+def _plan_reduce(
+    problem: PoolProblem, arrays: dict[str, Array], limit: int | None
+) -> DaskPlan:
+    x = as_lazy(arrays["x"], arrays["x"].shape)
+    indices = arrays.get("indices")
     blocks = blocks_of_outputs(problem.geometry, x)
     channels = AxisChunks.of(x, problem.geometry).channels
-    _check_examples(problem, blocks, max(channels), {"x": x}, limit)
+    _check_examples(problem, blocks, max(channels), arrays, limit)
 
     def build() -> Any:
         threads, sizes = settings().num_threads, problem.geometry.size
@@ -63,9 +69,12 @@ def _plan_reduce(problem: PoolProblem, x: Array, limit: int | None) -> DaskPlan:
             return partial(_reduce_block, *how, blocks.origin(index), sizes)
 
         meta = partial(_meta, module_of_blocks({"x": x}), x.ndim)
-        part = windows(x, blocks.cells(spans(channels)))
+        parts = [windows(x, blocks.cells(spans(channels)))]
+        if indices is not None:
+            own = as_lazy(indices, chunks)
+            parts.append(windows(own, blocks.outputs(spans(channels))))
         how = f"cuconv-{problem.kind}-pool", (limit, problem, blocks, threads)
-        y = each_block(*how, work, [part], [], chunks, meta(problem.result))
+        y = each_block(*how, work, parts, [], chunks, meta(problem.result))
         if not problem.with_indices:
             return y
         return tuple(
@@ -172,10 +181,13 @@ def _reduce_block(
     threads: int | None,
     start: tuple[int, ...],
     sizes: tuple[int, ...],
-    x: Array,
+    *parts: Array,
 ) -> Any:
     """One block, whose first element is ``start`` in planes of these sizes."""
-    result = _run(problem, {"x": x}, limit, threads)
+    named = dict(zip(("x", "indices"), parts, strict=False))
+    if "indices" in named:
+        named["indices"] = _moved_to(named["indices"], sizes, start, problem)
+    result = _run(problem, named, limit, threads)
     if not problem.with_indices:
         return result
     y, indices = result
@@ -195,8 +207,7 @@ def _gradient_block(
     """One block of a gradient: its own elements out of those under whole windows."""
     named = dict(zip(names, parts, strict=True))
     if "indices" in named:
-        back = tuple(-cell for cell in start)
-        named["indices"] = _moved(named["indices"], sizes, back, problem.geometry.size)
+        named["indices"] = _moved_to(named["indices"], sizes, start, problem)
     dx: Array = _run(problem, named, limit, threads)
     return dx[tuple(starmap(slice, mine))]
 
@@ -213,20 +224,30 @@ def _run(
         return plan_of(problem, given, None, limit).run(tuple(given.values()), None)
 
 
+def _moved_to(
+    indices: Array, sizes: tuple[int, ...], start: tuple[int, ...], problem: PoolProblem
+) -> Array:
+    """Indices in the planes of a block, whose first element is ``start``."""
+    back = tuple(-cell for cell in start)
+    return _moved(indices, sizes, back, problem.geometry.size)
+
+
 def _moved(
     indices: Array,
     sizes: tuple[int, ...],
     shift: tuple[int, ...],
     wanted: tuple[int, ...],
 ) -> Array:
-    """Convert flat indices in one plane to those in another, shifted; -1 if outside.
+    """Convert flat indices in one plane to those in another, shifted.
+
+    -1 stays; others outside become -2, which no window has.
 
     Examples
     --------
     >>> import numpy as np
     >>> from cuconv.dask.pooling import _moved
-    >>> _moved(np.array([0, 5, -1]), (2, 3), (1, 0), (4, 4))
-    array([ 4, 10, -1])
+    >>> _moved(np.array([0, 5, -1, 6]), (2, 3), (1, 0), (4, 4))
+    array([ 4, 10, -1, -2])
     """
     backend = backend_of(module_of({"indices": indices}), indices)
     xp = backend.xp
@@ -240,4 +261,4 @@ def _moved(
             result += cells * step
             step *= wide
         # The rest is 0 inside, -1 for -1, and above 0 for an index beyond the plane.
-        return xp.where(valid & (rest == 0), result, -1)
+        return xp.where(valid & (rest == 0), result, xp.where(indices == -1, -1, -2))

@@ -26,7 +26,7 @@ from cuconv.arrays import (
 )
 from cuconv.choices import check_options
 from cuconv.engine.pool_plan import INDEX, limit_of, plan_of, y_shape
-from cuconv.engine.pool_problem import MAXIMUM, MEAN, NORM, PoolProblem
+from cuconv.engine.pool_problem import MAXIMUM, MEAN, NORM, TAKE, PoolProblem
 from cuconv.engine.problem import check_shape
 from cuconv.geometry import (
     Padding,
@@ -35,6 +35,7 @@ from cuconv.geometry import (
     as_index,
     check_axes,
     kernel_of_rank,
+    unpooled_shape,
 )
 
 OutputSize: TypeAlias = int | Sequence[int | None] | None
@@ -50,6 +51,17 @@ class PoolOptions(TypedDict, total=False):
     padding: Padding
     dilation: Sizes
     ceil_mode: bool
+    cover_all: bool
+    layout: str
+
+
+class UnpoolOptions(TypedDict, total=False):
+    """Those of `cuconv.max_unpool`."""
+
+    stride: Sizes | None
+    padding: Padding
+    dilation: Sizes
+    output_size: Sizes | None
     layout: str
 
 
@@ -65,16 +77,24 @@ DEFAULTS: dict[str, Any] = {
     "padding": 0,
     "dilation": 1,
     "ceil_mode": False,
+    "cover_all": False,
     "layout": "channels_first",
     "count_include_pad": True,
     "divisor_override": None,
+    "output_size": None,
     "return_indices": False,
+    "indices_over": "plane",
     "dtype": None,
     "out": None,
     "memory_limit": None,
 }
 # Options of a call that say nothing of its windows.
-_OTHERS = {"max_pool": {"return_indices"}, "avg_pool": {"dtype"}}
+_OTHERS = {
+    "max_pool": {"return_indices", "indices_over"},
+    "max_pool_backward": {"indices_over"},
+    "max_unpool": {"indices_over", "output_size"},
+    "avg_pool": {"dtype"},
+}
 
 
 def plan_pool(
@@ -100,23 +120,28 @@ def plan_pool(
     named = dict(zip(NAMES[call], arrays, strict=True))
     problem, given = _PROBLEMS[call](call, named, options, more)
     if problem.is_gradient:
-        check_shape("dy", given["dy"], y_shape(problem.geometry))
+        name = "x" if call == "max_unpool" else "dy"
+        check_shape(name, given["dy"], y_shape(problem.geometry))
     limit = options.get("memory_limit")
     if any_dask(given.values()):
         from cuconv.dask import pooling as dask_pooling  # noqa: PLC0415 - it imports Dask
 
         return dask_pooling.plan(problem, given, out, limit_of(limit))
-    return plan_of(problem, given, out, limit, NAMES[call])
+    names = _ROLES.get(call, NAMES[call])
+    return plan_of(problem, given, out, limit, names)
 
 
 NAMES = {
-    "max_pool": ("x",),
+    "max_pool": ("x", "indices"),
+    "max_unpool": ("x", "indices"),
     "avg_pool": ("x",),
     "lp_pool": ("x",),
     "max_pool_backward": ("dy", "indices", "x"),
     "avg_pool_backward": ("dy",),
     "lp_pool_backward": ("dy", "x", "y"),
 }
+# Unpooling is the gradient of pooling, of other arrays.
+_ROLES = {"max_unpool": ("dy", "indices")}
 
 
 def _geometry(
@@ -137,11 +162,24 @@ def _geometry(
 
 def _x_geometry(call: str, x: Any, options: Values, more: Values) -> WindowGeometry:
     """The windows of a call over its input; what is no array is refused."""
-    if "rank" in more:
-        kernel = kernel_of_rank(more["kernel_size"], more["rank"])
-        check_axes(len(_shape_of(x)), more["rank"])
-        more = {**more, "kernel_size": kernel}
-    return _geometry(call, _shape_of(x), options, more)
+    shape = _shape_of(x)
+    return _geometry(call, shape, options, _of_rank(len(shape), more))
+
+
+def _of_rank(ndim: int, more: Values) -> Values:
+    """The windows of a function with a rank in its name, for an x of so many axes."""
+    if "rank" not in more:
+        return more
+    rank, found = more["rank"], dict(more)
+    check_axes(ndim, rank)
+    if "batched" in more:
+        found["batched"] = ndim == rank + 2
+    if "kernel_size" in more:
+        found["kernel_size"] = kernel_of_rank(more["kernel_size"], rank)
+    size = more.get("output_size", ())
+    if size is None or isinstance(size, int):
+        found["output_size"] = (size,) * rank
+    return found
 
 
 def _shape_of(x: Any) -> tuple[int, ...]:
@@ -159,14 +197,15 @@ def window_geometry(
     """The windows over an array of this shape."""
     _check_known(options, list(kind.__annotations__))
     chosen = {**DEFAULTS, **options}
-    stride = chosen["stride"]
+    stride, covers = chosen["stride"], bool(chosen["cover_all"])
     return WindowGeometry.of(
         shape,
         kernel_size,
         stride=kernel_size if stride is None else stride,
         padding=chosen["padding"],
         dilation=chosen["dilation"],
-        ceil_mode=bool(chosen["ceil_mode"]),
+        ceil_mode=bool(chosen["ceil_mode"]) or covers,
+        cover_all=covers,
         layout=chosen["layout"],
     )
 
@@ -208,16 +247,41 @@ def _checked(named: Mapping[str, Array | None]) -> Named:
     return {name: base_array(array) for name, array in given.items()}
 
 
+def _over_array(options: Values) -> bool:
+    """Whether indices count the elements of the whole array."""
+    over = options.get("indices_over", "plane")
+    if over not in ("plane", "array"):
+        raise ValueError(f"indices_over must be one of 'plane', 'array'; got {over!r}")
+    return bool(over == "array")
+
+
+def _check_indices(indices: Array, geometry: WindowGeometry) -> None:
+    check_shape("indices", indices, y_shape(geometry))
+    if indices.dtype != INDEX:
+        raise TypeError(f"indices have type {indices.dtype} and must have int64")
+
+
 def _max(
     call: str, named: Named, options: Values, more: Values
 ) -> tuple[PoolProblem, Named]:
     geometry = _x_geometry(call, named["x"], options, more)
-    given = _checked(named)
-    dtype = given["x"].dtype
-    _check_ordered("x", dtype)
-    with_indices = bool(options.get("return_indices"))
-    dtypes = (native(dtype),) * 3
-    return PoolProblem(MAXIMUM, geometry, *dtypes, with_indices=with_indices), given
+    given, over_array = _checked(named), _over_array(options)
+    dtype, wanted = given["x"].dtype, bool(options.get("return_indices"))
+    kind = TAKE if "indices" in given else MAXIMUM
+    if kind == MAXIMUM:
+        _check_ordered("x", dtype)
+    elif wanted:
+        raise TypeError("indices are given: return_indices must be False")
+    else:
+        _check_indices(given["indices"], geometry)
+    problem = PoolProblem(
+        kind,
+        geometry,
+        *(native(dtype),) * 3,
+        with_indices=wanted,
+        over_array=over_array,
+    )
+    return problem, given
 
 
 def _max_gradient(
@@ -230,18 +294,47 @@ def _max_gradient(
         both = "both" if x is not None else "neither"
         raise TypeError(f"indices or x must be given, one of them; got {both}")
     if dy.dtype == bool:
-        raise TypeError("dy has type bool, which cannot be summed")
+        name = NAMES[call][0]
+        raise TypeError(f"{name} has type bool, which cannot be summed")
+    over_array = _over_array(options)
     if indices is not None:
-        check_shape("indices", indices, y_shape(geometry))
-        if indices.dtype != INDEX:
-            raise TypeError(f"indices have type {indices.dtype} and must have int64")
+        _check_indices(indices, geometry)
     if x is not None:
         _check_ordered("x", x.dtype)
     dtype = native(dy.dtype)
     dtypes = dtype, accumulator(dtype), dtype
     values = None if x is None else native(x.dtype)
-    problem = PoolProblem(MAXIMUM, geometry, *dtypes, is_gradient=True, values=values)
+    problem = PoolProblem(
+        MAXIMUM,
+        geometry,
+        *dtypes,
+        is_gradient=True,
+        values=values,
+        over_array=over_array and x is None,
+    )
     return problem, given
+
+
+def _unpool(
+    call: str, named: Named, options: Values, more: Values
+) -> tuple[PoolProblem, Named]:
+    """The gradient of pooling for arrays of this output size."""
+    x, indices = named["x"], named["indices"]
+    others = {"memory_limit", "indices_over"}
+    own = {name: value for name, value in options.items() if name not in others}
+    _check_known(own, list(UnpoolOptions.__annotations__))
+    shape = _shape_of(x)
+    windows = _of_rank(len(shape), more)
+    shape = unpooled_shape(
+        shape,
+        windows["kernel_size"],
+        **{
+            name: own.get(name, DEFAULTS[name])
+            for name in UnpoolOptions.__annotations__
+        },
+    )
+    arrays = {"dy": x, "indices": indices, "x": None}
+    return _max_gradient(call, arrays, options, {**windows, "x_shape": shape})
 
 
 def _mean(
@@ -300,6 +393,7 @@ def _norm_gradient(
 
 _PROBLEMS: dict[str, Callable[..., tuple[PoolProblem, Named]]] = {
     "max_pool": _max,
+    "max_unpool": _unpool,
     "avg_pool": _mean,
     "lp_pool": _norm,
     "max_pool_backward": _max_gradient,

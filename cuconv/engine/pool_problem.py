@@ -6,7 +6,7 @@ from typing import NamedTuple
 from cuconv.arrays import Array, DType
 from cuconv.geometry import Tile, WindowGeometry
 
-MAXIMUM, MEAN, NORM = "max", "mean", "norm"
+MAXIMUM, MEAN, NORM, TAKE = "max", "mean", "norm", "take"
 
 
 @dataclass(frozen=True)
@@ -14,7 +14,9 @@ class PoolProblem:
     """One call, forward or for the gradient; arrays are (N, C, *spatial).
 
     ``source`` is the type of x, or of dy for a gradient; ``accumulate`` that of sums.
-    ``values`` is the type of x if a gradient must find the maxima in x.
+    ``values`` is the type of x if a gradient must find the maxima in x.  `TAKE` are the
+    elements that indices name; ``over_array`` are those that count the elements of the
+    whole array in place of one plane.
     """
 
     kind: str
@@ -28,6 +30,7 @@ class PoolProblem:
     counts_padding: bool = True
     divisor: int | None = None
     norm: float = 1.0
+    over_array: bool = False
 
     @property
     def is_search(self) -> bool:
@@ -39,6 +42,15 @@ class PoolProblem:
         """The call that finds the indices of the maxima for a gradient."""
         own = dict.fromkeys(("source", "accumulate", "result"), self.values)
         return replace(self, is_gradient=False, with_indices=True, **own)
+
+    @property
+    def index_steps(self) -> tuple[int, int, int]:
+        """How far indices of neighbouring elements, images and channels are apart."""
+        g = self.geometry
+        if not self.over_array:
+            return 1, 0, 0
+        image = g.channels * g.cells
+        return (1, image, g.cells) if g.channels_first else (g.channels, image, 1)
 
     @property
     def common_divisor(self) -> int | None:

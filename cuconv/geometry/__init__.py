@@ -28,7 +28,14 @@ from cuconv.geometry.options import (
     check_axes,
     kernel_of_rank,
 )
-from cuconv.geometry.windows import Block, Region, Tile, WindowGeometry, tile_of
+from cuconv.geometry.windows import (
+    Block,
+    Region,
+    Tile,
+    WindowGeometry,
+    tile_of,
+    unpooled_shape,
+)
 
 __all__ = [
     "LARGEST_PARAMETER",
@@ -54,4 +61,5 @@ __all__ = [
     "check_axes",
     "kernel_of_rank",
     "tile_of",
+    "unpooled_shape",
 ]

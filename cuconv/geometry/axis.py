@@ -97,14 +97,14 @@ class Axis(NamedTuple):
         """The end of the elements that windows may read: negative padding crops."""
         return max(self.size + min(self.after, 0), 0)
 
-    @property
-    def rounded_up(self) -> "Axis":
+    def rounded_up(self, *, cover_all: bool) -> "Axis":
         """The axis with one more window for the elements left over at the end.
 
-        There is none if it would start in the padding after the input.
+        Unless ``cover_all``, there is none that starts in the padding after the input.
         """
         rest = (self.padded - self.extent) % self.stride
-        if not rest or self.out * self.stride >= self.size + self.before:
+        starts = self.out * self.stride < self.size + self.before
+        if not rest or not (starts or cover_all):
             return self
         return self._replace(overhang=self.stride - rest)
 

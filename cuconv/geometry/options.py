@@ -256,8 +256,8 @@ def axes_of(
         for n, k, s, d, (before, after), apart in each
     )
     if ceil_mode:
-        axes = tuple(axis.rounded_up for axis in axes)
-    if cover_all:
+        axes = tuple(axis.rounded_up(cover_all=cover_all) for axis in axes)
+    elif cover_all:
         axes = tuple(axis.covered for axis in axes)
     for index, axis in enumerate(axes):
         _check_fits(index, axis, padding)

@@ -18,6 +18,8 @@ from cuconv.geometry.options import (
     even_axis,
     frozen,
     frozen_padding,
+    pads_of,
+    per_axis,
     split_shape,
 )
 
@@ -324,8 +326,9 @@ class WindowGeometry:
 
         A ``kernel_size`` of several numbers fixes the rank, and ``x_shape`` may then
         lack the batch axis; a single number means a batched array.  ``ceil_mode`` adds
-        a window along every axis that has elements left over (`Axis.rounded_up`), and
-        ``cover_all`` one for padding that is left over too (`Axis.covered`).
+        a window along every axis that has elements left over (`Axis.rounded_up`), with
+        ``cover_all`` also one for padding alone; ``cover_all`` without it adds padding
+        instead, which completes the last window (`Axis.covered`).
 
         Raises
         ------
@@ -340,8 +343,7 @@ class WindowGeometry:
             frozen_padding(padding),
             frozen("dilation", dilation),
             layout,
-            ceil_mode,
-            check_flag("cover_all", cover_all),
+            (ceil_mode, check_flag("cover_all", cover_all)),
         )
 
     @classmethod
@@ -389,8 +391,7 @@ def _window_geometry(
     padding: object,
     dilation: object,
     layout: str,
-    ceil_mode: bool,  # noqa: FBT001 - the key of a cache
-    cover_all: bool,  # noqa: FBT001
+    rounds_up: tuple[bool, bool],
 ) -> WindowGeometry:
     if isinstance(kernel_size, str):
         raise TypeError(f"kernel_size must be integers; got {kernel_size!r}")
@@ -404,9 +405,53 @@ def _window_geometry(
     split = split_shape(x_shape, len(kernel_size), layout)
     axes = axes_of(
         *(split.sizes, kernel_size, stride, padding, dilation),
-        ceil_mode=ceil_mode,
-        cover_all=cover_all,
+        ceil_mode=rounds_up[0],
+        cover_all=rounds_up[1],
     )
     return WindowGeometry(
         split.images, split.channels, axes, split.channels_first, split.batched
     )
+
+
+def unpooled_shape(
+    x_shape: Sequence[int],
+    kernel_size: Sizes,
+    *,
+    stride: Sizes | None,
+    padding: Padding,
+    dilation: Sizes,
+    output_size: Sizes | None,
+    layout: str,
+) -> tuple[int, ...]:
+    """The shape of the array from which windows leave an array of this shape.
+
+    Of those with ``padding`` and nothing left over, unless there is an ``output_size``.
+
+    Examples
+    --------
+    >>> from cuconv.geometry.windows import unpooled_shape
+    >>> options = {"stride": None, "padding": 0, "dilation": 1, "layout": "NCL"}
+    >>> unpooled_shape((2, 3, 4), 2, output_size=None, **options)
+    (2, 3, 8)
+    """
+    shape, kernel = checked_shape("x", x_shape), frozen("kernel_size", kernel_size)
+    rank = len(kernel) if isinstance(kernel, tuple) else len(shape) - 2
+    split = split_shape(shape, rank, layout)
+    taps = per_axis("kernel_size", kernel, rank, 1)
+    strides = per_axis("stride", frozen("stride", stride), rank, 1) if stride else taps
+    apart = per_axis("dilation", frozen("dilation", dilation), rank, 1)
+    if output_size is None:
+        most = tuple(n * s for n, s in zip(split.sizes, strides, strict=True))
+        pads = pads_of(frozen("padding", padding), most, taps, strides, apart)
+        sizes = tuple(
+            (n - 1) * s + d * (k - 1) + 1 - before - after if n else 0
+            for n, k, s, d, (before, after) in zip(
+                split.sizes, taps, strides, apart, pads, strict=True
+            )
+        )
+    else:
+        sizes = per_axis("output_size", frozen("output_size", output_size), rank, 0)
+    inner = (
+        (split.channels, *sizes) if split.channels_first else (*sizes, split.channels)
+    )
+    return (split.images, *inner) if split.batched else inner

@@ -21,15 +21,11 @@ def operands(data, filt, multi_channel):
     rank = filt.ndim - 2 * multi_channel
     channels = data.shape[-rank - 1] if multi_channel else 1
     data = data.reshape(-1, channels, *data.shape[-rank:])
-    return data, flipped(filt if multi_channel else filt[None, None])
-
-
-def flipped(w):
-    return np.flip(w, tuple(range(2, w.ndim)))
+    return data, filt if multi_channel else filt[None, None]
 
 
 def options(mode, strides):
-    return {"padding": mode, "stride": strides or 1}
+    return {"padding": mode, "stride": strides or 1, "flip_kernel": True}
 
 
 def convolve(data, filt, mode="full", strides=None, multi_channel=False):
@@ -55,7 +51,7 @@ def convolve_filter_adjoint(
     x, w = operands(data, filt, multi_channel)
     dy, _ = operands(output, filt, multi_channel)
     dw = cuconv.conv_weight_grad(dy, x, w.shape, **options(mode, strides))
-    return flipped(dw).reshape(filt_shape)
+    return dw.reshape(filt_shape)
 
 
 def install():

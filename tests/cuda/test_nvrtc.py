@@ -28,7 +28,7 @@ KERNELS = {
     "depthwise_weights": 16,
     "pad_copy": 30,
     "pad_adjoint": 54,
-    "pool": 60,
+    "pool": 70,
     "pool_gradient": 56,
 }
 # Where there are no tensor cores, or none that are used.

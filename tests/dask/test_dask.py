@@ -265,6 +265,11 @@ def of_taps(x: np.ndarray, pool: Pool) -> np.ndarray:
     return x * math.lcm(*range(1, most + 1))
 
 
+def of_padding(y: np.ndarray) -> np.ndarray:
+    """Maxima with 0 for windows over padding alone."""
+    return np.where(np.isfinite(y), y, 0)
+
+
 @settings(max_examples=12)
 @given(pool=pools(), data=st.data())
 @example(pool=Pool((1, 2, 5), (3,), {"padding": ((9, 9),), "stride": 2}), data=None)
@@ -288,6 +293,23 @@ def test_pooling_and_gradients_equal_eager_ones(xp, pool, data) -> None:
     equal(back, wanted)
     back = cuconv.max_pool_backward(DY, None, None, pool.kernel, x=X, **options)
     equal(back, wanted)
+    at = xp.asarray(places) if data is None else tiling(places)
+    equal(cuconv.max_pool(X, pool.kernel, indices=at, **options), of_padding(y))
+
+
+def test_unpooling_equals_eager_one(xp) -> None:
+    x = integers((2, 3, 8, 9))
+    y, places = cuconv.max_pool(x, 2, return_indices=True)
+    options = {"output_size": (8, 9)}
+    wanted = cuconv.max_unpool(y, places, 2, **options)
+    Y, P = (da.from_array(xp.asarray(a), (1, 2, 3, 2)) for a in (y, places))
+    equal(cuconv.max_unpool(Y, P, 2, **options), wanted)
+    places[1, 2, 3, 1] = 0
+    wrong = da.from_array(places, (1, 2, 3, 2))
+    with pytest.raises(ValueError, match="indices has"):
+        cuconv.max_unpool(da.from_array(y), wrong, 2, **options).compute()
+    with pytest.raises(TypeError, match="not for Dask arrays"):
+        cuconv.max_pool(da.from_array(x), 2, return_indices=True, indices_over="array")
 
 
 @settings(max_examples=8)

@@ -46,18 +46,54 @@ Cells = Any
 
 
 @compiled
-def add_in_planes(cells: Cells, places: Cells, values: Cells) -> None:
+def add_in_planes(
+    cells: Cells, places: Cells, values: Cells, bounds: Cells, dilation: Cells
+) -> Any:
     """Sum the values of every plane at their indices, in order; zero elsewhere.
 
-    Indices are unsigned; those beyond the plane are ignored.
+    Return where an index is not of its window, nor -1, or -1.  Planes have three axes;
+    ``bounds`` are the first elements under the windows along each, and how many.
     """
-    size = np.uint64(cells.shape[1])
+    first0, count0, first1, count1, first2, count2 = bounds
+    apart0, apart1, apart2 = dilation
+    is_dilated = apart0 * apart1 * apart2 > 1
+    depth, height, width = cells.shape[1:]
+    row = np.uint64(width)
+    outputs = places.shape[1:]
     for p in range(cells.shape[0]):
-        plane, own, given = cells[p], places[p], values[p]
+        plane = cells[p].reshape(-1)
         plane[:] = 0
-        for i in range(own.shape[0]):
-            if own[i] < size:
-                plane[own[i]] += given[i]
+        for a in range(outputs[0]):
+            for b in range(outputs[1]):
+                start = (first0[a] * height + first1[b]) * width
+                for c in range(outputs[2]):
+                    index = places[p, a, b, c]
+                    if index == -1:
+                        continue
+                    # Unsigned numbers: those below zero are the largest.
+                    rest, i = np.uint64(index - start), np.uint64(0)
+                    if depth > 1:
+                        i = rest // np.uint64(height * width)
+                        rest -= i * np.uint64(height * width)
+                    j = rest // row
+                    k = rest - j * row - np.uint64(first2[c])
+                    is_beyond = (
+                        i >= np.uint64(count0[a])
+                        or j >= np.uint64(count1[b])
+                        or k >= np.uint64(count2[c])
+                    )
+                    if is_beyond or (
+                        is_dilated
+                        and (
+                            i % np.uint64(apart0)
+                            or j % np.uint64(apart1)
+                            or k % np.uint64(apart2)
+                        )
+                    ):
+                        done = (p * outputs[0] + a) * outputs[1] + b
+                        return done * outputs[2] + c
+                    plane[np.uint64(index)] += values[p, a, b, c]
+    return -1
 
 
 @compiled

@@ -1,6 +1,6 @@
 """Pooling by `pool.cu` and `pool_gradient.cu`: their struct, variants and launches."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -18,11 +18,11 @@ from cuconv.backends.cuda.structs import (
     steps_of,
     struct,
 )
-from cuconv.engine.pool_problem import MAXIMUM, MEAN, NORM, PoolProblem
+from cuconv.engine.pool_problem import MAXIMUM, MEAN, NORM, TAKE, PoolProblem
 from cuconv.geometry import Axis
 
 RANK = 3
-_KINDS = {MAXIMUM: 0, MEAN: 1, NORM: 2}
+_KINDS = {MAXIMUM: 0, MEAN: 1, NORM: 2, TAKE: 3}
 _NO_AXIS = Axis(size=1, kernel=1, stride=1, dilation=1, before=0, after=0)
 _WORDS = {"b": "word", "u": "word", "i": "signed"}
 # What a gradient that is given indices reads of x.
@@ -45,6 +45,7 @@ def POOL(*, wide: bool) -> DType:  # noqa: N802 - names the C struct
         [
             *((name, index) for name in (*counts, *steps, *others)),
             ("by_channels", divisor_type(index)),
+            *((f"index_{name}", "i8") for name in ("step", "image", "channel")),
             *((name, "f8") for name in ("divisor", "norm", "least")),
             ("axis", axis, (RANK,)),
         ],
@@ -97,6 +98,7 @@ def pack_pool(
         *(*y.shape[:2], items, int(fastest)),
         *(step for s in (x_steps, y_steps, *others) for step in s[:2]),
         divisor(y.shape[1]),
+        *problem.index_steps,
         *(problem.divisor or 0, problem.norm, _least(problem.result)),
         packed_axes[::-1],
     )
@@ -134,9 +136,16 @@ class PoolTypes(NamedTuple):
 
     @classmethod
     def of(cls, problem: PoolProblem) -> "PoolTypes":
+        if problem.kind == TAKE:
+            return cls.of_words(problem.result)
         sums = accumulator(problem.accumulate)
         values = problem.values if problem.is_gradient else problem.source
         return cls(problem.source, sums, problem.result, values or _NO_VALUE)
+
+    @classmethod
+    def of_words(cls, dtype: DType) -> "PoolTypes":
+        """Elements that are copied, of whichever type."""
+        return cls(*(np.dtype(f"V{dtype.itemsize}"),) * 3)
 
 
 def pool_macros(kind: str, types: PoolTypes, *, wide: bool) -> tuple[str, ...]:
@@ -151,16 +160,19 @@ def pool_macros(kind: str, types: PoolTypes, *, wide: bool) -> tuple[str, ...]:
 
 
 def _name(dtype: DType) -> str:
-    word = _WORDS.get(dtype.kind)
+    is_word = dtype.kind == "V" and dtype.type is np.void
+    word = "word" if is_word else _WORDS.get(dtype.kind)
     return f"{dtype.name}_t" if word is None else f"{word}{dtype.itemsize}_t"
 
 
 def pool_variants(
-    dtypes: Iterable[DType], *, wide: bool
+    dtypes: Sequence[DType], *, wide: bool
 ) -> Iterator[tuple[str, tuple[str, ...]]]:
     """Kernel and macros for results of the type that they have by default."""
     for kernel, kind, types in _usual(dtypes):
         yield kernel, pool_macros(kind, types, wide=wide)
+    for dtype in dtypes:
+        yield "pool", pool_macros(TAKE, PoolTypes.of_words(dtype), wide=wide)
 
 
 def _usual(dtypes: Iterable[DType]) -> Iterator[tuple[str, str, PoolTypes]]:
