@@ -34,7 +34,7 @@ Call = Callable[[], Any]
 
 
 def operands(line: dict[str, Any], number: int) -> list[Any]:
-    """x and w, in the layout of the line: small numbers, positive for norms."""
+    """X and w, in the layout of the line: small numbers, positive for norms."""
     rng = np.random.default_rng(0)
     x_shape = list(line["x"])
     x_shape[-1] += number if line.get("unseen") else 0
@@ -235,10 +235,14 @@ def main() -> None:
     for each in measure(lines, chosen.torch_python):
         found.append(each)
         ratio = each["milliseconds"] / each["peer_milliseconds"]
-        text = " ".join(f"{n}={v}" for n, v in options(each).items() if "milli" not in n)
+        text = " ".join(
+            f"{n}={v}" for n, v in options(each).items() if "milli" not in n
+        )
         shapes = " ∗ ".join(str(tuple(each[n])) for n in "xw" if n in each)
         what = f"{each['label']}: {each['call']} {each.get('gradient', '')}"
-        both = f"{digits(each['milliseconds'])} / {digits(each['peer_milliseconds'])} ms"
+        both = (
+            f"{digits(each['milliseconds'])} / {digits(each['peer_milliseconds'])} ms"
+        )
         print(f"{quotient(ratio):>5} {both:>20}  {what} {shapes} {text}", flush=True)
     ratios = sorted(e["milliseconds"] / e["peer_milliseconds"] for e in found)
     mean = statistics.geometric_mean(ratios)

@@ -13,9 +13,7 @@ def hint(given: object, known: Iterable[str]) -> str:
     return f": did you mean {by_folded[found[0]]!r}?" if found else ""
 
 
-def check_choice(
-    name: str, value: object, known: Iterable[str], also: str = ""
-) -> str:
+def check_choice(name: str, value: object, known: Iterable[str], also: str = "") -> str:
     """The one of these strings that a value is, in any case; raise if it is none.
 
     ``also`` is what the option takes beside strings, for the message.

@@ -35,7 +35,9 @@ class FloatCopies(Lowering):
         self.buffers = tuple(Buffer(f"{n}_copy", size, operand) for n, size in cells)
         options = request.options._replace(dtype=operand, precision="strict")
         limit = options.memory_limit
-        limit = limit if isinstance(limit, int) else request.backend.default_memory_limit
+        limit = (
+            limit if isinstance(limit, int) else request.backend.default_memory_limit
+        )
         options = options._replace(
             memory_limit=max(limit - workspace_bytes(self.buffers), 0)
         )
