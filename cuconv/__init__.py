@@ -31,6 +31,7 @@ from cuconv.engine.plan import Plan
 from cuconv.engine.separable import SeparableGradients
 from cuconv.im2col import col2im, im2col, iter_im2col, patches
 from cuconv.memory import MemoryLimitError
+from cuconv.overflow import IntegerOverflowWarning
 from cuconv.pooling import (
     adaptive_avg_pool,
     adaptive_avg_pool1d,
@@ -82,6 +83,7 @@ from cuconv.version import __version__ as __version__
 
 __all__ = [
     "ConvGradients",
+    "IntegerOverflowWarning",
     "MemoryLimitError",
     "Plan",
     "SeparableGradients",

@@ -41,7 +41,8 @@ def conv(
 ) -> Array:
     """Convolve a batch of multi-channel arrays with a bank of filters.
 
-    As usual in deep learning this is cross-correlation: the filters are not flipped.
+    As usual in deep learning this is cross-correlation: the filters are not flipped,
+    unless ``flip_kernel``.
     With ``o`` an output position, ``t`` a tap and ``i = o · stride + t · dilation -
     padding``,
 

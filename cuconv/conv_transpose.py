@@ -75,7 +75,8 @@ def conv_transpose(
         these elements as to all others.
     output_size
         The spatial size of the result, in place of ``output_padding``: an integer, or
-        one for each spatial axis.
+        one for each spatial axis.  With ``"same"`` and ``"same_lower"`` any size, which
+        determines what is cropped, elements of ``output_padding`` included.
     out
         Array to write the result to; it must have its shape and type, and share no
         memory with the inputs.  Not with Dask arrays.
@@ -86,9 +87,10 @@ def conv_transpose(
         Elements cropped at both ends of the result: an integer, one for each spatial
         axis, or (before, after) pairs; negative numbers add elements.  Or a string:
         ``"valid"`` crops nothing; ``"full"`` crops dilation · (kernel - 1) elements at
-        both ends; ``"same"``, ``"same_lower"`` and, for one spatial axis, ``"causal"``
-        make the result size · stride long, or ``output_size``.  All are those of the
-        adjoint convolution.
+        both ends; ``"same"`` (ONNX's ``"SAME_UPPER"``), ``"same_lower"`` and, for one
+        spatial axis, ``"causal"`` make the result size · stride long, or
+        ``output_size``; of an odd number ``"same"`` crops one more at the end.  All are
+        those of the adjoint convolution.
     {options}
 
     Returns

@@ -168,7 +168,7 @@ def separable_conv(
     out
         Array to write the result to; it must have its shape and type, and share no
         memory with the inputs.
-    stride, padding, dilation
+    stride, padding, dilation, flip_kernel, cover_all
         As for `conv`; they are those of the first step.
     layout, precision, deterministic
         As for `conv`.

@@ -387,7 +387,7 @@ class _View(NamedTuple):
     def of_filters(self, array: Host) -> Host:
         if self._channels_last:
             array = np.moveaxis(array, (-1, -2), (0, 1))
-        return np.flip(array, range(2, array.ndim)) if self.flips else array
+        return np.flip(array, tuple(range(2, array.ndim))) if self.flips else array
 
     def back(self, array: Host) -> Host:
         array = np.moveaxis(array, 1, -1) if self._channels_last else array

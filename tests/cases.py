@@ -58,6 +58,11 @@ CASES = {
         (3, 6, 7), (4, 3, 2, 3), {"stride": (1, 2), "padding": (0, 1)}
     ),
     "no batch axis, pointwise": Case((3, 6, 7), (4, 3, 1, 1), {}),
+    "all is covered": Case(
+        (2, 3, 8, 6),
+        (2, 3, 3, 2),
+        {"cover_all": True, "stride": (3, 4), "padding": (0, 1), "dilation": (1, 3)},
+    ),
     "one long axis": Case((1, 1, 97), (2, 1, 5), {"stride": 3, "padding": ((4, 1),)}),
     "window of the whole input": Case((3, 2, 4, 5), (4, 2, 4, 5), {}),
 }

@@ -7,6 +7,7 @@ from cuconv.backends import Backend
 from cuconv.geometry import ConvGeometry
 from cuconv.memory import Buffer, MemoryLimitError
 from cuconv.options import Options
+from cuconv.overflow import magnitude, may_wrap, warn_of_wrapping
 
 
 class BiasGrad:
@@ -23,6 +24,10 @@ class BiasGrad:
         backend: Backend,
     ) -> None:
         self.types = resolve_types({"dy": dy}, options.dtype)
+        result, terms = self.types.result, geometry.results * geometry.positions
+        if may_wrap(result):
+            bound, what = terms * magnitude(dy.dtype), f"a sum of {terms} {dy.dtype}"
+            warn_of_wrapping(result, bound, what, "pass dtype='{}'")
         self.backend = backend
         sums = Buffer("sums", channels, self.types.accumulate)
         self.workspace_bytes = backend.overhead(1, sums.dtype.itemsize) + sums.nbytes

@@ -22,6 +22,7 @@ from cuconv.backends.columns import (
     single_group,
 )
 from cuconv.config import check_deterministic
+from cuconv.engine.pool_plan import warn_of_sums
 from cuconv.engine.recorded import RecordedPlan, Result, Workspace, check_results
 from cuconv.engine.tile_search import largest_fitting
 from cuconv.geometry import Block, Tile, WindowGeometry
@@ -124,6 +125,7 @@ def plan_columns(
         if array.shape != shape:
             raise ValueError(f"cols has shape {array.shape} and must have {shape}")
         backend = backend_of(xp, array)
+        warn_of_sums("cols", array.dtype, geometry)
         asked = more["deterministic"]
         deterministic = asked is None or check_deterministic(asked)
         plan = _scatter(

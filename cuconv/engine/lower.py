@@ -23,6 +23,7 @@ def lower(request: Request) -> Lowering:
     """
     if request.options.flip_kernel:
         return flipped.lower(request, lower)
+    request.warn_of_wrapping()
     found: Lowering | None = None
     try:
         found = canonical.lower(request, _lower)

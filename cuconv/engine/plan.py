@@ -374,6 +374,8 @@ class Plan(LoweredCall):
         yield "groups", _groups_text(g)
         if g.padding_mode != "zeros":
             yield "padding mode", g.padding_mode
+        if self.options.flip_kernel:
+            yield "kernel", "flipped"
         if composition := self.lowering.composition:
             yield "parts", composition
         yield "strategy", f"{candidate.label}, precision {p.precision}"
@@ -397,10 +399,11 @@ class Plan(LoweredCall):
         dict
             ``op``, ``x_shape``, ``w_shape`` and ``y_shape``; ``stride``, ``padding``
             (pairs), ``dilation`` and ``input_dilation`` axis by axis,
-            ``padding_mode``, ``groups``, ``batch_groups``, ``layout`` and whether
-            there is a ``bias``; ``dtype`` (of the result), ``device``, ``precision``
-            and ``deterministic``; ``strategy``, with its variant ``strategy_label``,
-            and the ``parts`` that run it; the number of ``chunks`` and of ``workers``;
+            ``padding_mode``, ``groups``, ``batch_groups``, ``flip_kernel``, ``layout``
+            and whether there is a ``bias``; ``dtype`` (of the result), ``device``,
+            ``precision`` and ``deterministic``; ``strategy``, with its variant
+            ``strategy_label``, and the ``parts`` that run it; the number of ``chunks``
+            and of ``workers``;
             ``workspace_bytes``, ``memory_limit`` and ``bytes_moved`` in bytes,
             ``flops`` in operations, ``arithmetic_intensity`` in operations for each
             byte; ``estimate_nanoseconds``, which is estimated and not measured; and
@@ -428,6 +431,7 @@ class Plan(LoweredCall):
             "padding_mode": g.padding_mode,
             "groups": g.groups,
             "batch_groups": g.batch_groups,
+            "flip_kernel": self.options.flip_kernel,
             "layout": "channels_first" if g.channels_first else "channels_last",
             "bias": p.has_bias,
             "dtype": p.types.result.name,

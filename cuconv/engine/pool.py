@@ -24,8 +24,8 @@ from cuconv.arrays import (
     native,
     resolve_types,
 )
-from cuconv.choices import check_options
-from cuconv.engine.pool_plan import INDEX, limit_of, plan_of, y_shape
+from cuconv.choices import check_choice, check_options
+from cuconv.engine.pool_plan import INDEX, limit_of, plan_of, warn_of_sums, y_shape
 from cuconv.engine.pool_problem import MAXIMUM, MEAN, NORM, TAKE, PoolProblem
 from cuconv.engine.problem import check_shape
 from cuconv.geometry import (
@@ -250,9 +250,7 @@ def _checked(named: Mapping[str, Array | None]) -> Named:
 def _over_array(options: Values) -> bool:
     """Whether indices count the elements of the whole array."""
     over = options.get("indices_over", "plane")
-    if over not in ("plane", "array"):
-        raise ValueError(f"indices_over must be one of 'plane', 'array'; got {over!r}")
-    return bool(over == "array")
+    return check_choice("indices_over", over, ("plane", "array")) == "array"
 
 
 def _check_indices(indices: Array, geometry: WindowGeometry) -> None:
@@ -293,8 +291,8 @@ def _max_gradient(
     if (indices is None) == (x is None):
         both = "both" if x is not None else "neither"
         raise TypeError(f"indices or x must be given, one of them; got {both}")
+    name = NAMES[call][0]
     if dy.dtype == bool:
-        name = NAMES[call][0]
         raise TypeError(f"{name} has type bool, which cannot be summed")
     over_array = _over_array(options)
     if indices is not None:
@@ -302,6 +300,7 @@ def _max_gradient(
     if x is not None:
         _check_ordered("x", x.dtype)
     dtype = native(dy.dtype)
+    warn_of_sums(name, dtype, geometry)
     dtypes = dtype, accumulator(dtype), dtype
     values = None if x is None else native(x.dtype)
     problem = PoolProblem(

@@ -1,5 +1,6 @@
 """Plans of pooling: tiles that fit the limit, and the arrays of a call as planes."""
 
+import math
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from cuconv.memory import (
     parse_memory_limit,
     workspace_bytes,
 )
+from cuconv.overflow import magnitude, may_wrap, warn_of_wrapping
 
 INDEX = np.dtype(np.int64)
 MOST_AXES = 3
@@ -114,6 +116,15 @@ def limit_of(memory_limit: MemoryLimit) -> int | None:
     """The limit of a call in bytes: its own, or the one that is set."""
     limit = settings().memory_limit
     return limit if memory_limit is None else parse_memory_limit(memory_limit)
+
+
+def warn_of_sums(name: str, dtype: DType, geometry: WindowGeometry) -> None:
+    """Warn if sums of what overlapping windows give to one element may wrap around."""
+    terms = math.prod(axis.reach(1) for axis in geometry.axes)
+    if terms > 1 and may_wrap(dtype):
+        what = f"a sum of {terms} {dtype} of {name}"
+        bound = terms * magnitude(dtype)
+        warn_of_wrapping(dtype, bound, what, f"pass {name}.astype('{{}}')")
 
 
 def _buffered(problem: PoolProblem, array: Array) -> int:

@@ -45,9 +45,9 @@ class Problem:
 
     ``zero_copy`` names the arrays (``x``, ``w``, ``dy``, ``out``) that BLAS can read or
     write in place: they have the right type, and strides of a matrix.  It contains
-    ``run`` if the result is contiguous, and ``reversed`` if weights, or the gradient for
-    them, are such a matrix with their taps in reverse.  ``source`` is the type of the array that is
-    gathered, and ``needs_cast`` names all arrays whose type is not that of the
+    ``run`` if the result is contiguous, and ``reversed`` if weights, or the gradient
+    for them, are such a matrix with their taps in reverse.  ``source`` is the type of
+    the array that is gathered, and ``needs_cast`` names all arrays whose type is not that of the
     operands.  ``flipped`` marks the forward pass over dy that an input gradient is: its
     weights are those of the caller, filters and channels exchanged, taps in reverse.
     ``captured``: the call is recorded into a CUDA graph, which can launch kernels but

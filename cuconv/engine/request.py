@@ -32,6 +32,7 @@ from cuconv.engine.problem import (
 )
 from cuconv.geometry import ConvGeometry
 from cuconv.options import Options
+from cuconv.overflow import magnitude, may_wrap, warn_of_wrapping
 
 ZERO_POINTS = "x_zero_point", "w_zero_point"
 _OPTIONAL = ("bias", "indices", *ZERO_POINTS)
@@ -60,6 +61,27 @@ class Request(NamedTuple):
         """The zero points that were given, by the names of their arrays."""
         found = {n: self.arrays.get(f"{n}_zero_point") for n in ("x", "w")}
         return {name: zero for name, zero in found.items() if zero is not None}
+
+    def warn_of_wrapping(self) -> None:
+        """Warn if the type of the result may not hold every sum of products."""
+        result, g = self.types.result, self.geometry
+        if not may_wrap(result):
+            return
+        terms = {
+            "forward": g.patch,
+            "input_grad": g.group_filters * g.taps,
+            "weight_grad": g.results * g.positions,
+        }[CONVOLUTION.get(self.call, self.call)]
+        arrays, zeros, bound = self.arrays, self.zero_points, terms
+        names = list(ROLES[self.call])[:2]
+        for name in names:
+            # Less its zero point, a value is at most twice as large.
+            bound *= magnitude(arrays[name].dtype) * (1 + (name in zeros))
+        if "bias" in arrays:
+            bound += magnitude(arrays["bias"].dtype)
+        both = " and ".join(arrays[name].dtype.name for name in names)
+        what = f"a sum of {terms} products of {both}"
+        warn_of_wrapping(result, bound, what, "pass dtype='{}'")
 
     @property
     def is_input_grad(self) -> bool:

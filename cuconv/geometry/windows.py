@@ -438,11 +438,12 @@ def unpooled_shape(
     rank = len(kernel) if isinstance(kernel, tuple) else len(shape) - 2
     split = split_shape(shape, rank, layout)
     taps = per_axis("kernel_size", kernel, rank, 1)
-    strides = per_axis("stride", frozen("stride", stride), rank, 1) if stride else taps
+    step = kernel_size if stride is None else stride
+    strides = per_axis("stride", frozen("stride", step), rank, 1)
     apart = per_axis("dilation", frozen("dilation", dilation), rank, 1)
     if output_size is None:
         most = tuple(n * s for n, s in zip(split.sizes, strides, strict=True))
-        pads = pads_of(frozen("padding", padding), most, taps, strides, apart)
+        pads = pads_of(frozen_padding(padding), most, taps, strides, apart)
         sizes = tuple(
             (n - 1) * s + d * (k - 1) + 1 - before - after if n else 0
             for n, k, s, d, (before, after) in zip(

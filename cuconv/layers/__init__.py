@@ -32,6 +32,7 @@ from cuconv.layers.pooling import (
     MaxPool1d,
     MaxPool2d,
     MaxPool3d,
+    MaxUnpool,
 )
 from cuconv.layers.separable import (
     SeparableConv,
@@ -66,6 +67,7 @@ __all__ = [
     "MaxPool1d",
     "MaxPool2d",
     "MaxPool3d",
+    "MaxUnpool",
     "SeparableConv",
     "SeparableConv1d",
     "SeparableConv2d",

@@ -21,7 +21,9 @@ ENDLESS = 2**70
 class Layer(ABC):
     """Base class of layers: parameters, their gradients, moving and saving both.
 
-    A layer without parameters adds `forward` and `backward` alone.
+    A layer without parameters adds `forward` and `backward` alone.  Layers with weights
+    keep their input for `backward`, not a copy, which would double the memory: it must
+    not change between the two calls.  Pooling layers keep none.
 
     Attributes
     ----------

@@ -111,6 +111,17 @@ class _Maxima(_Pool):
         y, indices = self._pool(x, *self._sizes, **options)
         return y, indices
 
+    @property
+    def indices(self) -> Array:
+        """The indices of the maxima of the last forward call."""
+        indices: Array = self._kept()[0]
+        return indices
+
+    def take(self, x: Array, indices: Array) -> Array:
+        """Take the elements with these indices."""
+        y: Array = self._pool(x, *self._sizes, indices=indices, **self._options)
+        return y
+
 
 class _Means(_Pool):
     """Means: the gradient is divided among the elements of the window."""
@@ -393,6 +404,90 @@ class GlobalAvgPool(_Means, _Global):
 
     _pool = staticmethod(global_avg_pool)
     _backward = staticmethod(global_avg_pool_backward)
+
+
+class MaxUnpool(Layer):
+    """The reverse of a layer of maxima: put values where they were, zeros elsewhere.
+
+    Where windows overlap, values for one element are added up; see `cuconv.max_unpool`.
+
+    Parameters
+    ----------
+    pool
+        A layer of maxima.  Its last forward call gives the indices and the size.
+
+    Raises
+    ------
+    TypeError
+        If ``pool`` is no such layer.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from cuconv.layers import MaxPool1d, MaxUnpool
+    >>> pool = MaxPool1d(2)
+    >>> up = MaxUnpool(pool)
+    >>> up(pool(np.array([[[1.0, 5.0, 4.0, 2.0, 3.0]]])))
+    array([[[0., 5., 4., 0., 0.]]])
+    >>> up.backward(np.array([[[1.0, 2.0, 3.0, 4.0, 5.0]]]))
+    array([[[2., 3.]]])
+    """
+
+    def __init__(self, pool: Layer) -> None:
+        if not isinstance(pool, _Maxima):
+            raise TypeError(f"pool must be a layer of maxima, as MaxPool; got {pool!r}")
+        super().__init__()
+        self._pool = pool
+        self._sizes = (pool,)
+
+    def forward(self, x: Array) -> Array:
+        """Put values where the maxima of the last call of the pooling layer were.
+
+        Parameters
+        ----------
+        x
+            In the shape of the output of that call.
+
+        Returns
+        -------
+        array
+            In the shape of its input, and of the type of ``x``.
+
+        Raises
+        ------
+        RuntimeError
+            If there was no such call.
+        ValueError, TypeError, MemoryLimitError
+            As `cuconv.max_unpool` does.
+        """
+        y = self._pool.backward(x)
+        self._x = self._pool.indices
+        return y
+
+    def backward(self, dy: Array, *, needs_input: bool = True) -> Array | None:
+        """Compute the gradient for the input of the last forward call.
+
+        Parameters
+        ----------
+        dy
+            Gradient for the output, in its shape.
+        needs_input
+            Whether to compute anything: there are no other gradients.
+
+        Returns
+        -------
+        array or None
+            The elements of ``dy`` where the values were put; None if not needed.
+
+        Raises
+        ------
+        RuntimeError
+            If there was no forward call.
+        ValueError, TypeError, MemoryLimitError
+            As `cuconv.max_pool` does.
+        """
+        indices = self._kept()
+        return self._pool.take(dy, indices) if needs_input else None
 
 
 def _check_windows(kernel: tuple[int, ...], options: Any, kind: type) -> None:

@@ -13,7 +13,7 @@ import sigpy
 
 import cuconv
 
-# The replacement.  SigPy's convolution flips the kernel.
+# The replacement.
 
 
 def operands(data, filt, multi_channel):

@@ -66,6 +66,10 @@ def test_the_page_has_examples():
             "--padding 2 --padding-mode symmetric",
             {"padding": 2, "padding_mode": "symmetric"},
         ),
+        (
+            "--flip-kernel true --cover-all true --stride 2 --padding SAME_UPPER",
+            {"flip_kernel": True, "cover_all": True, "stride": 2, "padding": "same"},
+        ),
         ("--op weight_grad --dtype float16", {"op": "weight_grad", "dtype": "float16"}),
         ("--bias --deterministic False", {"bias": True, "deterministic": False}),
         (

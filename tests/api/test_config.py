@@ -150,7 +150,7 @@ BAD = [
     (
         {"num_thread": 2},
         TypeError,
-        "no option 'num_thread'; the options are num_threads, memory_limit, precision",
+        "no option 'num_thread'; .* are num_threads, .*: did you mean 'num_threads'",
     ),
 ]
 
@@ -240,7 +240,7 @@ def test_a_variable_that_is_not_read_is_warned_of_once() -> None:
     assert done.stdout.strip() == (
         "UserWarning CUCONV_THREADS is not read; the variables of cuconv are "
         "CUCONV_NUM_THREADS, CUCONV_MEMORY_LIMIT, CUCONV_PRECISION, "
-        "CUCONV_DETERMINISTIC, CUCONV_CACHE_DIR"
+        "CUCONV_DETERMINISTIC, CUCONV_CACHE_DIR: did you mean 'CUCONV_NUM_THREADS'?"
     )
 
 

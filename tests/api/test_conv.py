@@ -61,7 +61,7 @@ def test_equals_the_loops_in_every_type(xp, op, dtype, layout) -> None:
     for case in each_in(layout):
         check(xp, op, case, dtype)
         checked += 1
-    assert checked == len(CASES) == 19
+    assert checked == len(CASES) == 20
 
 
 CAUSAL = Case((2, 3, 11), (4, 3, 3), {"padding": "causal", "stride": 2, "dilation": 2})
@@ -109,6 +109,26 @@ def test_full_padding_has_both_gradients(xp, layout) -> None:
     spatial = (5, 4)
     first = layout == "channels_first"
     assert case.y_shape() == ((2, 6, *spatial) if first else (2, *spatial, 6))
+
+
+def test_words_are_taken_in_any_case(xp) -> None:
+    x, w = xp.asarray(integers((1, 2, 5, 6))), xp.asarray(integers((3, 2, 2, 4)))
+    plain = to_host(cuconv.conv(x, w, padding="same"))
+    for word in ("SAME", "Same", "SAME_UPPER", "same_upper"):
+        testing.assert_equal(cuconv.conv(x, w, padding=word, layout="nchw"), plain)
+    lower = to_host(cuconv.conv(x, w, padding="same_lower"))
+    testing.assert_equal(cuconv.conv(x, w, padding="SAME_LOWER"), lower)
+    options = {"padding": ((3, 2), (1, 1))}
+    last = x.transpose(0, 2, 3, 1), w.transpose(2, 3, 1, 0)
+    for word in ("nhwc", "NhWC", "Channels_Last", "CHANNELS_LAST"):
+        y = cuconv.conv(*last, padding_mode="REFLECT", layout=word, **options)
+        mode = {"padding_mode": "reflect", **options}
+        testing.assert_equal(
+            y.transpose(0, 3, 1, 2), to_host(cuconv.conv(x, w, **mode))
+        )
+    up = to_host(cuconv.conv_transpose(x, w[:2], padding="SAME_UPPER", stride=2))
+    same = cuconv.conv_transpose(x, w[:2], padding="same", stride=2)
+    testing.assert_equal(same, up)
 
 
 def test_causal_padding_is_for_one_axis() -> None:

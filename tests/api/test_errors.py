@@ -49,6 +49,17 @@ def bad(
 
 
 SHAPES = {
+    "padding like same": bad("got 'smae': did you mean 'same'?", padding="smae"),
+    "pads of ONNX": bad(
+        "4 values for 2", "padding=((1, 3), (2, 4))", padding=(1, 2, 3, 4)
+    ),
+    "a layout like another": bad("'NWHC': did you mean", layout="NWHC"),
+    "a mode like another": bad("did you mean 'reflect'?", padding_mode="reflct"),
+    "a strategy like another": bad("did you mean 'im2col'?", strategy="im2cl"),
+    "a precision like another": bad("did you mean 'fast'?", precision="fats"),
+    "an option like another": bad(
+        "no option 'pading'", "did you mean 'padding'?", error=TypeError, pading=1
+    ),
     "channels": bad("x has 5", "expects 6 × groups 1 = 6", x=(64, 5, 99, 9)),
     "channels of a group": bad("x has 6", "6 × groups 2 = 12", groups=2),
     "filters": bad("groups 3", "the 8 filters", w=(8, 2, 5, 3), groups=3),

@@ -140,33 +140,43 @@ def every_pooling_call(x: Any) -> dict[str, Any]:
     mean, norm = cuconv.avg_pool(x, 2), cuconv.lp_pool(x, 2, 2)
     small, where = cuconv.adaptive_max_pool(x, 2, return_indices=True)
     one, there = cuconv.global_max_pool(x, return_indices=True)
-    return named(
-        {
-            "max_pool": (x, 3),
-            "max_pool1d": (line, 2),
-            "max_pool2d": (x, 2),
-            "max_pool3d": (block, (1, 2, 2)),
-            "max_pool_backward": (top, places, x.shape, 2),
-            "avg_pool": (x, 3),
-            "avg_pool1d": (line, 2),
-            "avg_pool2d": (x, 2),
-            "avg_pool3d": (block, (1, 2, 2)),
-            "avg_pool_backward": (mean, x.shape, 2),
-            "lp_pool": (x, 2, 2),
-            "lp_pool_backward": (norm, x, norm, 2, 2),
-            "adaptive_max_pool": (x, 2),
-            "adaptive_max_pool_backward": (small, where, x.shape, 2),
-            "adaptive_avg_pool": (x, 2),
-            "adaptive_avg_pool_backward": (small, x.shape, 2),
-            "global_max_pool": (x,),
-            "global_max_pool_backward": (one, there, x.shape),
-            "global_avg_pool": (x,),
-            "global_avg_pool_backward": (one, x.shape),
+    calls = {
+        "max_pool": (x, 3),
+        "max_unpool": (top, places, 2),
+        "max_pool_backward": (top, places, x.shape, 2),
+        "avg_pool": (x, 3),
+        "avg_pool_backward": (mean, x.shape, 2),
+        "lp_pool": (x, 2, 2),
+        "lp_pool_backward": (norm, x, norm, 2, 2),
+        "adaptive_max_pool": (x, 2),
+        "adaptive_max_pool_backward": (small, where, x.shape, 2),
+        "adaptive_avg_pool": (x, 2),
+        "adaptive_avg_pool_backward": (small, x.shape, 2),
+        "global_max_pool": (x,),
+        "global_max_pool_backward": (one, there, x.shape),
+        "global_avg_pool": (x,),
+        "global_avg_pool_backward": (one, x.shape),
+    }
+    for rank, given in enumerate((line, x, block), 1):
+        kernel = (1, 2, 2)[-rank:]
+        best = cuconv.max_pool(given, kernel, return_indices=True)
+        calls |= {
+            f"max_unpool{rank}d": (*best, kernel),
+            f"lp_pool{rank}d": (given, 2, kernel),
+            **{f"{kind}_pool{rank}d": (given, kernel) for kind in ("max", "avg")},
+            **{f"adaptive_{kind}_pool{rank}d": (given, 1) for kind in ("max", "avg")},
+            **{f"global_{kind}_pool{rank}d": (given,) for kind in ("max", "avg")},
         }
-    )
+    return {
+        **named(calls),
+        "max_pool, indices": partial(cuconv.max_pool, x, 2, indices=places),
+    }
 
 
-ELSEWHERE = {"ConvGradients", "MemoryLimitError", "SeparableGradients", "config"}
+ELSEWHERE = {
+    *("ConvGradients", "SeparableGradients", "config"),
+    *("IntegerOverflowWarning", "MemoryLimitError"),
+}
 
 
 @on_cupy
@@ -178,7 +188,7 @@ def test_no_public_call_waits_for_the_device(standin) -> None:
         before = len(waits)
         call()
         assert waits[before:] == [], name
-    assert len(calls) == 66
+    assert len(calls) == 86
     x, w, _ = operands(CASE, "float32").on(standin)
     cuconv.conv(x, w, strategy="benchmark", **CASE.options)
     float(x[0, 0, 0, 0])

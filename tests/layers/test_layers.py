@@ -564,12 +564,46 @@ def test_pooling_layers_without_a_batch_axis() -> None:
     assert layers.AdaptiveAvgPool(10**6, layout="NHWC")
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    ("name", "sizes", "options", "call"),
+    [
+        ("MaxPool2d", (2,), {"ceil_mode": True}, "max_pool"),
+        ("AdaptiveMaxPool", ((3, 2),), {}, "adaptive_max_pool"),
+        ("GlobalMaxPool", (), {}, "global_max_pool"),
+    ],
+)
+def test_unpooling_reverses_a_layer(xp, layout, name, sizes, options, call) -> None:
+    """Of a later call too: its indices are those of the last one."""
+    options = {"layout": layout, **options}
+    pool = getattr(layers, name)(*sizes, **options)
+    up = layers.MaxUnpool(pool)
+    shape = (2, 3, 7, 5) if layout == "channels_first" else (2, 7, 5, 3)
+    for seed in range(2):
+        x = to_device(xp, integers(shape, "float32", seed=seed))
+        y = pool(x)
+        values = to_device(xp, integers(y.shape, "float32", seed=2))
+        back = getattr(cuconv, f"{call}_backward")
+        wanted = back(values, None, None, *sizes, x=x, **options)
+        testing.assert_equal(up(values), to_host(wanted))
+        testing.assert_equal(up.backward(x), to_host(y))
+        assert up.backward(x, needs_input=False) is None
+    assert repr(up) == f"MaxUnpool({pool!r})"
+
+
+def test_unpooling_needs_a_layer_of_maxima_that_has_run() -> None:
+    with pytest.raises(TypeError, match="layer of maxima, as MaxPool; got"):
+        layers.MaxUnpool(layers.AvgPool2d(2))
+    with pytest.raises(RuntimeError, match="forward call"):
+        layers.MaxUnpool(layers.MaxPool2d(2))(np.ones((1, 1, 2, 2)))
+
+
 def test_every_layer_has_an_example() -> None:
     kinds = [k for k in vars(layers).values() if isinstance(k, type)]
     named = {k.__name__: k for k in kinds if issubclass(k, Layer)}
     public = {name: k for name, k in named.items() if not name.startswith("_")}
     depthwise = {f"DepthwiseConv{rank}" for rank in ("", "1d", "2d", "3d")}
-    tested = {*MADE, *depthwise, *SEPARABLE, *POOLED}
+    tested = {*MADE, *depthwise, *SEPARABLE, *POOLED, "MaxUnpool"}
     assert set(public) == {"Layer", *tested} == set(layers.__all__)
     assert all(">>> " in public[name].__doc__ for name in tested)
 

@@ -77,15 +77,9 @@ class MaxWorker(PlacesWorker):
             yield from cls._forward_buffers(problem.search, head, reached)
 
     def _reduce_to(
-        self,
-        block: Block,
-        span: Range,
-        window: Array,
-        target: Array,
-        indices: Array | None,
+        self, block: Block, span: Range, x: Array, y: Array, indices: Array | None
     ) -> None:
-        to_maxima = Reduction.to_maxima(target.dtype)
-        seen = self._sweep(to_maxima, block, window, target, indices)
+        seen = self._sweep(Reduction.to_maxima(y.dtype), block, x, y, indices)
         if indices is not None:
             self._find(block, span, seen, indices)
 

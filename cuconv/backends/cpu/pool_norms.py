@@ -62,23 +62,18 @@ class NormWorker(PoolWorker):
         return self._problem, tuple(self._buffers), *self._buffers.values()
 
     def _reduce_to(
-        self,
-        block: Block,
-        span: Range,
-        window: Array,
-        target: Array,
-        indices: Array | None,
+        self, block: Block, span: Range, x: Array, y: Array, indices: Array | None
     ) -> None:
         del span, indices
-        norm, powers = self._problem.norm, self._view("power", window.shape)
+        norm, powers = self._problem.norm, self._view("power", x.shape)
         low, most = _safe_sums(self._problem)
-        self._do(_powers, norm, most, window, powers)
-        self._sweep(SUM, block, powers, target)
-        self._do(_raise, target, 1 / norm)
+        self._do(_powers, norm, most, x, powers)
+        self._sweep(SUM, block, powers, y)
+        self._do(_raise, y, 1 / norm)
         if norm > 1:
             limits = low ** (1 / norm), 0.99 * most ** (1 / norm)
-            masks = (self._view("mask", a.shape) for a in (target, window))
-            operands = block, window, powers, target, *masks
+            masks = (self._view("mask", a.shape) for a in (y, x))
+            operands = block, x, powers, y, *masks
             self._do(_check_norms, limits, *operands, *self._state)
 
     def _backward_to(

@@ -147,12 +147,7 @@ class PoolWorker:
             self._copy(target, y)
 
     def _reduce_to(
-        self,
-        block: Block,
-        span: Range,
-        window: Array,
-        target: Array,
-        indices: Array | None,
+        self, block: Block, span: Range, x: Array, y: Array, indices: Array | None
     ) -> None:
         """Reduce to an array of the type of sums."""
         raise NotImplementedError
@@ -400,16 +395,11 @@ class MeanWorker(PoolWorker):
         yield from _divisor_buffers(problem, reach_of(problem, cells))
 
     def _reduce_to(
-        self,
-        block: Block,
-        span: Range,
-        window: Array,
-        target: Array,
-        indices: Array | None,
+        self, block: Block, span: Range, x: Array, y: Array, indices: Array | None
     ) -> None:
         del span, indices
-        self._sweep(SUM, block, window, target)
-        self._do(np.divide, target, self._divisor(block.output, window), target)
+        self._sweep(SUM, block, x, y)
+        self._do(np.divide, y, self._divisor(block.output, x), y)
 
     def _backward_to(
         self, region: Region, given: PoolInputs, span: Range, target: Array

@@ -1,4 +1,4 @@
-"""Flipped kernels: the same convolution, its weights seen with their taps in reverse."""
+"""Flipped kernels: the same convolution over a view of w, its taps in reverse."""
 
 from collections.abc import Callable, Iterable
 
