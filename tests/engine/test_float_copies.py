@@ -1,4 +1,4 @@
-"""Gradients of integers by products of floats: equal to sums of integers, which wrap."""
+"""Gradients of integers by products of floats equal sums of integers, which wrap."""
 
 import numpy as np
 import pytest

@@ -1,8 +1,8 @@
 """Gradients of int8 and uint8 over copies in floats in which every sum is exact.
 
-BLAS multiplies floats and no integers: NumPy's own products of integers take some twenty
-times as long.  Sums that might leave the range of the result are left to those, which
-wrap.
+BLAS multiplies floats and no integers: NumPy's own products of integers take some
+twenty times as long.  Sums that might leave the range of the result are left to those,
+which wrap.
 """
 
 import math
@@ -65,8 +65,7 @@ class FloatCopies(Lowering):
                 arrays[name] = copied
         out = arrays["out"]
         sums = arrays["out"] = arrays["sums_copy"][: out.size].reshape(out.shape)
-        inner = run.inside(0, arrays, self._inner.buffers)
-        self._inner.steps(inner)
+        self._inner.steps(run._replace(arrays=arrays))
         run.backend.copy(sums, out)
 
 
