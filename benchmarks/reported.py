@@ -150,7 +150,7 @@ class Scipy:
         return lambda: self.module.oaconvolve(x, flipped, "valid")
 
 
-KINDS = {"cuconv": Library, "torch": Torch, "scipy": Scipy}
+KINDS: dict[str, Any] = {"cuconv": Library, "torch": Torch, "scipy": Scipy}
 
 
 def serve(kind: str) -> None:
