@@ -8,11 +8,23 @@ from typing import cast
 from cuconv import profiling
 from cuconv.backends.cuda.elements import Variant
 from cuconv.backends.cuda.source import kernel_source
+from cuconv.backends.cuda.tilings import Addressing, Operand, contraction_variant
+from cuconv.backends.cuda.tilings import Tiling as ContractionTiling
 from cuconv.backends.cuda.variants import all_variants
 from cuconv.geometry import PADDING_MODES
 from cuconv.strategies import strategies
 
-__all__ = ["PADDING_MODES", "Variant", "all_variants", "kernel_source", "strategies"]
+__all__ = [
+    "PADDING_MODES",
+    "Addressing",
+    "ContractionTiling",
+    "Operand",
+    "Variant",
+    "all_variants",
+    "contraction_variant",
+    "kernel_source",
+    "strategies",
+]
 
 
 @contextmanager

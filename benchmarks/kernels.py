@@ -2,94 +2,25 @@
 
 Registers, shared memory, stack and spills: NVRTC compiles each variant for each
 architecture as CuPy would, which needs no GPU.  These are facts of compilation and no
-times.
+times.  With ``--budgets`` the machine code of the main kernels is counted, and compared
+with the counts that were kept.
 """
 
-import re
 from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
-import ml_dtypes  # noqa: F401 - gives NumPy the name bfloat16
-from cuda.bindings import nvrtc
-
-from benchmarks import machine, records
-from benchmarks.internals import Variant, all_variants, kernel_source
+from benchmarks import budgets, machine, records
+from benchmarks.internals import Variant, all_variants
+from benchmarks.nvrtc import QUANTITIES, CompileError, compile_variant, nvrtc_version
 from benchmarks.report import Table
 
 ARCHITECTURES = (75, 80, 90, 100, 120)
 KERNELS = "kernels"
 # Which macros make a variant what it is; the others only check its structs' sizes.
 BOOKKEEPING = "_BYTES="
-# What ptxas says of a kernel; a quantity that it leaves out is zero.
-QUANTITIES = {
-    "registers": r"Used (\d+) registers",
-    "shared_bytes": r"(\d+) bytes smem",
-    "stack_bytes": r"(\d+) bytes stack frame",
-    "spill_store_bytes": r"(\d+) bytes spill stores",
-    "spill_load_bytes": r"(\d+) bytes spill loads",
-}
-
 # One variant on one architecture: the ``kernel``, its ``variant`` and ``architecture``,
 # and what `Compiled.resources` says, or the ``error`` if it did not compile.
 Taken = dict[str, Any]
-
-
-class CompileError(Exception):
-    """NVRTC refused; its log."""
-
-
-class Compiled(NamedTuple):
-    """The size of a binary, and the compiler's report."""
-
-    binary_bytes: int
-    log: str
-
-    def resources(self) -> dict[str, int]:
-        """Registers a thread, bytes of shared memory, stack and spills, and the size.
-
-        A log without the number of registers is no report, and raises ValueError.
-        """
-        found = {name: re.findall(way, self.log) for name, way in QUANTITIES.items()}
-        if not found["registers"]:
-            raise ValueError(f"ptxas reported no registers: {self.log!r}")
-        sums = {name: sum(map(int, each)) for name, each in found.items()}
-        sums["registers"] = max(map(int, found["registers"]))
-        return {**sums, "binary_bytes": self.binary_bytes}
-
-
-def nvrtc_version() -> str:
-    return ".".join(str(part) for part in checked(nvrtc.nvrtcVersion()))
-
-
-def checked(answer: tuple[Any, ...]) -> Any:
-    """The values of an answer, without the status."""
-    status, *values = answer
-    if status != nvrtc.nvrtcResult.NVRTC_SUCCESS:
-        raise RuntimeError(status)
-    return values[0] if len(values) == 1 else values
-
-
-def log_of(program: Any) -> str:
-    log = b" " * checked(nvrtc.nvrtcGetProgramLogSize(program))
-    checked(nvrtc.nvrtcGetProgramLog(program, log))
-    return str(log.decode())
-
-
-def compile_variant(variant: Variant, architecture: int) -> Compiled:
-    """Compile as CuPy would, with the report of ptxas."""
-    source = kernel_source(variant.kernel).encode()
-    name = f"{variant.kernel}.cu".encode()
-    program = checked(nvrtc.nvrtcCreateProgram(source, name, 0, [], []))
-    options = [f"-D{macro}" for macro in variant.macros]
-    options += [f"-arch=sm_{architecture}", "-std=c++17", "-ftz=true", "-Xptxas=-v"]
-    encoded = [option.encode() for option in options]
-    (status,) = nvrtc.nvrtcCompileProgram(program, len(encoded), encoded)
-    log = log_of(program)
-    if status != nvrtc.nvrtcResult.NVRTC_SUCCESS:
-        raise CompileError(f"{variant} on sm_{architecture}: {log}")
-    size = checked(nvrtc.nvrtcGetCUBINSize(program))
-    checked(nvrtc.nvrtcDestroyProgram(program))
-    return Compiled(size, log)
 
 
 def taken(variant: Variant, architecture: int) -> Taken:
@@ -124,7 +55,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     words.add_argument("--kernel", action="append", help=several)
     one: Any = {"action": "append", "type": int, "choices": ARCHITECTURES}
     words.add_argument("--architecture", **one, help=f"{several} (default: all)")
+    kept = (
+        "compare counts of the main kernels' machine code with those kept; --save them"
+    )
+    words.add_argument("--budgets", action="store_true", help=kept)
     chosen = words.parse_args(arguments)
+    if chosen.budgets:
+        _budgets(save=chosen.out == records.RESULTS)
+        return
     if chosen.out == records.RESULTS and (chosen.kernel or chosen.architecture):
         words.error("--save keeps every variant: no --kernel or --architecture")
     rows = [
@@ -139,6 +77,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
         found = {**machine.provenance(), "nvrtc": nvrtc_version(), "kernels": rows}
         records.write(found, KERNELS, chosen.out)
     table(rows).show()
+
+
+def _budgets(*, save: bool) -> None:
+    """Show the counts, and keep them or stop where one is worse."""
+    rows = list(budgets.all_measured())
+    budgets.table(rows).show()
+    if save:
+        budgets.write(rows)
+    elif worse := budgets.compared(rows):
+        raise SystemExit("\n".join(worse))
 
 
 if __name__ == "__main__":

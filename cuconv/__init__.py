@@ -25,8 +25,10 @@ from cuconv.conv_transpose import (
     conv_transpose_input_grad,
     conv_transpose_weight_grad,
 )
+from cuconv.deform import deform_conv, deform_conv2d, deform_conv_backward
 from cuconv.devices import asarray
 from cuconv.engine.call import ConvGradients
+from cuconv.engine.deform import DeformGradients
 from cuconv.engine.plan import Plan
 from cuconv.engine.separable import SeparableGradients
 from cuconv.im2col import col2im, im2col, iter_im2col, patches
@@ -83,6 +85,7 @@ from cuconv.version import __version__ as __version__
 
 __all__ = [
     "ConvGradients",
+    "DeformGradients",
     "IntegerOverflowWarning",
     "MemoryLimitError",
     "Plan",
@@ -121,6 +124,9 @@ __all__ = [
     "conv_transpose_weight_grad",
     "conv_weight_grad",
     "default_array_module",
+    "deform_conv",
+    "deform_conv2d",
+    "deform_conv_backward",
     "depthwise_conv",
     "depthwise_conv_backward",
     "global_avg_pool",

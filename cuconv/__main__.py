@@ -61,6 +61,15 @@ def _gpu() -> str:
     )
 
 
+def _libraries() -> dict[str, str]:
+    """NVIDIA's libraries that strategies call, or why they cannot, if a GPU works."""
+    if default_array_module() is np:
+        return {}
+    from cuconv.backends.cuda.libraries import found  # noqa: PLC0415 - imports CuPy
+
+    return found()
+
+
 def _blas() -> str:
     libraries = ThreadpoolController().select(user_api="blas").info()
     each = (
@@ -80,6 +89,7 @@ def information() -> dict[str, str]:
         "BLAS": _blas(),
         "Python": f"{platform.python_version()} on {platform.platform()}",
         "numpy": np.__version__,
+        **_libraries(),
         "nvtx": _version("nvtx"),
         "cupy": getattr(sys.modules.get("cupy"), "__version__", "not installed"),
     }

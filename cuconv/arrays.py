@@ -128,7 +128,8 @@ def _common_module(arrays: dict[str, Array]) -> Any:
     if on_host and on_device:
         raise TypeError(
             f"host and device arrays are mixed: {', '.join(on_host)} in NumPy, "
-            f"{', '.join(on_device)} in CuPy"
+            f"{', '.join(on_device)} in CuPy; cupy.asarray and cupy.asnumpy convert "
+            "arrays, and the method to of a layer its weights"
         )
     return sys.modules["cupy"] if on_device else np
 
@@ -162,6 +163,8 @@ def _instead(array: object) -> str:
     masked = isinstance(array, np.ma.MaskedArray)
     if not masked and any(hasattr(array, name) for name in _SHARED):
         return f"got {kind}, of which cuconv.asarray makes one without a copy"
+    if masked:
+        return f"got {kind}, whose method filled makes one"
     if isinstance(array, (list, tuple)):
         return f"got {kind}, of which numpy.asarray makes one"
     return f"got {kind}"

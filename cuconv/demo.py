@@ -29,7 +29,7 @@ from cuconv.conv import conv, conv_input_grad, conv_weight_grad, plan_conv
 from cuconv.engine.plan import Plan
 from cuconv.geometry import Block, WindowGeometry
 from cuconv.layers import Conv2d
-from cuconv.memory import parse_memory_limit
+from cuconv.memory import MemoryLimitError, parse_memory_limit
 from cuconv.testing import conv_reference, relative_error
 
 # Photographs are scaled down to this many elements on the longer side.
@@ -88,19 +88,29 @@ class StageResult:
 
 @dataclass
 class Recorder:
-    """Run convolutions under the limit, and record and check each of them."""
+    """Run convolutions under the limit, and record and check each of them.
+
+    A limit that is too small for one of them is enlarged, so that `check_limit` names
+    what does for all.
+    """
 
     xp: Any
     limit: int
     advance: Callable[[str], None]
     results: list[StageResult] = field(default_factory=list)
     checks: list[Check] = field(default_factory=list)
+    too_small: int | None = None
+
+    def check_limit(self) -> None:
+        """Raise if the limit that was given was too small."""
+        if self.too_small is not None:
+            raise MemoryLimitError(self.too_small, self.limit, "the demo")
 
     def forward(
         self, name: str, x: Array, w: Array, bias: Array | None = None, **options: Any
     ) -> Array:
-        limited = {**options, "memory_limit": self.limit}
         plan = self._plan("forward", x, w, bias=bias is not None, **options)
+        limited = {**options, "memory_limit": self.limit}
         y = self._run(name, plan, lambda: conv(x, w, bias, **limited))
         for place, block in _crops(plan.problem.geometry):
             error = _crop_error(block, (x, w, bias), y, options)
@@ -111,11 +121,11 @@ class Recorder:
         self, name: str, dy: Array, x: Array, w: Array, **options: Any
     ) -> tuple[Array, Array]:
         """The gradients for x and w."""
-        limited = {**options, "memory_limit": self.limit}
         plan = self._plan("input_grad", x, w, **options)
+        other = self._plan("weight_grad", x, w, **options)
+        limited = {**options, "memory_limit": self.limit}
         dx = self._run(name, plan, lambda: conv_input_grad(dy, w, x.shape, **limited))
-        plan = self._plan("weight_grad", x, w, **options)
-        dw = self._run(name, plan, lambda: conv_weight_grad(dy, x, w.shape, **limited))
+        dw = self._run(name, other, lambda: conv_weight_grad(dy, x, w.shape, **limited))
         y = conv(x, w, **limited)
         for gradient, array, words in ((dx, x, "⟨dx, x⟩"), (dw, w, "⟨dw, w⟩")):
             error = _adjoint_error(gradient, array, dy, y)
@@ -124,10 +134,17 @@ class Recorder:
 
     def _plan(self, op: str, x: Array, w: Array, **options: Any) -> Plan:
         device = "cpu" if self.xp is np else "cuda"
-        more = {**options, "memory_limit": self.limit, "device": device}
-        return plan_conv(x.shape, w.shape, op=op, **more)
+        more = {**options, "op": op, "device": device}
+        try:
+            return plan_conv(x.shape, w.shape, memory_limit=self.limit, **more)
+        except MemoryLimitError as error:
+            self.too_small = self.too_small or error.limit
+            self.limit = error.smallest
+        return plan_conv(x.shape, w.shape, memory_limit=self.limit, **more)
 
     def _run(self, name: str, plan: Plan, call: Callable[[], Array]) -> Array:
+        if self.too_small is not None:
+            return call()  # nothing will be shown
         self.advance(f"{name} {CALLS[plan.problem.op]}")
         result, peak = measured_peak(self.xp, call)
         milliseconds = min(_milliseconds(self.xp, call) for _ in range(REPEATS))
@@ -496,6 +513,7 @@ def run_demo(
         recorder = Recorder(xp, limit, advance)
         responses = filter_photo(recorder, xp.asarray(picture))
         deep, gradient = run_stack(recorder, xp.asarray(picture))
+        recorder.check_limit()
     console.print(results_table(recorder))
     print_checks(console, recorder.checks)
     hosted = {name: _on_host(xp, response) for name, response in responses.items()}

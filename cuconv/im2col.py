@@ -180,14 +180,14 @@ def iter_im2col(
     Raises
     ------
     MemoryLimitError
-        If not even one position fits; it names the smallest limit that would do.
+        If nothing fits; it names the smallest limit that would do.
 
     Examples
     --------
     >>> import numpy as np
     >>> import cuconv
     >>> x = np.zeros((2, 3, 64, 64), dtype=np.float32)
-    >>> steps = cuconv.iter_im2col(x, 3, memory_limit="256 KiB")
+    >>> steps = cuconv.iter_im2col(x, 3, memory_limit="320 KiB")
     >>> [columns.shape for block, columns in steps]
     [(1922, 27), (1922, 27), (1922, 27), (1922, 27)]
     """

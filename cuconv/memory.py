@@ -5,6 +5,7 @@ workspace, and `carve` divides a single allocation into the same list.  So the m
 that a plan promises and the memory that it takes cannot differ.
 """
 
+import copy
 import operator
 import re
 from collections.abc import Callable, Hashable, Iterable, Mapping
@@ -18,6 +19,9 @@ R = TypeVar("R")
 
 # CuPy's pool hands out memory in these units too.
 ALIGNED = 512
+# The smallest limit that an error names leaves so many bytes to blocks, or what all of
+# the work takes if that is less: one position at a time would be in nobody's interest.
+LEAST_ROOM = 3 * 2**15
 _UNITS = {
     "": 1,
     "b": 1,
@@ -108,13 +112,14 @@ class Shortage:
         if not isinstance(error, MemoryLimitError):
             return False
         if self.error is None or error.smallest > self.error.smallest:
-            self.error = error
+            # Without its traceback, whose frames keep all that was tried.
+            self.error = copy.copy(error)
         return True
 
     def check(self) -> None:
         """Raise if there was none that would do."""
         if self.error is not None:
-            raise self.error
+            raise copy.copy(self.error)
 
 
 def all_within(calls: Mapping[Key, Callable[[], R]]) -> dict[Key, R]:
@@ -147,6 +152,16 @@ class Buffer(NamedTuple):
     def nbytes(self) -> int:
         """Bytes, rounded up so that the next buffer is aligned too."""
         return -(-self.cells * self.dtype.itemsize // ALIGNED) * ALIGNED
+
+
+def least_of(whole: int, smallest: int) -> int:
+    """The smallest limit to name for work that takes so much, whole or in pieces."""
+    return min(whole, smallest + LEAST_ROOM)
+
+
+def is_little(buffers: Iterable[Buffer]) -> bool:
+    """True if smaller pieces would save too little memory to be worth their time."""
+    return workspace_bytes(buffers) <= LEAST_ROOM
 
 
 def buffer_bytes(buffers: Iterable[Buffer]) -> int:

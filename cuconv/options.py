@@ -80,7 +80,7 @@ class ConvOptions(TypedDict, total=False):
         ``"auto"``; ``"benchmark"`` to time the candidates on these arrays and remember
         the fastest; or the name of one: ``"im2col"``, ``"partial_im2col"``,
         ``"pointwise"``, ``"tap_matmul"``, ``"winograd"``, ``"depthwise"``, ``"fft"``
-        (NumPy only) and ``"implicit_gemm"`` (CuPy only).
+        (NumPy only), ``"implicit_gemm"`` and ``"cudnn"`` (CuPy only).
     precision
         ``"strict"``: every result is a direct sum of products.  ``"standard"``:
         Winograd in tiles of up to 6 elements and the Fourier transform too: float32
@@ -130,6 +130,20 @@ class SeparableOptions(TypedDict, total=False):
     memory_limit: MemoryLimit
 
 
+class DeformOptions(TypedDict, total=False):
+    """The keyword options of deformable convolutions; see `cuconv.deform_conv`."""
+
+    stride: Sizes
+    padding: Padding
+    dilation: Sizes
+    groups: int
+    layout: str
+    dtype: Any
+    precision: Precision | None
+    deterministic: bool | None
+    memory_limit: MemoryLimit
+
+
 # The spatial axes in shapes of functions of one rank.
 _NAMES_OF_AXES = {
     1: {"*spatial": "L", "*kernel": "kernel", "*out": "out"},
@@ -139,6 +153,7 @@ _NAMES_OF_AXES = {
 
 DEPTHWISE_OPTIONS = tuple(n for n in ConvOptions.__annotations__ if n != "groups")
 SEPARABLE_OPTIONS = tuple(SeparableOptions.__annotations__)
+DEFORM_OPTIONS = tuple(DeformOptions.__annotations__)
 
 
 def spells_out(

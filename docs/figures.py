@@ -172,7 +172,7 @@ def plans_by_limit(limits, strategy):
 
 def draw_limits(figure):
     """Workspace and number of blocks against the limit, by strategy."""
-    limits = [2**power for power in range(16, 31)]
+    limits = [2**power for power in range(18, 31)]
     whole = WindowGeometry.of((32, 64, 56, 56), (3, 3), padding=1).column_bytes(4)
     left, right = figure.subplots(1, 2)
     strategies = {"im2col": "o", "tap_matmul": "s", "winograd": "^"}

@@ -128,6 +128,7 @@ __device__ inline bool find_index(
     long long index, INDEX image, INDEX channel, const Span (&cells)[RANK],
     const Pool &p, INDEX &offset)
 {
+    if (index < 0) return false;  // nor can the difference overflow
     index -= image * p.index_image + channel * p.index_channel;
     if (index < 0 || (p.index_step > 1 && index % p.index_step)) return false;
     if (p.index_step > 1) index /= p.index_step;

@@ -29,6 +29,27 @@ __device__ inline unsigned shared_address(const void *at)
 }
 #endif
 
+// Keep a value in a register: the compiler would compute it again in every iteration, or
+// take a pointer apart.
+__device__ inline unsigned kept(unsigned value)
+{
+#ifndef HOST_SHIM
+    asm volatile("" : "+r"(value));
+#endif
+    return value;
+}
+
+// The same for an address in global memory.
+template <class Element>
+__device__ inline Element *kept(Element *value)
+{
+#ifndef HOST_SHIM
+    asm volatile("" : "+l"(value));
+    __builtin_assume(__isGlobal(value));
+#endif
+    return value;
+}
+
 // Copy 4, 8 or 16 bytes, or clear them, some time before `wait_for_copies`.
 template <int BYTES>
 __device__ inline void copy_alone(void *to, const void *from, bool is_there)
@@ -36,13 +57,15 @@ __device__ inline void copy_alone(void *to, const void *from, bool is_there)
 #if defined(HOST_SHIM)
     shim::copy_later(to, from, BYTES, is_there);
 #elif COPIES_ALONE
-    const int bytes = is_there ? BYTES : 0;
     if (BYTES == 16)
-        asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
-                     :: "r"(shared_address(to)), "l"(from), "r"(bytes));
+        asm volatile("{.reg .pred p; setp.eq.u32 p, %2, 0;"
+                     " cp.async.cg.shared.global [%0], [%1], 16, p;}"
+                     :: "r"(shared_address(to)), "l"(from), "r"((unsigned)is_there));
     else
-        asm volatile("cp.async.ca.shared.global [%0], [%1], %3, %2;"
-                     :: "r"(shared_address(to)), "l"(from), "r"(bytes), "n"(BYTES));
+        asm volatile("{.reg .pred p; setp.eq.u32 p, %2, 0;"
+                     " cp.async.ca.shared.global [%0], [%1], %3, p;}"
+                     :: "r"(shared_address(to)), "l"(from), "r"((unsigned)is_there),
+                        "n"(BYTES));
 #endif
 }
 
@@ -115,16 +138,4 @@ __device__ inline void multiply_matrices(
 {
     MULTIPLY_MATRICES(
         "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32", float, a, b, c);
-}
-
-// Round to the ten bits of fraction of TF32, ties away from zero.
-__device__ inline unsigned as_tf32(float value)
-{
-    unsigned bits;
-#ifdef HOST_SHIM
-    bits = shim::as_tf32(value);
-#else
-    asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(bits) : "f"(value));
-#endif
-    return bits;
 }

@@ -18,6 +18,7 @@ import hypothesis
 import pytest
 
 BACKENDS = ("numpy", "cupy")
+ROOM = pytest.StashKey[int]()
 
 hypothesis.settings.register_profile(
     "default",
@@ -48,6 +49,10 @@ def pytest_configure(config: pytest.Config) -> None:
     if not wants_gpu(config):
         # Before any test module is imported, so that none sees another CuPy.
         importlib.import_module("standin").install()
+    # Limits allow one position at a time, so that small arrays are split anyhow they
+    # can be; see the fixture ``room``.
+    memory = importlib.import_module("cuconv.memory")
+    config.stash[ROOM], memory.LEAST_ROOM = memory.LEAST_ROOM, 0
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -88,6 +93,15 @@ def real_cupy() -> ModuleType:
             pytest.fail(reason)
         pytest.skip(reason)
     return cupy
+
+
+@pytest.fixture
+def room(request: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The smallest limits are those that callers see: blocks have some room."""
+    support().forget_plans()
+    monkeypatch.setattr("cuconv.memory.LEAST_ROOM", request.config.stash[ROOM])
+    yield
+    support().forget_plans()
 
 
 @pytest.fixture

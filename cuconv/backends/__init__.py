@@ -15,6 +15,8 @@ from cuconv.arrays import Array, DType, Types
 from cuconv.backends.blocking import Blocking
 from cuconv.backends.cpu.backend import CpuBackend
 from cuconv.backends.cpu.machine import jit_is_installed as jit_is_installed
+from cuconv.backends.deform import DeformProblem, Samples
+from cuconv.backends.library import LibraryConv, LibraryEngine
 from cuconv.backends.padding import Reading
 from cuconv.engine.costs import Rates
 from cuconv.engine.pool_problem import PoolInputs, PoolProblem, PoolTiling
@@ -121,6 +123,24 @@ class Contraction(Protocol):
         """Copy (N, G, rows, columns) to (N, G, columns, rows), both along the last."""
 
 
+class ConvLibrary(Protocol):
+    """A library that computes whole convolutions."""
+
+    def engines(self, conv: LibraryConv) -> tuple[LibraryEngine, ...]:
+        """The engines that compute it, those expected to be fastest first."""
+
+    def run(
+        self,
+        conv: LibraryConv,
+        engine: LibraryEngine,
+        x: Array,
+        w: Array,
+        y: Array,
+        workspace: Array | None,
+    ) -> None:
+        """Compute it on packed arrays: write the result, or add to it."""
+
+
 class PoolBackend(Protocol):
     """Pooling, and its gradients, of arrays (N, C, *spatial) with any strides."""
 
@@ -156,6 +176,70 @@ class PoolBackend(Protocol):
         """Write the gradient for x: the same bits on every run."""
 
 
+class DeformBackend(Protocol):
+    """The samples of a deformable convolution, and their adjoint.
+
+    x is in the layout of the call, columns are (N, G, C/G, taps, *out).  ``space`` has
+    the `shared` buffers, ``own`` those of every worker.
+    """
+
+    # Whether patches of columns are runs of memory, taps then channels, in any layout.
+    patch_last: bool
+
+    def shared(
+        self, problem: DeformProblem, images: int, dx: Array | None, *, reads: bool
+    ) -> Iterable[Buffer]:
+        """Buffers for so many images: ``reads`` x, sums for ``dx`` if it is wanted."""
+
+    def buffers(
+        self, problem: DeformProblem, positions: int, *, gradients: bool
+    ) -> tuple[Buffer, ...]:
+        """The buffers of one worker, for pieces of at most so many positions."""
+
+    def load(self, problem: DeformProblem, x: Array, space: dict[str, Array]) -> None:
+        """Prepare x for samples."""
+
+    def clear(self, problem: DeformProblem, dx: Array, space: dict[str, Array]) -> None:
+        """Begin sums for ``dx``."""
+
+    def store(self, problem: DeformProblem, dx: Array, space: dict[str, Array]) -> None:
+        """Write the sums to ``dx``."""
+
+    def sample(
+        self,
+        x: Array,
+        samples: Samples,
+        columns: Array,
+        space: dict[str, Array],
+        own: tuple[dict[str, Array], ...],
+    ) -> None:
+        """Write the columns."""
+
+    def gradients(
+        self,
+        x: Array,
+        samples: Samples,
+        columns: Array,
+        doffset: Array | None,
+        dmask: Array | None,
+        space: dict[str, Array],
+        own: tuple[dict[str, Array], ...],
+    ) -> None:
+        """Write the gradients for offsets and mask, from those of the columns."""
+
+    def scatter(
+        self,
+        columns: Array,
+        samples: Samples,
+        dx: Array,
+        space: dict[str, Array],
+        own: tuple[dict[str, Array], ...],
+        *,
+        deterministic: bool,
+    ) -> None:
+        """Add the gradients of the columns to the sums for ``dx``."""
+
+
 class Backend(Protocol):
     """The operations of one array module, on one device."""
 
@@ -167,6 +251,8 @@ class Backend(Protocol):
     block_bytes: int
     rates: Rates
     default_memory_limit: int
+    # What a part of a plan takes, where the limit is for the host's memory.
+    part_bytes: int
     # The longest row step that BLAS can take, in items.
     largest_step: int
     # Whether `gemm(add=True)` needs a buffer for the product before it is added.
@@ -187,8 +273,19 @@ class Backend(Protocol):
         """Loops over channels that need no buffers; None where there are none."""
 
     @property
+    def library(self) -> ConvLibrary | None:
+        """The library of strategy `cudnn`; None where there is none."""
+
+    def missing(self, library: str) -> str:
+        """The reason why a library of NVIDIA cannot be used; empty if it can."""
+
+    @property
     def pools(self) -> PoolBackend:
         """Pooling and its gradients."""
+
+    @property
+    def deform(self) -> DeformBackend:
+        """Samples of deformable convolutions."""
 
     def do(self, function: Callable[..., Any], *operands: Any) -> None:
         """Call a function; a `Recording` replaces this method to record the call."""
@@ -436,7 +533,7 @@ def precompile(
     Examples
     --------
     >>> import cuconv
-    >>> cuconv.precompile(("float32",), ranks=(2,)) in (0, 49)
+    >>> cuconv.precompile(("float32",), ranks=(2,)) in (0, 84)
     True
     """
     from cuconv.backends.cuda import working_cupy

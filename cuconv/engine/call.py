@@ -166,7 +166,7 @@ def _request(
     given = named_inputs(dict(zip(names, arrays, strict=False)))
     zeros = {n[0]: given.pop(n, more.get(n)) for n in ZERO_POINTS}
     zeros = {name: zero for name, zero in zeros.items() if zero is not None}
-    _check_rank(given.get("w"), more)
+    _check_rank(given.get("w"), given.get("x"), more)
     geometry = geometry_of(call, given, options, more)
     if any_dask(given.values()):
         if zeros:
@@ -182,14 +182,16 @@ def _request(
     return Request(call, geometry, given, out, options.settled(), backend)
 
 
-def _check_rank(w: Array | None, more: Mapping[str, Any]) -> None:
+def _check_rank(w: Array | None, x: Array | None, more: Mapping[str, Any]) -> None:
     """Raise if the rank of the weights is not that of the function."""
     name, rank = more.get("function", ("", None))
     if rank is not None and w is not None and w.ndim != rank + 2:
         kind = "channels, filters" if "transpose" in name else "filters, channels"
+        without = x is not None and x.ndim == w.ndim == rank + 1
+        hint = ": give both a channel axis, x[:, None], w[:, None]" if without else ""
         raise ValueError(
             f"{name} needs weights of {rank + 2} axes, for {kind} and space; w has "
-            f"{w.ndim}"
+            f"{w.ndim}{hint}"
         )
 
 

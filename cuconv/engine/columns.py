@@ -31,6 +31,7 @@ from cuconv.memory import (
     MemoryLimit,
     MemoryLimitError,
     allocated,
+    least_of,
     parse_memory_limit,
     workspace_bytes,
 )
@@ -175,10 +176,11 @@ def _tile_within(
     def needed(positions: int) -> int:
         return _step_bytes(backend, geometry, dtype, geometry.tile(positions))
 
-    whole = geometry.images * geometry.positions
-    positions = largest_fitting(lambda p: needed(p) <= limit, max(whole, 1))
-    if not positions:
-        raise MemoryLimitError(limit, needed(1), "one column")
+    whole = max(geometry.images * geometry.positions, 1)
+    least = least_of(needed(whole), needed(1))
+    if limit < least:
+        raise MemoryLimitError(limit, least, "some columns")
+    positions = largest_fitting(lambda p: needed(p) <= limit, whole)
     return geometry.tile(positions)
 
 

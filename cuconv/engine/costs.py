@@ -9,6 +9,8 @@ from typing import NamedTuple
 
 # OpenBLAS for AVX-512 multiplies up to this many multiply-adds without packing.
 SMALL_PRODUCT = 10**6
+# The launches of a kernel in one `Rates.block` of a GPU.
+LAUNCHES = 3
 # The most blocks that are recorded: with more, the work takes longer than computing the
 # steps anew.
 MOST_BLOCKS = 32
@@ -19,6 +21,8 @@ class Work(NamedTuple):
 
     ``tiles`` are pieces of a product that run in parallel, as many at a time as there
     are processors; ``pieces`` are parts of the job that can run at the same time.
+    ``moved`` are the elements that products read from device memory and write to it at
+    least, in units of four bytes: moving them takes place during the products.
     """
 
     multiply: float = 0
@@ -34,6 +38,7 @@ class Work(NamedTuple):
     direct: float = 0
     einsum: float = 0
     loads: float = 0
+    moved: float = 0
     products: float = 0
     blocks: float = 1
     tiles: float = 0
@@ -65,8 +70,10 @@ class Rates(NamedTuple):
     direct: float
     # The same by `numpy.einsum`.
     einsum: float
-    # A copy from device memory into that of a multiprocessor, of 1 to 16 bytes.
+    # A copy from device memory into that of a multiprocessor, of 1 to 16 bytes; four
+    # bytes read from device memory or written to it, beside other work.
     loads: float
+    moved: float
     # A matrix product, however small.
     products: float
     # The gain of a second worker in steps that wait for memory, as a fraction of one.
@@ -78,16 +85,18 @@ class Rates(NamedTuple):
     worker: float
     # Work of fewer nanoseconds than this gets one worker.
     worth_workers: float
-    # Multiprocessors that share a kernel's blocks, and the speedup of products of half
-    # types, or of float32 as TF32.
+    # Multiprocessors that share a kernel's blocks, and the speedup of products of
+    # float32 as TF32, and of half types.
     processors: int = 0
-    tensor: float = 1
+    tf32: float = 1
+    halves: float = 1
 
-    def on_tensor_cores(self, *, wanted: bool) -> "Rates":
-        """The rates with products on tensor cores, if they run there."""
-        if not wanted or self.tensor == 1:
+    def on_tensor_cores(self, *, halves: bool) -> "Rates":
+        """The rates with products on tensor cores, if the device has them."""
+        faster = self.halves if halves else self.tf32
+        if faster == 1:
             return self
-        return self._replace(multiply=self.multiply / self.tensor)
+        return self._replace(multiply=self.multiply / faster)
 
 
 class Price(NamedTuple):
@@ -113,8 +122,10 @@ def price(work: Work, rates: Rates) -> Price:
     """The price of this work."""
     short = 1 + rates.short / max(work.short_side, 1)
     product = work.multiply * rates.multiply * short + work.loads * rates.loads
+    product = max(product, work.moved * rates.moved)
     if work.tiles and rates.processors:
-        # The last round of tiles takes as long as a full one.
+        # The last round of tiles takes as long as a full one, and processors without a
+        # tile neither multiply nor read.
         rounds = math.ceil(work.tiles / rates.processors)
         product *= rounds * rates.processors / work.tiles
     each = (
@@ -155,6 +166,7 @@ CPU_RATES = Rates(
     direct=0.03,
     einsum=0.15,
     loads=0,
+    moved=0,
     products=30,
     crowding=0.2,
     block=5_000,
@@ -166,9 +178,12 @@ CPU_RATES = Rates(
 )
 
 # From data sheets of an H200 and not yet measured on one: float32 products at 45
-# TFLOP/s, copies at 4 TB/s, 5 µs for a launch; a direct loop reads two elements for a
-# multiply-add, of 32 in each clock of 132 processors at 1.8 GHz; a copy takes eight
-# instructions, of 128 in each clock.  Other GPUs get them in proportion.
+# TFLOP/s, 8 times that as TF32 and 16 times in half types, copies at 4 TB/s, 5 µs for a
+# launch; a direct loop reads two elements for a multiply-add, of 32 in each clock of
+# 132 processors at 1.8 GHz.  A copy takes eight instructions of 128 in each clock:
+# counted in machine code (`benchmarks/budgets.json`), 4 to 5 for itself, and 8 to 9
+# with the steps, tables and reads of shared memory around it.  Other GPUs get them in
+# proportion.
 CUDA_RATES = Rates(
     multiply=4.4e-5,
     short=64,
@@ -183,6 +198,7 @@ CUDA_RATES = Rates(
     direct=3e-4,
     einsum=0,
     loads=2.6e-4,
+    moved=1e-3,
     products=0,
     crowding=0,
     block=15_000,
@@ -190,7 +206,8 @@ CUDA_RATES = Rates(
     worker=0,
     worth_workers=float("inf"),
     processors=132,
-    tensor=8,
+    tf32=8,
+    halves=16,
 )
 
 # Measured rates, by the GPU's name; they take precedence over derived ones.
@@ -199,7 +216,7 @@ MEASURED_RATES: dict[str, Rates] = {}
 # The steps that wait for device memory.
 _MEMORY_STEPS = (
     *("gather", "scatter", "copy", "transform", "last_transform"),
-    *("transpose", "reread", "fourier", "direct"),
+    *("transpose", "reread", "fourier", "direct", "moved"),
 )
 
 # Architectures whose multiprocessors have 64 float32 lanes; all others have 128.
@@ -247,12 +264,14 @@ def cuda_rates(gpu: Gpu) -> Rates:
     faster = gpu.multiplications / _H200.multiplications or 1
     wider = gpu.bandwidth / _H200.bandwidth or 1
     moved = {name: getattr(CUDA_RATES, name) / wider for name in _MEMORY_STEPS}
+    modern = int(gpu.compute_capability) >= MODERN
     return CUDA_RATES._replace(
         multiply=CUDA_RATES.multiply / faster,
         loads=CUDA_RATES.loads / faster,
         processors=gpu.multiprocessors or CUDA_RATES.processors,
         # Our kernels do not use the tensor cores of older devices.
-        tensor=CUDA_RATES.tensor if int(gpu.compute_capability) >= MODERN else 1,
+        tf32=CUDA_RATES.tf32 if modern else 1,
+        halves=CUDA_RATES.halves if modern else 1,
         **moved,
     )
 

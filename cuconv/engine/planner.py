@@ -14,11 +14,15 @@ from cuconv.backends import Backend
 from cuconv.choices import not_a_choice
 from cuconv.engine.problem import NAMES, Problem
 from cuconv.engine.tile_search import Candidate, TileSearch, over
-from cuconv.memory import MemoryLimit, MemoryLimitError
+from cuconv.memory import MemoryLimit, MemoryLimitError, least_of
 from cuconv.strategies import Strategy, strategies
 
+_NO_ENGINE = "none of its engines computes this with this precision and determinism"
 # More than 1 by the rounding error of a sum of prices.
 _ROUNDED = 1 + 1e-9
+# A strategy that takes so many times as long as another, both at best, is not what a
+# smaller limit is for.
+_USELESS = 4
 
 
 @dataclass(frozen=True)
@@ -74,7 +78,7 @@ def decide(
         If the strategy does not exist or cannot solve this problem, or none can be
         captured.
     """
-    _check_strategy(problem, name)
+    _check_strategy(problem, name, backend)
     allowed = backend.default_memory_limit if limit is None else limit
     try:
         best = _best(problem, backend, name, allowed, workers)
@@ -100,11 +104,11 @@ def check_strategy_name(name: str) -> None:
         raise not_a_choice("strategy", name, words)
 
 
-def _check_strategy(problem: Problem, name: str) -> None:
+def _check_strategy(problem: Problem, name: str, backend: Backend) -> None:
     check_strategy_name(name)
     if name == "auto":
         return
-    reason = _refusal(strategies()[name], problem)
+    reason = _refusal(strategies()[name], problem, backend)
     if reason:
         what = NAMES[problem.call]
         raise ValueError(f"strategy {name!r} cannot run {what} here: {reason}")
@@ -117,24 +121,42 @@ def _best(
 
     Searches run in the order of their lower bounds, and stop once those are too high.
     """
-    searches = enumerate(_searches(problem, backend, name, limit))
+    searches = _searches(problem, backend, name, limit)
+    if searches and not problem.captured:
+        _check_limit(searches, problem, limit)
     found: list[tuple[float, int, Candidate]] = []
-    least: list[int] = []
-    for number, search in sorted(searches, key=lambda pair: pair[1].floor):
+    for number, search in sorted(enumerate(searches), key=lambda pair: pair[1].floor):
         if found and search.floor > min(found)[0] * _ROUNDED:
             break
         try:
             candidate = search.candidate(workers)
-        except MemoryLimitError as error:
-            least.append(error.smallest)
-        else:
-            found.append((candidate.rank, number, candidate))
+        except MemoryLimitError:
+            continue
+        found.append((candidate.rank, number, candidate))
     if found:
         return min(found)[-1]
+    _, reasons = _every(problem, backend, name, limit, workers)
+    words = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
     if problem.captured:
-        _, reasons = _every(problem, backend, name, limit, workers)
-        raise ValueError(_nothing_to_capture(problem, reasons))
-    raise MemoryLimitError(limit, min(least), NAMES[problem.call])
+        raise ValueError(_nothing_to_capture(problem, backend, words))
+    raise ValueError(f"nothing can run {NAMES[problem.call]} here: {words}")
+
+
+def _check_limit(searches: list[TileSearch], problem: Problem, limit: int) -> None:
+    """Raise if the fastest strategy does not fit, and others save too little memory.
+
+    What takes none at all, as kernels may, is never refused.
+    """
+    floors = [search.floor_alone for search in searches]
+    least = min(filter(None, floors), default=0)
+    needed = searches[floors.index(least)].smallest
+    if needed > limit:
+        pairs = zip(searches, floors, strict=True)
+        sizes = [(s.smallest, floor <= least * _USELESS) for s, floor in pairs]
+        smallest = min(size for size, is_useful in sizes if is_useful or not size)
+        smallest = least_of(needed, smallest) if smallest else 0
+        if limit < smallest:
+            raise MemoryLimitError(limit, smallest, NAMES[problem.call])
 
 
 def _every(
@@ -148,7 +170,7 @@ def _every(
             found.append(search.candidate(workers))
         except MemoryLimitError as error:
             sizes.setdefault(search.strategy.name, []).append(error.smallest)
-    refusals = {s.name: _refusal(s, problem) for s in _named(name)}
+    refusals = {s.name: _refusal(s, problem, backend) for s in _named(name)}
     reasons = {name: reason for name, reason in refusals.items() if reason}
     reasons |= {name: _too_large(min(each), problem) for name, each in sizes.items()}
     return tuple(sorted(found, key=lambda candidate: candidate.rank)), reasons
@@ -164,8 +186,8 @@ def _searches(
         for strategy in _named(name)
         if strategy.capturable or not problem.captured
         for form in _forms(problem)
-        if strategy.supports(form)[0]
-        for variant in strategy.variants(form)
+        if strategy.supports(form)[0] and not _missing(strategy, problem, backend)
+        for variant in strategy.variants(form, backend)
     ]
 
 
@@ -180,13 +202,27 @@ def _forms(problem: Problem) -> list[Problem]:
     return [problem] if other is None else [problem, other]
 
 
-def _refusal(strategy: Strategy, problem: Problem) -> str:
+def _missing(strategy: Strategy, problem: Problem, backend: Backend) -> str:
+    """The reason why a library that a strategy calls cannot be used; empty if all can.
+
+    Integers are multiplied by kernels of our own.
+    """
+    names = () if problem.operand.kind in "biu" else strategy.libraries
+    return next(filter(None, map(backend.missing, names)), "")
+
+
+def _refusal(strategy: Strategy, problem: Problem, backend: Backend) -> str:
     """The reason why a strategy cannot run the problem in any form; empty if it can."""
     if problem.captured and not strategy.capturable:
         return "a CUDA graph is being captured, which cannot contain cuBLAS or cuFFT"
-    answers = [strategy.supports(form) for form in _forms(problem)]
-    if any(able for able, _ in answers):
-        return ""
+    forms = _forms(problem)
+    answers = [strategy.supports(form) for form in forms]
+    able = [f for f, (ok, _) in zip(forms, answers, strict=True) if ok]
+    if able and not (missing := _missing(strategy, problem, backend)):
+        found = any(strategy.variants(form, backend) for form in able)
+        return "" if found else _NO_ENGINE
+    if able:
+        return missing
     return f"; {over(problem)}: ".join(reason for _, reason in answers)
 
 
@@ -196,9 +232,12 @@ def _too_large(size: int, problem: Problem) -> str:
     return f"needs {size} bytes at least"
 
 
-def _nothing_to_capture(problem: Problem, reasons: dict[str, str]) -> str:
-    able = (repr(s.name) for s in strategies().values() if s.capturable)
-    words = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
+def _nothing_to_capture(problem: Problem, backend: Backend, words: str) -> str:
+    able = (
+        repr(s.name)
+        for s in strategies().values()
+        if s.capturable and not _missing(s, problem, backend)
+    )
     return (
         f"{NAMES[problem.call]} cannot be captured in a CUDA graph here ({words}): "
         f"call it outside the capture, or so that {' or '.join(able)} can run it "

@@ -47,9 +47,11 @@ class Problem:
     write in place: they have the right type, and strides of a matrix.  It contains
     ``run`` if the result is contiguous, and ``reversed`` if weights, or the gradient
     for them, are such a matrix with their taps in reverse.  ``source`` is the type of
-    the array that is gathered, and ``needs_cast`` names all arrays whose type is not that of the
-    operands.  ``flipped`` marks the forward pass over dy that an input gradient is: its
-    weights are those of the caller, filters and channels exchanged, taps in reverse.
+    the array that is gathered, and ``needs_cast`` names all arrays whose type is not
+    that of the operands.  ``flipped`` marks the forward pass over dy that an input
+    gradient is: its weights are those of the caller, filters and channels exchanged,
+    taps in reverse.
+    ``packed`` names the arrays on CUDA that are C-contiguous and aligned to 16 bytes.
     ``captured``: the call is recorded into a CUDA graph, which can launch kernels but
     not allocate.  ``transposed``: it is one of `TRANSPOSED`, where the arrays have the
     roles of the adjoint convolution; a transposed convolution is an input gradient, but
@@ -68,6 +70,7 @@ class Problem:
     precision: str = "standard"
     module: str = "numpy"
     flipped: bool = False
+    packed: frozenset[str] = frozenset()
     captured: bool = False
     transposed: bool = False
 
@@ -107,11 +110,12 @@ class Problem:
     @property
     def fingerprint(self) -> str:
         """The same text for equal problems, in every process, captured or not."""
-        special = {"zero_copy", "needs_cast", "captured"}
+        special = {"zero_copy", "needs_cast", "packed", "captured"}
         names = (field.name for field in fields(self) if field.name not in special)
         words = [f"{name}={getattr(self, name)!r}" for name in names]
         casts = (f"needs_cast {name}" for name in sorted(self.needs_cast))
-        return "; ".join((*words, *sorted(self.zero_copy), *casts))
+        packed = (f"packed {name}" for name in sorted(self.packed))
+        return "; ".join((*words, *sorted(self.zero_copy), *casts, *packed))
 
     @property
     def single_threaded(self) -> bool:
@@ -133,6 +137,7 @@ class Problem:
             op="forward",
             geometry=self.geometry.adjoint,
             zero_copy=frozenset(x | (self.zero_copy & {"out"})),
+            packed=frozenset(),
             needs_cast=frozenset("x" if n == "dy" else n for n in self.needs_cast),
             flipped=True,
         )

@@ -26,9 +26,10 @@ from cuconv.arrays import Array, ArrayStub, DType, offset_of, strided, stub_arra
 SHARED = "shared"
 # Longer programs are not kept: they take memory, and save little time.
 MOST_STEPS = 400
-# What a program of so many steps takes, with its views of a workspace: it is recorded
-# where the memory limit has room for that.
-MOST_BYTES = 2**18
+# What a step takes, with its views of a workspace: as many are recorded as the memory
+# limit has room for, beside a few that are counted with each call.
+STEP_BYTES, FREE_STEPS = 640, 160
+MOST_BYTES = MOST_STEPS * STEP_BYTES
 
 
 Slots: TypeAlias = list[Any]
@@ -223,8 +224,11 @@ def _part(view: View, stub: ArrayStub) -> tuple[slice, ...] | None:
 class Recording:
     """Replaces `do`, `each` and `stage` of a backend, and records the calls."""
 
-    def __init__(self, backend: Any, stubs: dict[str, ArrayStub]) -> None:
+    def __init__(
+        self, backend: Any, stubs: dict[str, ArrayStub], spare: int = MOST_BYTES
+    ) -> None:
         self.stubs = stubs
+        self._most = min(MOST_STEPS, FREE_STEPS + max(spare, 0) // STEP_BYTES)
         self.backend = copy.copy(backend)
         self.backend.do, self.backend.each = self.do, self.each
         self.backend.stage = self.stage
@@ -241,7 +245,7 @@ class Recording:
     def do(self, function: Callable[..., Any], *operands: Any) -> None:
         """Record a step."""
         self._count += 1
-        if self._count > MOST_STEPS:
+        if self._count > self._most:
             raise TooManySteps
         if self._steps is None:
             self._steps = []

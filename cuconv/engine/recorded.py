@@ -99,10 +99,9 @@ class Recorded(ABC):
 
     def _recorded(self, arrays: dict[str, Array]) -> Program | None:
         """Record the steps for arrays of this layout, unless they are too many."""
-        if self.spare_bytes < MOST_BYTES:
-            return None
         stubs = {name: stub_of(name, array) for name, array in arrays.items()}
-        recording, nbytes = Recording(self.backend, stubs), self.nbytes
+        recording = Recording(self.backend, stubs, self.spare_bytes)
+        nbytes = self.nbytes
         memory = Memory.recorded(max(nbytes - ALIGNED, 0), recording)
         try:
             self._steps(recording.backend, stubs, memory)
@@ -171,8 +170,7 @@ class LoweredCall(Recorded):
 
     @property
     def spare_bytes(self) -> int:
-        overhead = max(candidate.overhead_bytes for candidate in self.candidates)
-        return self.lowering.memory_limit - self.nbytes - overhead
+        return self.lowering.memory_limit - self.lowering.workspace_bytes
 
     def execute_first(self, arrays: dict[str, Array]) -> None:
         """Time the candidates if that was asked; record the steps, and run them.

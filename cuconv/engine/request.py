@@ -1,6 +1,6 @@
 """Checked calls, with everything that a plan depends on."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -9,6 +9,7 @@ import numpy as np
 from cuconv.arrays import (
     Array,
     Types,
+    alignment_of,
     any_dask,
     as_dtype,
     base_array,
@@ -31,10 +32,13 @@ from cuconv.engine.problem import (
     taps_reversed,
 )
 from cuconv.geometry import ConvGeometry
+from cuconv.geometry.options import checked_shape
 from cuconv.options import Options
 from cuconv.overflow import magnitude, may_wrap, warn_of_wrapping
 
 ZERO_POINTS = "x_zero_point", "w_zero_point"
+# Bytes that a library may read at once.
+PACKED_TO = 16
 _OPTIONAL = ("bias", "indices", *ZERO_POINTS)
 
 
@@ -137,7 +141,8 @@ class Request(NamedTuple):
             transposed=self.call in CONVOLUTION,
         )
         ready = _zero_copy(problem, in_roles, self.out, backend)
-        return replace(problem, zero_copy=ready)
+        packed = _packed(in_roles, self.out) if backend.xp is not np else frozenset()
+        return replace(problem, zero_copy=ready, packed=packed)
 
 
 def named_inputs(arrays: Mapping[str, Array | None]) -> dict[str, Array]:
@@ -164,6 +169,8 @@ def geometry_of(
     ``more`` is the shape of a gradient's result, and the arguments of a transposed
     convolution beside the options.
     """
+    if "dy" in arrays and "x" not in arrays:
+        _check_batch_axis(arrays["dy"].ndim, arrays["w"].ndim, more["x_shape"])
     shapes = {
         name: more[f"{name}_shape"] if f"{name}_shape" in more else arrays[name].shape
         for name in ("x", "w")
@@ -178,6 +185,16 @@ def geometry_of(
         if name in arrays:
             check_shape(name, arrays[name], wanted[name])
     return geometry
+
+
+def _check_batch_axis(dy_axes: int, w_axes: int, x_shape: Sequence[int]) -> None:
+    """Raise if only one of x_shape and dy has a batch axis."""
+    shape = checked_shape("x", x_shape)
+    if {len(shape), dy_axes} == {w_axes - 1, w_axes}:
+        raise ValueError(
+            f"x_shape has {len(shape)} axes: {shape}, and dy has {dy_axes}: both have "
+            "a batch axis, or neither"
+        )
 
 
 def request_of_shapes(
@@ -229,6 +246,19 @@ def _zero_copy(
     if out is None or _is_one_run(out):
         ready.add("run")
     return frozenset(ready)
+
+
+def _packed(in_roles: dict[str, Array], out: Array | None) -> frozenset[str]:
+    """The names of arrays that a library takes as they are; see `Problem`."""
+    arrays = dict(in_roles)
+    if out is not None:
+        arrays["out"] = base_array(out)
+    found = {
+        name
+        for name, array in arrays.items()
+        if array.flags.c_contiguous and alignment_of(array) % PACKED_TO == 0
+    }
+    return frozenset(found | ({"out"} if out is None else set()))
 
 
 def _is_zero_copy_out(problem: Problem, out: Array | None, backend: Backend) -> bool:

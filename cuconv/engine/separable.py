@@ -9,15 +9,13 @@ that each element is written once.
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from itertools import chain, product, starmap
 from typing import Any, NamedTuple, TypeAlias
 
 from cuconv.arrays import (
     Array,
-    DType,
     Types,
     base_array,
     check_out,
@@ -31,24 +29,20 @@ from cuconv.backends import Backend, backend_of, refuse_capture
 from cuconv.engine.bias_grad import BiasGrad
 from cuconv.engine.call import Runnable, check_needs
 from cuconv.engine.depthwise import FlatWeights
-from cuconv.engine.execute import Run, fill
+from cuconv.engine.execute import Run
 from cuconv.engine.lower import lower
-from cuconv.engine.lowering import Lowering, held_by, within
-from cuconv.engine.planner import PlanningResult
+from cuconv.engine.lowering import Lowering
+from cuconv.engine.pieces import Pieces, Step, Tiling
 from cuconv.engine.problem import check_shape
 from cuconv.engine.recorded import LoweredCall
 from cuconv.engine.request import Request, chosen_options, named_inputs
 from cuconv.engine.tile_search import largest_fitting
 from cuconv.geometry import Axis, ConvGeometry, Range, Ranges, Tile
-from cuconv.memory import (
-    Buffer,
-    MemoryLimitError,
-    buffer_bytes,
-    least_limit,
-    workspace_bytes,
-)
+from cuconv.memory import Buffer, workspace_bytes
 from cuconv.options import SEPARABLE_OPTIONS, Options
 
+# About as many parts as a plan has: several steps, over a few kinds of pieces.
+_MOST_PARTS = 8
 SEPARABLE_GRADIENTS = ("x", "depthwise", "pointwise", "bias")
 _FORWARD = "x", "depthwise", "pointwise", "bias"
 _BACKWARD = "dy", "x", "depthwise", "pointwise"
@@ -92,8 +86,6 @@ class Piece(NamedTuple):
 
 # Outputs, elements and pads of a piece along one axis.
 Spans: TypeAlias = tuple[Range, Range, Range]
-# Steps of a kind are lowered once: see `Step`.
-Kind: TypeAlias = tuple[int, str, ConvGeometry, DType]
 
 
 class Traversal(NamedTuple):
@@ -168,39 +160,6 @@ def _kind(outputs: Range, cells: Range, pads: Range) -> tuple[int, ...]:
     return outputs[1] - outputs[0], cells[1] - cells[0], *pads
 
 
-class Tiling(NamedTuple):
-    """The traversals of a call, its buffers, and the memory left for its steps."""
-
-    traversals: tuple[Traversal, ...]
-    buffers: tuple[Buffer, ...]
-    limit: int
-
-
-class Step(NamedTuple):
-    """A convolution of a piece, of the first or second step of the call.
-
-    ``total``, if any, is what its result is added to.
-    """
-
-    number: int
-    call: str
-    geometry: ConvGeometry
-    operands: dict[str, Array]
-    out: Array
-    total: Array | None = None
-
-    @property
-    def kind(self) -> Kind:
-        return self.number, self.call, self.geometry, self.out.dtype
-
-    def later(self, arrays: dict[str, Array]) -> "Step":
-        """The same after the first piece, when gradients of weights are added up."""
-        if self.call != "weight_grad" or "part" not in arrays:
-            return self
-        part = arrays["part"][: self.out.size].reshape(self.out.shape)
-        return self._replace(out=part, total=self.out)
-
-
 class SeparableRequest(NamedTuple):
     """A separable convolution, or gradients of one, that is to be planned.
 
@@ -233,6 +192,10 @@ class SeparableRequest(NamedTuple):
         return cls(geometry, filters, flat, stubs, {}, types, options, backend)
 
     @property
+    def what(self) -> str:
+        return "a separable convolution"
+
+    @property
     def y_shape(self) -> tuple[int, ...]:
         return second_step(self.geometry, self.filters).y_shape
 
@@ -247,11 +210,12 @@ class SeparableRequest(NamedTuple):
     def tiling(self, positions: int, limit: int) -> Tiling:
         """Cut into pieces of at most so many positions."""
         if not self.results:
-            return Tiling((), (), limit)
+            return Tiling((), 0, (), limit)
         traversals = self._traversals(positions)
         buffers = tuple(self._buffers(traversals))
-        overhead = self.backend.overhead(1, self.types.accumulate.itemsize)
-        return Tiling(traversals, buffers, limit - overhead - workspace_bytes(buffers))
+        parts = _MOST_PARTS * self.backend.part_bytes
+        left = limit - parts - workspace_bytes(buffers)
+        return Tiling(traversals, sum(t.number for t in traversals), buffers, left)
 
     def _traversals(self, positions: int) -> tuple[Traversal, ...]:
         g, results = self.geometry, frozenset(self.results)
@@ -284,7 +248,7 @@ class SeparableRequest(NamedTuple):
         """The steps of a piece of every kind, of arrays that are not there yet."""
         stubs = {b.name: stub_array((b.cells,), b.dtype) for b in tiling.buffers}
         arrays = {**self.arrays, **self.results, **stubs}
-        for piece in chain.from_iterable(t.kinds() for t in tiling.traversals):
+        for piece in chain.from_iterable(t.kinds() for t in tiling.way):
             for step in self.steps(piece, arrays):
                 yield step
                 yield step.later(arrays)
@@ -370,48 +334,13 @@ def _filters_of(points: Array, w: Array, geometry: ConvGeometry) -> int:
     return int(filters)
 
 
-class Separable(Lowering):
-    """The steps of every piece; ``inner`` says how those of each kind are lowered."""
-
-    def __init__(
-        self, request: SeparableRequest, tiling: Tiling, inner: dict[Kind, Lowering]
-    ) -> None:
-        self.request, self.tiling = request, tiling
-        self.inner, self.buffers = inner, tiling.buffers
-        self.parts: tuple[PlanningResult, ...] = ()
-        self._first: dict[Kind, int] = {}
-        for kind, lowering in inner.items():
-            self._first[kind] = len(self.parts)
-            self.parts += lowering.parts
-
-    @property
-    def chunks(self) -> int:
-        """The largest number of blocks that the work is split into."""
-        pieces = sum(traversal.number for traversal in self.tiling.traversals)
-        steps = len({(number, call) for number, call, *_ in self.inner})
-        most = max((each.chunks for each in self.inner.values()), default=0)
-        return pieces * steps * most
-
-    @property
-    def workspace_bytes(self) -> int:
-        return workspace_bytes(self.buffers) + held_by(self.inner.values())
-
-    def bytes_around(self, parts: Sequence[int]) -> int:
-        each = (
-            lowering.bytes_around(parts[first : first + len(lowering.parts)])
-            for first, lowering in zip(
-                self._first.values(), self.inner.values(), strict=True
-            )
-        )
-        return buffer_bytes(self.buffers) + max(each, default=0)
-
-    def weights_of(self, w: Array) -> Iterable[Array]:
-        raise NotImplementedError("a separable convolution is not prepared")
+class Separable(Pieces):
+    """The steps of every piece."""
 
     def steps(self, run: Run) -> None:
         request, arrays = self.request, run.arrays
         request.flat.copy(arrays["depthwise"], run)
-        pieces = chain.from_iterable(t.pieces() for t in self.tiling.traversals)
+        pieces = chain.from_iterable(t.pieces() for t in self.tiling.way)
         for number, piece in enumerate(pieces):
             for step in request.steps(piece, arrays):
                 self._convolve(step.later(arrays) if number else step, run)
@@ -419,65 +348,6 @@ class Separable(Lowering):
             if f"sum of {name}" in arrays:
                 sums = arrays[f"sum of {name}"].reshape(arrays[name].shape)
                 run.backend.copy(sums, arrays[name])
-
-    def _convolve(self, step: Step, run: Run) -> None:
-        operands, out, backend = step.operands, step.out, run.backend
-        if not out.size:
-            return
-        if step.geometry.is_empty:
-            fill(backend, out, operands.get("bias"), step.geometry)
-        else:
-            inner, first = self.inner[step.kind], self._first[step.kind]
-            inner.steps(run.inside(first, {**operands, "out": out}, inner.buffers))
-        if step.total is not None:
-            backend.do(backend.xp.add, step.total, out, step.total)
-
-
-def _lowered(request: SeparableRequest, least: int) -> Separable:
-    """Lower to the largest pieces that fit, of calls that take ``least`` beside."""
-    limit = request.options.memory_limit
-    if isinstance(limit, int):
-        return _within(request, limit, least)
-    try:
-        return _within(request, request.backend.default_memory_limit, least)
-    except MemoryLimitError as error:
-        return _within(request, error.smallest, least)
-
-
-def _within(request: SeparableRequest, limit: int, least: int) -> Separable:
-    counts = request.counts() if least <= limit else []
-    tilings = [request.tiling(count, limit) for count in reversed(counts)]
-    # The largest pieces first, but half of the limit is for the steps if it can be:
-    # in what little the largest may leave, their blocks would be tiny.
-    tilings.sort(key=lambda tiling: tiling.limit < limit // 2)
-    for tiling in tilings:
-        if tiling.limit >= 0:
-            try:
-                inner = within(_calls(request, tiling, tiling.limit), tiling.limit)
-            except MemoryLimitError:
-                continue
-            return Separable(request, tiling, inner)
-    smallest = max(least, _smallest(request))
-    raise MemoryLimitError(limit, smallest, "a separable convolution")
-
-
-def _calls(
-    request: SeparableRequest, tiling: Tiling, limit: int
-) -> dict[Kind, Callable[[], Lowering]]:
-    """The functions that lower the steps of every kind under a limit."""
-    steps = {step.kind: step for step in request.kinds(tiling)}
-    return {kind: partial(request.lowered, s, limit) for kind, s in steps.items()}
-
-
-def _smallest(request: SeparableRequest) -> int:
-    """The smallest limit that would do."""
-    best: int | None = None
-    for count in request.counts():
-        tiling = request.tiling(count, 0)
-        if best is None or -tiling.limit < best:
-            needed = least_limit(_calls(request, tiling, 0)) - tiling.limit
-            best = needed if best is None else min(best, needed)
-    return best or 0
 
 
 class SeparablePlan(LoweredCall):
@@ -487,7 +357,7 @@ class SeparablePlan(LoweredCall):
         self, request: SeparableRequest, names: tuple[str, ...], bias: BiasGrad | None
     ) -> None:
         least = 0 if bias is None else bias.workspace_bytes
-        super().__init__(_lowered(request, least), request.backend, request.options)
+        super().__init__(Separable.of(request, least), request.backend, request.options)
         self.names, self._bias = names, bias
         self._results = [(n, a.shape, a.dtype) for n, a in request.results.items()]
 

@@ -9,11 +9,18 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, partial
 
+from cuconv.arrays import is_half
 from cuconv.backends import Backend
 from cuconv.engine.costs import Price, Rates, Work, price
 from cuconv.engine.problem import NAMES, Problem
 from cuconv.geometry import Tile
-from cuconv.memory import MemoryLimitError, buffer_bytes, with_start, workspace_bytes
+from cuconv.memory import (
+    MemoryLimitError,
+    buffer_bytes,
+    least_of,
+    with_start,
+    workspace_bytes,
+)
 from cuconv.strategies import Blocks, Strategy, Tiling, Variant, Workspace
 
 # A job for several workers is split into one of these numbers of pieces, the one that
@@ -107,7 +114,10 @@ class TileSearch:
         self._backend = backend
         self._variant = variant
         self._limit = limit
-        self._rates = backend.rates.on_tensor_cores(wanted=problem.is_for_tensor_cores)
+        self._rates = backend.rates
+        if problem.is_for_tensor_cores and strategy.on_tensor_cores:
+            halves = is_half(problem.operand)
+            self._rates = self._rates.on_tensor_cores(halves=halves)
         self._itemsize = problem.types.accumulate.itemsize
         self._everything = problem.geometry.images * problem.geometry.positions
         self._tilings = strategy.tilings(problem, variant, backend)
@@ -117,7 +127,16 @@ class TileSearch:
     @cached_property
     def _alone(self) -> "_Fit | None":
         """The best tiling for one worker, if any fits."""
-        return self._largest(1, 1, 1)
+        return self._largest(1, 1, 1) if self._limit >= self._least else None
+
+    @cached_property
+    def _least(self) -> int:
+        """The smallest limit under which work is split: blocks have some room."""
+        most = self._fit(self._preferred(1), self._problem.geometry.cells, 1)
+        least = self._bytes(most, 1)
+        if least <= self._limit:
+            return least
+        return least_of(least, self._bytes(self._fit(1, 1, 1), 1))
 
     @cached_property
     def _is_busy(self) -> bool:
@@ -125,7 +144,7 @@ class TileSearch:
         alone, worth = self._alone, self._rates.worth_workers
         if alone is None:
             return False
-        return self._floor_alone >= worth or self._cost(alone, 1) >= worth
+        return self.floor_alone >= worth or self._cost(alone, 1) >= worth
 
     @cached_property
     def _whole(self) -> "_Fit":
@@ -133,14 +152,14 @@ class TileSearch:
         return self._fit(self._everything, self._problem.geometry.cells, 1)
 
     @cached_property
-    def _floor_alone(self) -> float:
+    def floor_alone(self) -> float:
         """A lower bound for the cost of a tiling with one worker."""
         return self._cost(self._whole, 1) if self.strategy.gains_from_size else 0.0
 
     @cached_property
     def floor(self) -> float:
         """A lower bound for `Candidate.rank`."""
-        alone = self._floor_alone
+        alone = self.floor_alone
         if alone < self._rates.worth_workers and not self._is_busy:
             return alone
         return min(alone, self._floor_shared(2, min(2, self._tilings.splits)))
@@ -208,7 +227,7 @@ class TileSearch:
             return 0.0
         price, work, op = self._whole.price, self._whole.work, self._problem.op
         if work.pieces == splits == 1 and op == "weight_grad":
-            return self._floor_alone
+            return self.floor_alone
         geometry, rates = self._problem.geometry, self._rates
         apart = splits > 1 and op != "weight_grad"
         one = geometry.count_blocks(self._whole.tiling.tile)
@@ -264,14 +283,15 @@ class TileSearch:
         return max(1, min(largest, -(-whole // pieces)))
 
     def _extreme(self) -> "_Fit":
-        """One position at a time, or everything at once without partial sums."""
-        everything = self._everything, self._problem.geometry.cells, 1
-        extremes = self._fit(1, 1, 1), self._fit(*everything)
-        for found in extremes:
-            if self._has_room(found, 1):
-                return found
-        smallest = min(self._bytes(found, 1) for found in extremes)
-        raise MemoryLimitError(self._limit, smallest, NAMES[self._problem.call])
+        """Everything at once, without partial sums."""
+        if self._has_room(self._whole, 1):
+            return self._whole
+        raise MemoryLimitError(self._limit, self.smallest, NAMES[self._problem.call])
+
+    @property
+    def smallest(self) -> int:
+        """The smallest limit that would do."""
+        return min(self._least, self._bytes(self._whole, 1))
 
     def _fit(self, positions: int, cells: int, splits: int) -> "_Fit":
         if self._problem.op != "input_grad":

@@ -331,7 +331,9 @@ def _conv_geometry(
         w_shape, channels_first=split.channels_first
     )
     groups, batch_groups, padding_mode, input_dilation, cover_all = sharing
-    _check_channels(split, channels, filters, groups)
+    _check_channels(split, channels, groups, w_shape)
+    if filters % groups:
+        raise ValueError(f"groups {groups} do not divide the {filters} filters of w")
     _check_batch_groups(split, filters, groups, batch_groups)
     axes = axes_of(
         *(split.sizes, kernel, stride, padding, dilation),
@@ -352,20 +354,36 @@ def _conv_geometry(
     )
 
 
-def _check_channels(split: Split, expected: int, filters: int, groups: int) -> None:
+def _check_channels(
+    split: Split, expected: int, groups: int, w_shape: tuple[int, ...]
+) -> None:
     if groups < 1:
         raise ValueError(f"groups must be at least 1; got {groups}")
     if expected * groups != split.channels:
-        last = split.sizes[-1]
-        fits_last = split.channels_first and last == expected * groups
-        hint = f"; its last axis has {last}: layout='channels_last'?"
         raise ValueError(
             f"channels do not match: x has {split.channels} and w expects "
             f"{expected} × groups {groups} = {expected * groups}"
-            f"{hint if fits_last else ''}"
+            f"{_channels_hint(split, expected * groups, groups, w_shape)}"
         )
-    if filters % groups:
-        raise ValueError(f"groups {groups} do not divide the {filters} filters of w")
+
+
+def _channels_hint(
+    split: Split, expected: int, groups: int, w_shape: tuple[int, ...]
+) -> str:
+    """The likely mistake where channels do not match."""
+    if not split.channels_first and w_shape[1] * groups == split.channels:
+        return (
+            "; with channels last w is (*kernel, C / groups, K), and here its second "
+            f"axis has {w_shape[1]}"
+        )
+    if split.channels_first and split.sizes[-1] == expected:
+        return f"; its last axis has {expected}: layout='channels_last'?"
+    if len(w_shape) == 3 and split.batched:
+        return (
+            "; if they are images (T, H, W) and kernels (K, h, w), give both a channel "
+            "axis: x[:, None], w[:, None]"
+        )
+    return ""
 
 
 def _check_batch_groups(

@@ -5,6 +5,7 @@ optimisers are left to the caller.
 """
 
 from cuconv.layers.base import Layer
+from cuconv.layers.deform import DeformConv, DeformConv2d
 from cuconv.layers.filters import (
     Conv,
     Conv1d,
@@ -56,6 +57,8 @@ __all__ = [
     "ConvTranspose1d",
     "ConvTranspose2d",
     "ConvTranspose3d",
+    "DeformConv",
+    "DeformConv2d",
     "DepthwiseConv",
     "DepthwiseConv1d",
     "DepthwiseConv2d",

@@ -9,6 +9,7 @@ from cuconv.strategies.base import (
     Variant,
     Workspace,
 )
+from cuconv.strategies.cudnn import Cudnn
 from cuconv.strategies.depthwise import Depthwise
 from cuconv.strategies.fft import Fft
 from cuconv.strategies.im2col import Im2col
@@ -24,6 +25,7 @@ STRATEGIES: tuple[Strategy, ...] = (
     Depthwise(),
     Winograd(),
     Fft(),
+    Cudnn(),
     ImplicitGemm(),
     PartialIm2col(),
     TapMatmul(),

@@ -121,9 +121,13 @@ class Strategy(Protocol):
     """One way to compute the three operations."""
 
     name: str
+    # The libraries of NVIDIA that it calls on CUDA with floats: cublas or cudnn.
+    libraries: tuple[str, ...]
     # Whether a run on CUDA only launches kernels, so that a graph can contain it: CuPy
     # refuses cuBLAS and cuFFT while one is captured.
     capturable: bool
+    # Whether its products run on tensor cores where the problem allows that.
+    on_tensor_cores: bool
     # Whether one block of everything costs no more than any other tiling, and several
     # no less than that and the start of each.
     gains_from_size: bool
@@ -133,7 +137,7 @@ class Strategy(Protocol):
     def supports(self, problem: Problem) -> tuple[bool, str]:
         """Whether it can run the problem, and the reason if it cannot."""
 
-    def variants(self, problem: Problem) -> tuple[Variant, ...]:
+    def variants(self, problem: Problem, backend: Backend) -> tuple[Variant, ...]:
         """The ways in which it can do it."""
 
     def describe(self, variant: Variant) -> str:
@@ -173,8 +177,8 @@ class OneWay:
     gains_from_size = True
     by_runs = False
 
-    def variants(self, problem: Problem) -> tuple[Variant, ...]:
-        del problem
+    def variants(self, problem: Problem, backend: Backend) -> tuple[Variant, ...]:
+        del problem, backend
         return (None,)
 
     def describe(self, variant: Variant) -> str:
@@ -313,6 +317,11 @@ def sums_in_place(problem: Problem) -> bool:
     return (
         "out" in problem.zero_copy and problem.types.result == problem.types.accumulate
     )
+
+
+def words_of(problem: Problem, elements: int) -> float:
+    """The size of so many elements of the operands, in units of four bytes."""
+    return elements * problem.operand.itemsize / 4
 
 
 def read_again(problem: Problem, weights: int, times: int) -> int:

@@ -15,7 +15,7 @@ import numpy as np
 from cuconv.arrays import Array
 from cuconv.backends import Backend, jit_is_installed
 from cuconv.backends.cpu import planes
-from cuconv.engine.costs import Work
+from cuconv.engine.costs import LAUNCHES, Work
 from cuconv.engine.problem import Problem, in_groups
 from cuconv.geometry import Axis, ConvGeometry, Tile
 from cuconv.memory import Buffer
@@ -30,6 +30,7 @@ from cuconv.strategies.base import (
     outer_view,
     take_bias,
     three_axes,
+    words_of,
 )
 
 _OPERANDS = {
@@ -52,7 +53,9 @@ class Depthwise(OneWay):
     """See `cuconv.strategies.Strategy`."""
 
     name = "depthwise"
+    libraries: tuple[str, ...] = ()
     capturable = True
+    on_tensor_cores = False
 
     def supports(self, problem: Problem) -> tuple[bool, str]:
         reason = next(_refusals(problem), "")
@@ -91,7 +94,12 @@ class Depthwise(OneWay):
         if problem.module != "numpy":
             arrays = g.images * (g.channels * g.cells + g.filters * g.positions)
             pieces = min(_channels(problem), _TASKS)
-            return Work(direct=g.multiplications, copy=arrays, pieces=pieces)
+            return Work(
+                direct=g.multiplications,
+                moved=words_of(problem, arrays),
+                blocks=1 / LAUNCHES,
+                pieces=pieces,
+            )
         if not _is_compiled(problem):
             return _work_of_planes(problem)
         cells = g.images * math.prod(_scratch_shape(problem)[1:])

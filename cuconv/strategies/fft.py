@@ -135,7 +135,9 @@ class Fft(ForwardOnly, OneWay):
     """See `cuconv.strategies.Strategy`."""
 
     name = "fft"
+    libraries: tuple[str, ...] = ()
     capturable = False
+    on_tensor_cores = False
     gains_from_size = False  # the cost of an element grows with the transform's length
 
     def supports(self, problem: Problem) -> tuple[bool, str]:

@@ -44,6 +44,7 @@ from cuconv.strategies.base import (
     take_weights,
     weight_buffer,
     weight_matrix,
+    words_of,
 )
 
 # Sums of weight gradients are kept as (patch × filters) if the patch is the longer
@@ -80,7 +81,9 @@ class Im2col:
     """See `cuconv.strategies.Strategy`."""
 
     name = "im2col"
+    libraries: tuple[str, ...] = ("cublas",)
     capturable = False
+    on_tensor_cores = True
     gains_from_size = True
     by_runs = True
 
@@ -88,7 +91,8 @@ class Im2col:
         del problem
         return True, ""
 
-    def variants(self, problem: Problem) -> tuple[Sharing, ...]:
+    def variants(self, problem: Problem, backend: Backend) -> tuple[Sharing, ...]:
+        del backend
         g = problem.geometry
         if problem.op == "weight_grad":
             several = g.group_filters >= 2 * PART and problem.module == "numpy"
@@ -130,6 +134,8 @@ class Im2col:
         blocks = g.count_blocks(tiling.tile)
         products = g.groups * blocks * tiling.tile.images
         transposed = sum(buffer.cells for buffer in _weight_buffer(problem))
+        # Columns stay in a cache.
+        moved = words_of(problem, g.filters * (g.images * g.positions + g.patch))
         if problem.op == "input_grad":
             regions = g.count_regions(tiling.region)
             again = g.reach(tiling.region) * regions / max(g.images * g.positions, 1)
@@ -138,6 +144,7 @@ class Im2col:
                 short_side=min(positions, g.group_filters, g.patch),
                 scatter=columns,
                 transpose=transposed,
+                moved=moved,
                 products=products + _ADD * g.taps * blocks,
                 blocks=blocks,
                 pieces=regions,
@@ -151,6 +158,7 @@ class Im2col:
                 short_side=min(positions, g.group_filters // apart, g.patch),
                 gather=columns * apart,
                 copy=0 if tiling.variant == FILTERS else splits * g.filters * g.patch,
+                moved=moved,
                 products=products,
                 blocks=blocks * apart,
                 pieces=splits,
@@ -164,6 +172,7 @@ class Im2col:
             copy=0 if direct else g.images * g.positions * g.filters,
             transpose=transposed,
             reread=read_again(problem, g.filters * g.patch, blocks * images),
+            moved=moved,
             products=products,
             blocks=blocks * splits,
             pieces=blocks * splits,

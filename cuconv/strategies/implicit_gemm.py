@@ -24,7 +24,7 @@ from typing import NamedTuple
 from cuconv.arrays import Array, flattened
 from cuconv.backends import Backend, Contraction
 from cuconv.backends.blocking import Blocking, block_sizes
-from cuconv.engine.costs import Work
+from cuconv.engine.costs import LAUNCHES, Work
 from cuconv.engine.problem import Problem, in_groups, taps_reversed
 from cuconv.geometry import Axis, Tile
 from cuconv.memory import Buffer
@@ -34,6 +34,7 @@ from cuconv.strategies.base import (
     Tilings,
     Workspace,
     filters_of,
+    words_of,
 )
 
 # The kernel counts elements along an axis in 32 bits, with room to add two of them; and
@@ -44,12 +45,13 @@ _LARGEST_COUNT = 2**30
 _MOST_TERMS = 2**33
 # Of a grid, along its first axis.
 _MOST_BLOCKS = 2**31 - 1
-# The most parts of a sum, the number of blocks above which sums are not split, and the
-# least terms of a part; not yet measured on a GPU.
-_PARTS = (1, 4, 16, 64)
-_ENOUGH_BLOCKS, _LEAST_TERMS = 512, 256
-# The overhead of copying two operands, in blocks of im2col; not measured.
-_COPYING = 0.5
+# The parts of a sum, each a quarter more, so that some number of them fills processors;
+# the blocks between which sums are split, and the least terms of a part.  Not yet
+# measured on a GPU.
+_PARTS = (2, 3, 4, 5, 6, 7, 9, 11, 13, 16, 20, 26, 32, 40, 51, 64)
+_FEW_BLOCKS, _ENOUGH_BLOCKS, _LEAST_TERMS = 64, 512, 256
+# The launches that copy two operands.
+_COPYING = 2
 _WORD = 16  # bytes of the widest copy
 
 
@@ -76,7 +78,9 @@ class ImplicitGemm:
     """See `cuconv.strategies.Strategy`."""
 
     name = "implicit_gemm"
+    libraries: tuple[str, ...] = ()
     capturable = True
+    on_tensor_cores = True
     gains_from_size = True
     by_runs = False
 
@@ -84,7 +88,8 @@ class ImplicitGemm:
         reason = next(_refusals(problem), "")
         return not reason, reason
 
-    def variants(self, problem: Problem) -> tuple[KernelVariant, ...]:
+    def variants(self, problem: Problem, backend: Backend) -> tuple[KernelVariant, ...]:
+        del backend
         sizes = block_sizes(problem.operand)
         rows, _, _ = _extents(problem)
         wide = [size for size in sizes if size[0] < 2 * rows] or sizes[-1:]
@@ -92,18 +97,8 @@ class ImplicitGemm:
         return tuple(
             KernelVariant(*size, parts, layout)
             for size, layout in itertools.product(wide, layouts)
-            for parts in _PARTS
-            if parts == 1 or self._is_worth_cutting(problem, size, parts)
+            for parts in _splits(problem, size)
         )
-
-    def _is_worth_cutting(
-        self, problem: Problem, size: tuple[int, int], parts: int
-    ) -> bool:
-        g = problem.geometry
-        terms, blocks = _extents(problem)[-1], _count_blocks(problem, size)
-        strided = problem.op == "input_grad" and not g.is_unit_stride
-        few = blocks * parts <= _ENOUGH_BLOCKS and terms >= parts * _LEAST_TERMS
-        return few and "run" in problem.zero_copy and not strided
 
     def describe(self, variant: KernelVariant) -> str:
         filters, columns, parts, layout = variant
@@ -146,15 +141,19 @@ class ImplicitGemm:
         tall, wide, parts, layout = tiling.variant
         terms, tiles = _extents(problem)[-1], _count_blocks(problem, (tall, wide))
         phases = math.prod(min(axis.stride, max(axis.size, 1)) for axis in g.axes)
-        launches = phases if problem.op == "input_grad" else 1 + (parts > 1)
+        launches = (phases if problem.op == "input_grad" else 1) + (parts > 1)
         sizes = g.images * (g.channels * g.cells + g.filters * g.positions)
+        unread = g.images * g.channels * max(g.cells - g.positions * g.taps, 0)
         by_dense, by_x = _vectors(problem, layout)
+        # A result costs as many instructions as a copy, whichever part it is of.
+        results = float(tiles) * parts * tall * wide
         return Work(
             multiply=float(tiles) * tall * wide * terms,
-            loads=float(tiles) * terms * (tall / by_dense + wide / by_x),
-            copy=sizes * (1 + layout) + (2 * parts * _results(problem) * (parts > 1)),
+            loads=float(tiles) * terms * (tall / by_dense + wide / by_x) + results,
+            moved=words_of(problem, sizes - unread + g.filters * g.patch),
+            copy=sizes * layout + parts * _results(problem) * (parts > 1),
             tiles=tiles * parts,
-            blocks=launches + _COPYING * layout,
+            blocks=(launches + _COPYING * layout) / LAUNCHES,
         )
 
     def weights(self, job: Job, w: Array, kept: dict[str, Array]) -> Array:
@@ -224,6 +223,18 @@ class ImplicitGemm:
         dw, how = filters_of(out, job.problem), _how(job, conjugated=2 * is_complex)
         with job.backend.stage("product", self.name):
             _kernels(job).correlate(dy, x, dw, g.axes, how, job.shared["parts"])
+
+
+def _splits(problem: Problem, size: tuple[int, int]) -> tuple[int, ...]:
+    """The numbers of parts that are worth a try: 1, and some that fill a device."""
+    strided = problem.op == "input_grad" and not problem.geometry.is_unit_stride
+    if strided or "run" not in problem.zero_copy:
+        return (1,)
+    terms, blocks = _extents(problem)[-1], _count_blocks(problem, size)
+    most = min(_ENOUGH_BLOCKS // max(blocks, 1), terms // _LEAST_TERMS)
+    allowed = [parts for parts in _PARTS if parts <= most]
+    fills = (n for n in allowed if n * blocks >= _FEW_BLOCKS or n == allowed[-1])
+    return (1, *fills)
 
 
 def _refusals(problem: Problem) -> Iterator[str]:

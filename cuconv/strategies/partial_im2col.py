@@ -133,7 +133,9 @@ class PartialIm2col(ForwardOnly):
     """See `cuconv.strategies.Strategy`."""
 
     name = "partial_im2col"
+    libraries: tuple[str, ...] = ("cublas",)
     capturable = False
+    on_tensor_cores = True
     gains_from_size = True
     by_runs = True
 
@@ -145,7 +147,8 @@ class PartialIm2col(ForwardOnly):
             return False, "windows do not overlap along the first axis"
         return True, ""
 
-    def variants(self, problem: Problem) -> tuple[Order, ...]:
+    def variants(self, problem: Problem, backend: Backend) -> tuple[Order, ...]:
+        del backend
         g, axis = problem.geometry, problem.geometry.axes[0]
         if problem.module != "numpy":
             return (EACH,)

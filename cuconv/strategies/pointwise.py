@@ -6,7 +6,7 @@ padding; the input gradient is then the forward pass with the weights transposed
 
 from cuconv.arrays import Array, flattened
 from cuconv.backends import Backend
-from cuconv.engine.costs import Work
+from cuconv.engine.costs import LAUNCHES, Work
 from cuconv.engine.problem import Problem, in_groups
 from cuconv.geometry import Block
 from cuconv.memory import Buffer
@@ -20,6 +20,7 @@ from cuconv.strategies.base import (
     parts_of,
     take_bias,
     weight_buffer,
+    words_of,
 )
 from cuconv.strategies.im2col import (
     EACH,
@@ -59,12 +60,12 @@ class Pointwise(Im2col):
             return False, "its input gradient multiplies by the weights transposed"
         return True, ""
 
-    def variants(self, problem: Problem) -> tuple[Sharing, ...]:
+    def variants(self, problem: Problem, backend: Backend) -> tuple[Sharing, ...]:
         if not _lies_ready(problem) or problem.geometry.images == 1:
-            return super().variants(problem)
+            return super().variants(problem, backend)
         short = problem.op != "input_grad" and problem.geometry.positions < LONG_ROW
         both = (EACH, WIDE) if short and problem.module == "numpy" else (EACH,)
-        more = super().variants(problem) if problem.op == "weight_grad" else ()
+        more = super().variants(problem, backend) if problem.op == "weight_grad" else ()
         return tuple(dict.fromkeys((*both, *more)))
 
     def tilings(self, problem: Problem, variant: Sharing, backend: Backend) -> Tilings:
@@ -94,8 +95,13 @@ class Pointwise(Im2col):
         pieces = work.pieces
         if problem.op == "input_grad":
             pieces = problem.geometry.count_blocks(tiling.tile) * tiling.splits
-        multiply = problem.geometry.multiplications
-        return work._replace(multiply=multiply, gather=0, scatter=0, pieces=pieces)
+        g = problem.geometry
+        moved = work.moved + words_of(problem, g.images * g.positions * g.channels)
+        work = work._replace(gather=0, scatter=0, moved=moved, pieces=pieces)
+        if problem.module != "numpy":
+            # One launch, which gathers nothing.
+            work = work._replace(blocks=work.blocks / LAUNCHES)
+        return work._replace(multiply=g.multiplications)
 
     def column_buffers(
         self, problem: Problem, tiling: Tiling, backend: Backend

@@ -45,7 +45,9 @@ class TapMatmul(OneWay):
     """See `cuconv.strategies.Strategy`."""
 
     name = "tap_matmul"
+    libraries: tuple[str, ...] = ("cublas",)
     capturable = False
+    on_tensor_cores = True
     by_runs = True
 
     def supports(self, problem: Problem) -> tuple[bool, str]:

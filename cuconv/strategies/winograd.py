@@ -126,7 +126,9 @@ class Winograd(ForwardOnly):
     """See `cuconv.strategies.Strategy`."""
 
     name = "winograd"
+    libraries: tuple[str, ...] = ("cublas",)
     capturable = False
+    on_tensor_cores = False
     gains_from_size = True
     by_runs = False
 
@@ -134,8 +136,11 @@ class Winograd(ForwardOnly):
         reason = next(_refusals(problem), "")
         return not reason, reason
 
-    def variants(self, problem: Problem) -> tuple[tuple[int, ...], ...]:
+    def variants(
+        self, problem: Problem, backend: Backend
+    ) -> tuple[tuple[int, ...], ...]:
         """Tile sizes along the axes that are transformed."""
+        del backend
         geometry = problem.geometry
         tiled = _tiled_axes(geometry)
         sizes = _TILES[problem.precision]

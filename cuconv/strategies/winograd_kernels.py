@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 from cuconv.arrays import Array, stored, strided
 from cuconv.backends import TileTransforms
+from cuconv.engine.costs import LAUNCHES
 from cuconv.engine.problem import Problem
 from cuconv.memory import Buffer
 from cuconv.strategies.base import (
@@ -29,9 +30,6 @@ from cuconv.strategies.base import (
     output_buffer,
 )
 from cuconv.strategies.winograd_tiles import Matrices, Piece, Shape, three_ranges
-
-# The launches in one `cuconv.engine.costs.Rates.block`.
-_LAUNCHES = 3
 
 
 @dataclass(frozen=True)
@@ -160,7 +158,7 @@ def kernels_work(
         products = min(products, shape.frequencies * g.groups)
     return {
         "transform": (blocks * (sizes["v"] + sizes["m"]) + cells + weights) / 2,
-        "blocks": (blocks * (2 + products) + 1) / _LAUNCHES,
+        "blocks": (blocks * (2 + products) + 1) / LAUNCHES,
     }
 
 

@@ -42,6 +42,8 @@ class ConvTranspose(OpRun):
         more = options(given, w.ndim - 2)
         more["output_padding"] = given.get("output_padding") or 0
         more["output_size"] = given.get("output_shape")
+        if more["output_size"] and given.get("auto_pad", "NOTSET") == "NOTSET":
+            more["padding"] = "SAME_LOWER"  # the size determines what is cropped
         return (cuconv.conv_transpose(x, w, bias, groups=group, **more),)
 
 

@@ -23,7 +23,7 @@ def by_view(x, w, *, stride=1):
     return np.einsum("ncijab,kcab->nkij", windows, w)
 
 
-def by_blocks(x, w, *, stride=1, memory_limit="64 KiB"):
+def by_blocks(x, w, *, stride=1, memory_limit="256 KiB"):
     """A product for each block of columns; no more of them exist at a time."""
     out = cuconv.patches(x, w.shape[2:], stride=stride).shape[2:4]
     y = np.empty((len(x), len(w), *out))
@@ -79,7 +79,7 @@ def draw(figure):
     """The largest block of columns under each limit, and all columns in one piece."""
     shape, kernel = (4, 16, 64, 64), (3, 3)
     x = np.zeros(shape, dtype=np.float32)
-    limits = [2**power for power in range(16, 25)]
+    limits = [2**power for power in range(19, 25)]
     largest = [
         max(
             columns.nbytes

@@ -73,8 +73,8 @@ def test_the_page_has_examples():
         ("--op weight_grad --dtype float16", {"op": "weight_grad", "dtype": "float16"}),
         ("--bias --deterministic False", {"bias": True, "deterministic": False}),
         (
-            "--strategy im2col --memory-limit 64KiB",
-            {"strategy": "im2col", "memory_limit": 65536},
+            "--strategy im2col --memory-limit 192KiB",
+            {"strategy": "im2col", "memory_limit": 196608},
         ),
     ],
 )

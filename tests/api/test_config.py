@@ -96,13 +96,13 @@ def test_tasks_have_their_own() -> None:
 
 def test_a_calls_own_option_comes_first(choices) -> None:
     x, w = np.ones((4, 32, 28, 28), "f4"), np.ones((32, 32, 3, 3), "f4")
-    with cuconv.config(precision="strict", memory_limit=2**18, deterministic=False):
+    with cuconv.config(precision="strict", memory_limit=3 * 2**17, deterministic=False):
         cuconv.conv(x, w)
         cuconv.conv(x, w, precision="standard", memory_limit=2**24, deterministic=True)
     first, second = choices
     assert first.problem.precision == "strict"
     assert not first.problem.deterministic
-    assert first.workspace_bytes <= 2**18 < second.workspace_bytes
+    assert first.workspace_bytes <= 3 * 2**17 < second.workspace_bytes
     assert second.problem.precision == "standard"
     assert second.problem.deterministic
 
@@ -110,14 +110,14 @@ def test_a_calls_own_option_comes_first(choices) -> None:
 def test_all_operations_heed_it(choices) -> None:
     x, w = np.ones((4, 16, 28, 28), "f4"), np.ones((16, 16, 3, 3), "f4")
     dy = np.ones((4, 16, 26, 26), "f4")
-    with cuconv.config(memory_limit=2**17, num_threads=1, precision="strict"):
+    with cuconv.config(memory_limit=2**18, num_threads=1, precision="strict"):
         cuconv.conv_backward(dy, x, w)
         cuconv.conv_input_grad(dy, w, x.shape)
         cuconv.conv_weight_grad(dy, x, w.shape)
         plan = cuconv.plan_conv(x.shape, w.shape)
     assert len(choices) == 4
     for candidate in (*choices, chosen(plan)):
-        assert candidate.workspace_bytes <= 2**17
+        assert candidate.workspace_bytes <= 2**18
         assert candidate.tiling.workers == 1
         assert candidate.problem.precision == "strict"
 

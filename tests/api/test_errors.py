@@ -469,3 +469,37 @@ def test_an_error_in_the_second_gradient_comes_before_the_first_runs(xp) -> None
     )
     for call in calls:
         assert_refused(xp, call, TypeError, "cannot be cast")
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (
+            lambda: cuconv.conv2d(np.ones((5, 9, 9)), np.ones((7, 3, 3))),
+            r"w has 3: give both a channel axis, x\[:, None\], w\[:, None\]",
+        ),
+        (
+            lambda: cuconv.conv(np.ones((5, 9, 9)), np.ones((7, 3, 3))),
+            r"images \(T, H, W\) and kernels .* x\[:, None\], w\[:, None\]",
+        ),
+        (
+            lambda: cuconv.conv(
+                np.ones((1, 9, 9, 5)), np.ones((4, 5, 3, 3)), layout="NHWC"
+            ),
+            r"w is \(\*kernel, C / groups, K\), and here its second axis has 5",
+        ),
+        (
+            lambda: cuconv.conv_input_grad(
+                np.ones((1, 4, 6, 6)), np.ones((4, 3, 3, 3)), (1, 3, 8)
+            ),
+            r"x_shape has 3 axes: \(1, 3, 8\), and dy has 4",
+        ),
+        (
+            lambda: cuconv.conv2d(np.ma.ones((1, 3, 8, 8)), np.ones((4, 3, 3, 3))),
+            "MaskedArray, whose method filled makes one",
+        ),
+    ],
+)
+def test_the_likely_mistake_is_named(call, message):
+    with pytest.raises((TypeError, ValueError), match=message):
+        call()

@@ -620,7 +620,7 @@ def test_memory_is_bounded_and_changes_nothing(name, dtype) -> None:
     call = CALLS[name]
     wanted = call(x)
     least = smallest_limit(lambda **o: call(x, **o))
-    assert 0 < least < 2**17
+    assert 0 < least < 2**18
     for limit in (least, 2 * least, 2**20):
         got = call(x, memory_limit=limit)
         for one, two in zip(arrays_of(got), arrays_of(wanted), strict=True):

@@ -350,7 +350,9 @@ def test_the_limit_holds_by_measurement(xp) -> None:
         (call, copy_transposed, copied) if xp is np else (call, copy_transposed)
     ):
         wanted, least = each(), smallest_limit(each)
-        assert 0 < least < (between if each is call else 2 * between)
+        # What lies between, and what Python's own objects take.
+        objects = 2**17 if xp is np else 0
+        assert 0 < least < (between if each is call else 2 * between) + objects
         for limit in (least, least + between // 3):
             took = peak(xp, partial(each, memory_limit=limit), limit)
             assert took <= limit, f"{took} bytes at the peak, of {limit}"

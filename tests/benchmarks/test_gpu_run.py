@@ -15,7 +15,7 @@ import pytest
 from benchmark_cases import OPERATIONS, PLAIN, TINY, TINY_OTHERS, planted
 
 import cuconv
-from benchmarks import internals, kernels, pages, records, report
+from benchmarks import internals, kernels, nvrtc, pages, records, report
 from benchmarks.cases import Case
 from benchmarks.gpu import __main__ as command
 from benchmarks.gpu import compare, exact, probes, steps, tables
@@ -709,7 +709,7 @@ def test_the_report_of_kernels(tmp_path, capsys) -> None:
     found = records.read(kernels.KERNELS, tmp_path)
     rows = found["kernels"]
     assert len(rows) == 5
-    assert found["nvrtc"] == kernels.nvrtc_version()
+    assert found["nvrtc"] == nvrtc.nvrtc_version()
     assert all(row["registers"] > 0 and row["binary_bytes"] > 0 for row in rows)
     assert all(row["spill_load_bytes"] == 0 for row in rows)
     largest = max(row["shared_bytes"] for row in rows)
@@ -733,7 +733,7 @@ def test_a_compilers_report_is_read() -> None:
         "    8 bytes stack frame, 12 bytes spill stores, 16 bytes spill loads\n"
         "info: Used 40 registers, used 1 barriers, 4352 bytes smem\n"
     )
-    assert kernels.Compiled(99, log).resources() == {
+    assert nvrtc.Compiled(bytes(99), log).resources() == {
         "registers": 40,
         "shared_bytes": 4352,
         "stack_bytes": 8,
@@ -742,4 +742,4 @@ def test_a_compilers_report_is_read() -> None:
         "binary_bytes": 99,
     }
     with pytest.raises(ValueError, match="no registers"):
-        kernels.Compiled(1, "nothing").resources()
+        nvrtc.Compiled(b"", "nothing").resources()

@@ -78,9 +78,12 @@ def run_sanitized(*arguments: str) -> subprocess.CompletedProcess[str]:
                 15,
             ),
             ("api/test_pooling.py", "cupy and (any_view or no_window)", 6),
+            ("api/test_pool_indices.py", "cupy and any_view or on_a_device", 3),
+            ("api/test_deform.py", "cupy and (gradients or order or not_a_number)", 20),
             (
                 *("strategies/test_implicit_gemm.py",),
-                *("odd-channels_first or aligned-channels_last", 6),
+                "odd-channels_first or aligned-channels_last or coordinates or several",
+                36,
             ),
         ),
     ],

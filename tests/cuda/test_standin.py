@@ -1,5 +1,6 @@
 """The stand-in forbids what CuPy forbids, and the shim runs CUDA as CUDA means it."""
 
+import itertools
 import subprocess
 import sys
 from collections.abc import Callable
@@ -13,11 +14,14 @@ from support import (
     OPERATIONS,
     TESTS,
     Case,
+    candidates_of,
     device_allocations,
     forget_plans,
     integers,
     normal,
+    of,
     operands,
+    plan_of,
     run,
     to_host,
 )
@@ -241,12 +245,18 @@ def test_precompile(xp):
     # For each rank, and each below: the copy in every width, two sums, what lies around
     # an array and its adjoint; a product for integers; for floats two loops over
     # channels, tiles of three sizes along one axis, and along two; and products without
-    # columns, for blocks of four sizes (three of doubles). For any rank: pooling by
-    # maxima and means, and norms of floats, and their gradients, of which that of a
-    # maximum takes indices or, of floats, x.
-    assert cuconv.precompile(("float32",), (2,)) == 2 * 9 + 2 + 6 + 4 * 4 + 7
-    assert cuconv.precompile(("float64",), (1,)) == 7 + 2 + 3 + 3 * 4 + 7
-    assert cuconv.precompile(("int8",), (1, 2)) == 13 + 4 * 4 + 3
+    # columns, in five ways for four sizes of blocks (three of doubles), on tensor cores
+    # in six, halves whole and in parts,
+    # of float32 as TF32 too; a sum of parts, and, for tensor cores, a copy to
+    # channels last. For any rank: pooling by maxima and means, and norms of floats, and
+    # their gradients, of which that of a maximum takes indices or, of floats, x;
+    # elements at indices; and the four of deformable convolution.
+    products = {"float32": 5 * 4 + 4 * 6 + 2, "float16": 2 * 4 * 6 + 2}
+    single = cuconv.precompile(("float32",), (2,))
+    assert single == 2 * 9 + 2 + 6 + 8 + 4 + products["float32"]
+    assert cuconv.precompile(("float64",), (1,)) == 7 + 2 + 3 + 5 * 3 + 1 + 8 + 4
+    assert cuconv.precompile(("int8",), (1, 2)) == 13 + 5 * 4 + 1 + 4
+    assert cuconv.precompile(("float16",), (2,)) > products["float16"]
     with pytest.raises(TypeError, match="object"):
         cuconv.precompile((object,))
 
@@ -262,7 +272,7 @@ def test_precision_governs_tf32(standin):
     seen = {}
     for precision in ("strict", "standard", "fast"):
         before = len(blas.calls)
-        cuconv.conv(x, w, precision=precision)
+        cuconv.conv(x, w, precision=precision, strategy="im2col")
         seen[precision] = {compute for *_, compute, _ in blas.calls[before:]}
     plain, tf32 = {blas.CUBLAS_COMPUTE_32F}, {blas.CUBLAS_COMPUTE_32F_FAST_TF32}
     assert seen == {"strict": plain, "standard": plain, "fast": tf32}
@@ -331,7 +341,7 @@ def columns(xp: Any) -> None:
 
 
 def convolutions(xp: Any) -> None:
-    x, w = xp.ones((1, 2, 5, 5), "float16"), xp.ones((3, 2, 3, 3), "float16")
+    x, w = xp.ones((1, 8, 6, 6), "float16"), xp.ones((8, 8, 3, 3), "float16")
     cuconv.conv_backward(cuconv.conv(x, w), x, w)
 
 
@@ -343,6 +353,35 @@ def pooling(xp: Any) -> None:
     cuconv.avg_pool_backward(cuconv.avg_pool(x, 2), x.shape, 2)
     cuconv.lp_pool_backward(y, x, cuconv.lp_pool(x, 2, 2), 2, 2)
     cuconv.global_avg_pool_backward(cuconv.global_avg_pool(x), x.shape)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_whatever_auto_can_choose_is_compiled_before(
+    standin, loaded, monkeypatch, dtype
+):
+    """Channels and filters that fill vectors: every candidate, in every precision."""
+    loaded.cache_clear()
+    forget_plans()
+    cuconv.precompile((dtype,), (2,))
+    nothing = lambda *_, **__: None  # noqa: E731 - what is compiled is all that counts
+    monkeypatch.setattr(standin.RawKernel, "__call__", nothing)
+    monkeypatch.setattr(standin.cuda.cublas, "gemmStridedBatchedEx", nothing)
+    monkeypatch.setattr(standin._arrays, "enqueue", nothing)
+    before, ran, words = loaded.cache_info().misses, 0, set()
+    case = Case((8, 128, 8, 4), (64, 128, 3, 3), {"padding": 1})
+    for layout, op, precision in itertools.product(
+        LAYOUTS, OPERATIONS, ("standard", "fast")
+    ):
+        mine = case.in_layout(layout)
+        arrays = operands(mine, dtype).on(standin)
+        plan = plan_of(op, mine, dtype, device="cuda", precision=precision)
+        for candidate in candidates_of(plan):
+            plan.with_candidates([candidate])(*of(op, arrays))
+            ran, words = ran + 1, words | {candidate.label}
+            assert loaded.cache_info().misses == before, candidate.label
+    assert ran > 60
+    assert any("parts" in word for word in words)
+    assert any("channels last" in word for word in words)
 
 
 @pytest.mark.parametrize(

@@ -315,7 +315,7 @@ H200 = Gpu("any", "90", 132, 1_980_000, 3_125_000, 6144, 50 * 2**20)
 UNITS = {
     *("block", "unrecorded", "worker", "worth_workers", "short", "products"),
     *("einsum", "crowding"),
-    "tensor",
+    *("tf32", "halves"),
 }
 
 
@@ -327,7 +327,7 @@ def test_rates_follow_from_properties() -> None:
         n: rate / getattr(CUDA_RATES, n) for n, rate in found.items() if n not in UNITS
     }
     assert ratios.pop("processors") == 1 / 2
-    assert len(ratios) == 11
+    assert len(ratios) == 12
     assert set(ratios.values()) == {2}
     assert all(found[name] == getattr(CUDA_RATES, name) for name in UNITS)
     assert cuda_block_bytes(halved) == 7 * 2**19
@@ -373,6 +373,9 @@ def test_times_come_from_events(standin, monkeypatch) -> None:
         return call
 
     before = len(stream.synchronisations)
+    launched = standin._kernels.launches
     times = backend_of(standin).times([takes(0.25), takes(2), takes(0.5)])
     assert times == [250, 2000, 500]
     assert stream.synchronisations[before:] == ["event"]
+    # The device is kept busy first, so that it does not wait for the host.
+    assert launched[-1][:3] == ("delay", 1, 1)

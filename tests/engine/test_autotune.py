@@ -426,7 +426,7 @@ def test_whatever_wins_computes_the_same(op, monkeypatch, choices) -> None:
         wanted = reference(op, arrays, case)
         call = partial(run, op, arrays, case, precision="standard")
         least = smallest_limit(call)
-        limits = (least, least + 4000, 36_000, 44_000, 50_000, 2**24)
+        limits = (least, least + 4000, 152_000, 160_000, 166_000, 2**24)
         for limit in (max(limit, least) for limit in limits):
             for number in range(8):
                 let_number_win(monkeypatch, number)

@@ -6,6 +6,7 @@ device's by a hook in its memory pool.
 
 from collections.abc import Callable
 from functools import partial
+from time import perf_counter
 from typing import Any
 
 import numpy as np
@@ -19,8 +20,10 @@ from support import (
     PLACES,
     Case,
     Operands,
+    arrays_of,
     cupy_slowly,
     forget_arenas,
+    forget_plans,
     host_peak,
     integers,
     operands,
@@ -321,3 +324,60 @@ def test_a_kernel_of_many_taps_is_not_listed() -> None:
     dy = np.ones((1, 1, 31), np.float32)
     call = partial(cuconv.conv_input_grad, dy, w, x.shape)
     assert_within(np, call, smallest_limit(call) + 2**17)
+
+
+def _ways() -> list[Callable[..., Any]]:
+    """Small calls of every kind, which a smallest limit could make slow."""
+    made = []
+    for shapes, options in (
+        (((2, 3, 37), (4, 3, 5)), {"padding_mode": "circular", "padding": 2}),
+        (((2, 4, 19, 23), (6, 2, 3, 4)), {"groups": 2, "stride": (1, 2)}),
+        (((1, 2, 7, 8, 9), (2, 2, 4, 3, 2)), {"input_dilation": 2}),
+        (((2, 8, 21, 17), (8, 1, 3, 3)), {"groups": 8}),
+    ):
+        case = Case(*shapes, options)
+        arrays = operands(case, "float32")
+        made += [partial(run, op, arrays, case) for op in OPERATIONS]
+        x, w, dy = arrays
+        made.append(partial(cuconv.conv_backward, dy, x, w, **options))
+    x, w = integers((1, 3, 9, 8), "float32"), integers((3, 4, 5, 4), "float32")
+    made.append(partial(cuconv.conv_transpose, x, w, stride=(2, 3)))
+    x = integers((2, 3, 23, 50), "float32")
+    made += [partial(cuconv.max_pool, x, 3), partial(cuconv.avg_pool, x, 3, stride=2)]
+    depthwise, pointwise = integers((3, 1, 3, 3)), integers((5, 3))
+    made.append(partial(cuconv.separable_conv, x, depthwise, pointwise))
+    return made
+
+
+@pytest.mark.usefixtures("room")
+def test_a_first_call_is_within_the_smallest_limit_and_usable() -> None:
+    """With all objects that planning leaves; and not hundreds of times as slow."""
+    checked = 0
+    for call in _ways():
+        smallest = smallest_limit(call)
+        assert 0 < smallest < 2**19
+        small = partial(call, memory_limit=smallest)
+
+        def first(small: Any = small) -> Any:
+            forget_plans()
+            return small()
+
+        for each in (first, small):
+            assert host_peak(each, smallest) <= smallest
+        larger = partial(call, memory_limit=4 * smallest)
+        both = zip(arrays_of(small()), arrays_of(larger()), strict=True)
+        for one, two in both:
+            testing.assert_equal(one, two)
+        assert fastest(small) <= 20 * fastest(larger)
+        checked += 1
+    assert checked == 20
+
+
+def fastest(call: Callable[[], Any]) -> float:
+    """Seconds of the fastest of some calls."""
+    times = []
+    for _ in range(9):
+        start = perf_counter()
+        call()
+        times.append(perf_counter() - start)
+    return min(times)

@@ -173,7 +173,7 @@ def test_a_plan_holds_its_settings() -> None:
 def test_a_plan_runs_as_it_says(choices) -> None:
     """Where arrays lie as planned: the strategy, the cut and the workers printed."""
     made = []
-    for limit in (2**18, None):
+    for limit in (3 * 2**17, None):
         for threads in (1, 2):
             with cuconv.config(num_threads=threads):
                 made.append(plan_of("forward", BIG, memory_limit=limit))

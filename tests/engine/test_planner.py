@@ -85,10 +85,10 @@ def test_what_was_passed_over_is_slower_by_estimate_or_cannot() -> None:
 def test_a_reason_names_the_limit_that_a_strategy_needs() -> None:
     options = {"padding": 1, "precision": "standard"}
     shapes = (4, 32, 28, 28), (32, 32, 3, 3)
-    plan = cuconv.plan_conv(*shapes, memory_limit="90 KiB", **options)
+    plan = cuconv.plan_conv(*shapes, memory_limit="203 KiB", **options)
     reason = plan.passed_over["winograd"]
     least = int(re.search(r"needs (\d+) bytes at least", reason)[1])
-    assert least > 90 * 1024
+    assert least > 203 * 1024
     alone = partial(cuconv.plan_conv, *shapes, strategy="winograd", **options)
     assert alone(memory_limit=least).workspace_bytes <= least
     with pytest.raises(cuconv.MemoryLimitError):
@@ -119,8 +119,9 @@ def test_no_two_variants_have_the_same_words() -> None:
     ):
         plan = plan_of(op, case, "float16", device=device, precision="fast")
         for strategy in STRATEGIES:
-            if strategy.supports(plan.problem)[0]:
-                variants = strategy.variants(plan.problem)
+            able = strategy.supports(plan.problem)[0]
+            if able and not any(map(plan.backend.missing, strategy.libraries)):
+                variants = strategy.variants(plan.problem, plan.backend)
                 assert len(set(map(strategy.describe, variants))) == len(variants)
                 seen += len(variants) > 1
     assert seen > 10
@@ -132,7 +133,7 @@ def test_no_two_variants_have_the_same_words() -> None:
 @given(
     case=st.one_of(cases(), tiled_cases(most=3)),
     precision=st.sampled_from(["standard", "fast"]),
-    limit=st.sampled_from([None, 50_000, 100_000]),
+    limit=st.sampled_from([None, 165_000, 215_000]),
 )
 def test_no_rank_is_below_its_floor(worth, op, case, precision, limit) -> None:
     """Or the best might never be looked at."""
@@ -246,7 +247,7 @@ def test_other_settings_are_another_plan(choices) -> None:
     for settings_ in (
         {},
         {"precision": "strict"},
-        {"memory_limit": 2**18},
+        {"memory_limit": 3 * 2**17},
         {"num_threads": 1},
         {"num_threads": 2},
         {},
@@ -256,7 +257,7 @@ def test_other_settings_are_another_plan(choices) -> None:
         found.append(choices[-1])
     assert found[0] == found[-1]
     assert found[1].strategy.name != "winograd"
-    assert found[2].workspace_bytes <= 2**18
+    assert found[2].workspace_bytes <= 3 * 2**17
     assert [candidate.tiling.workers for candidate in found[3:5]] == [1, 2]
 
 

@@ -161,7 +161,7 @@ def test_every_worker_closes_its_ranges(domain, monkeypatch) -> None:
     monkeypatch.setattr(domain, "push_range", wait_for_another)
     case = Case((3, 4, 40, 41), (8, 4, 3, 3), {})
     arrays = operands(case, "float32")
-    options = {"strategy": "im2col", "memory_limit": 2**18}
+    options = {"strategy": "im2col", "memory_limit": 3 * 2**17}
     with cuconv.config(num_threads=3):
         cuconv.conv_weight_grad(arrays.dy, arrays.x, case.w_shape, **options)
     domain.assert_balanced()

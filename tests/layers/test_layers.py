@@ -191,6 +191,8 @@ OTHER_MISTAKES: list[tuple[Any, tuple[Any, ...], dict[str, Any], str]] = [
     (layers.SeparableConv2d, (3, 4, 3), {"dtype": "int8"}, "floating or complex"),
     (layers.SeparableConv2d, (3, 0, 3), {}, "out_channels must be at least 1"),
     (Conv2d, (6, 4, 3), {"output_padding": 2}, "no option 'output_padding'"),
+    (layers.DeformConv2d, (6, 4, 3), {"padding_mode": "reflect"}, "'padding_mode'"),
+    (layers.DeformConv2d, (6, 4, 3), {"dtype": "complex64"}, "takes real floats"),
     (
         *(ConvTranspose2d, (6, 4, 3), {"stride": (3, 2), "output_padding": 2}),
         "axis 1 is 2; it must be less than stride 2",
@@ -400,6 +402,37 @@ def test_a_depthwise_layer_is_the_function(xp, kind, layout) -> None:
     }
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("kind", [layers.DeformConv, layers.DeformConv2d])
+def test_a_deformable_layer_is_the_function(xp, kind, layout) -> None:
+    options = {"padding": 1, "stride": (1, 2), "groups": 2, "layout": layout}
+    layer = kind(6, 4, (3, 2), xp=xp, rng=3, **options)
+    twin = Conv2d(6, 4, (3, 2), xp=xp, rng=3, **options)
+    for name, array in layer.state_dict().items():
+        testing.assert_equal(array, twin.state_dict()[name])
+    fill(xp, layer)
+    shapes = (2, 6, 5, 4), (2, 2 * 12, 5, 3), (2, 12, 5, 3)
+    given = [to_device(xp, integers(shape, "float32")) for shape in shapes]
+    if layout == "channels_last":
+        given = [xp.ascontiguousarray(a.transpose(0, 2, 3, 1)) for a in given]
+    with pytest.raises(RuntimeError, match="there was none"):
+        layer.backward(given[0])
+    x, offset, mask = given
+    w, bias = layer.parameters["weight"], layer.parameters["bias"]
+    for weighed in (mask, None):
+        y = layer(x, offset, weighed)
+        wanted = cuconv.deform_conv(x, offset, w, bias, mask=weighed, **options)
+        testing.assert_equal(y, to_host(wanted))
+        loops = cuconv.deform_conv_backward(y, x, offset, w, mask=weighed, **options)
+        found = layer.backward(y)
+        for mine, other in zip(found, loops, strict=True):
+            assert (mine is None) == (other is None)
+            if mine is not None:
+                testing.assert_equal(mine, to_host(other))
+        assert layer.gradients == {"weight": found.w, "bias": found.bias}
+        assert layer.backward(y, needs_input=False).x is None
+
+
 SEPARABLE = {
     "SeparableConv": (layers.SeparableConv, (3, 2), {"padding": 1, "stride": (1, 2)}),
     "SeparableConv1d": (layers.SeparableConv1d, 3, {"padding": "causal"}),
@@ -603,7 +636,8 @@ def test_every_layer_has_an_example() -> None:
     named = {k.__name__: k for k in kinds if issubclass(k, Layer)}
     public = {name: k for name, k in named.items() if not name.startswith("_")}
     depthwise = {f"DepthwiseConv{rank}" for rank in ("", "1d", "2d", "3d")}
-    tested = {*MADE, *depthwise, *SEPARABLE, *POOLED, "MaxUnpool"}
+    deform = {"DeformConv", "DeformConv2d"}
+    tested = {*MADE, *depthwise, *SEPARABLE, *POOLED, *deform, "MaxUnpool"}
     assert set(public) == {"Layer", *tested} == set(layers.__all__)
     assert all(">>> " in public[name].__doc__ for name in tested)
 

@@ -337,11 +337,6 @@ static void load_matrices(unsigned (&into)[4], const void *row, bool transposed)
     }
 }
 
-static unsigned as_tf32(float value)
-{
-    return (__float_as_uint(value) + 0x1000) & 0xFFFFE000;
-}
-
 // One term of a fragment: register and place in it, by the type of the terms.
 template <typename Type>
 static float term_of(const unsigned *registers, unsigned index, unsigned pair)

@@ -32,7 +32,8 @@ import cuconv
 from cuconv import testing
 from cuconv.arrays import accumulator
 from cuconv.backends.blocking import Blocking, block_sizes
-from cuconv.backends.cuda import cuda_backend
+from cuconv.backends.cuda import cuda_backend, implicit_gemm, structs, tilings
+from cuconv.engine.call import forget_plans
 from cuconv.engine.problem import in_groups
 from cuconv.geometry import ConvGeometry
 from cuconv.strategies.base import filters_of
@@ -242,6 +243,130 @@ def test_only_tensor_cores_have_operands_turned(xp):
     assert {c.tiling.variant[-1] for c in candidates_of(plan)} == {0}
 
 
+# Masks of taps, coordinates, and results that are written several at a time
+
+
+@pytest.fixture
+def launches(monkeypatch):
+    """The launches that are computed from now on, none of them remembered."""
+    made: list[Any] = []
+    usual = implicit_gemm._launch
+
+    def noted(*arguments: Any) -> Any:
+        made.append(usual(*arguments))
+        return made[-1]
+
+    def forget() -> None:
+        forget_plans()
+        implicit_gemm._forward.cache_clear()
+        implicit_gemm._backward.cache_clear()
+
+    monkeypatch.setattr(implicit_gemm, "_launch", noted)
+    forget()
+    yield made
+    forget()
+
+
+def are_masked(launches: list[Any]) -> set[bool]:
+    macros = [dict(m.split("=") for m in x.variant.macros) for x in launches]
+    return {each["MASKED"] == "1" for each in macros}
+
+
+def are_packed(launches: list[Any]) -> set[bool]:
+    packed = (x.packed.view(structs.CONTRACTION)["is_packed"] for x in launches)
+    return {bool(each[0]) for each in packed}
+
+
+# The default ones; all others are `slow`.
+FEW = {("odd", "channels_first"), ("three axes", "channels_last")}
+
+
+@pytest.mark.parametrize(
+    ("name", "layout"),
+    [
+        pytest.param(*each, marks=() if each in FEW else pytest.mark.slow)
+        for each in product(CASES, LAYOUTS)
+    ],
+)
+@pytest.mark.parametrize(
+    "dtype", ["float32", pytest.param("float16", marks=pytest.mark.slow)]
+)
+def test_coordinates_where_masks_have_too_few_bits(
+    xp, dtype, name, layout, launches, monkeypatch
+):
+    monkeypatch.setattr(tilings, "MOST_TAPS", 2)
+    case = CASES[name].in_layout(layout)
+    arrays = operands(case, dtype).on(xp)
+    for op in OPERATIONS:
+        got = to_host(run(op, arrays, case, **MINE)).astype("float64")
+        testing.assert_equal(got, wanted_of(op, case))
+    assert are_masked(launches) == {False}
+
+
+@pytest.mark.parametrize(
+    ("kernel", "masked"),
+    [
+        ((29,), True),
+        ((30,), False),
+        pytest.param((14, 16), True, marks=pytest.mark.slow),
+        pytest.param((15, 16), False, marks=pytest.mark.slow),
+    ],
+)
+def test_a_mask_has_a_bit_for_each_tap_of_each_axis(xp, kernel, masked, launches):
+    """31 of them, of which an axis that is not there takes one."""
+    size = tuple(k + 5 for k in kernel)
+    case = Case((2, 3, *size), (4, 3, *kernel), {"padding": 3})
+    arrays = operands(case, "float32").on(xp)
+    for op in OPERATIONS:
+        testing.assert_equal(
+            to_host(run(op, arrays, case, **MINE)), wanted_of(op, case)
+        )
+    assert are_masked(launches) == {masked}
+
+
+PACKED = Case((3, 16, 6, 8), (20, 8, 3, 3), {"groups": 2, "padding": 1})
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    "dtype",
+    [
+        *("float32", "float16"),
+        *(pytest.param(n, marks=pytest.mark.slow) for n in ("f8", "c8", "int8")),
+    ],
+)
+def test_neighbouring_results_are_written_several_at_a_time(
+    xp, dtype, layout, launches
+):
+    case = PACKED.in_layout(layout)
+    host = operands(case, dtype)
+    wanted = reference("forward", host, case).astype(dtype)
+    arrays = host.on(xp)
+    testing.assert_equal(to_host(run("forward", arrays, case, **MINE)), wanted)
+    # Ten filters in a group are not a multiple of four.
+    by_filters = layout == "channels_last" and np.dtype(dtype).itemsize < 8
+    assert are_packed(launches) == {not by_filters}
+    # One element further, no result is aligned, and neighbours keep their contents.
+    launches.clear()
+    buffer = xp.zeros(wanted.size + 2, dtype)
+    out = buffer[1:-1].reshape(wanted.shape)
+    run("forward", arrays, case, out=out, **MINE)
+    assert are_packed(launches) == {False}
+    testing.assert_equal(to_host(out), wanted)
+    assert not to_host(buffer)[[0, -1]].any()
+
+
+def test_only_terms_of_the_sum_reach_a_result(xp):
+    """Infinities of padded positions, of other filters and of other images do not."""
+    x, w = np.ones((2, 5, 6, 7), "float32"), np.ones((6, 5, 3, 3), "float32")
+    x[1], w[4] = np.inf, np.nan
+    y = to_host(cuconv.conv(xp.asarray(x), xp.asarray(w), padding=2, **MINE))
+    assert np.isnan(y[:, 4]).all()
+    others = np.delete(y, 4, axis=1)
+    assert np.isfinite(others[0]).all()
+    assert np.isposinf(others[1]).all()
+
+
 # What it takes, and what it rounds
 
 
@@ -267,7 +392,7 @@ def test_parts_take_what_they_say_and_never_more_than_allowed(xp):
     arrays = operands(case, "float32").on(xp)
     wanted = wanted_of("weight_grad", case)
     parts: dict[int, set[int]] = {}
-    for limit in (0, 2**14, 2**20):
+    for limit in (0, 2**13, 2**20):
         plan = plan_of("weight_grad", case, device="cuda", memory_limit=limit, **MINE)
         for candidate in candidates_of(plan):
             own = with_candidate(plan, candidate)
@@ -276,7 +401,7 @@ def test_parts_take_what_they_say_and_never_more_than_allowed(xp):
             taken = device_peak(xp, lambda own=own: own(*of("weight_grad", arrays)))
             assert taken <= candidate.workspace_bytes <= limit
             assert (taken > 0) == (candidate.tiling.variant[2] > 1)
-    assert parts == {0: {1}, 2**14: {1}, 2**20: {1, 4}}
+    assert parts == {0: {1}, 2**13: {1}, 2**20: {1, 4}}
 
 
 def test_halves_are_summed_in_float32(xp):
@@ -302,6 +427,28 @@ def test_only_fast_rounds_to_tf32(xp):
     }
     exact = 8 * (1 + 2**-12)
     assert sums == {"strict": exact, "standard": exact, "fast": 8.0}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_tf32_rounds_factors_towards_zero(xp, layout):
+    """Each by less than 2^-10 of itself: sums of positive products only shrink."""
+    case = ALIGNED.in_layout(layout)
+    rng = np.random.default_rng(0)
+    x, w = (
+        rng.uniform(0.5, 2, shape).astype("float32")
+        for shape in (case.x_shape, case.w_shape)
+    )
+    y = to_host(
+        cuconv.conv(
+            xp.asarray(x), xp.asarray(w), precision="fast", **case.options, **MINE
+        )
+    )
+    exact = testing.conv_reference(x, w, **case.options)
+    error = (exact - y)[exact > 0] / exact[exact > 0]
+    assert error.size > 1000
+    # Sums in float32 round too: 96 terms, each by 2^-24 at most.
+    assert error.min() > -96 * 2.0**-24
+    assert 2.0**-11 < error.max() < 2.0**-9
 
 
 @pytest.mark.parametrize("op", OPERATIONS)

@@ -95,7 +95,7 @@ BOUNDS = {
 
 def test_these_are_the_strategies() -> None:
     """A new one belongs into the tests of its class; a kernel has a file of its own."""
-    assert set(strategies()) == {*STRICT, *ROUNDED, "implicit_gemm"}
+    assert set(strategies()) == {*STRICT, *ROUNDED, "implicit_gemm", "cudnn"}
 
 
 def on_both(names: Sequence[str]) -> Any:

@@ -181,7 +181,7 @@ def test_blocks_and_workers_agree(xp, op) -> None:
     wanted = run(op, host, case).astype(np.float64)
     arrays, tilings = host.on(xp), set()
     most = (18, 19, 20, 22) if xp is np else (15, 16, 17, 18)
-    for limit in (2**17, *(2**n for n in most)):
+    for limit in (7 * 2**15 if xp is np else 2**17, *(2**n for n in most)):
         plan = planned(xp, op, case, memory_limit=limit)
         for candidate in candidates_of(plan):
             got = run_candidate(plan, candidate, of(op, arrays))

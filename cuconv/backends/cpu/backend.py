@@ -13,7 +13,8 @@ import numpy as np
 
 from cuconv.arrays import Array, DType, Types, stored, strided
 from cuconv.backends import padding
-from cuconv.backends.cpu.machine import call_overhead, cpu_machine
+from cuconv.backends.cpu.deform import CpuDeform
+from cuconv.backends.cpu.machine import PART_BYTES, call_overhead, cpu_machine
 from cuconv.backends.cpu.pooling import CpuPools
 from cuconv.backends.cpu.threads import Blas, Queue, Workers, small_buffers
 from cuconv.backends.padding import Reading
@@ -57,12 +58,14 @@ class CpuBackend:
     device = "cpu"
     direct = None
     contraction = None
+    library = None
     # Columns of one block.  Of 1, 2, 4 and 8 MiB, 4 was the best over six 3×3 and 7×7
     # layers of ResNet-50 and VGG-16, N = 8, on two AMD EPYC cores (1 MiB of L2 cache
     # each, 32 MiB of L3): 1 MiB took 1.04 (forward), 1.12 (input gradient) and 1.09
     # (weight gradient) times as long, 8 MiB 1.03, 1.01 and 1.01.
     block_bytes = 4 * 2**20
     default_memory_limit = 64 * 2**20
+    part_bytes = PART_BYTES
     rates = CPU_RATES
     largest_step = 2**62
     tiles = None
@@ -71,6 +74,15 @@ class CpuBackend:
     @property
     def pools(self) -> CpuPools:
         return CpuPools(self.do, self.each, self.workers())
+
+    @property
+    def deform(self) -> CpuDeform:
+        return CpuDeform(self)
+
+    @staticmethod
+    def missing(library: str) -> str:
+        del library  # NumPy has what it needs
+        return ""
 
     def device_of(self, array: Array) -> AbstractContextManager[object]:
         del array

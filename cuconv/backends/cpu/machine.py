@@ -11,14 +11,17 @@ import numpy as np
 # NumPy adds strided arrays by way of three buffers of this many items; a thousand are
 # as fast as its default of 8192.
 BUFFER_ITEMS = 1024
-_CALL_BYTES = 15 * 1024
+_CALL_BYTES = 128 * 1024
 _WORKER_BYTES = 8 * 1024
+# A part of a plan: its problem, its candidate, and what the planner keeps of it.
+PART_BYTES = 6 * 1024
 
 
 def call_overhead(workers: int, itemsize: int) -> int:
     """Bytes that a call takes beyond its buffers, sums having this item size."""
-    # Views, slices and closures, measured with tracemalloc on CPython 3.11: at most
-    # 15 KiB for one worker and 9 KiB for each more; and NumPy's own buffers.
+    # Measured with tracemalloc on CPython 3.11: at most 15 KiB of views, slices and
+    # closures for one worker and 9 KiB for each more; in a first call the plan and a
+    # program of `FREE_STEPS` steps, together 110 KiB; and NumPy's own buffers.
     return _CALL_BYTES + workers * (_WORKER_BYTES + 3 * BUFFER_ITEMS * itemsize)
 
 

@@ -27,7 +27,7 @@ from cuconv.engine.pool_problem import (
     PoolTiling,
 )
 from cuconv.geometry import Block, Range, Region
-from cuconv.memory import Buffer, MemoryLimitError, workspace_bytes
+from cuconv.memory import Buffer, MemoryLimitError, is_little, workspace_bytes
 
 # Cells of x in a piece.  (8, 64, 112, 112), float32, 3×3 of stride 2, one core of an
 # AMD EPYC with 32 MiB of L3 and other work to do: pieces of 2^16, 2^17, 2^18 and 2^19
@@ -61,8 +61,10 @@ class CpuPools:
                 tiling = _tiling(problem, budget, count)
                 if _call_bytes(problem, tiling) <= limit:
                     return tiling._replace(threads=self._workers if is_large else 0)
+                if is_little(self.buffers(problem, tiling)):
+                    break
                 budget //= 2
-        raise MemoryLimitError(limit, _call_bytes(problem, tiling), "one cell")
+        raise MemoryLimitError(limit, _call_bytes(problem, tiling), "a piece")
 
     def buffers(self, problem: PoolProblem, tiling: PoolTiling) -> tuple[Buffer, ...]:
         needed: tuple[Buffer, ...] = _WORKERS[problem.kind].buffers(problem, tiling)

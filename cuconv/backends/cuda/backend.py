@@ -19,6 +19,9 @@ from cuconv.arrays import (
 )
 from cuconv.backends import padding
 from cuconv.backends.cuda.compiler import Do, launch
+from cuconv.backends.cuda.cudnn import Cudnn
+from cuconv.backends.cuda.cudnn import version as cudnn_version
+from cuconv.backends.cuda.deform import CudaDeform
 from cuconv.backends.cuda.depthwise import (
     MOST_BLOCKS,
     DirectLaunch,
@@ -29,6 +32,7 @@ from cuconv.backends.cuda.device import gpu_of, is_capturing
 from cuconv.backends.cuda.elements import Variant
 from cuconv.backends.cuda.gemm import CUBLAS, gemm
 from cuconv.backends.cuda.implicit_gemm import CudaContraction
+from cuconv.backends.cuda.libraries import missing
 from cuconv.backends.cuda.pooling import PoolLaunch, PoolTypes, pack_pool, pool_macros
 from cuconv.backends.cuda.structs import (
     MOST_THREADS,
@@ -39,6 +43,7 @@ from cuconv.backends.cuda.structs import (
     steps_of,
 )
 from cuconv.backends.cuda.variants import (
+    DELAY,
     copy_variant,
     direct_variant,
     has_atomics,
@@ -65,6 +70,9 @@ from cuconv.memory import ALIGNED, Buffer
 from cuconv.profiling import stage
 
 _THREADS = 256
+# Nanoseconds that the device is kept busy for each call that is timed: longer than the
+# host takes for one.
+_LEAD = 1_000_000
 # As the kernels number them in wrap.cuh.
 _MODES = {mode: np.int32(number) for number, mode in enumerate(PADDING_MODES)}
 
@@ -149,6 +157,7 @@ class CudaBackend:
 
     xp: Any = cupy
     default_memory_limit = 256 * 2**20
+    part_bytes = 0
     # cuBLAS takes its leading dimensions as 32-bit integers.
     largest_step = 2**31 - 1
     needs_partial = False
@@ -177,8 +186,20 @@ class CudaBackend:
         return CudaContraction(self.do, self._architecture)
 
     @property
+    def library(self) -> Cudnn:
+        return Cudnn(self.do, self._index)
+
+    @staticmethod
+    def missing(library: str) -> str:
+        return missing(library)
+
+    @property
     def pools(self) -> PoolKernels:
         return PoolKernels(self.do)
+
+    @property
+    def deform(self) -> CudaDeform:
+        return CudaDeform(self)
 
     @staticmethod
     def do(function: Callable[..., Any], *operands: Any) -> None:
@@ -253,6 +274,9 @@ class CudaBackend:
 
     def times(self, calls: Sequence[Callable[[], object]]) -> list[float]:
         with cupy.cuda.Device(self._index):
+            # Else the device would wait for the host, and its gaps would be timed.
+            lead = np.uint64(_LEAD * len(calls))
+            launch(self.do, DELAY, 1, 1, lead)
             marks = [cupy.cuda.Event()]
             marks[0].record()
             for call in calls:
@@ -266,7 +290,8 @@ class CudaBackend:
         runtime = cupy.cuda.runtime
         versions = runtime.driverGetVersion(), runtime.runtimeGetVersion()
         gpu = self._gpu.name, self._gpu.compute_capability
-        return ("cupy", cupy.__version__, *map(str, versions), *gpu)
+        own = () if missing("cudnn") else (cudnn_version(),)
+        return ("cupy", cupy.__version__, *map(str, versions), *gpu, *own)
 
     def release(self) -> None:
         cupy.get_default_memory_pool().free_all_blocks()

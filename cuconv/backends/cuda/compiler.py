@@ -8,12 +8,14 @@ import cupy
 import numpy as np
 
 from cuconv.arrays import DType, accumulator, check_type
+from cuconv.backends.blocking import uses_tensor_cores
 from cuconv.backends.cuda.elements import Variant
 from cuconv.backends.cuda.pooling import pool_variants
 from cuconv.backends.cuda.source import kernel_source
-from cuconv.backends.cuda.tilings import usual_variants
+from cuconv.backends.cuda.tilings import parts_variant, usual_variants
 from cuconv.backends.cuda.variants import (
     copy_variants,
+    deform_variants,
     direct_variant,
     has_atomics,
     pad_adjoint_variant,
@@ -21,6 +23,7 @@ from cuconv.backends.cuda.variants import (
     product_variant,
     sum_variant,
     tile_variants,
+    transpose_variant,
 )
 from cuconv.engine.costs import MODERN
 
@@ -69,7 +72,7 @@ def precompile(
     modern = int(cupy.cuda.Device().compute_capability) >= MODERN
     for dtype in map(np.dtype, dtypes):
         check_type("dtype", dtype)
-        variants.update(usual_variants(dtype, modern=modern))
+        variants.update(_products(dtype, modern=modern))
         variants.update(tile_variants(dtype, ranks, wide=False))
         variants.update(Variant(*named) for named in pool_variants([dtype], wide=False))
         if dtype.kind in "biu":
@@ -77,6 +80,8 @@ def precompile(
         else:
             for name in ("depthwise", "depthwise_weights"):
                 variants.add(direct_variant(name, dtype, dtype, wide=False))
+        for rank in ranks:
+            variants.update(deform_variants(dtype, rank, wide=False))
         # In canonical form, a convolution may have fewer axes than were given.
         for rank in range(1, max(ranks, default=0) + 1):
             variants.update(_column_variants(dtype, rank))
@@ -85,6 +90,17 @@ def precompile(
         if progress is not None:
             progress(done, len(variants))
     return len(variants)
+
+
+def _products(dtype: DType, *, modern: bool) -> Iterator[Variant]:
+    """`implicit_gemm` in every precision, whole and in parts, and what goes with it."""
+    for fast in (False, True)[: 1 + (modern and dtype == np.float32)]:
+        for partial in (False, True):
+            how = {"fast": fast, "modern": modern, "partial": partial}
+            yield from usual_variants(dtype, **how)
+    yield parts_variant(accumulator(dtype), dtype)
+    if modern and uses_tensor_cores(dtype, fast=True):
+        yield transpose_variant(dtype.itemsize)
 
 
 def _column_variants(dtype: DType, rank: int) -> Iterator[Variant]:

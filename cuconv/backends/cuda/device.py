@@ -1,4 +1,8 @@
-"""The test that a GPU works: CuPy can be importable without one."""
+"""The test that a GPU works: CuPy can be importable without one.
+
+A kernel of our own must run, and one that CuPy makes: it needs more of CUDA's files.
+What only some strategies need is in `cuconv.backends.cuda.libraries`.
+"""
 
 from typing import Any
 
@@ -12,25 +16,38 @@ _working: list[Any] = []
 
 
 def _probe() -> tuple[Any, str]:
-    """CuPy, if it runs a kernel on a device, and the reason if it does not."""
+    """CuPy, if it runs kernels on a device, and the reason if it does not."""
     if _working:
         return _working[0], ""
     try:
         import cupy
 
-        if cupy.cuda.runtime.getDeviceCount() == 0:
-            return None, "there is no CUDA device"
-        if is_capturing(cupy):
-            # There is a device, but a probe would wait for it, which a capture forbids.
-            return cupy, ""
-        out = cupy.zeros(1, dtype=cupy.int32)
-        cupy.RawKernel(_KERNEL, "answer")((1,), (1,), (out,))
-        if int(out[0]) != 42:
-            return None, "a kernel ran and wrote nothing"
+        reason = _reason_against(cupy)
+        if not reason and not is_capturing(cupy):
+            reason = _run_kernels(cupy)
+            if not reason:
+                _working.append(cupy)
     except Exception as error:  # noqa: BLE001 - drivers fail in every way there is
         return None, f"{type(error).__name__}: {error}"
-    _working.append(cupy)
-    return cupy, ""
+    return (None if reason else cupy), reason
+
+
+def _reason_against(cupy: Any) -> str:
+    """Why CuPy has no device for us; empty if it has one."""
+    if cupy.cuda.runtime.is_hip:
+        return "CuPy is built for ROCm, and cuconv's kernels are written for CUDA"
+    return "" if cupy.cuda.runtime.getDeviceCount() else "there is no CUDA device"
+
+
+def _run_kernels(cupy: Any) -> str:
+    """Run a kernel of ours, then one of CuPy's; what was wrong, if anything.
+
+    It waits for the device, which a capture forbids.
+    """
+    out = cupy.zeros(1, dtype=cupy.int32)
+    cupy.RawKernel(_KERNEL, "answer")((1,), (1,), (out,))
+    out += 1
+    return "" if int(out[0]) == 43 else "a kernel ran and wrote nothing"
 
 
 def working_cupy() -> Any:

@@ -4,10 +4,10 @@ import threading
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cache
 from itertools import product
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
-from cupy.cuda import cublas, runtime
+from cupy.cuda import runtime
 from cupy.cuda.device import get_cublas_handle
 
 from cuconv.arrays import Array, DType, is_half, strided
@@ -29,7 +29,20 @@ _CUDA_TYPES = {
 # Types of alpha and beta; float32 for all others.
 _SCALARS = {name: name for name in ("float64", "complex64", "complex128")}
 # cublasMath_t: half products must not be reduced in half precision.
-_DISALLOW_REDUCED_PRECISION_REDUCTION = 16
+_DEFAULT_MATH, _DISALLOW_REDUCED_PRECISION_REDUCTION = 0, 16
+# cublasOperation_t, cublasComputeType_t and cublasGemmAlgo_t, by their numbers, so that
+# a plan can be made where cuBLAS is not installed.
+_NOT_TRANSPOSED, _TRANSPOSED = 0, 1
+_COMPUTE_32F, _COMPUTE_TF32, _COMPUTE_64F = 68, 77, 70
+_GEMM_DEFAULT = -1
+
+
+@cache
+def _cublas() -> Any:
+    """CuPy's binding to cuBLAS, which need not be installed."""
+    from cupy.cuda import cublas
+
+    return cublas
 
 
 class Cublas(threading.local):
@@ -52,19 +65,20 @@ class Cublas(threading.local):
 
     def _set(self, mode: int) -> None:
         if mode != self._mode:
-            cublas.setMathMode(self._handle, mode)
+            _cublas().setMathMode(self._handle, mode)
             self._mode = mode
 
     def multiply(self, product: "_Product", left: int, right: int, into: int) -> None:
         """Multiply matrices at these addresses."""
         if not self._handle:
             self._handle = get_cublas_handle()
-            self._mode = self._before = cublas.getMathMode(self._handle)
+            self._mode = self._before = _cublas().getMathMode(self._handle)
         self._set(product.mode)
+        cublas = _cublas()
         cublas.gemmStridedBatchedEx(
             *(self._handle, *product.sizes, product.alpha, left, *product.left),
             *(right, *product.right, product.beta, into, *product.into),
-            *(product.batches, product.compute_type, cublas.CUBLAS_GEMM_DEFAULT),
+            *(product.batches, product.compute_type, _GEMM_DEFAULT),
         )
 
 
@@ -179,7 +193,7 @@ def _as_cublas(matrix: Array) -> tuple[int, _Matrix]:
     is_rows = column == 1 or columns == 1
     long, short = (row, columns) if is_rows else (column, rows)
     step = long if (rows if is_rows else columns) > 1 else max(short, 1)
-    operation = cublas.CUBLAS_OP_N if is_rows else cublas.CUBLAS_OP_T
+    operation = _NOT_TRANSPOSED if is_rows else _TRANSPOSED
     dtype = _CUDA_TYPES[matrix.dtype.name]
     return operation, _Matrix(dtype, step, batch)
 
@@ -189,7 +203,7 @@ def _multiply(do: Do, a: Array, b: Array, out: Array, *, add: bool, fast: bool) 
     # cuBLAS counts columns first: outᵀ = bᵀ · aᵀ.
     matrices = _as_cublas(b), _as_cublas(a), _as_cublas(out)
     (turn_left, left), (turn_right, right), (_, into) = matrices
-    mode = cublas.CUBLAS_DEFAULT_MATH
+    mode = _DEFAULT_MATH
     if is_half(a.dtype):
         mode = _DISALLOW_REDUCED_PRECISION_REDUCTION
     product = _Product(
@@ -227,10 +241,10 @@ def _scalar(dtype: DType, value: int) -> Array:
 def _compute_type(matrix: Array, *, fast: bool) -> int:
     name = matrix.dtype.name
     if name in ("float64", "complex128"):
-        return int(cublas.CUBLAS_COMPUTE_64F)
+        return _COMPUTE_64F
     if fast and name in ("float32", "complex64"):
-        return int(cublas.CUBLAS_COMPUTE_32F_FAST_TF32)
-    return int(cublas.CUBLAS_COMPUTE_32F)
+        return _COMPUTE_TF32
+    return _COMPUTE_32F
 
 
 def _integer_product(do: Do, a: Array, b: Array, out: Array, *, add: bool) -> None:

@@ -10,12 +10,20 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from cuconv.arrays import Array, DType, alignment_of, strided
+from cuconv.arrays import Array, DType, accumulator, alignment_of, strided
 from cuconv.backends.blocking import Blocking, uses_tensor_cores
 from cuconv.backends.cuda.compiler import Do, launch
 from cuconv.backends.cuda.elements import Variant
-from cuconv.backends.cuda.structs import CONTRACTION, MATRICES, steps_of, struct
+from cuconv.backends.cuda.structs import (
+    CONTRACTION,
+    MATRICES,
+    divisor,
+    reach_of,
+    steps_of,
+    struct,
+)
 from cuconv.backends.cuda.tilings import (
+    Addressing,
     Operand,
     Tiling,
     contraction_variant,
@@ -28,6 +36,7 @@ from cuconv.geometry import Axis
 _THREADS = 256
 _TILE, _MOST_BLOCKS = 32, 2**20
 _WORD = 16  # bytes of the widest copy
+_MOST_TERMS = 32  # of a tile
 
 Steps = tuple[int, ...]
 
@@ -71,6 +80,17 @@ class _MixedRadix(NamedTuple):
             return slowest_first
         return (slowest_first[-1], *slowest_first[:-1])
 
+    @property
+    def reach(self) -> int:
+        """The largest offset that a kernel computes, some steps past the end too."""
+        ends = [
+            radix + 4 * _MOST_TERMS * (i == 0) for i, radix in enumerate(self.radix)
+        ]
+        return max(
+            abs(self.x_base) + reach_of(ends, self.x_step),
+            reach_of(ends, self.own_step),
+        )
+
     def packed(self, terms: int) -> tuple[Any, ...]:
         return (
             *(self.length, self.x_base, self.x_step, self.own_step, self.radix),
@@ -92,6 +112,12 @@ class _Indices(NamedTuple):
     @property
     def r(self) -> _MixedRadix:
         return self.terms if self.sums_terms else self.positions
+
+    @property
+    def addressing(self) -> Addressing:
+        taps = sum(self.terms.radix[1:])
+        reach = max(self.terms.reach, self.positions.reach)
+        return Addressing.of(taps, reach, sums_terms=self.sums_terms)
 
 
 class _Sides(NamedTuple):
@@ -273,6 +299,7 @@ def _launch(
     p, r, dtype = indices.p, indices.r, sides.x.dtype
     groups, filters = rows
     modern = architecture >= MODERN
+    addressing = indices.addressing
     tensor = modern and uses_tensor_cores(dtype, fast=how.fast)
     tiling = Tiling.of(dtype, how.filters, how.columns, tensor=tensor)
     parts, length = _cut(r.length, how.parts, tiling.terms, sides.out)
@@ -280,22 +307,57 @@ def _launch(
     tiles = tiles_p * tiles_f * groups * parts
     # Neighbours along p differ by one in its fastest digit.
     by_filters = abs(sides.rows[1]) < abs(p.in_order(p.own_step)[-1])
+    result = accumulator(dtype) if parts > 1 else sides.out.dtype
     packed = (
         *(p.packed(tiling.terms), r.packed(tiling.terms)),
         *(length, math.prod(sides.out.shape), *sides.groups, *sides.rows),
-        *(tiles_f, tiles_p, groups, filters, sides.has_bias),
-        *(_three(sides.size, 1), by_filters, 0),
+        *(tiles_f, tiles_p, groups, filters, sides.has_bias, by_filters),
+        _is_packed(p, sides, filters, result, parts, by_filters=by_filters),
+        *(_packed_taps(indices.terms, sides.size), 0),
     )
     variant = contraction_variant(
         *(dtype, sides.out.dtype, tiling),
         _dense_operand(indices, sides, filters, tensor=tensor),
         _x_operand(indices, sides, tensor=tensor),
+        addressing=addressing,
         is_partial=parts > 1,
         conjugated=how.conjugated,
-        stages=3 if modern else 2,
+        modern=modern,
     )
     value = struct(packed, CONTRACTION)
     return _Launch(variant, value, tiles, tiling.threads, parts)
+
+
+def _packed_taps(terms: _MixedRadix, sizes: Steps) -> list[tuple[int, ...]]:
+    """``struct Axis`` for each of three axes."""
+    taps, bit = terms.radix[1:], 0
+    packed: list[tuple[int, ...]] = []
+    for size, number, scale in zip(_three(sizes, 1), taps, terms.scale, strict=True):
+        packed.append((size, number, bit, *divisor(max(scale, 1))))
+        bit += number
+    return packed
+
+
+def _is_packed(
+    p: _MixedRadix,
+    sides: _Sides,
+    filters: int,
+    result: DType,
+    parts: int,
+    *,
+    by_filters: bool,
+) -> bool:
+    """True if neighbouring results can be written several at a time."""
+    out, (group, row) = sides.out, (sides.groups[2], sides.rows[1])
+    if by_filters:
+        run, others = (filters if row == 1 else 1), p.own_step
+    else:
+        run, inner = _run_of(p)
+        others = (row, *inner)
+    whole = math.prod(out.shape) if parts > 1 else 0
+    # As many as the kernel writes: WIDE.
+    wide = min(4, max(_WORD // result.itemsize, 1))
+    return out.is_aligned and not any(n % wide for n in (run, group, whole, *others))
 
 
 def _cut(terms: int, parts: int, tile: int, out: _View) -> tuple[int, int]:

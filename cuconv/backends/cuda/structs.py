@@ -52,12 +52,17 @@ _STEPS = (
     *("dense_step", "out_step", "bias_step"),
 )
 _COUNTS = "tiles_f", "tiles_p", "groups", "filters", "has_bias"
+_TAPS = np.dtype(
+    [(name, "i4") for name in ("size", "taps", "bit", "dilation")]
+    + [(name, "u4") for name in ("multiplier", "shift")]
+)
 CONTRACTION = np.dtype(
     [
         *[("p", _MIXED_RADIX), ("r", _MIXED_RADIX)],
         *[(name, "i8") for name in _STEPS],
         *[(name, "u4") for name in _COUNTS],
-        *[("size", "i4", 3), ("along_filters", "i4"), ("reserved", "i4")],
+        *[("along_filters", "i4"), ("is_packed", "i4")],
+        *[("axis", _TAPS, 3), ("reserved", "i4")],
     ]
 )
 
@@ -126,6 +131,26 @@ def TRANSFORM(element: DType, rows: int, columns: int, *, wide: bool) -> DType: 
             ("digit", digit, (DIGITS,)),
             ("left", element, (rows, rows)),
             ("right", element, (columns, columns)),
+        ],
+        align=True,
+    )
+
+
+@lru_cache(maxsize=8)
+def DEFORM(rank: int, *, wide: bool) -> DType:  # noqa: N802 - names the C struct
+    """The type of ``struct Deform``."""
+    index = "i8" if wide else "i4"
+    names = "image", "group", "tap", "axis"
+    fields = [*((name, index) for name in names), ("out", index, (rank,))]
+    steps = np.dtype(fields, align=True)
+    numbers = "each", "x_channel", "c_channel", "group_channels", "offset_channels"
+    return np.dtype(
+        [
+            ("g", GEOMETRY(rank, wide=wide)),
+            *((name, index) for name in (*numbers, "last")),
+            ("taps", index, (rank,)),
+            ("by_offset_channels", divisor_type(index)),
+            *((name, steps) for name in ("offset", "mask", "doffset", "dmask")),
         ],
         align=True,
     )

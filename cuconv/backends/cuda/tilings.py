@@ -8,8 +8,10 @@ from cuconv.backends.blocking import block_sizes, uses_tensor_cores
 from cuconv.backends.cuda.elements import ELEMENTS, SUMS, Variant
 from cuconv.backends.cuda.structs import CONTRACTION
 
-# Of `struct Place` and `struct Digits` in `implicit_gemm.cu`.
-_PLACE_BYTES, _DIGITS_BYTES = 32, 16
+# Of `struct Digits` and `struct BlockOfResults` in `implicit_gemm.cu`.
+_DIGITS_BYTES, _BLOCK_BYTES = 16, 24
+# Bits of a mask, of which the last belongs to no tap.
+MOST_TAPS = 31
 # A block of so few threads has many copies for each of them.
 _FEW_THREADS = 64
 
@@ -19,6 +21,29 @@ class Operand(NamedTuple):
 
     along_terms: bool
     vector: int
+
+
+class Addressing(NamedTuple):
+    """The offsets of an index in `implicit_gemm`, and its test against sizes of x.
+
+    ``masked``: every tap of every axis has a bit, and offsets have 32 bits; otherwise
+    there are coordinates, and 64 bits.  ``sums_terms``: the sum is over terms, not over
+    positions.
+    """
+
+    masked: bool = True
+    sums_terms: bool = True
+
+    @classmethod
+    def of(cls, taps: int, reach: int, *, sums_terms: bool) -> "Addressing":
+        """The one for this number of taps along all axes, and these offsets."""
+        return cls(taps <= MOST_TAPS and reach < 2**31, sums_terms)
+
+    def table_bytes(self, terms: int, columns: int) -> int:
+        """Bytes of digits, of two steps of a ring, and of a column of each result."""
+        element, own, offset = (8, 8, 4) if self.masked else (24, 16, 8)
+        ring = terms * (_DIGITS_BYTES + 2 * (element + own))
+        return ring + columns * (element + offset) + _BLOCK_BYTES
 
 
 class Tiling(NamedTuple):
@@ -38,8 +63,9 @@ class Tiling(NamedTuple):
             tall = 64 if columns == 128 and filters >= 64 else 32
             terms = 64 // dtype.itemsize
             return cls(filters, columns, terms, tall, 32, tensor)
-        tall, wide = (16, 32) if accumulator(dtype).itemsize > 4 else (32, 64)
-        return cls(filters, columns, 8, tall, wide, tensor)
+        if accumulator(dtype).itemsize > 4:
+            return cls(filters, columns, 8, 16, 32, tensor)
+        return cls(filters, columns, 16, 32, 64, tensor)
 
     @property
     def threads(self) -> int:
@@ -56,8 +82,21 @@ class Tiling(NamedTuple):
         few = _FEW_THREADS if self.tensor else 2 * _FEW_THREADS
         return 512 if self.threads > few else 384
 
-    def shared(self, dtype: DType, sides: tuple[Operand, Operand], stages: int) -> int:
-        """Bytes of shared memory: all stages of both operands' tiles, offset tables."""
+    def stages(self, dtype: DType, *, modern: bool) -> int:
+        """Tiles in flight: two that are 16 terms of float32 deep, else three.
+
+        Older devices have no asynchronous copies to wait for.
+        """
+        return 3 if modern and (self.tensor or self.terms * dtype.itemsize < 64) else 2
+
+    def shared(
+        self,
+        dtype: DType,
+        sides: tuple[Operand, Operand],
+        stages: int,
+        addressing: Addressing,
+    ) -> int:
+        """Bytes of shared memory: all stages of both tiles, biases, tables."""
         item, tiles = dtype.itemsize, 0
         for free, side in zip((self.filters, self.columns), sides, strict=True):
             is_along = self.tensor and side.along_terms
@@ -66,8 +105,8 @@ class Tiling(NamedTuple):
             line, lines = (self.terms, free) if is_along else (free, self.terms)
             tiles += (line + padding) * lines
         whole = -(-stages * tiles * item // 16) * 16
-        places = (2 * self.terms + self.columns) * _PLACE_BYTES
-        return whole + places + self.terms * _DIGITS_BYTES
+        biases = self.filters * accumulator(dtype).itemsize
+        return whole + biases + addressing.table_bytes(self.terms, self.columns)
 
 
 def _is_alone(dtype: DType, side: Operand) -> bool:
@@ -82,16 +121,18 @@ def contraction_variant(
     dense: Operand,
     x: Operand,
     *,
+    addressing: Addressing,
     is_partial: bool = False,
     conjugated: int = 0,
-    stages: int = 3,
+    modern: bool = True,
 ) -> Variant:
-    """`implicit_gemm` for arrays of this type."""
+    """`implicit_gemm` for arrays of this type; ``modern`` devices copy alone."""
     element = ELEMENTS[dtype.name]
     sums = SUMS.get(element, element)
     stored = sums if is_partial else ELEMENTS[result.name]
-    shared = tiling.shared(dtype, (dense, x), stages)
-    alone = stages > 2 and all(_is_alone(dtype, side) for side in (dense, x))
+    stages = tiling.stages(dtype, modern=modern)
+    shared = tiling.shared(dtype, (dense, x), stages, addressing)
+    alone = modern and all(_is_alone(dtype, side) for side in (dense, x))
     blocks = max(tiling.threads_at_once(alone=alone) // tiling.threads, 1)
     values = {
         "ELEMENT": element,
@@ -110,6 +151,8 @@ def contraction_variant(
         "DENSE_VECTOR": dense.vector,
         "X_ALONG_R": int(x.along_terms),
         "X_VECTOR": x.vector,
+        "MASKED": int(addressing.masked),
+        "SUMS_TERMS": int(addressing.sums_terms),
         "SHARED_BYTES": shared,
         "CONTRACTION_BYTES": CONTRACTION.itemsize,
     }
@@ -118,20 +161,23 @@ def contraction_variant(
 
 
 def usual_variants(
-    dtype: DType, *, fast: bool = False, modern: bool = True
+    dtype: DType, *, fast: bool = False, modern: bool = True, partial: bool = False
 ) -> Iterator[Variant]:
     """`implicit_gemm` for C-contiguous arrays: every operation, layout and block size.
 
-    ``modern`` devices copy asynchronously.
+    ``modern`` devices copy asynchronously; ``partial``: sums in parts.
     """
     tensor = modern and uses_tensor_cores(dtype, fast=fast)
-    stages = 3 if modern else 2
     seen = set()
     for size in block_sizes(dtype):
         tiling = Tiling.of(dtype, *size, tensor=tensor)
         for op, sides in _usual_operands(dtype, tensor=tensor):
             variant = contraction_variant(
-                *(dtype, dtype, tiling, *sides), conjugated=op, stages=stages
+                *(dtype, dtype, tiling, *sides),
+                is_partial=partial,
+                addressing=Addressing(sums_terms=op != 2),
+                conjugated=op,
+                modern=modern,
             )
             if variant not in seen:
                 seen.add(variant)

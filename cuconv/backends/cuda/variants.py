@@ -8,7 +8,7 @@ from cuconv.arrays import SUPPORTED_TYPES, DType, accumulator
 from cuconv.backends.cuda.depthwise import DIRECT, images_at_once, taps_at_once
 from cuconv.backends.cuda.elements import ELEMENTS, SUMS, Variant
 from cuconv.backends.cuda.pooling import pool_variants
-from cuconv.backends.cuda.structs import GEOMETRY, MATRICES, PRODUCT, TRANSFORM
+from cuconv.backends.cuda.structs import DEFORM, GEOMETRY, MATRICES, PRODUCT, TRANSFORM
 from cuconv.backends.cuda.tilings import parts_variant, usual_variants
 from cuconv.backends.cuda.vector_width import VectorWidth, vector_widths
 from cuconv.engine.costs import MODERN
@@ -18,6 +18,10 @@ _DIRECT_SUMS = {
     **dict.fromkeys(("float16", "bfloat16"), "float32"),
     **{name: name for name in ("float32", "float64", "complex64", "complex128")},
 }
+DEFORM_KERNELS = (
+    *("deform_im2col", "deform_scatter", "deform_gather", "deform_offsets"),
+)
+_DEFORMED = "float16", "bfloat16", "float32", "float64"
 _SINGLE = VectorWidth()
 _HAS_ATOMICS = {
     *("word4_t", "word8_t", "float16_t", "bfloat16_t"),
@@ -118,6 +122,32 @@ def transpose_variant(itemsize: int) -> Variant:
     return Variant("transpose", (f"ELEMENT=word{itemsize}_t", size))
 
 
+def deform_variant(
+    kernel: str, dtypes: dict[str, DType], rank: int, *, wide: bool
+) -> Variant:
+    """A kernel of deformable convolution: the type of each macro by its name."""
+    macros = (
+        *(f"{name}={ELEMENTS[dtype.name]}" for name, dtype in dtypes.items()),
+        *_index_macros(rank, wide=wide),
+        f"DEFORM_BYTES={DEFORM(rank, wide=wide).itemsize}",
+    )
+    return Variant(kernel, macros)
+
+
+def deform_variants(dtype: DType, rank: int, *, wide: bool) -> Iterator[Variant]:
+    """Every kernel for arrays of one type, with a mask."""
+    if dtype.kind not in "fV":
+        return
+    own, sums = dict.fromkeys(("OFFSET", "MASK"), dtype), accumulator(dtype)
+    # The type of x, or of its gradient, and of the columns, or theirs.
+    kinds = (dtype, dtype), (sums, sums), (sums, sums), (dtype, sums)
+    for kernel, (x, columns) in zip(DEFORM_KERNELS, kinds, strict=True):
+        dtypes = {"ELEMENT": x, "COLUMN": columns, "SUM": sums, **own}
+        if kernel == "deform_offsets":
+            dtypes["RESULT"] = dtype
+        yield deform_variant(kernel, dtypes, rank, wide=wide)
+
+
 def _pad_adjoint_variant(element: str, rank: int, *, wide: bool) -> Variant:
     return Variant(
         "pad_adjoint", (f"ELEMENT={element}", *_index_macros(rank, wide=wide))
@@ -134,6 +164,10 @@ def _index_macros(rank: int, *, wide: bool) -> tuple[str, ...]:
     return f"RANK={rank}", f"WIDE_INDEX={int(wide)}", f"GEOMETRY_BYTES={size}"
 
 
+# Nothing, for some time.
+DELAY = Variant("delay", ())
+
+
 def all_variants(architecture: int = 90) -> Iterator[Variant]:
     """Every variant that the library can use on a device.
 
@@ -142,6 +176,9 @@ def all_variants(architecture: int = 90) -> Iterator[Variant]:
     """
     for rank in (1, 2, 3):
         yield from _column_variants(rank)
+        for name in _DEFORMED:
+            for wide in (False, True):
+                yield from deform_variants(np.dtype(name), rank, wide=wide)
     for name in TILE_TYPES:
         for wide in (False, True):
             yield from tile_variants(np.dtype(name), (1, 2), wide=wide)
@@ -150,6 +187,7 @@ def all_variants(architecture: int = 90) -> Iterator[Variant]:
     pools = (pool_variants(types, wide=wide) for wide in (False, True))
     yield from dict.fromkeys(Variant(*named) for each in pools for named in each)
     yield from map(transpose_variant, (2, 4))
+    yield DELAY
     names = ("bool", "uint8", "uint16", "uint32", "uint64")
     yield from (product_variant(np.dtype(name)) for name in names)
     yield from _contractions(modern=architecture >= MODERN)

@@ -20,7 +20,7 @@ from cuconv.engine.problem import NAMES
 from cuconv.engine.request import Request
 from cuconv.engine.rewrites import polyphase
 from cuconv.geometry import Block, ConvGeometry, Range
-from cuconv.memory import Buffer, MemoryLimitError, workspace_bytes
+from cuconv.memory import Buffer, MemoryLimitError, is_little, workspace_bytes
 
 Index: TypeAlias = tuple[Any, ...]
 
@@ -253,13 +253,13 @@ def lower(request: Request, kind: type[PaddedCopy] = PaddedCopy) -> PaddedCopy:
 
 
 def _fitting(request: Request, kind: type[PaddedCopy], limit: int) -> PaddedCopy:
-    errors: list[MemoryLimitError] = []
+    sizes: list[int] = []
     for attempt in _attempts(request, kind, limit):
         try:
             return attempt()
         except MemoryLimitError as error:
-            errors.append(error)
-    raise min(errors, key=lambda error: error.smallest)
+            sizes.append(error.smallest)
+    raise MemoryLimitError(limit, min(sizes), NAMES[request.call])
 
 
 def _attempts(
@@ -291,6 +291,8 @@ def _attempts(
             too_large.append(attempt)
         else:
             yield attempt
+        if is_little(buffers):
+            break
     yield from reversed(too_large)
 
 

@@ -15,7 +15,7 @@ from cuconv.arrays import Array, stub_array
 from cuconv.engine.execute import Run, fill
 from cuconv.engine.lowering import Basic, Lowering, basic_part, held, within
 from cuconv.engine.planner import PlanningResult, floor
-from cuconv.engine.problem import shapes_of
+from cuconv.engine.problem import NAMES, shapes_of
 from cuconv.engine.request import Request
 from cuconv.geometry import ConvGeometry, Phase
 from cuconv.memory import MemoryLimitError
@@ -43,11 +43,17 @@ class Polyphase(Lowering):
     parts: tuple[PlanningResult, ...]
     places: tuple[_Place, ...]
     is_covered: bool
+    # What the parts themselves take.
+    parts_bytes: int
     instead_of: dict[str, str] = field(default_factory=dict)
 
     @property
     def workspace_bytes(self) -> int:
-        return held(self.parts)
+        return held(self.parts) + self.parts_bytes
+
+    @property
+    def memory_limit(self) -> int:
+        return self.parts[0].limit + self.parts_bytes
 
     @property
     def rank(self) -> float:
@@ -83,20 +89,29 @@ def lower(request: Request) -> Lowering:
 
 def _by_phases(request: Request) -> Polyphase:
     """Lower by phases: of x for an input gradient, else of y."""
-    geometry = request.geometry
+    geometry, limit = request.geometry, request.options.memory_limit
     by_input = request.is_input_grad
     phases = list(geometry.input_phases() if by_input else geometry.phases())
+    taken, given = len(phases) * request.backend.part_bytes, 0
+    if isinstance(limit, int):
+        given = limit
+        options = request.options._replace(memory_limit=max(limit - taken, 0))
+        request = request._replace(options=options)
     places = [_place(request, phase) for phase in phases]
     calls = {
         number: partial(_phase, request, phase.geometry, place)
         for number, (phase, place) in enumerate(zip(phases, places, strict=True))
     }
-    found = within(calls, request.options.memory_limit)
+    try:
+        found = within(calls, request.options.memory_limit)
+    except MemoryLimitError as error:
+        smallest = error.smallest + taken
+        raise MemoryLimitError(given, smallest, NAMES[request.call]) from None
     parts = [part for each in found.values() for part in each.parts]
     covered = _is_covered(request, phases)
     if not parts:
         parts = [_nothing(request)]
-    return Polyphase(geometry, tuple(parts), tuple(places), covered)
+    return Polyphase(geometry, tuple(parts), tuple(places), covered, taken)
 
 
 def _is_covered(request: Request, phases: list[Phase]) -> bool:

@@ -2,6 +2,7 @@
 
 from . import device
 
+is_hip = False
 CUDA_R_32F, CUDA_R_64F, CUDA_R_16F, CUDA_R_16BF = 0, 1, 2, 14
 CUDA_C_32F, CUDA_C_64F = 4, 5
 
