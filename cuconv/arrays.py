@@ -8,7 +8,7 @@ import math
 import sys
 from collections.abc import Iterable, Sequence
 from functools import lru_cache, partial
-from itertools import pairwise
+from operator import attrgetter
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
@@ -21,8 +21,9 @@ SUPPORTED_TYPES = (
     *("float16", "bfloat16", "float32", "float64", "complex64", "complex128"),
 )
 _HALF_TYPES = ("float16", "bfloat16")
-# Bits of `numpy.ndarray.flags.num`.
-_ALIGNED_AND_WRITEABLE = 0x500
+_NDARRAY = np.ndarray
+# The flags tell whether an array is aligned, and may be written to.
+_layout = attrgetter("shape", "strides", "dtype", "flags.num")
 # No kernel reads or writes more bytes at once.
 ALIGNMENT = 16
 
@@ -264,9 +265,8 @@ def layouts_of(arrays: Iterable[Array | None]) -> tuple[object, ...] | None:
     device_type: Any = None
     for array in arrays:
         kind = type(array)
-        if kind is np.ndarray:
-            flags = array.flags.num & _ALIGNED_AND_WRITEABLE
-            key += (array.shape, array.strides, array.dtype, flags)
+        if kind is _NDARRAY:
+            key.append(_layout(array))
         elif array is None:
             key.append(None)
         elif kind is (device_type := device_type or _device_type()):
@@ -453,13 +453,13 @@ def merged_stride(shape: Sequence[int], strides: Sequence[int]) -> int | None:
     """The stride of these axes merged into one; None if they cannot be."""
     if 0 in shape:
         return 0
-    kept = [(n, s) for n, s in zip(shape, strides, strict=True) if n != 1]
-    if not kept:
-        return 0
-    for (_, outer), (size, inner) in pairwise(kept):
-        if outer != size * inner:
-            return None
-    return kept[-1][1]
+    last: int | None = None
+    for size, stride in zip(shape, strides, strict=True):
+        if size != 1:
+            if last is not None and last != size * stride:
+                return None
+            last = stride
+    return last or 0
 
 
 def grouped(

@@ -1,6 +1,6 @@
 """Convolution and its gradients: validate, plan, run."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, Unpack
 
 from cuconv.arrays import Array, is_array
@@ -25,7 +25,7 @@ _BACKWARD_ALLOCATES = (
 )
 
 
-_RANK_1, _RANK_2, _RANK_3 = ({"function": (f"conv{rank}d", rank)} for rank in (1, 2, 3))
+_RANK_1, _RANK_2, _RANK_3 = ((f"conv{rank}d", rank) for rank in (1, 2, 3))
 
 
 @shows_options()
@@ -128,21 +128,21 @@ def conv(
     if x_zero_point is None and w_zero_point is None:
         return run(plan_convolution, "forward", arrays, out, options)
     zeros = x_zero_point, w_zero_point
-    return _with_zero_points(arrays, out, options, {}, *zeros)
+    return _with_zero_points(arrays, out, options, None, *zeros)
 
 
 def _with_zero_points(
     arrays: tuple[Array | None, ...],
     out: Array | None,
     options: ConvOptions,
-    more: Mapping[str, Any],
+    function: tuple[str, int] | None,
     *zero_points: Any,
 ) -> Array:
     """Convolve; zero points that are arrays are operands, numbers are options."""
     given = dict(zip(ZERO_POINTS, zero_points, strict=True))
     arrays += tuple(zero if is_array(zero) else None for zero in zero_points)
-    more = {**more, **{n: zero for n, zero in given.items() if not is_array(zero)}}
-    return run(plan_convolution, "forward", arrays, out, options, more)
+    more = {n: zero for n, zero in given.items() if not is_array(zero)}
+    return run(plan_convolution, "forward", arrays, out, options, more, function)
 
 
 @shows_options()
@@ -169,7 +169,7 @@ def conv1d(
     """
     arrays = x, w, bias
     if x_zero_point is None and w_zero_point is None:
-        return run(plan_convolution, "forward", arrays, out, options, _RANK_1)
+        return run(plan_convolution, "forward", arrays, out, options, None, _RANK_1)
     zeros = x_zero_point, w_zero_point
     return _with_zero_points(arrays, out, options, _RANK_1, *zeros)
 
@@ -199,7 +199,7 @@ def conv2d(
     """
     arrays = x, w, bias
     if x_zero_point is None and w_zero_point is None:
-        return run(plan_convolution, "forward", arrays, out, options, _RANK_2)
+        return run(plan_convolution, "forward", arrays, out, options, None, _RANK_2)
     zeros = x_zero_point, w_zero_point
     return _with_zero_points(arrays, out, options, _RANK_2, *zeros)
 
@@ -229,7 +229,7 @@ def conv3d(
     """
     arrays = x, w, bias
     if x_zero_point is None and w_zero_point is None:
-        return run(plan_convolution, "forward", arrays, out, options, _RANK_3)
+        return run(plan_convolution, "forward", arrays, out, options, None, _RANK_3)
     zeros = x_zero_point, w_zero_point
     return _with_zero_points(arrays, out, options, _RANK_3, *zeros)
 

@@ -72,7 +72,8 @@ class stage:  # noqa: N801 - read as a statement: with stage("gather"): ...
         self.chunk = chunk
 
     def __enter__(self) -> None:
-        push(self.message, self.chunk)
+        if domain is not None:
+            push(self.message, self.chunk)
 
     def __exit__(
         self,
@@ -80,4 +81,5 @@ class stage:  # noqa: N801 - read as a statement: with stage("gather"): ...
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        pop()
+        if domain is not None:
+            pop()

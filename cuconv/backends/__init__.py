@@ -303,8 +303,8 @@ class Backend(Protocol):
     def stage(self, name: str, strategy: str = "", chunk: int = 0) -> stage:
         """A range that a profiler shows."""
 
-    def execute(self, program: Program, arrays: dict[str, Array]) -> None:
-        """Run a program on the arrays of a call, by their names."""
+    def execute(self, program: Program, arrays: Sequence[Array | None]) -> None:
+        """Run a program on the arrays of a call, in the order of its recording."""
 
     def empty(self, shape: tuple[int, ...], dtype: DType) -> Array:
         """An uninitialised array on this device."""
@@ -416,7 +416,7 @@ class Backend(Protocol):
     ) -> None:
         """The adjoint of `pad_copy`, in a fixed order; ``add`` to what is there."""
 
-    def run_alone(self, body: Callable[[], None]) -> None:
+    def alone(self) -> AbstractContextManager[object]:
         """Run steps that are not recorded, with the buffers of NumPy within bounds."""
 
 

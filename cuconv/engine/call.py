@@ -39,7 +39,6 @@ from cuconv.options import Options
 from cuconv.profiling import stage
 
 GRADIENTS = ("x", "w", "bias")
-_NONE: Mapping[str, Any] = {}
 
 
 class ConvGradients(NamedTuple):
@@ -92,26 +91,30 @@ def run(
     arrays: tuple[Array | None, ...],
     out: Any,
     options: Mapping[str, Any],
-    more: Mapping[str, Any] = _NONE,
+    more: Mapping[str, Any] | None = None,
+    function: tuple[str, int] | None = None,
 ) -> Any:
     """Run a call, by a cached plan if there is one.
 
-    ``make(call, arrays, out, options, more)`` checks a call and plans it.
+    ``make(call, arrays, out, options, more)`` checks a call and plans it; ``function``
+    is added to ``more``: the name of a function of one rank, and the rank.
     """
     outs = out if type(out) is tuple else (out,)
     layouts = layouts_of((*arrays, *outs))
     try:
         # Bytes, in which 1, 1.0, True and np.int8(1) differ.
-        text: object = pickle.dumps((options, more), 5)
+        given = options if more is None else (options, more)
+        text: object = pickle.dumps(given, 5) if given else b""
     except Exception:  # noqa: BLE001 - objects raise whatever they like
         text = repr((options, more))
     is_on_host = layouts is None or type(arrays[0]) is np.ndarray
     captured = not is_on_host and is_capturing(arrays[0])
-    key = call, layouts, type(out), text, settings(), captured
+    key = call, function, layouts, type(out), text, settings(), captured
     plan = _PLANS.get(key)
     if plan is None or (plan.threads and plan.threads != backend_of(np).workers()):
         arrays = tuple(map(base_array, arrays))
         with stage("plan"):
+            more = {**(more or {}), **({"function": function} if function else {})}
             plan = make(call, arrays, out, options, more)
         # An object that shows its address says nothing: another may have it later.
         is_clear = type(text) is bytes or " at 0x" not in str(text)
@@ -150,7 +153,7 @@ def plan_convolution(
 
         return dask_conv.plan(request)
     plan = Plan(request)
-    plan.check_result(out, request.arrays, captured=plan.problem.captured)
+    plan.check_result(out, request.arrays, captured=plan.captured)
     return plan
 
 

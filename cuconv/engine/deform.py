@@ -449,7 +449,7 @@ class DeformPlan(LoweredCall):
             if self.program is None:
                 self.execute_first(named)
             else:
-                self.backend.execute(self.program, named)
+                self.backend.execute(self.program, tuple(named.values()))
         if "y" in named:
             return named["y"] if out is None else out
         found = {name: named.get(f"d{name}") for name in DEFORM_GRADIENTS[:-1]}

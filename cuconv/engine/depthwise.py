@@ -159,7 +159,7 @@ def plan_depthwise(
     settled = chosen.settled()
     request = Request("forward", geometry, stubs, target, settled, backend)
     plan: Any = _planned({"y": request}, flat)["y"]
-    plan.check_result(out, named, captured=plan.problem.captured)
+    plan.check_result(out, named, captured=plan.captured)
     return plan  # type: ignore[no-any-return]
 
 

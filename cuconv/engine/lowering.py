@@ -1,20 +1,16 @@
 """The result of lowering: steps over one workspace, and basic convolutions."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import TypeVar
 
 from cuconv.arrays import Array
-from cuconv.config import config
 from cuconv.engine.execute import Run
 from cuconv.engine.planner import PlanningResult, decide
 from cuconv.engine.request import Request
 from cuconv.geometry import ConvGeometry
-from cuconv.memory import Buffer, MemoryLimit, all_within, buffer_bytes, workspace_bytes
-
-Key = TypeVar("Key")
+from cuconv.memory import Buffer, MemoryLimit, buffer_bytes, workspace_bytes
 
 
 class Lowering(ABC):
@@ -170,16 +166,10 @@ def held_by(lowerings: Iterable[Lowering]) -> int:
     return most + max((overhead for _, overhead in each), default=0)
 
 
-def within(
-    calls: Mapping[Key, Callable[[], Lowering]], limit: MemoryLimit
-) -> dict[Key, Lowering]:
-    """Lowerings that fit a limit, run one after another.
+def fits(lowerings: Iterable[Lowering], limit: MemoryLimit) -> bool:
+    """Whether lowerings fit a limit, run one after another.
 
-    If they do not with all threads, each is planned for one: their overheads are equal
-    then, and only the largest workspace counts.
+    If they do not with all threads, plan each for one: their overheads are equal then,
+    and only the largest workspace counts.
     """
-    found = all_within(calls)
-    if not isinstance(limit, int) or held_by(found.values()) <= limit:
-        return found
-    with config(num_threads=1):
-        return all_within(calls)
+    return not isinstance(limit, int) or held_by(lowerings) <= limit

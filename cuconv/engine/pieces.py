@@ -11,13 +11,15 @@ from typing import Any, NamedTuple, Protocol, Self, TypeAlias
 
 from cuconv.arrays import Array, DType
 from cuconv.backends import Backend
+from cuconv.config import config
 from cuconv.engine.execute import Run, fill
-from cuconv.engine.lowering import Lowering, held_by, within
+from cuconv.engine.lowering import Lowering, fits, held_by
 from cuconv.engine.planner import PlanningResult
 from cuconv.geometry import ConvGeometry
 from cuconv.memory import (
     Buffer,
     MemoryLimitError,
+    all_within,
     buffer_bytes,
     is_little,
     least_limit,
@@ -130,8 +132,12 @@ class Pieces(Lowering):
         tilings.sort(key=lambda tiling: tiling.limit < limit // 2)
         for tiling in tilings:
             if tiling.limit >= 0:
+                calls = _calls(request, tiling, tiling.limit)
                 try:
-                    inner = within(_calls(request, tiling, tiling.limit), tiling.limit)
+                    inner = all_within(calls)
+                    if not fits(inner.values(), tiling.limit):
+                        with config(num_threads=1):
+                            inner = all_within(calls)
                 except MemoryLimitError:
                     continue
                 return cls(request, tiling, inner)

@@ -1,6 +1,9 @@
 """Plans: the chosen steps, the reasons, and running them."""
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from functools import cached_property
+from itertools import zip_longest
 from typing import Any
 
 import numpy as np
@@ -60,12 +63,17 @@ class Plan(LoweredCall):
         self.request, self.call = request, request.call
         lowering = lower(request) if lowering is None else lowering
         self.flops = 0 if request.geometry.is_empty else lowering.flops
-        self.problem: Problem = request.problem()
+        self.captured = request.backend.is_capturing()
         self.result_shape, self.dtype = request.result_shape, types.result
         self.names = (*ROLES[self.call], *ZERO_POINTS)
         # Operands that are numbers, not arrays.
         self._numbers = {n: a for n, a in arrays.items() if not is_array(a)}
         super().__init__(lowering, request.backend, request.options)
+
+    @cached_property
+    def problem(self) -> Problem:
+        """The convolution as it was asked for, as strategies would see it."""
+        return replace(self.request.problem(), captured=self.captured)
 
     @property
     def _first(self) -> PlanningResult:
@@ -167,7 +175,7 @@ class Plan(LoweredCall):
                 check_overlap(self.backend.xp, out, self._named(arrays))
             return plan.run(arrays, out)
         plan = self._checked(arrays, out)
-        if layouts is not None and not plan.problem.captured:
+        if layouts is not None and not plan.captured:
             most = _MOST_PREPARED if self.is_prepared else _MOST_LAYOUTS
             if len(self.others) >= most:
                 self.others.clear()
@@ -295,15 +303,19 @@ class Plan(LoweredCall):
     def run(self, arrays: Sequence[Array | None], out: Array | None) -> Array:
         """Run it on checked arrays."""
         backend = self.backend
-        result = backend.empty(self.result_shape, self.dtype) if out is None else out
-        named = dict(zip(self.names, arrays, strict=False))
-        named["out"] = result if out is None else base_array(out)
-        if self.weights or self._numbers:
-            named.update(self.weights, **self._numbers)
-        if self.program is None:
-            self.execute_first(named)
+        if out is None:
+            result = target = backend.empty(self.result_shape, self.dtype)
         else:
-            backend.execute(self.program, named)
+            result, target = out, base_array(out)
+        if self._numbers:
+            pairs = zip_longest(self.names, arrays)
+            arrays = [self._numbers.get(name, array) for name, array in pairs]
+        if self.program is not None:
+            backend.execute(self.program, (target, *self.weights.values(), *arrays))
+        else:
+            # In the same order: steps are recorded for it.
+            named = {"out": target, **self.weights}
+            self.execute_first(named | dict(zip(self.names, arrays, strict=False)))
         return result
 
     def _check(

@@ -15,7 +15,7 @@ from cuconv.choices import not_a_choice
 from cuconv.engine.problem import NAMES, Problem
 from cuconv.engine.tile_search import Candidate, TileSearch, over
 from cuconv.memory import MemoryLimit, MemoryLimitError, least_of
-from cuconv.strategies import Strategy, strategies
+from cuconv.strategies import STRATEGIES, Strategy, strategies
 
 _NO_ENGINE = "none of its engines computes this with this precision and determinism"
 # More than 1 by the rounding error of a sum of prices.
@@ -78,7 +78,8 @@ def decide(
         If the strategy does not exist or cannot solve this problem, or none can be
         captured.
     """
-    _check_strategy(problem, name, backend)
+    if name != "auto":
+        _check_strategy(problem, name, backend)
     allowed = backend.default_memory_limit if limit is None else limit
     try:
         best = _best(problem, backend, name, allowed, workers)
@@ -106,8 +107,6 @@ def check_strategy_name(name: str) -> None:
 
 def _check_strategy(problem: Problem, name: str, backend: Backend) -> None:
     check_strategy_name(name)
-    if name == "auto":
-        return
     reason = _refusal(strategies()[name], problem, backend)
     if reason:
         what = NAMES[problem.call]
@@ -180,20 +179,19 @@ def _searches(
     problem: Problem, backend: Backend, name: str, limit: int
 ) -> list[TileSearch]:
     """A search for every strategy that supports the problem, by form and variant."""
-    room = 0 if problem.captured else limit
+    room, forms = 0 if problem.captured else limit, _forms(problem)
     return [
         TileSearch(strategy, form, backend, variant, room)
         for strategy in _named(name)
         if strategy.capturable or not problem.captured
-        for form in _forms(problem)
+        for form in forms
         if strategy.supports(form)[0] and not _missing(strategy, problem, backend)
         for variant in strategy.variants(form, backend)
     ]
 
 
 def _named(name: str) -> Iterable[Strategy]:
-    known = strategies()
-    return known.values() if name == "auto" else (known[name],)
+    return STRATEGIES if name == "auto" else (strategies()[name],)
 
 
 def _forms(problem: Problem) -> list[Problem]:

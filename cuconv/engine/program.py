@@ -2,7 +2,7 @@
 
 A strategy is ordinary code that makes views of arrays and passes them to functions
 through `Backend.do`.  The views and functions depend on shapes, strides and types
-alone. So its first run is a recording on stubs (`ArrayStub`): every function with its
+alone. So its second run is recorded on stubs (`ArrayStub`): every function with its
 views becomes a `Step`.  Running the `Program` later builds the views of the caller's
 arrays, reuses those of the workspace, and calls the functions.
 
@@ -12,7 +12,7 @@ workers share, and every region of a `Recording` is the part of it that one work
 
 import copy
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property, partial
 from operator import itemgetter, methodcaller
@@ -30,6 +30,9 @@ MOST_STEPS = 400
 # limit has room for, beside a few that are counted with each call.
 STEP_BYTES, FREE_STEPS = 640, 160
 MOST_BYTES = MOST_STEPS * STEP_BYTES
+# The largest workspace of programs that set no buffer size: NumPy's buffers for arrays
+# that fit into it are less than what `CpuBackend.overhead` counts, whatever their size.
+_SMALL_BYTES = 2**16
 
 
 Slots: TypeAlias = list[Any]
@@ -94,8 +97,8 @@ class Program:
     ) -> None:
         self.nbytes, self.workers = nbytes, workers
         self.single_threaded = single_threaded
-        # Bytes of arrays that NumPy may read or write by way of buffers of its own.
-        self.buffered = nbytes + buffered
+        # Whether NumPy may read or write more than a few arrays by way of buffers.
+        self.is_buffered = nbytes + buffered > _SMALL_BYTES
         self.slots = list(recording.slots)
         self.views = tuple(recording.views.items())
         each = (recording.phases_of(ranges=ranges) for ranges in (False, True))
@@ -105,20 +108,21 @@ class Program:
         )
         self.regions = {SHARED: (0, 0, workers), **recording.regions}
         self.kept = [(s, v) for v, s in self.views if v.source in self.regions]
-        # The arrays of the call of which there are views.
-        self.sources = {v.source for v, _ in self.views} - set(self.regions)
+        # The arrays of the call of which there are views, and their places in it.
+        viewed, names = {v.source for v, _ in self.views}, recording.stubs
+        self.sources = {name: i for i, name in enumerate(names) if name in viewed}
         # Views of the caller's arrays: by a function of the array, or by the layout.
-        self.made: list[tuple[int, str, Callable[[Array], Array] | None]] = []
-        self.laid: list[tuple[int, str, tuple[Any, ...], tuple[Any, ...]]] = []
+        self.made: list[tuple[int, int, Callable[[Array], Array] | None]] = []
+        self.laid: list[tuple[int, int, tuple[Any, ...], tuple[Any, ...]]] = []
         for view, slot in self.views:
             if view.source in self.regions:
                 continue
-            stub = recording.stubs[view.source]
+            stub, source = recording.stubs[view.source], self.sources[view.source]
             if _is_run(stub) and not _is_simple(view, stub):
                 layout = (view.shape, view.dtype), (view.offset, view.strides)
-                self.laid.append((slot, view.source, *layout))
+                self.laid.append((slot, source, *layout))
             else:
-                self.made.append((slot, view.source, _maker(view, stub)))
+                self.made.append((slot, source, _maker(view, stub)))
 
     @cached_property
     def addresses(self) -> list[tuple[int, str, int]]:
@@ -146,7 +150,7 @@ class Program:
             each.append(slots)
         return each
 
-    def placed(self, arrays: dict[str, Array], slots: Slots) -> Slots:
+    def placed(self, arrays: Sequence[Array], slots: Slots) -> Slots:
         """A copy of the slots, with the views of the caller's arrays."""
         slots = slots.copy()
         for slot, source, make in self.made:

@@ -1,4 +1,4 @@
-"""Plans whose steps are recorded at their first run, and replayed later."""
+"""Plans whose steps are recorded at their second run, and replayed later."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -27,7 +27,7 @@ NEEDS_OUT = "the result cannot be allocated: pass out="
 
 
 class Recorded(ABC):
-    """The steps of a call on arrays of one layout: recorded once, then replayed.
+    """The steps of a call on arrays of one layout: recorded when they run again.
 
     Parameters
     ----------
@@ -45,7 +45,7 @@ class Recorded(ABC):
     def __init__(self, backend: Backend, blocks: int, threads: int = 0) -> None:
         self.backend, self.threads = backend, threads
         self.program: Program | None = None
-        self._is_recordable = blocks <= MOST_BLOCKS
+        self._was_run, self._is_recordable = False, blocks <= MOST_BLOCKS
 
     @property
     @abstractmethod
@@ -72,30 +72,31 @@ class Recorded(ABC):
         """Run the steps, or record them."""
 
     def execute_first(self, arrays: dict[str, Array]) -> None:
-        """Record the steps, if that is worth it, and run them.
+        """Run the steps; the second time, record them first, if that is worth it.
 
-        ``arrays`` have been checked, and are given by their names.
+        Programs meet shapes that they never see again.  ``arrays`` have been checked,
+        and are given by their names.
         """
-        if self._is_recordable:
+        if not self._was_run:
+            self._was_run = True
+        elif self._is_recordable:
             self._is_recordable = False
             with self.backend.device_of(next(iter(arrays.values()))):
                 self.program = self._recorded(arrays)
         if self.program is not None:
-            self.backend.execute(self.program, arrays)
+            self.backend.execute(self.program, tuple(arrays.values()))
         else:
             self._run_steps(arrays)
 
     def _run_steps(self, arrays: dict[str, Array]) -> None:
         """Run the steps without recording them."""
         backend = self.backend
-
-        def body() -> None:
-            with backend.memory(self.nbytes) as raw:
-                self._steps(backend, arrays, Memory(raw))
-
-        # As a worker, with what NumPy buffers within bounds.
-        with backend.device_of(next(iter(arrays.values()))):
-            backend.run_alone(body)
+        with (
+            backend.device_of(next(iter(arrays.values()))),
+            backend.alone(),
+            backend.memory(self.nbytes) as raw,
+        ):
+            self._steps(backend, arrays, Memory(raw))
 
     def _recorded(self, arrays: dict[str, Array]) -> Program | None:
         """Record the steps for arrays of this layout, unless they are too many."""
@@ -132,6 +133,7 @@ class LoweredCall(Recorded):
         """Forget what was recorded, and see what the candidates that run ask for."""
         # Plans for arrays with other layouts.
         self.others: dict[Any, Any] = {}
+        self._was_run = False
         self._is_recordable = self.lowering.chunks <= MOST_BLOCKS
         self.program = None
         # For how many threads it is, where that matters: a device has none.
@@ -320,7 +322,7 @@ class RecordedPlan(Recorded):
         if self.program is None:
             self.execute_first(named)
         else:
-            backend.execute(self.program, named)
+            backend.execute(self.program, tuple(named.values()))
         return tuple(found) if len(found) > 1 else array
 
 

@@ -1,7 +1,6 @@
 """Checked calls, with everything that a plan depends on."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -123,26 +122,48 @@ class Request(NamedTuple):
             for name, role in roles.items()
             if name in self.arrays
         }
-        casts = (role for role, array in in_roles.items() if array.dtype != operand)
-        problem = Problem(
+        transposed = self.call in CONVOLUTION
+        is_backward = flipped or op == "input_grad"
+        # Whether weights are as they are multiplied.
+        as_given = not flipped and (operand.kind != "c" or is_backward == transposed)
+        packed = _packed(in_roles, self.out) if backend.xp is not np else frozenset()
+        in_place = self._result_in_place(op, types)
+        for role, array in in_roles.items():
+            if array.dtype == operand and role != "bias" and (role != "w" or as_given):
+                in_place |= _in_place(role, array, self.geometry, backend)
+        return Problem(
             op=op,
             geometry=self.geometry,
             types=types,
             operand=operand,
             source=in_roles["dy" if op == "input_grad" else "x"].dtype,
-            zero_copy=frozenset(),
-            needs_cast=frozenset(casts),
+            zero_copy=frozenset(in_place),
+            needs_cast=frozenset(
+                [role for role, array in in_roles.items() if array.dtype != operand]
+            ),
             has_bias="bias" in self.arrays,
             deterministic=self.options.deterministic is not False,
             precision=self.options.precision or "standard",
             module=backend.xp.__name__,
             flipped=flipped,
             captured=backend.is_capturing(),
-            transposed=self.call in CONVOLUTION,
+            transposed=transposed,
+            packed=packed,
         )
-        ready = _zero_copy(problem, in_roles, self.out, backend)
-        packed = _packed(in_roles, self.out) if backend.xp is not np else frozenset()
-        return replace(problem, zero_copy=ready, packed=packed)
+
+    def _result_in_place(self, op: str, types: Types) -> set[str]:
+        """``out`` if BLAS can write to the result; ``run`` if it is contiguous."""
+        backend, geometry = self.backend, self.geometry
+        can_store = backend.can_store(types, types.result)
+        if self.out is None:
+            fits = can_store and geometry.positions <= backend.largest_step
+            return {"out", "run"} if fits else {"run"}
+        found = {"run"} if _is_one_run(self.out) else set[str]()
+        if can_store:
+            role, out = "w" if op == "weight_grad" else "out", base_array(self.out)
+            ready = _in_place(role, out, geometry, backend)
+            found |= {"out" if name == role else name for name in ready}
+        return found
 
 
 def named_inputs(arrays: Mapping[str, Array | None]) -> dict[str, Array]:
@@ -216,36 +237,22 @@ def request_of_shapes(
     return Request(call, geometry, arrays, None, options.settled(), backend)
 
 
-def _zero_copy(
-    problem: Problem, in_roles: dict[str, Array], out: Array | None, backend: Backend
-) -> frozenset[str]:
-    """The names of arrays that BLAS can read or write in place.
+def _in_place(
+    role: str, array: Array, geometry: ConvGeometry, backend: Backend
+) -> set[str]:
+    """The role of an array that BLAS can read or write in place.
 
-    And ``run`` if the result is contiguous.
+    For weights, ``reversed`` if it could with their taps in reverse.
     """
-    geometry, ready = problem.geometry, set()
-    for role, array in in_roles.items():
-        if array.dtype != problem.operand or role == "bias":
-            continue
-        if role == "w":
-            as_is = not (problem.conjugates_weights or problem.flipped)
-            fits = as_is and _is_weight_matrix(array, geometry, backend)
-            if as_is and _is_reversed_matrix(array, geometry, backend):
-                ready.add("reversed")
-        else:
-            cells = in_groups(array, geometry)
-            fits = is_matrix_ready(cells, geometry.rank, backend.largest_step)
-        if fits:
-            ready.add(role)
-    if _is_zero_copy_out(problem, out, backend):
-        ready.add("out")
-    if out is not None and problem.op == "weight_grad":
-        stores = backend.can_store(problem.types, problem.types.result)
-        if stores and _is_reversed_matrix(base_array(out), geometry, backend):
-            ready.add("reversed")
-    if out is None or _is_one_run(out):
-        ready.add("run")
-    return frozenset(ready)
+    if role != "w":
+        cells = in_groups(array, geometry)
+        fits = is_matrix_ready(cells, geometry.rank, backend.largest_step)
+        return {role} if fits else set()
+    if _is_weight_matrix(array, geometry, backend):
+        return {role}
+    other = taps_reversed(array, geometry)
+    is_reversed = geometry.taps > 1 and _is_weight_matrix(other, geometry, backend)
+    return {"reversed"} if is_reversed else set()
 
 
 def _packed(in_roles: dict[str, Array], out: Array | None) -> frozenset[str]:
@@ -259,19 +266,6 @@ def _packed(in_roles: dict[str, Array], out: Array | None) -> frozenset[str]:
         if array.flags.c_contiguous and alignment_of(array) % PACKED_TO == 0
     }
     return frozenset(found | ({"out"} if out is None else set()))
-
-
-def _is_zero_copy_out(problem: Problem, out: Array | None, backend: Backend) -> bool:
-    """True if BLAS can write products to the result in place."""
-    geometry, types = problem.geometry, problem.types
-    if not backend.can_store(types, types.result):
-        return False
-    if out is None:
-        return geometry.positions <= backend.largest_step
-    if problem.op == "weight_grad":
-        return _is_weight_matrix(base_array(out), geometry, backend)
-    cells = in_groups(base_array(out), geometry)
-    return is_matrix_ready(cells, geometry.rank, backend.largest_step)
 
 
 def _is_one_run(array: Array) -> bool:
@@ -302,10 +296,3 @@ def _is_weight_matrix(array: Array, geometry: ConvGeometry, backend: Backend) ->
     if not geometry.channels_first:
         order = (geometry.rank + 1, *inner)
     return bool(array.transpose(order).flags.c_contiguous)
-
-
-def _is_reversed_matrix(array: Array, geometry: ConvGeometry, backend: Backend) -> bool:
-    """Whether weights are such a run of memory with their taps in reverse."""
-    if geometry.taps == 1:
-        return False
-    return _is_weight_matrix(taps_reversed(array, geometry), geometry, backend)

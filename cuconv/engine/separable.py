@@ -371,7 +371,7 @@ class SeparablePlan(LoweredCall):
             if self.program is None:
                 self.execute_first(named)
             else:
-                self.backend.execute(self.program, named)
+                self.backend.execute(self.program, tuple(named.values()))
         if "y" in named:
             return named["y"] if out is None else out
         found = {name: named.get(f"d{name}") for name in _BACKWARD[1:]}

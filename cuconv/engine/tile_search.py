@@ -5,13 +5,14 @@ of workers, so that neither the choice nor the bits of a result depend on the nu
 threads.  The number of workers is then as large as threads and memory limit allow.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, partial
 
 from cuconv.arrays import is_half
 from cuconv.backends import Backend
-from cuconv.engine.costs import Price, Rates, Work, price
+from cuconv.engine.costs import Price, Work, price
 from cuconv.engine.problem import NAMES, Problem
 from cuconv.geometry import Tile
 from cuconv.memory import (
@@ -99,7 +100,11 @@ def over(problem: Problem) -> str:
 
 
 class TileSearch:
-    """The search over tilings of one strategy in one variant."""
+    """The search over tilings of one strategy in one variant.
+
+    ``floor`` is a lower bound for `Candidate.rank`, and ``floor_alone`` for the cost of
+    a tiling with one worker.
+    """
 
     def __init__(
         self,
@@ -109,20 +114,25 @@ class TileSearch:
         variant: Variant,
         limit: int,
     ) -> None:
-        self.strategy = strategy
-        self._problem = problem
-        self._backend = backend
-        self._variant = variant
-        self._limit = limit
-        self._rates = backend.rates
+        geometry = problem.geometry
+        self.strategy, self._problem, self._backend = strategy, problem, backend
+        self._variant, self._limit, self._rates = variant, limit, backend.rates
         if problem.is_for_tensor_cores and strategy.on_tensor_cores:
             halves = is_half(problem.operand)
             self._rates = self._rates.on_tensor_cores(halves=halves)
-        self._itemsize = problem.types.accumulate.itemsize
-        self._everything = problem.geometry.images * problem.geometry.positions
+        self._everything = geometry.images * geometry.positions
         self._tilings = strategy.tilings(problem, variant, backend)
-        self._tiles: dict[int, Tile] = {}
+        self._region = geometry.whole_region
         self._fits: dict[tuple[int, int, int], _Fit] = {}
+        self._overheads: dict[int, int] = {}
+        # One block of everything.
+        self._whole = self._fit(self._everything, geometry.cells, 1)
+        self._blocks = geometry.count_blocks(self._whole.tiling.tile)
+        self.floor_alone = self.floor = 0.0
+        if strategy.gains_from_size:
+            self.floor_alone = self._cost(self._whole, 1)
+            shared = self._shared_at_least(2, min(2, self._tilings.splits))
+            self.floor = min(self.floor_alone, shared)
 
     @cached_property
     def _alone(self) -> "_Fit | None":
@@ -146,24 +156,6 @@ class TileSearch:
             return False
         return self.floor_alone >= worth or self._cost(alone, 1) >= worth
 
-    @cached_property
-    def _whole(self) -> "_Fit":
-        """One block of everything."""
-        return self._fit(self._everything, self._problem.geometry.cells, 1)
-
-    @cached_property
-    def floor_alone(self) -> float:
-        """A lower bound for the cost of a tiling with one worker."""
-        return self._cost(self._whole, 1) if self.strategy.gains_from_size else 0.0
-
-    @cached_property
-    def floor(self) -> float:
-        """A lower bound for `Candidate.rank`."""
-        alone = self.floor_alone
-        if alone < self._rates.worth_workers and not self._is_busy:
-            return alone
-        return min(alone, self._floor_shared(2, min(2, self._tilings.splits)))
-
     def candidate(self, workers: int) -> Candidate:
         """The candidate with the largest blocks up to the preferred size.
 
@@ -173,14 +165,16 @@ class TileSearch:
             If none fits.
         """
         found = self._cheapest() or self._alone or self._extreme()
-        pieces = max(found.work.pieces, 1)
-        available = min(workers, pieces) if self._is_busy else 1
-        count = max(largest_fitting(partial(self._has_room, found), available), 1)
+        count = 1
+        if self._is_busy:
+            available = min(workers, max(found.price.pieces, 1))
+            fits = partial(self._has_room, found)
+            count = max(largest_fitting(fits, available), 1)
         return Candidate(
             self.strategy,
             self._problem,
             found.tiling._replace(workers=count),
-            found.workspace,
+            self._workspace(found),
             self._bytes(found, count),
             self._cost(found, count),
             self._rank(found),
@@ -192,32 +186,27 @@ class TileSearch:
             return None
         most = self._tilings.splits
         choices = [(n, m) for n in _PIECES for m in dict.fromkeys((min(most, n), 1))]
-        floors = [self._floor_shared(*choice) for choice in choices]
+        floors = [self._shared_at_least(*choice) for choice in choices]
         likely = _last_worthwhile(floors)
         found = self._shared(*choices[likely])
         if found is not None:
             # A cost below all lower bounds is below all costs.
-            cost, before, after = (
-                self._rank(found),
-                floors[:likely],
-                floors[likely + 1 :],
-            )
-            wins = cost < min(before, default=float("inf")) * _WORTH_FEWER * _ALMOST
-            if (
-                wins
-                and cost * _WORTH_FEWER < min(after, default=float("inf")) * _ALMOST
-            ):
+            cost = self._rank(found)
+            before = min(floors[:likely], default=math.inf)
+            after = min(floors[likely + 1 :], default=math.inf)
+            wins = cost < before * _WORTH_FEWER * _ALMOST
+            if wins and cost * _WORTH_FEWER < after * _ALMOST:
                 return found
-        best, least = None, float("inf")
+        best, least = None, math.inf
         for choice, floor in zip(choices, floors, strict=True):
             if floor * _ALMOST < least * _WORTH_FEWER:
                 found = self._shared(*choice)
-                cost = float("inf") if found is None else self._rank(found)
+                cost = math.inf if found is None else self._rank(found)
                 if cost < least * _WORTH_FEWER:
                     best, least = found, cost
         return best
 
-    def _floor_shared(self, pieces: int, splits: int) -> float:
+    def _shared_at_least(self, pieces: int, splits: int) -> float:
         """A lower bound for `_shared`: all of the work, and the overhead of each block.
 
         Every sum of a weight gradient has one worker; splits by filters may share
@@ -225,19 +214,17 @@ class TileSearch:
         """
         if not self.strategy.gains_from_size:
             return 0.0
-        price, work, op = self._whole.price, self._whole.work, self._problem.op
-        if work.pieces == splits == 1 and op == "weight_grad":
+        is_sum = self._problem.op == "weight_grad"
+        even, crowded, parts = self._whole.price
+        if parts == splits == 1 and is_sum:
             return self.floor_alone
-        geometry, rates = self._problem.geometry, self._rates
-        apart = splits > 1 and op != "weight_grad"
-        one = geometry.count_blocks(self._whole.tiling.tile)
-        if work.pieces == one == 1 and not apart:
-            blocks = geometry.count_blocks(self._tile(self._preferred(pieces)))
-            even = price.even + (blocks - 1) * work.blocks * rates.block
-            price = price._replace(even=even)
+        if parts == self._blocks == 1 and (splits == 1 or is_sum):
+            tile = self._tilings.tile(self._preferred(pieces))
+            more = self._problem.geometry.count_blocks(tile) - 1
+            even += more * self._whole.work.blocks * self._rates.block
         # A tiling of one piece has one worker; others may share evenly.
-        balanced = price._replace(pieces=_NOTIONAL_WORKERS)
-        return min(balanced.of(n, rates) for n in (1, _NOTIONAL_WORKERS))
+        balanced = Price(even, crowded, _NOTIONAL_WORKERS)
+        return min(even + crowded, balanced.of(_NOTIONAL_WORKERS, self._rates))
 
     def _shared(self, pieces: int, splits: int) -> "_Fit | None":
         """A tiling with room for a second worker, if its blocks are not too small."""
@@ -294,47 +281,48 @@ class TileSearch:
         return min(self._least, self._bytes(self._whole, 1))
 
     def _fit(self, positions: int, cells: int, splits: int) -> "_Fit":
-        if self._problem.op != "input_grad":
-            cells = self._problem.geometry.cells
-        key = positions, cells, splits
+        """A tiling; only an input gradient has regions of so many ``cells``."""
+        problem, geometry = self._problem, self._problem.geometry
+        has_regions = problem.op == "input_grad"
+        key = positions, cells if has_regions else 0, splits
         found = self._fits.get(key)
         if found is None:
-            tiling = self._tiling(*key)
-            found = _Fit(
-                self.strategy, self._problem, self._backend, self._rates, tiling
-            )
-            self._fits[key] = found
-        return found
-
-    def _tiling(self, positions: int, cells: int, splits: int) -> Tiling:
-        geometry = self._problem.geometry
-        tile = self._tile(positions)
-        region = geometry.whole_region
-        if self._problem.op == "input_grad":
-            whole = cells >= geometry.cells
-            region = Tile(tile.images, region.cells)
-            region = region if whole else geometry.region_tile(cells)
-        return Tiling(tile, region, splits, self._variant)
-
-    def _tile(self, positions: int) -> Tile:
-        found = self._tiles.get(positions)
-        if found is None:
-            found = self._tiles[positions] = self._tilings.tile(positions)
+            tile, region = self._tilings.tile(positions), self._region
+            if has_regions and cells < geometry.cells:
+                region = geometry.region_tile(cells)
+            elif has_regions:
+                region = Tile(tile.images, region.cells)
+            tiling = Tiling(tile, region, splits, self._variant)
+            work = self.strategy.work(problem, tiling)
+            found = self._fits[key] = _Fit(tiling, work, price(work, self._rates))
         return found
 
     def _has_room(self, found: "_Fit", workers: int) -> bool:
         return self._bytes(found, workers) <= self._limit
 
     def _bytes(self, found: "_Fit", workers: int) -> int:
-        buffers = found.shared_bytes + found.own_bytes * workers
-        unseen = self._backend.overhead(workers, self._itemsize)
-        unseen += found.workspace.unseen * workers
-        return unseen + with_start(buffers)
+        needs = self._workspace(found)
+        shared, own = found.nbytes
+        overhead = self._overheads.get(workers)
+        if overhead is None:
+            itemsize = self._problem.types.accumulate.itemsize
+            overhead = self._backend.overhead(workers, itemsize)
+            self._overheads[workers] = overhead
+        return overhead + needs.unseen * workers + with_start(shared + own * workers)
+
+    def _workspace(self, found: "_Fit") -> Workspace:
+        needs = found.workspace
+        if needs is None:
+            work = self._problem, found.tiling, self._backend
+            needs = found.workspace = self.strategy.workspace(*work)
+            shared = buffer_bytes((*needs.weights, *needs.shared))
+            found.nbytes = shared, buffer_bytes(needs.per_worker)
+        return needs
 
     def _rank(self, found: "_Fit") -> float:
         """The cost of a tiling for the fixed number of workers."""
         several = _NOTIONAL_WORKERS if self._is_busy else 1
-        workers = max(min(found.work.pieces, several), 1)
+        workers = max(min(found.price.pieces, several), 1)
         return self._cost(found, workers if self._has_room(found, workers) else 1)
 
     def _cost(self, found: "_Fit", workers: int) -> float:
@@ -349,39 +337,15 @@ class TileSearch:
 
 
 class _Fit:
-    """A tiling for one worker, with its workspace and cost, computed on demand."""
+    """A tiling, with its price, and its workspace once that has been asked for."""
 
-    def __init__(
-        self,
-        strategy: Strategy,
-        problem: Problem,
-        backend: Backend,
-        rates: Rates,
-        tiling: Tiling,
-    ) -> None:
-        self.tiling = tiling
-        self._strategy, self._problem = strategy, problem
-        self._backend, self._rates = backend, rates
+    __slots__ = ("nbytes", "price", "tiling", "work", "workspace")
 
-    @cached_property
-    def workspace(self) -> Workspace:
-        return self._strategy.workspace(self._problem, self.tiling, self._backend)
-
-    @cached_property
-    def shared_bytes(self) -> int:
-        return buffer_bytes((*self.workspace.weights, *self.workspace.shared))
-
-    @cached_property
-    def own_bytes(self) -> int:
-        return buffer_bytes(self.workspace.per_worker)
-
-    @cached_property
-    def work(self) -> Work:
-        return self._strategy.work(self._problem, self.tiling)
-
-    @cached_property
-    def price(self) -> Price:
-        return price(self.work, self._rates)
+    def __init__(self, tiling: Tiling, work: Work, price: Price) -> None:
+        self.tiling, self.work, self.price = tiling, work, price
+        self.workspace: Workspace | None = None
+        # Of the buffers that workers share, and of those of each.
+        self.nbytes = 0, 0
 
 
 def _last_worthwhile(costs: list[float]) -> int:

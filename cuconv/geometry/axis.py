@@ -122,7 +122,11 @@ class Axis(NamedTuple):
 
     @property
     def out(self) -> int:
-        return (self.padded - self.extent) // self.stride + 1
+        size, kernel, stride, dilation, before, after, overhang, _, apart = self
+        if apart != 1:
+            size = dilated_size(size, apart)
+        padded = size + before + after + overhang
+        return (padded - dilation * (kernel - 1) - 1) // stride + 1
 
     def first(self, output: int) -> int:
         """The input index under tap 0 of an output; it may be in the padding."""
@@ -130,7 +134,9 @@ class Axis(NamedTuple):
 
     def window(self, start: int, stop: int) -> Range:
         """The input interval under output elements [start, stop), padding included."""
-        return self.first(start), self.first(stop - 1) + self.extent
+        _, kernel, stride, dilation, before, *_ = self
+        last = (stop - 1) * stride - before
+        return start * stride - before, last + dilation * (kernel - 1) + 1
 
     def under(self, start: int, stop: int) -> tuple[Range, Range]:
         """The input elements under these outputs, and the padding at either end."""

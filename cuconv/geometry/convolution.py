@@ -39,8 +39,31 @@ class Phase(NamedTuple):
     geometry: "ConvGeometry"
 
 
+class _ConvSizes:
+    """Numbers of a `ConvGeometry`, which are worked out once.
+
+    ``results`` are the images of y.  ``patch`` are the elements under one window in one
+    group, the length of a dot product; ``multiplications`` the multiply-adds of one
+    pass, padding counted as if it were data.  ``has_input_dilation``: there are zeros
+    between elements of the input.  ``is_copied``: it needs a copy of the input, padded
+    or regrouped.
+    """
+
+    results: int
+    group_channels: int
+    group_filters: int
+    patch: int
+    multiplications: int
+    y_shape: tuple[int, ...]
+    w_shape: tuple[int, ...]
+    is_unit_stride: bool
+    has_input_dilation: bool
+    is_copied: bool
+    _hash: int
+
+
 @dataclass(frozen=True)
-class ConvGeometry(WindowGeometry):
+class ConvGeometry(WindowGeometry, _ConvSizes):
     """The shapes of one convolution: windows over the input, filters over windows.
 
     ``filters`` is K, ``groups`` is G; group g maps channels [g·C/G, (g+1)·C/G) to
@@ -54,36 +77,30 @@ class ConvGeometry(WindowGeometry):
     batch_groups: int = 1
     padding_mode: str = "zeros"
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        axes, filters, shared = self.axes, self.filters, self.batch_groups
+        results, channels = self.images // shared, self.channels // self.groups
+        patch, y_shape = channels * self.taps, self.array_shape(filters, self.out)
+        w_shape = (*self.kernel, channels, filters)
+        if self.channels_first:
+            w_shape = (filters, channels, *self.kernel)
+        self.__dict__.update(
+            results=results,
+            group_channels=channels,
+            group_filters=filters // self.groups,
+            patch=patch,
+            multiplications=results * self.positions * filters * patch,
+            y_shape=(results, *y_shape[1:]) if shared > 1 else y_shape,
+            w_shape=w_shape,
+            is_unit_stride=all(axis.stride == 1 for axis in axes),
+            has_input_dilation=any(axis.input_dilation > 1 for axis in axes),
+            is_copied=shared > 1 or (self.padding_mode != "zeros" and self.is_padded),
+            _hash=hash((self.images, self.channels, axes, filters, self.groups)),
+        )
+
     def __hash__(self) -> int:
-        return self._hash
-
-    @cached_property
-    def _hash(self) -> int:
-        """Cached: geometries are hashed often."""
-        return hash((self.images, self.channels, self.axes, self.filters, self.groups))
-
-    @cached_property
-    def results(self) -> int:
-        """Images of y."""
-        return self.images // self.batch_groups
-
-    @cached_property
-    def group_channels(self) -> int:
-        return self.channels // self.groups
-
-    @cached_property
-    def group_filters(self) -> int:
-        return self.filters // self.groups
-
-    @cached_property
-    def patch(self) -> int:
-        """Elements under one window in one group: the length of a dot product."""
-        return self.group_channels * self.taps
-
-    @cached_property
-    def multiplications(self) -> int:
-        """Multiply-adds of one pass, padding counted as if it were data."""
-        return self.results * self.positions * self.filters * self.patch
+        return self._hash  # asked for often
 
     @cached_property
     def is_empty(self) -> bool:
@@ -97,21 +114,6 @@ class ConvGeometry(WindowGeometry):
             min(stop, axis.size) <= max(start, 0)
             for axis, (start, stop) in zip(self.axes, spans, strict=True)
         )
-
-    @cached_property
-    def y_shape(self) -> tuple[int, ...]:
-        shape = self.array_shape(self.filters, self.out)
-        return (self.results, *shape[1:]) if self.batch_groups > 1 else shape
-
-    @cached_property
-    def w_shape(self) -> tuple[int, ...]:
-        if self.channels_first:
-            return (self.filters, self.group_channels, *self.kernel)
-        return (*self.kernel, self.group_channels, self.filters)
-
-    @cached_property
-    def is_unit_stride(self) -> bool:
-        return all(axis.stride == 1 for axis in self.axes)
 
     @cached_property
     def adjoint(self) -> "ConvGeometry":
@@ -130,18 +132,7 @@ class ConvGeometry(WindowGeometry):
         )
         return replace(self, axes=axes, channels=self.filters, filters=self.channels)
 
-    @cached_property
-    def has_input_dilation(self) -> bool:
-        """True if there are zeros between elements of the input."""
-        return any(axis.input_dilation > 1 for axis in self.axes)
-
-    @cached_property
-    def is_copied(self) -> bool:
-        """True if it needs a copy of the input, padded or regrouped."""
-        is_wrapped = self.padding_mode != "zeros" and self.is_padded
-        return is_wrapped or self.batch_groups > 1
-
-    @cached_property
+    @property
     def is_basic(self) -> bool:
         """True if it is a basic convolution, which strategies support."""
         return not (self.has_input_dilation or self.is_copied)

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from typing import NamedTuple
 
 from cuconv.choices import check_flag, not_a_choice
@@ -51,7 +51,7 @@ class Block(NamedTuple):
     @property
     def shape(self) -> tuple[int, ...]:
         """Output elements along every axis."""
-        return tuple(stop - start for start, stop in self.output)
+        return tuple([stop - start for start, stop in self.output])
 
 
 class Region(NamedTuple):
@@ -101,8 +101,26 @@ def _spans(ranges: Sequence[Range], steps: Sequence[int]) -> Iterator[Ranges]:
             yield ((low, min(low + steps[0], stop)), *rest)
 
 
+class _WindowSizes:
+    """Numbers of a `WindowGeometry`, which are worked out once.
+
+    ``size``, ``kernel`` and ``out`` are elements of the input, taps, and outputs along
+    every axis; ``cells``, ``taps`` and ``positions`` are their products.
+    """
+
+    rank: int
+    size: tuple[int, ...]
+    kernel: tuple[int, ...]
+    out: tuple[int, ...]
+    cells: int
+    taps: int
+    positions: int
+    is_padded: bool
+    x_shape: tuple[int, ...]
+
+
 @dataclass(frozen=True)
-class WindowGeometry:
+class WindowGeometry(_WindowSizes):
     """Sliding windows over a batch of multi-channel arrays.
 
     Parameters
@@ -123,53 +141,31 @@ class WindowGeometry:
     channels_first: bool = True
     batched: bool = True
 
+    def __post_init__(self) -> None:
+        axes = self.axes
+        size, kernel = tuple([a.size for a in axes]), tuple([a.kernel for a in axes])
+        out = tuple([axis.out for axis in axes])
+        self.__dict__.update(
+            rank=len(axes),
+            size=size,
+            kernel=kernel,
+            out=out,
+            cells=math.prod(size),
+            taps=math.prod(kernel),
+            positions=math.prod(out),
+            is_padded=any(axis.before > 0 or axis.after > 0 for axis in axes),
+            x_shape=self.array_shape(self.channels, size),
+        )
+
     @property
-    def rank(self) -> int:
-        return len(self.axes)
-
-    @cached_property
-    def size(self) -> tuple[int, ...]:
-        return tuple(axis.size for axis in self.axes)
-
-    @cached_property
-    def kernel(self) -> tuple[int, ...]:
-        return tuple(axis.kernel for axis in self.axes)
-
-    @cached_property
-    def out(self) -> tuple[int, ...]:
-        return tuple(axis.out for axis in self.axes)
-
-    @cached_property
-    def taps(self) -> int:
-        return math.prod(self.kernel)
-
-    @cached_property
-    def positions(self) -> int:
-        """Output positions in one image."""
-        return math.prod(self.out)
-
-    @cached_property
-    def cells(self) -> int:
-        """Input elements in one channel of one image."""
-        return math.prod(self.size)
-
-    @cached_property
     def whole_region(self) -> Tile:
         """The whole input as a tile; axes without elements count as one."""
-        return Tile(self.images, tuple(max(n, 1) for n in self.size))
+        return Tile(self.images, tuple([n or 1 for n in self.size]))
 
-    @cached_property
-    def is_padded(self) -> bool:
-        return any(axis.before > 0 or axis.after > 0 for axis in self.axes)
-
-    @cached_property
+    @property
     def is_pointwise(self) -> bool:
         """True if the column matrix is the input itself."""
         return all(axis[1:6] == (1, 1, axis.dilation, 0, 0) for axis in self.axes)
-
-    @cached_property
-    def x_shape(self) -> tuple[int, ...]:
-        return self.array_shape(self.channels, self.size)
 
     def array_shape(self, channels: int, spatial: tuple[int, ...]) -> tuple[int, ...]:
         """The shape, in this layout, of an array with these channels and elements."""

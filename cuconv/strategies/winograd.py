@@ -194,13 +194,13 @@ class Winograd(ForwardOnly):
         rows_in_block = -(-tiles // max(blocks * outer, 1))
         grad = problem.op == "weight_grad"
         count = products_work if problem.module == "numpy" else kernels_work
-        work = Work(
-            multiply=float(tiles) * kept,
-            short_side=min(rows_in_block, g.group_filters, g.group_channels),
-            reread=(blocks if not grad else blocks + tiling.splits) * kept,
-            pieces=tiling.splits if grad else blocks,
-        )
-        return work._replace(**count(problem, tiling, shape, blocks))
+        work = {
+            "multiply": float(tiles) * kept,
+            "short_side": min(rows_in_block, g.group_filters, g.group_channels),
+            "reread": (blocks if not grad else blocks + tiling.splits) * kept,
+            "pieces": tiling.splits if grad else blocks,
+        }
+        return Work(**{**work, **count(problem, tiling, shape, blocks)})
 
     def weights(self, job: Job, w: Array, kept: dict[str, Array]) -> Array:
         """U as (frequencies, G, outer taps · C/G, K/G)."""

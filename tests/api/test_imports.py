@@ -117,9 +117,9 @@ def test_it_works_when_no_blas_is_found() -> None:
     threadpoolctl.ThreadpoolController = Nothing
     """
     check = """
-    from cuconv.backends.cpu import backend as host
-    assert host._BLAS._libraries == []
-    assert host._BLAS.threads() == 1
+    from cuconv.backends.cpu import threads
+    assert threads.BLAS._libraries == []
+    assert threads.BLAS.threads() == 1
     """
     run_python(textwrap.dedent(code) + CONV + textwrap.dedent(check))
 

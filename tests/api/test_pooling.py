@@ -915,7 +915,8 @@ def test_a_repeated_call_is_short(padding) -> None:
         lambda: cuconv.col2im(cuconv.im2col(x, 2, stride=2), x.shape, 2, stride=2),
     ]
     for call in calls:
-        call()
+        for _ in range(2):
+            call()
         entered = frames(call)
         assert entered <= 35, entered
 

@@ -104,7 +104,7 @@ def test_a_child_forked_during_a_call_has_all_blas_threads(monkeypatch) -> None:
     monkeypatch.setattr(threads, "ThreadpoolController", Later)
     with threadpool_limits(2, "blas"):
         wanted = blas_threads()
-        with host._BLAS:
+        with threads.BLAS:
             assert blas_threads() != wanted
             pid = os.fork()
             if pid == 0:
@@ -161,7 +161,7 @@ def test_an_error_of_any_worker_reaches_the_caller_and_stops_the_others() -> Non
                 done.append(item)  # noqa: B023
 
         with pytest.raises(KeyError, match=str(failing)):
-            host._WORKERS.share(body, 3, queue.close)
+            threads.WORKERS.share(body, 3, queue.close)
         assert len(done) < 1000
 
 
@@ -177,13 +177,13 @@ def test_threads_of_a_call_have_cores_of_their_own() -> None:
 
     for count in (2, len(before), 2) * 3:
         seen.clear()
-        host._WORKERS.share(body, count, lambda: None)
+        threads.WORKERS.share(body, count, lambda: None)
         assert os.sched_getaffinity(0) == before
         assert sorted(seen) == list(range(count))
         assert set().union(*seen.values()) == before
         assert sum(map(len, seen.values())) == len(before)
     with pytest.raises(KeyError):
-        host._WORKERS.share({}.__getitem__, 2, lambda: None)
+        threads.WORKERS.share({}.__getitem__, 2, lambda: None)
     assert os.sched_getaffinity(0) == before
 
 
@@ -200,7 +200,7 @@ def test_more_workers_than_cores_take_any() -> None:
         if threads._core:
             os.sched_setaffinity(0, {core})
         try:
-            host._WORKERS.share(body, 3, lambda: None)
+            threads.WORKERS.share(body, 3, lambda: None)
         finally:
             if threads._core:
                 os.sched_setaffinity(0, before)

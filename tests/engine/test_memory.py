@@ -261,7 +261,7 @@ def test_an_allocation_that_fails_leaves_out_alone(xp, monkeypatch) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(xp, "empty", empty)
         with pytest.raises(MemoryError, match="full"):
-            run("forward", arrays, case, out=out)
+            run("forward", arrays, case, out=out, **with_buffers_on(xp))
     assert (out == 77).all()
 
 

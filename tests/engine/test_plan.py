@@ -389,7 +389,7 @@ def test_prepared_plans_stay_within_the_limit() -> None:
 
 
 @pytest.mark.parametrize("op", OPERATIONS)
-def test_the_second_call_takes_nothing_large(op, monkeypatch) -> None:
+def test_repeated_calls_take_nothing_large(op, monkeypatch) -> None:
     case = Case((4, 32, 28, 28), (32, 32, 3, 3), {"padding": 1})
     plan = plan_of(op, case, precision="standard")
     shapes = {"x": case.x_shape, "w": case.w_shape, "dy": plan.problem.geometry.y_shape}
@@ -397,7 +397,8 @@ def test_the_second_call_takes_nothing_large(op, monkeypatch) -> None:
     arrays = of(op, Operands(x, w, dy))
     assert plan.workspace_bytes > 2**18
     forget_arenas()
-    plan(*arrays)
+    for _ in range(2):
+        plan(*arrays)
     assert sum(kept_arenas()) > 2**18
     taken = []
     empty = np.empty

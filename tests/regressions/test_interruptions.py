@@ -7,7 +7,6 @@ import textwrap
 
 import pytest
 
-from cuconv.backends.cpu import backend as host
 from cuconv.backends.cpu import threads
 
 
@@ -35,9 +34,9 @@ def test_an_error_before_a_worker_starts_is_raised(monkeypatch, kind) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(threads, "copy_context", refuse)
         with pytest.raises(kind, match="in set-up"):
-            host._WORKERS.share(done.append, 3, lambda: None)
+            threads.WORKERS.share(done.append, 3, lambda: None)
     assert done == []
-    host._WORKERS.share(done.append, 3, lambda: None)
+    threads.WORKERS.share(done.append, 3, lambda: None)
     assert sorted(done) == [0, 1, 2]
     if threads._core:
         assert os.sched_getaffinity(0) == before
@@ -48,7 +47,7 @@ def test_signals_at_any_time_leave_no_worker_behind() -> None:
     """A handler may raise anything, anywhere: in the set-up, and while it waits."""
     code = """
         import os, random, signal
-        from cuconv.backends.cpu import backend as host
+        from cuconv.backends.cpu import threads
 
         class Alarm(Exception): pass
 
@@ -66,7 +65,7 @@ def test_signals_at_any_time_leave_no_worker_behind() -> None:
                 delay = random.uniform(1e-5, 2e-4)
                 signal.setitimer(signal.ITIMER_REAL, delay)
                 for _ in range(6):
-                    host._WORKERS.share(body, 2, lambda: None)
+                    threads.WORKERS.share(body, 2, lambda: None)
                 signal.setitimer(signal.ITIMER_REAL, 0)
             except Alarm:
                 rung += 1
@@ -83,9 +82,9 @@ def test_a_call_while_the_interpreter_ends_returns() -> None:
     code = """
         import os
         import numpy as np
-        from cuconv.backends.cpu import backend as host
+        from cuconv.backends.cpu import threads
 
-        share, write = host._WORKERS.share, os.write
+        share, write = threads.WORKERS.share, os.write
         share(lambda worker: None, 2, lambda: None)
 
         class Late:

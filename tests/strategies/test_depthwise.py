@@ -25,8 +25,7 @@ from support import (
 import cuconv
 from cuconv import testing
 from cuconv.backends import jit_is_installed
-from cuconv.backends.cpu import backend as host
-from cuconv.backends.cpu import planes
+from cuconv.backends.cpu import planes, threads
 from cuconv.strategies import depthwise
 
 DEPTHWISE = {"strategy": "depthwise"}
@@ -260,6 +259,6 @@ def test_an_error_in_a_loop_reaches_the_caller(monkeypatch, form) -> None:
         forget_plans()
         with pytest.raises(RuntimeError, match="in a loop"):
             cuconv.conv(x, w, groups=16, **DEPTHWISE)
-    assert host._BLAS._users == 0
+    assert threads.BLAS._users == 0
     forget_plans()
     testing.assert_equal(cuconv.conv(x, w, groups=16, **DEPTHWISE), wanted)

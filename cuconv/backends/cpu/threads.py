@@ -4,11 +4,11 @@ import ctypes
 import os
 import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext, suppress
 from contextvars import Context, copy_context
 from functools import partial
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 from threadpoolctl import ThreadpoolController
@@ -17,6 +17,11 @@ from cuconv.backends.cpu.machine import BUFFER_ITEMS
 
 Item = TypeVar("Item")
 
+_OPENBLAS = [
+    f"{prefix}openblas_set_num_threads{suffix}"
+    for prefix in ("", "scipy_")
+    for suffix in ("", "64_", "_64")
+]
 _AVX512 = ("SkylakeX", "Cooperlake", "SapphireRapids")
 # The most threads to keep for later calls.
 _MOST_IDLE = 64
@@ -148,6 +153,25 @@ class Workers:
         if errors:
             raise errors[0]
 
+    def each(
+        self,
+        items: Iterable[Any],
+        body: Callable[..., None],
+        scratch: Sequence[Any],
+    ) -> None:
+        """Call ``body(number, item, worker's scratch)`` for every item."""
+        if len(scratch) == 1:
+            for number, item in enumerate(items):
+                body(number, item, scratch[0])
+            return
+        queue = Queue(enumerate(items))
+
+        def work(worker: int) -> None:
+            for number, item in queue:
+                body(number, item, scratch[worker])
+
+        self.share(work, len(scratch), queue.close)
+
     def _take(self) -> _Worker | None:
         """A worker that waits, or a new one; None if the interpreter is ending."""
         if sys.is_finalizing():
@@ -229,6 +253,7 @@ class Blas:
     def __init__(self) -> None:
         controller = ThreadpoolController().select(user_api="blas")
         self._libraries = controller.lib_controllers
+        self._setters = list(map(_setter, self._libraries))
         self._lock = threading.Lock()
         self._users = 0
         self._before: list[int] = []
@@ -264,11 +289,69 @@ class Blas:
             self._set(self._before)
 
     def _set(self, threads: list[int]) -> None:
-        for library, count in zip(self._libraries, threads, strict=True):
-            library.set_num_threads(count)
-            # threadpoolctl lets only one thread set OpenBLAS's number of threads until
-            # that thread gives it up; the last of several calls to leave may be
-            # another.
-            give_way = getattr(library, "clear_controlling_thread", None)
-            if give_way:
-                give_way()
+        for setter, count in zip(self._setters, threads, strict=True):
+            setter(count)
+
+
+def _setter(library: Any) -> Callable[[int], object]:
+    """The function that sets the number of threads of a library.
+
+    For OpenBLAS its own: threadpoolctl's takes 5 µs for two calls, and lets only one
+    thread call it.
+    """
+    if getattr(library, "threading_layer", "") == "pthreads":
+        for name in _OPENBLAS:
+            if hasattr(library.dynlib, name):
+                found: Callable[[int], object] = getattr(library.dynlib, name)
+                return found
+
+    def set_threads(count: int) -> None:
+        library.set_num_threads(count)
+        # One thread may call it until that gives way, and the last of several calls to
+        # leave may be another.
+        give_way = getattr(library, "clear_controlling_thread", None)
+        if give_way:
+            give_way()
+
+    return set_threads
+
+
+def do(function: Callable[..., Any], *operands: Any) -> None:
+    """Call a function."""
+    function(*operands)
+
+
+def each(
+    items: Iterable[Any],
+    body: Callable[..., None],
+    scratch: Sequence[Any],
+    *,
+    single_threaded: bool,
+) -> None:
+    """`Workers.each` with the workers of this process."""
+    with small_buffers(), one_blas_thread(single_threaded):
+        WORKERS.each(items, body, scratch)
+
+
+def one_blas_thread(is_single: bool) -> AbstractContextManager[object]:  # noqa: FBT001
+    """Limit BLAS to one thread, unless it uses no other anyway."""
+    return nullcontext() if is_single else BLAS
+
+
+def _begin() -> None:
+    """Set up the state that all calls share, also in a forked child.
+
+    A child has none of its parent's threads, and a lock of theirs may never be
+    released.
+    """
+    global BLAS, WORKERS
+    if "BLAS" in globals():
+        BLAS.restore()
+    BLAS, WORKERS = Blas(), Workers()
+
+
+BLAS: Blas
+WORKERS: Workers
+_begin()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_begin)

@@ -221,13 +221,13 @@ class CudaBackend:
         for number, item in enumerate(items):
             body(number, item, scratch[0])
 
-    def execute(self, program: Program, arrays: dict[str, Array]) -> None:
+    def execute(self, program: Program, arrays: Sequence[Array | None]) -> None:
         with cupy.cuda.Device(self._index), CUBLAS:
             self._execute(program, arrays)
 
-    def _execute(self, program: Program, arrays: dict[str, Array]) -> None:
+    def _execute(self, program: Program, arrays: Sequence[Any]) -> None:
         slots = program.slots.copy()
-        places = {name: arrays[name].data for name in program.sources}
+        places = {name: arrays[index].data for name, index in program.sources.items()}
         if program.nbytes:
             memory = cupy.cuda.alloc(program.nbytes - ALIGNED)
             for name, (start, *_) in program.regions.items():
@@ -430,9 +430,8 @@ class CudaBackend:
         mode = _MODES[reading.mode]
         _launch(self.do, variant, packed, copied, cells, mode, np.int32(add))
 
-    def run_alone(self, body: Callable[[], None]) -> None:
-        with CUBLAS:
-            body()
+    def alone(self) -> AbstractContextManager[object]:
+        return CUBLAS
 
 
 def _launch(

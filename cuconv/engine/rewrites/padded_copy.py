@@ -7,20 +7,26 @@ memory limit together.
 
 import math
 from collections.abc import Callable, Iterable, Iterator
-from functools import partial
 from typing import Any, NamedTuple, TypeAlias
 
 from cuconv.arrays import Array, grouped, is_aligned, stub_array
 from cuconv.backends import refuse_capture
 from cuconv.backends.padding import Reading
+from cuconv.config import config, settings
 from cuconv.engine.execute import Run
-from cuconv.engine.lowering import Lowering, within
+from cuconv.engine.lowering import Lowering, fits
 from cuconv.engine.planner import PlanningResult
 from cuconv.engine.problem import NAMES
 from cuconv.engine.request import Request
 from cuconv.engine.rewrites import polyphase
 from cuconv.geometry import Block, ConvGeometry, Range
-from cuconv.memory import Buffer, MemoryLimitError, is_little, workspace_bytes
+from cuconv.memory import (
+    Buffer,
+    MemoryLimitError,
+    Shortage,
+    is_little,
+    workspace_bytes,
+)
 
 Index: TypeAlias = tuple[Any, ...]
 
@@ -311,15 +317,18 @@ def _inner(
     shapes: dict[ConvGeometry, Block],
     limit: int,
 ) -> dict[ConvGeometry, Lowering]:
-    """The lowering of the convolution of every shape."""
-
-    def lowered(part: ConvGeometry, block: Block) -> Lowering:
+    """The lowering of the convolution of every shape, run one after another."""
+    found, shortage = dict[ConvGeometry, Lowering](), Shortage()
+    for part, block in shapes.items():
         own = kind.request_of(request, part, block)
         options = own.options._replace(memory_limit=limit)
-        return polyphase.lower(own._replace(options=options))
-
-    calls = {part: partial(lowered, part, block) for part, block in shapes.items()}
-    return within(calls, limit)
+        with shortage:
+            found[part] = polyphase.lower(own._replace(options=options))
+    shortage.check()
+    if fits(found.values(), limit) or settings().num_threads == 1:
+        return found
+    with config(num_threads=1):
+        return _inner(request, kind, shapes, limit)
 
 
 def _is_ready(result: Array) -> bool:

@@ -8,17 +8,17 @@ basic convolution with those taps.
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import Any, NamedTuple, TypeAlias
 
 from cuconv.arrays import Array, stub_array
+from cuconv.config import config, settings
 from cuconv.engine.execute import Run, fill
-from cuconv.engine.lowering import Basic, Lowering, basic_part, held, within
+from cuconv.engine.lowering import Basic, Lowering, basic_part, fits, held
 from cuconv.engine.planner import PlanningResult, floor
 from cuconv.engine.problem import NAMES, shapes_of
 from cuconv.engine.request import Request
 from cuconv.geometry import ConvGeometry, Phase
-from cuconv.memory import MemoryLimitError
+from cuconv.memory import MemoryLimitError, Shortage
 
 Index: TypeAlias = tuple[Any, ...]
 
@@ -98,20 +98,33 @@ def _by_phases(request: Request) -> Polyphase:
         options = request.options._replace(memory_limit=max(limit - taken, 0))
         request = request._replace(options=options)
     places = [_place(request, phase) for phase in phases]
-    calls = {
-        number: partial(_phase, request, phase.geometry, place)
-        for number, (phase, place) in enumerate(zip(phases, places, strict=True))
-    }
     try:
-        found = within(calls, request.options.memory_limit)
+        found = _planned(request, phases, places)
     except MemoryLimitError as error:
         smallest = error.smallest + taken
         raise MemoryLimitError(given, smallest, NAMES[request.call]) from None
-    parts = [part for each in found.values() for part in each.parts]
+    parts = [part for each in found for part in each.parts]
     covered = _is_covered(request, phases)
     if not parts:
         parts = [_nothing(request)]
     return Polyphase(geometry, tuple(parts), tuple(places), covered, taken)
+
+
+def _planned(
+    request: Request, phases: list[Phase], places: list[_Place]
+) -> list[Basic]:
+    """Plan every phase; they run one after another."""
+    found, shortage = list[Basic](), Shortage()
+    for phase, place in zip(phases, places, strict=True):
+        with shortage:
+            own = _request_of(request, phase.geometry, place)
+            result = basic_part(own, flipped=request.is_input_grad)
+            found.append(Basic(result, phase.geometry))
+    shortage.check()
+    if fits(found, request.options.memory_limit) or settings().num_threads == 1:
+        return found
+    with config(num_threads=1):
+        return _planned(request, phases, places)
 
 
 def _is_covered(request: Request, phases: list[Phase]) -> bool:
@@ -172,11 +185,6 @@ def _place(request: Request, phase: Phase) -> _Place:
     if request.is_weight_grad:
         return _Place(results, everything, taps)
     return _Place(everything, taps, results)
-
-
-def _phase(request: Request, geometry: ConvGeometry, place: _Place) -> Basic:
-    own = _request_of(request, geometry, place)
-    return Basic(basic_part(own, flipped=request.is_input_grad), geometry)
 
 
 def _request_of(request: Request, geometry: ConvGeometry, place: _Place) -> Request:
