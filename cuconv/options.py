@@ -83,10 +83,10 @@ class ConvOptions(TypedDict, total=False):
         (NumPy only), ``"implicit_gemm"`` and ``"cudnn"`` (CuPy only).
     precision
         ``"strict"``: every result is a direct sum of products.  ``"standard"``:
-        Winograd too, in tiles of up to 6 elements: float32 within 1e-5 of the largest
-        result, and a NaN propagates to its tile.  ``"fast"``: Winograd in tiles of 8,
-        the Fourier transform (both within 1e-4), and TF32 on CUDA.  None: the setting
-        of `cuconv.config`, by default standard.
+        Winograd in tiles of up to 6 elements and the Fourier transform too: float32
+        within 1e-5 of the largest result, and a NaN propagates to its tile.
+        ``"fast"``: Winograd in tiles of 8 (within 1e-4), and TF32 on CUDA.  None: the
+        setting of `cuconv.config`, by default standard.
     deterministic
         True: the same bits on every run.  False: CUDA may add in any order if that is
         less work (`col2im` by atomic additions).  None: decided by the library, today

@@ -1,10 +1,13 @@
 """The choice of a rewrite: from a request to a lowering."""
 
+from contextlib import suppress
+
 from cuconv.engine.lowering import Lowering
 from cuconv.engine.request import Request
 from cuconv.engine.rewrites import (
     canonical,
     flipped,
+    float_copies,
     padded_copy,
     polyphase,
     zero_points,
@@ -48,4 +51,8 @@ def _lower(request: Request) -> Lowering:
             return padded_copy.lower(request, zero_points.ZeroPoints)
         if request.geometry.is_copied:
             return padded_copy.lower(request)
+        operand = float_copies.operand_of(request)
+        if operand is not None:
+            with suppress(MemoryLimitError):
+                return float_copies.FloatCopies(request, operand)
     return polyphase.lower(request)

@@ -285,12 +285,12 @@ class EvenAxis(Axis):
 
     @classmethod
     def of(cls, size: int, windows: int) -> Axis:
-        """Windows with a stride, if the axis can be divided into equal parts."""
+        """Windows with a stride, if those are equal: 12 / 6, or 13 / 6, which share."""
         if not windows:
             return Axis(size, 1, 1, 1, 0, -size)
-        if size % windows == 0:
-            each = size // windows
-            return Axis(size, each, each, 1, 0, 0)
+        each, rest = divmod(size, windows)
+        if rest <= 1 and each:
+            return Axis(size, each + rest, each, 1, 0, 0)
         # floor(o n / m) has a remainder of at most m - gcd(n, m), in some window.
         longest = -(-(size + windows - math.gcd(size, windows)) // windows)
         return cls(size, longest, 1, 1, 0, 0, 0, windows)

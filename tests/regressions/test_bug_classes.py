@@ -70,7 +70,7 @@ def test_01_columns_past_2_to_the_31(dtype) -> None:
     w = integers((1, 1, taps), dtype, seed=1)
     geometry = ConvGeometry.of_weights(x.shape, w.shape)
     assert geometry.column_bytes(1) > 2**31
-    y = cuconv.conv(x, w)
+    y = cuconv.conv(x, w, precision="strict")
     end = Case((1, 1, tail), w.shape, {})
     wanted = testing.conv_reference(x[-1:, :, -tail:], w).astype(dtype)
     testing.assert_equal(y[-1:, :, -(tail - taps + 1) :], wanted)
@@ -79,7 +79,7 @@ def test_01_columns_past_2_to_the_31(dtype) -> None:
     dy = np.zeros_like(y)
     dy[-1, 0, -300:] = integers((300,), dtype, seed=2)
     arrays = Operands(x[-1:, :, -tail:], w, dy[-1:, :, -(tail - taps + 1) :])
-    dw = cuconv.conv_weight_grad(dy, x, w.shape)
+    dw = cuconv.conv_weight_grad(dy, x, w.shape, precision="strict")
     testing.assert_equal(dw, reference("weight_grad", arrays, end).astype(dtype))
 
 
@@ -90,7 +90,7 @@ def test_01_columns_past_2_to_the_31_backward() -> None:
     dy[..., -300:] = integers((300,), seed=2)
     w = integers((1, 1, taps), np.float32, seed=1)
     assert ConvGeometry.of_weights((1, 1, length), w.shape).column_bytes(1) > 2**31
-    dx = cuconv.conv_input_grad(dy, w, (1, 1, length))
+    dx = cuconv.conv_input_grad(dy, w, (1, 1, length), precision="strict")
     end = dy[..., -(tail - taps + 1) :]
     wanted = testing.conv_input_grad_reference(end, w, (1, 1, tail))
     testing.assert_equal(dx[..., -tail:], wanted)

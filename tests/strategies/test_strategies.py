@@ -86,6 +86,8 @@ BOUNDS = {
     ("winograd", "fast", "float32"): 1e-4,
     ("winograd", "standard", "float64"): 1e-12,
     ("winograd", "fast", "float64"): 1e-12,
+    ("fft", "standard", "float32"): 1e-5,
+    ("fft", "standard", "float64"): 1e-12,
     ("fft", "fast", "float32"): 1e-5,
     ("fft", "fast", "float64"): 1e-12,
 }

@@ -283,7 +283,7 @@ def test_the_sizes_of_real_layers() -> None:
 def test_what_is_allowed_depends_on_the_word_alone(op) -> None:
     allowed = {
         "strict": set(),
-        "standard": {"winograd"},
+        "standard": {"winograd", "fft"},
         "fast": {"winograd", "fft"},
     }
     seen: dict[str, set[str]] = {word: set() for word in allowed}

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from cuconv.arrays import Array, DType, is_array, module_of, stub_array
+from cuconv.arrays import Array, DType, Types, is_array, module_of, stub_array
 from cuconv.engine.execute import Run
 from cuconv.engine.problem import SINGLE_THREADED_PRODUCT, in_groups
 from cuconv.engine.request import Request
@@ -153,6 +153,11 @@ def _operand(request: Request) -> DType:
         low, high = _RANGES[request.arrays[name].dtype.name]
         shifted = name in request.zero_points
         largest *= high - low if shifted else max(-low, high)
+    return exact_float(largest, types)
+
+
+def exact_float(largest: int, types: Types) -> DType:
+    """The float in which sums up to this are exact, or the type of integer sums."""
     for dtype, most in _EXACT:
         if largest <= min(most, np.iinfo(types.result).max):
             return np.dtype(dtype)
