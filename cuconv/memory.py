@@ -21,7 +21,7 @@ R = TypeVar("R")
 ALIGNED = 512
 # The smallest limit that an error names leaves so many bytes to blocks, or what all of
 # the work takes if that is less: one position at a time would be in nobody's interest.
-LEAST_ROOM = 3 * 2**15
+LEAST_ROOM = 2**16
 _UNITS = {
     "": 1,
     "b": 1,

@@ -169,7 +169,7 @@ def test_indices_that_are_not_of_their_window(dtype, jit, index, monkeypatch) ->
         partial(cuconv.max_pool_backward, y, indices, x.shape, 2),
         partial(cuconv.max_unpool, y, indices, 2, output_size=(6, 7)),
     ):
-        for limit in (None, "64 KiB"):
+        for limit in (None, "128 KiB"):
             with pytest.raises(ValueError, match=words):
                 call(memory_limit=limit, **options)
     indices[1, 2, 2, 3] = -1

@@ -498,7 +498,7 @@ def test_pages_show_a_run_and_nothing_without_one(tmp_path) -> None:
     records.write(record, records.stem_of(record), tmp_path)
     records.write(ran(**FOUND), records.GPU, tmp_path)
     readme, docs = pages.pages(tmp_path).values()
-    assert "| resnet50 | 2 | forward float32 | 1.00 | 2.00 | 0.33 |" in readme
+    assert "| resnet50, N = 2 | forward float32 | cuDNN | 1.00 |" in readme
     assert "## resnet50 on a GPU" in docs
     assert "## Checks and probes on a GPU" in docs
     assert "### Targets, geometric means" in docs

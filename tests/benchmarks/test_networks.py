@@ -165,7 +165,7 @@ def test_tables_of_networks() -> None:
 def test_pages_and_pictures_of_networks(tmp_path) -> None:
     records.write(record(), "networks", tmp_path)
     readme, docs = pages.pages(tmp_path).values()
-    assert "| networks | 2 | forward | 1.41 |" in readme
+    assert "| networks, N = 2 | forward | PyTorch | 1.41 |" in readme
     assert "### networks, forward, batch 2: most lost to torch" in docs
     assert "../benchmarks/results/networks.png" in docs
     pytest.importorskip("matplotlib")

@@ -73,6 +73,7 @@ def every_call(xp: Any) -> dict[str, Callable[[], Any]]:
         **every_transposed_call(dy, w, block, filters),
         **every_pooling_call(x),
         **every_separable_call(x),
+        **every_deformable_call(x),
     }
 
 
@@ -119,6 +120,22 @@ def every_transposed_call(x: Any, w: Any, block: Any, filters: Any) -> dict[str,
     line = named({"conv_transpose1d": (x[:, :, 0], w[:, :, 0])})
     deep = named({"conv_transpose3d": (deep, filters)}, groups=2)
     return named(whole, **options) | line | deep
+
+
+def every_deformable_call(x: Any) -> dict[str, Any]:
+    w = x[:1, :, :3, :2].copy()
+    dy = cuconv.conv(x, w)
+    rows, columns = dy.shape[2:]
+    offset = cuconv.im2col(x, 1, order="batched")[:, :, : rows * columns]
+    offset = offset[:, :1].copy().reshape(-1, 1, rows, columns)
+    offset = offset[:, [0] * (2 * 3 * 2)]
+    return named(
+        {
+            "deform_conv": (x, offset, w),
+            "deform_conv2d": (x, offset, w),
+            "deform_conv_backward": (dy, x, offset, w),
+        }
+    )
 
 
 def every_separable_call(x: Any) -> dict[str, Any]:
@@ -174,7 +191,7 @@ def every_pooling_call(x: Any) -> dict[str, Any]:
 
 
 ELSEWHERE = {
-    *("ConvGradients", "SeparableGradients", "config"),
+    *("ConvGradients", "DeformGradients", "SeparableGradients", "config"),
     *("IntegerOverflowWarning", "MemoryLimitError"),
 }
 
@@ -188,7 +205,7 @@ def test_no_public_call_waits_for_the_device(standin) -> None:
         before = len(waits)
         call()
         assert waits[before:] == [], name
-    assert len(calls) == 86
+    assert len(calls) == 89
     x, w, _ = operands(CASE, "float32").on(standin)
     cuconv.conv(x, w, strategy="benchmark", **CASE.options)
     float(x[0, 0, 0, 0])
