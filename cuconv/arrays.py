@@ -9,11 +9,31 @@ import sys
 from collections.abc import Iterable, Sequence
 from functools import lru_cache, partial
 from operator import attrgetter
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, Protocol, TypeAlias, TypeVar
 
 import numpy as np
 
 Array: TypeAlias = Any
+
+
+class SupportsArray(Protocol):
+    """The part of NumPy's and CuPy's arrays that type checkers ask for."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The number of elements along each axis."""
+
+    @property
+    def dtype(self) -> Any:
+        """The type of the elements."""
+
+    @property
+    def ndim(self) -> int:
+        """The number of axes."""
+
+
+# NumPy's arrays give NumPy's, of any type and shape; others give their own kind.
+ArrayT = TypeVar("ArrayT", "np.ndarray[Any, Any]", SupportsArray)
 DType: TypeAlias = np.dtype[Any]
 
 SUPPORTED_TYPES = (

@@ -1,9 +1,60 @@
 """Strings that users choose from, and the hint where one is misspelt."""
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
+from typing import Literal, TypeAlias
 
 import numpy as np
+
+# For type checkers.  Layouts and paddings are taken in any case.
+Layout: TypeAlias = Literal[
+    "channels_first",
+    "channels_last",
+    "NCL",
+    "NCW",
+    "NCHW",
+    "NCDHW",
+    "NLC",
+    "NWC",
+    "NHWC",
+    "NDHWC",
+]
+PaddingWord: TypeAlias = Literal[
+    "valid",
+    "full",
+    "same",
+    "same_lower",
+    "causal",
+    "VALID",
+    "SAME",
+    "SAME_UPPER",
+    "SAME_LOWER",
+]
+StrategyWord: TypeAlias = Literal[
+    "auto",
+    "benchmark",
+    "im2col",
+    "partial_im2col",
+    "pointwise",
+    "tap_matmul",
+    "winograd",
+    "depthwise",
+    "fft",
+    "implicit_gemm",
+    "cudnn",
+]
+Order: TypeAlias = Literal["rows", "columns", "batched"]
+Operation: TypeAlias = Literal[
+    "forward",
+    "input_grad",
+    "weight_grad",
+    "transpose",
+    "transpose_input_grad",
+    "transpose_weight_grad",
+]
+Gradient: TypeAlias = Literal["x", "w", "bias"]
+# Type checkers infer strings in a tuple as such only where a tuple is named.
+Gradients: TypeAlias = tuple[Gradient, ...] | Collection[Gradient]
 
 
 def hint(given: object, known: Iterable[str]) -> str:

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from contextvars import ContextVar
 from functools import cache
 from types import TracebackType
-from typing import Any, NamedTuple, Never
+from typing import Any, Literal, NamedTuple, Never
 
 import numpy as np
 
@@ -70,7 +70,7 @@ class config:  # noqa: N801 - read as a statement: with config(...): ...
         *,
         num_threads: int | None = None,
         memory_limit: MemoryLimit = None,
-        precision: str | None = None,
+        precision: Literal["strict", "standard", "fast"] | None = None,
         deterministic: bool | None = None,
         **unknown: Never,
     ) -> None:

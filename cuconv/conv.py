@@ -1,11 +1,11 @@
 """Convolution and its gradients: validate, plan, run."""
 
 from collections.abc import Sequence
-from typing import Any, Unpack
+from typing import Any, Unpack, overload
 
-from cuconv.arrays import Array, is_array
+from cuconv.arrays import Array, ArrayT, is_array
 from cuconv.backends import backend_on
-from cuconv.choices import not_a_choice
+from cuconv.choices import Gradients, Operation, not_a_choice
 from cuconv.engine.call import (
     GRADIENTS,
     ConvGradients,
@@ -30,15 +30,15 @@ _RANK_1, _RANK_2, _RANK_3 = ((f"conv{rank}d", rank) for rank in (1, 2, 3))
 
 @shows_options()
 def conv(
-    x: Array,
-    w: Array,
-    bias: Array | None = None,
+    x: ArrayT,
+    w: ArrayT,
+    bias: ArrayT | None = None,
     *,
-    out: Array | None = None,
+    out: ArrayT | None = None,
     x_zero_point: Any = None,
     w_zero_point: Any = None,
     **options: Unpack[ConvOptions],
-) -> Array:
+) -> ArrayT:
     """Convolve a batch of multi-channel arrays with a bank of filters.
 
     As usual in deep learning this is cross-correlation: the filters are not flipped,
@@ -148,15 +148,15 @@ def _with_zero_points(
 @shows_options()
 @documented_as(conv, 1)
 def conv1d(
-    x: Array,
-    w: Array,
-    bias: Array | None = None,
+    x: ArrayT,
+    w: ArrayT,
+    bias: ArrayT | None = None,
     *,
-    out: Array | None = None,
+    out: ArrayT | None = None,
     x_zero_point: Any = None,
     w_zero_point: Any = None,
     **options: Unpack[ConvOptions],
-) -> Array:
+) -> ArrayT:
     """Convolve over one spatial axis, as `conv` does for any number of them.
 
     Examples
@@ -177,15 +177,15 @@ def conv1d(
 @shows_options()
 @documented_as(conv, 2)
 def conv2d(
-    x: Array,
-    w: Array,
-    bias: Array | None = None,
+    x: ArrayT,
+    w: ArrayT,
+    bias: ArrayT | None = None,
     *,
-    out: Array | None = None,
+    out: ArrayT | None = None,
     x_zero_point: Any = None,
     w_zero_point: Any = None,
     **options: Unpack[ConvOptions],
-) -> Array:
+) -> ArrayT:
     """Convolve over two spatial axes, as `conv` does for any number of them.
 
     Examples
@@ -207,15 +207,15 @@ def conv2d(
 @shows_options()
 @documented_as(conv, 3)
 def conv3d(
-    x: Array,
-    w: Array,
-    bias: Array | None = None,
+    x: ArrayT,
+    w: ArrayT,
+    bias: ArrayT | None = None,
     *,
-    out: Array | None = None,
+    out: ArrayT | None = None,
     x_zero_point: Any = None,
     w_zero_point: Any = None,
     **options: Unpack[ConvOptions],
-) -> Array:
+) -> ArrayT:
     """Convolve over three spatial axes, as `conv` does for any number of them.
 
     Examples
@@ -236,13 +236,13 @@ def conv3d(
 
 @shows_options()
 def conv_input_grad(
-    dy: Array,
-    w: Array,
+    dy: ArrayT,
+    w: ArrayT,
     x_shape: Sequence[int],
     *,
-    out: Array | None = None,
+    out: ArrayT | None = None,
     **options: Unpack[ConvOptions],
-) -> Array:
+) -> ArrayT:
     """The gradient of `conv` for its input.
 
     Each element of the input receives, from every window over it, ``dy`` times the
@@ -298,13 +298,13 @@ def conv_input_grad(
 
 @shows_options()
 def conv_weight_grad(
-    dy: Array,
-    x: Array,
+    dy: ArrayT,
+    x: ArrayT,
     w_shape: Sequence[int],
     *,
-    out: Array | None = None,
+    out: ArrayT | None = None,
     **options: Unpack[ConvOptions],
-) -> Array:
+) -> ArrayT:
     """The gradient of `conv` for its weights.
 
     Each weight receives the sum, over images and output positions, of ``dy`` times the
@@ -357,15 +357,31 @@ def conv_weight_grad(
     return run(plan_convolution, "weight_grad", (dy, x), out, options, more)
 
 
+@overload
+def conv_backward(
+    dy: ArrayT,
+    x: ArrayT,
+    w: ArrayT,
+    **options: Unpack[ConvOptions],
+) -> ConvGradients[ArrayT]: ...
+@overload
+def conv_backward(
+    dy: ArrayT,
+    x: ArrayT,
+    w: ArrayT,
+    *,
+    needs: Gradients,
+    **options: Unpack[ConvOptions],
+) -> ConvGradients[Any]: ...
 @shows_options()
 def conv_backward(
-    dy: Array,
-    x: Array,
-    w: Array,
+    dy: ArrayT,
+    x: ArrayT,
+    w: ArrayT,
     *,
-    needs: Sequence[str] = GRADIENTS,
+    needs: Gradients = GRADIENTS,
     **options: Unpack[ConvOptions],
-) -> ConvGradients:
+) -> ConvGradients[Any]:
     """All gradients of `conv`, or those that are needed.
 
     They are linear in ``dy``, and each in ``w`` or in ``x``: gradients of gradients are
@@ -406,7 +422,7 @@ def conv_backward(
              [4., 4.]]]]), array([4.]), None)
     """
     more = {"needs": needs, "allocates": _BACKWARD_ALLOCATES}
-    found: ConvGradients = run(plan_gradients, "", (dy, x, w), None, options, more)
+    found: ConvGradients[Any] = run(plan_gradients, "", (dy, x, w), None, options, more)
     return found
 
 
@@ -415,7 +431,7 @@ def plan_conv(
     x_shape: Sequence[int],
     w_shape: Sequence[int],
     *,
-    op: str = "forward",
+    op: Operation = "forward",
     bias: bool = False,
     device: str = "cpu",
     output_padding: Sizes = 0,

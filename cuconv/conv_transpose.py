@@ -11,9 +11,10 @@ is the other way round: nothing in the first line, w and x in the others.
 """
 
 from collections.abc import Sequence
-from typing import Any, Unpack
+from typing import Any, Unpack, overload
 
-from cuconv.arrays import Array
+from cuconv.arrays import ArrayT
+from cuconv.choices import Gradients
 from cuconv.engine.call import (
     GRADIENTS,
     ConvGradients,
@@ -40,15 +41,15 @@ _BACKWARD_ALLOCATES = (
 
 @shows_options(_OPTIONS)
 def conv_transpose(
-    x: Array,
-    w: Array,
-    bias: Array | None = None,
+    x: ArrayT,
+    w: ArrayT,
+    bias: ArrayT | None = None,
     *,
     output_padding: Sizes = 0,
     output_size: Sizes | None = None,
-    out: Array | None = None,
+    out: ArrayT | None = None,
     **options: Unpack[ConvOptions],
-) -> Array:
+) -> ArrayT:
     """Convolve, transposed: add each element of x, times w, to the window of `conv`.
 
     It is the adjoint of ``y ↦ conv(y, w)``, with the same array of weights and the same
@@ -126,15 +127,15 @@ def conv_transpose(
 @shows_options(_OPTIONS)
 @documented_as(conv_transpose, 1)
 def conv_transpose1d(
-    x: Array,
-    w: Array,
-    bias: Array | None = None,
+    x: ArrayT,
+    w: ArrayT,
+    bias: ArrayT | None = None,
     *,
     output_padding: Sizes = 0,
     output_size: Sizes | None = None,
-    out: Array | None = None,
+    out: ArrayT | None = None,
     **options: Unpack[ConvOptions],
-) -> Array:
+) -> ArrayT:
     """Convolve transposed over one spatial axis; see `conv_transpose`.
 
     Examples
@@ -153,15 +154,15 @@ def conv_transpose1d(
 @shows_options(_OPTIONS)
 @documented_as(conv_transpose, 2)
 def conv_transpose2d(
-    x: Array,
-    w: Array,
-    bias: Array | None = None,
+    x: ArrayT,
+    w: ArrayT,
+    bias: ArrayT | None = None,
     *,
     output_padding: Sizes = 0,
     output_size: Sizes | None = None,
-    out: Array | None = None,
+    out: ArrayT | None = None,
     **options: Unpack[ConvOptions],
-) -> Array:
+) -> ArrayT:
     """Convolve transposed over two spatial axes; see `conv_transpose`.
 
     Examples
@@ -181,15 +182,15 @@ def conv_transpose2d(
 @shows_options(_OPTIONS)
 @documented_as(conv_transpose, 3)
 def conv_transpose3d(
-    x: Array,
-    w: Array,
-    bias: Array | None = None,
+    x: ArrayT,
+    w: ArrayT,
+    bias: ArrayT | None = None,
     *,
     output_padding: Sizes = 0,
     output_size: Sizes | None = None,
-    out: Array | None = None,
+    out: ArrayT | None = None,
     **options: Unpack[ConvOptions],
-) -> Array:
+) -> ArrayT:
     """Convolve transposed over three spatial axes; see `conv_transpose`.
 
     Examples
@@ -209,15 +210,15 @@ def conv_transpose3d(
 
 @shows_options(_OPTIONS)
 def conv_transpose_input_grad(
-    dy: Array,
-    w: Array,
+    dy: ArrayT,
+    w: ArrayT,
     x_shape: Sequence[int],
     *,
     output_padding: Sizes = 0,
     output_size: Sizes | None = None,
-    out: Array | None = None,
+    out: ArrayT | None = None,
     **options: Unpack[ConvOptions],
-) -> Array:
+) -> ArrayT:
     """The gradient of `conv_transpose` for its input: ``conv(dy, w)``, w conjugated.
 
     Parameters
@@ -257,15 +258,15 @@ def conv_transpose_input_grad(
 
 @shows_options(_OPTIONS)
 def conv_transpose_weight_grad(
-    dy: Array,
-    x: Array,
+    dy: ArrayT,
+    x: ArrayT,
     w_shape: Sequence[int],
     *,
     output_padding: Sizes = 0,
     output_size: Sizes | None = None,
-    out: Array | None = None,
+    out: ArrayT | None = None,
     **options: Unpack[ConvOptions],
-) -> Array:
+) -> ArrayT:
     """The gradient of `conv_transpose` for its weights.
 
     Each weight receives the sum, over images and elements of x, of ``dy`` at the
@@ -306,17 +307,38 @@ def conv_transpose_weight_grad(
     return run(plan_convolution, "transpose_weight_grad", (dy, x), out, options, more)
 
 
-@shows_options(_OPTIONS)
+@overload
 def conv_transpose_backward(
-    dy: Array,
-    x: Array,
-    w: Array,
+    dy: ArrayT,
+    x: ArrayT,
+    w: ArrayT,
     *,
-    needs: Sequence[str] = GRADIENTS,
     output_padding: Sizes = 0,
     output_size: Sizes | None = None,
     **options: Unpack[ConvOptions],
-) -> ConvGradients:
+) -> ConvGradients[ArrayT]: ...
+@overload
+def conv_transpose_backward(
+    dy: ArrayT,
+    x: ArrayT,
+    w: ArrayT,
+    *,
+    needs: Gradients,
+    output_padding: Sizes = 0,
+    output_size: Sizes | None = None,
+    **options: Unpack[ConvOptions],
+) -> ConvGradients[Any]: ...
+@shows_options(_OPTIONS)
+def conv_transpose_backward(
+    dy: ArrayT,
+    x: ArrayT,
+    w: ArrayT,
+    *,
+    needs: Gradients = GRADIENTS,
+    output_padding: Sizes = 0,
+    output_size: Sizes | None = None,
+    **options: Unpack[ConvOptions],
+) -> ConvGradients[Any]:
     """All gradients of `conv_transpose`, or those that are needed.
 
     Parameters
@@ -352,7 +374,7 @@ def conv_transpose_backward(
     more: Any = {"output_padding": output_padding, "output_size": output_size}
     more |= {"needs": needs, "allocates": _BACKWARD_ALLOCATES}
     arrays = dy, x, w
-    found: ConvGradients = run(
+    found: ConvGradients[Any] = run(
         plan_gradients, "transpose_", arrays, None, options, more
     )
     return found

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any, Unpack
 
-from cuconv.arrays import Array
+from cuconv.arrays import ArrayT
 from cuconv.engine.call import run
 from cuconv.engine.deform import (
     DEFORM_GRADIENTS,
@@ -23,15 +23,15 @@ _RANK_2: Mapping[str, Any] = {"rank": 2}
 
 @shows_options(DEFORM_OPTIONS)
 def deform_conv(
-    x: Array,
-    offset: Array,
-    w: Array,
-    bias: Array | None = None,
+    x: ArrayT,
+    offset: ArrayT,
+    w: ArrayT,
+    bias: ArrayT | None = None,
     *,
-    mask: Array | None = None,
-    out: Array | None = None,
+    mask: ArrayT | None = None,
+    out: ArrayT | None = None,
     **options: Unpack[DeformOptions],
-) -> Array:
+) -> ArrayT:
     """Convolve with taps that are moved, at every output, by offsets.
 
     With ``o`` an output position, ``t`` a tap, ``d`` the offset group of channel c and
@@ -110,15 +110,15 @@ def deform_conv(
 @shows_options(DEFORM_OPTIONS)
 @documented_as(deform_conv, 2)
 def deform_conv2d(
-    x: Array,
-    offset: Array,
-    w: Array,
-    bias: Array | None = None,
+    x: ArrayT,
+    offset: ArrayT,
+    w: ArrayT,
+    bias: ArrayT | None = None,
     *,
-    mask: Array | None = None,
-    out: Array | None = None,
+    mask: ArrayT | None = None,
+    out: ArrayT | None = None,
     **options: Unpack[DeformOptions],
-) -> Array:
+) -> ArrayT:
     """Convolve over two spatial axes with moved taps, as `deform_conv` does.
 
     Examples
@@ -136,12 +136,12 @@ def deform_conv2d(
 
 @shows_options(DEFORM_OPTIONS)
 def deform_conv_backward(
-    dy: Array,
-    x: Array,
-    offset: Array,
-    w: Array,
+    dy: ArrayT,
+    x: ArrayT,
+    offset: ArrayT,
+    w: ArrayT,
     *,
-    mask: Array | None = None,
+    mask: ArrayT | None = None,
     needs: Sequence[str] = DEFORM_GRADIENTS,
     **options: Unpack[DeformOptions],
 ) -> DeformGradients:

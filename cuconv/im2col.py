@@ -4,8 +4,9 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from cuconv.arrays import Array, base_array
+from cuconv.arrays import Array, SupportsArray, base_array
 from cuconv.backends.columns import single_group
+from cuconv.choices import Layout, Order
 from cuconv.engine.call import run
 from cuconv.engine.columns import (
     checked_windows,
@@ -17,16 +18,16 @@ from cuconv.memory import MemoryLimit
 
 
 def im2col(
-    x: Array,
+    x: SupportsArray,
     kernel_size: Sizes,
     *,
     stride: Sizes = 1,
     padding: Padding = 0,
     dilation: Sizes = 1,
     cover_all: bool = False,
-    layout: str = "channels_first",
-    order: str = "rows",
-    out: Array | None = None,
+    layout: Layout = "channels_first",
+    order: Order = "rows",
+    out: SupportsArray | None = None,
 ) -> Array:
     """Copy every window of an array into a matrix, one window a row or a column.
 
@@ -82,7 +83,7 @@ def im2col(
 
 
 def col2im(
-    cols: Array,
+    cols: SupportsArray,
     x_shape: Sequence[int],
     kernel_size: Sizes,
     *,
@@ -90,9 +91,9 @@ def col2im(
     padding: Padding = 0,
     dilation: Sizes = 1,
     cover_all: bool = False,
-    layout: str = "channels_first",
-    order: str = "rows",
-    out: Array | None = None,
+    layout: Layout = "channels_first",
+    order: Order = "rows",
+    out: SupportsArray | None = None,
     deterministic: bool | None = None,
 ) -> Array:
     """Sum columns back into the cells they came from: the adjoint of `im2col`.
@@ -147,15 +148,15 @@ def col2im(
 
 
 def iter_im2col(
-    x: Array,
+    x: SupportsArray,
     kernel_size: Sizes,
     *,
     stride: Sizes = 1,
     padding: Padding = 0,
     dilation: Sizes = 1,
     cover_all: bool = False,
-    layout: str = "channels_first",
-    order: str = "rows",
+    layout: Layout = "channels_first",
+    order: Order = "rows",
     memory_limit: MemoryLimit = None,
 ) -> Iterator[tuple[Block, Array]]:
     """The columns of an array block by block, each made when it is asked for.
@@ -203,12 +204,12 @@ def iter_im2col(
 
 
 def patches(
-    x: Array,
+    x: SupportsArray,
     kernel_size: Sizes,
     *,
     stride: Sizes = 1,
     dilation: Sizes = 1,
-    layout: str = "channels_first",
+    layout: Layout = "channels_first",
 ) -> Array:
     """Every window over an array, as a view: nothing is copied.
 

@@ -7,7 +7,7 @@ from typing import Any, Literal, NamedTuple, ParamSpec, TypeAlias, TypedDict, Ty
 
 import numpy as np
 
-from cuconv.choices import check_flag
+from cuconv.choices import Layout, StrategyWord, check_flag
 from cuconv.config import check_deterministic, check_precision, settings
 from cuconv.geometry import ConvGeometry, Padding, Sizes
 from cuconv.memory import MemoryLimit, parse_memory_limit
@@ -106,9 +106,9 @@ class ConvOptions(TypedDict, total=False):
     batch_groups: int
     flip_kernel: bool
     cover_all: bool
-    layout: str
+    layout: Layout
     dtype: Any
-    strategy: str
+    strategy: StrategyWord
     precision: Precision | None
     deterministic: bool | None
     memory_limit: MemoryLimit
@@ -122,9 +122,9 @@ class SeparableOptions(TypedDict, total=False):
     dilation: Sizes
     flip_kernel: bool
     cover_all: bool
-    layout: str
+    layout: Layout
     dtype: Any
-    strategy: str
+    strategy: StrategyWord
     precision: Precision | None
     deterministic: bool | None
     memory_limit: MemoryLimit
@@ -137,7 +137,7 @@ class DeformOptions(TypedDict, total=False):
     padding: Padding
     dilation: Sizes
     groups: int
-    layout: str
+    layout: Layout
     dtype: Any
     precision: Precision | None
     deterministic: bool | None

@@ -14,7 +14,8 @@ from typing import (
     get_type_hints,
 )
 
-from cuconv.arrays import Array
+from cuconv.arrays import Array, ArrayT
+from cuconv.choices import Layout
 from cuconv.docstrings import shares
 from cuconv.engine.call import run
 from cuconv.engine.pool import (
@@ -64,7 +65,7 @@ class _MeanPool(_MeanGradient, total=False):
 
 
 class _EvenGradient(_Outside, total=False):
-    layout: str
+    layout: Layout
 
 
 class _EvenMaxGradient(_EvenGradient, total=False):
@@ -275,10 +276,10 @@ def _pool(
 
 @_public
 def max_pool(
-    x: Array,
+    x: ArrayT,
     kernel_size: Sizes,
     *,
-    indices: Array | None = None,
+    indices: ArrayT | None = None,
     **options: Unpack[_MaxPool],
 ) -> Array:
     """The largest value under every window.
@@ -313,14 +314,14 @@ def max_pool(
 
 @_public
 def max_pool_backward(
-    dy: Array,
-    indices: Array | None,
+    dy: ArrayT,
+    indices: ArrayT | None,
     x_shape: Sequence[int] | None,
     kernel_size: Sizes,
     *,
-    x: Array | None = None,
+    x: ArrayT | None = None,
     **options: Unpack[_MaxGradient],
-) -> Array:
+) -> ArrayT:
     """The gradient of `max_pool` for its input: dy goes where the maxima were.
 
     Parameters
@@ -358,11 +359,11 @@ def max_pool_backward(
 
 @_public
 def max_unpool(
-    x: Array,
-    indices: Array,
+    x: ArrayT,
+    indices: ArrayT,
     kernel_size: Sizes,
     **options: Unpack[_Unpool],
-) -> Array:
+) -> ArrayT:
     """Put values where maxima were, and zeros everywhere else: undoes `max_pool`.
 
     It is linear in ``x``, and its adjoint is `max_pool` with ``indices=``.  Where
@@ -405,7 +406,7 @@ def max_unpool(
 
 
 @_public
-def avg_pool(x: Array, kernel_size: Sizes, **options: Unpack[_MeanPool]) -> Array:
+def avg_pool(x: ArrayT, kernel_size: Sizes, **options: Unpack[_MeanPool]) -> ArrayT:
     """The mean of the cells under every window.
 
     Parameters
@@ -438,11 +439,11 @@ def avg_pool(x: Array, kernel_size: Sizes, **options: Unpack[_MeanPool]) -> Arra
 
 @_public
 def avg_pool_backward(
-    dy: Array,
+    dy: ArrayT,
     x_shape: Sequence[int],
     kernel_size: Sizes,
     **options: Unpack[_MeanGradient],
-) -> Array:
+) -> ArrayT:
     """The gradient of `avg_pool` for its input.
 
     Parameters
@@ -472,8 +473,8 @@ def avg_pool_backward(
 
 @_public
 def lp_pool(
-    x: Array, norm_type: float, kernel_size: Sizes, **options: Unpack[_Pool]
-) -> Array:
+    x: ArrayT, norm_type: float, kernel_size: Sizes, **options: Unpack[_Pool]
+) -> ArrayT:
     """The p-norm of the cells under every window, ``(Σ |x|^p)^(1/p)``.
 
     PyTorch sums ``x^p`` without the absolute value, which differs for odd p where x is
@@ -509,13 +510,13 @@ def lp_pool(
 
 @_public
 def lp_pool_backward(
-    dy: Array,
-    x: Array,
-    y: Array,
+    dy: ArrayT,
+    x: ArrayT,
+    y: ArrayT,
     norm_type: float,
     kernel_size: Sizes,
     **options: Unpack[_Pool],
-) -> Array:
+) -> ArrayT:
     """The gradient of `lp_pool`: ``dy · y^(1 - p) · |x|^(p - 1) · sign(x)``.
 
     Parameters
@@ -556,10 +557,10 @@ def lp_pool_backward(
 
 @_public
 def adaptive_max_pool(
-    x: Array,
+    x: ArrayT,
     output_size: OutputSize,
     *,
-    indices: Array | None = None,
+    indices: ArrayT | None = None,
     **options: Unpack[_EvenMax],
 ) -> Array:
     """The largest values of as many windows as are asked for.
@@ -594,14 +595,14 @@ def adaptive_max_pool(
 
 @_public
 def adaptive_max_pool_backward(
-    dy: Array,
-    indices: Array | None,
+    dy: ArrayT,
+    indices: ArrayT | None,
     x_shape: Sequence[int] | None,
     output_size: OutputSize,
     *,
-    x: Array | None = None,
+    x: ArrayT | None = None,
     **options: Unpack[_EvenMaxGradient],
-) -> Array:
+) -> ArrayT:
     """The gradient of `adaptive_max_pool` for its input.
 
     Parameters
@@ -638,10 +639,10 @@ def adaptive_max_pool_backward(
 
 @_public
 def adaptive_avg_pool(
-    x: Array,
+    x: ArrayT,
     output_size: OutputSize,
     **options: Unpack[_EvenMean],
-) -> Array:
+) -> ArrayT:
     """The means of as many windows as are asked for.
 
     Parameters
@@ -668,11 +669,11 @@ def adaptive_avg_pool(
 
 @_public
 def adaptive_avg_pool_backward(
-    dy: Array,
+    dy: ArrayT,
     x_shape: Sequence[int],
     output_size: OutputSize,
     **options: Unpack[_EvenGradient],
-) -> Array:
+) -> ArrayT:
     """The gradient of `adaptive_avg_pool` for its input.
 
     Parameters
@@ -701,10 +702,10 @@ def adaptive_avg_pool_backward(
 
 @_public
 def global_max_pool(
-    x: Array,
+    x: ArrayT,
     *,
     batched: bool = True,
-    indices: Array | None = None,
+    indices: ArrayT | None = None,
     **options: Unpack[_EvenMax],
 ) -> Array:
     """The largest value of every plane: `adaptive_max_pool` to one cell an axis.
@@ -741,14 +742,14 @@ def global_max_pool(
 
 @_public
 def global_max_pool_backward(
-    dy: Array,
-    indices: Array | None,
+    dy: ArrayT,
+    indices: ArrayT | None,
     x_shape: Sequence[int] | None,
     *,
-    x: Array | None = None,
+    x: ArrayT | None = None,
     batched: bool = True,
     **options: Unpack[_EvenMaxGradient],
-) -> Array:
+) -> ArrayT:
     """The gradient of `global_max_pool` for its input.
 
     Parameters
@@ -781,11 +782,11 @@ def global_max_pool_backward(
 
 @_public
 def global_avg_pool(
-    x: Array,
+    x: ArrayT,
     *,
     batched: bool = True,
     **options: Unpack[_EvenMean],
-) -> Array:
+) -> ArrayT:
     """The mean of every plane: `adaptive_avg_pool` to one cell an axis.
 
     Parameters
@@ -813,12 +814,12 @@ def global_avg_pool(
 
 @_public
 def global_avg_pool_backward(
-    dy: Array,
+    dy: ArrayT,
     x_shape: Sequence[int],
     *,
     batched: bool = True,
     **options: Unpack[_EvenGradient],
-) -> Array:
+) -> ArrayT:
     """The gradient of `global_avg_pool` for its input.
 
     Parameters

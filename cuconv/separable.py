@@ -1,9 +1,10 @@
 """Depthwise and separable convolution: what the engine lowers and runs."""
 
 from collections.abc import Sequence
-from typing import Unpack
+from typing import Any, Unpack, overload
 
-from cuconv.arrays import Array
+from cuconv.arrays import ArrayT
+from cuconv.choices import Gradients
 from cuconv.engine.call import GRADIENTS, ConvGradients, run
 from cuconv.engine.depthwise import plan_depthwise, plan_depthwise_gradients
 from cuconv.engine.separable import (
@@ -28,13 +29,13 @@ _BACKWARD_ALLOCATES = (
 
 @shows_options(DEPTHWISE_OPTIONS)
 def depthwise_conv(
-    x: Array,
-    w: Array,
-    bias: Array | None = None,
+    x: ArrayT,
+    w: ArrayT,
+    bias: ArrayT | None = None,
     *,
-    out: Array | None = None,
+    out: ArrayT | None = None,
     **options: Unpack[ConvOptions],
-) -> Array:
+) -> ArrayT:
     """Convolve every channel with filters of its own.
 
     It is `conv` with as many groups as channels.  With m below M,
@@ -84,15 +85,31 @@ def depthwise_conv(
     return run(plan_depthwise, "depthwise_conv", arrays, out, options)
 
 
+@overload
+def depthwise_conv_backward(
+    dy: ArrayT,
+    x: ArrayT,
+    w: ArrayT,
+    **options: Unpack[ConvOptions],
+) -> ConvGradients[ArrayT]: ...
+@overload
+def depthwise_conv_backward(
+    dy: ArrayT,
+    x: ArrayT,
+    w: ArrayT,
+    *,
+    needs: Gradients,
+    **options: Unpack[ConvOptions],
+) -> ConvGradients[Any]: ...
 @shows_options(DEPTHWISE_OPTIONS)
 def depthwise_conv_backward(
-    dy: Array,
-    x: Array,
-    w: Array,
+    dy: ArrayT,
+    x: ArrayT,
+    w: ArrayT,
     *,
-    needs: Sequence[str] = GRADIENTS,
+    needs: Gradients = GRADIENTS,
     **options: Unpack[ConvOptions],
-) -> ConvGradients:
+) -> ConvGradients[Any]:
     """All gradients of `depthwise_conv`, or those that are needed.
 
     Parameters
@@ -129,7 +146,7 @@ def depthwise_conv_backward(
     """
     more = {"needs": needs, "allocates": _BACKWARD_ALLOCATES}
     name, arrays = "depthwise_conv_backward", (dy, x, w)
-    found: ConvGradients = run(
+    found: ConvGradients[Any] = run(
         plan_depthwise_gradients, name, arrays, None, options, more
     )
     return found
@@ -137,14 +154,14 @@ def depthwise_conv_backward(
 
 @shows_options(SEPARABLE_OPTIONS)
 def separable_conv(
-    x: Array,
-    depthwise: Array,
-    pointwise: Array,
-    bias: Array | None = None,
+    x: ArrayT,
+    depthwise: ArrayT,
+    pointwise: ArrayT,
+    bias: ArrayT | None = None,
     *,
-    out: Array | None = None,
+    out: ArrayT | None = None,
     **options: Unpack[SeparableOptions],
-) -> Array:
+) -> ArrayT:
     """Convolve every channel alone, then mix the channels cell by cell.
 
     With h the result of `depthwise_conv`,
@@ -212,10 +229,10 @@ def separable_conv(
 
 @shows_options(SEPARABLE_OPTIONS)
 def separable_conv_backward(
-    dy: Array,
-    x: Array,
-    depthwise: Array,
-    pointwise: Array,
+    dy: ArrayT,
+    x: ArrayT,
+    depthwise: ArrayT,
+    pointwise: ArrayT,
     *,
     needs: Sequence[str] = SEPARABLE_GRADIENTS,
     **options: Unpack[SeparableOptions],

@@ -8,7 +8,7 @@ Calls with Dask arrays branch off here, in `plan_convolution`.
 
 import pickle
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 
@@ -21,6 +21,7 @@ from cuconv.arrays import (
     module_of,
 )
 from cuconv.backends import backend_of, is_capturing, refuse_capture
+from cuconv.choices import Gradient
 from cuconv.config import settings
 from cuconv.engine.bias_grad import BiasGrad
 from cuconv.engine.plan import Plan
@@ -38,10 +39,11 @@ from cuconv.memory import Shortage
 from cuconv.options import Options
 from cuconv.profiling import stage
 
-GRADIENTS = ("x", "w", "bias")
+GRADIENTS: tuple[Gradient, ...] = ("x", "w", "bias")
+T = TypeVar("T")
 
 
-class ConvGradients(NamedTuple):
+class ConvGradients(NamedTuple, Generic[T]):
     """The gradients of one convolution; None where one was not asked for.
 
     Examples
@@ -54,9 +56,9 @@ class ConvGradients(NamedTuple):
     ((2, 1, 3), None)
     """
 
-    x: Array | None = None
-    w: Array | None = None
-    bias: Array | None = None
+    x: T = None  # type: ignore[assignment]
+    w: T = None  # type: ignore[assignment]
+    bias: T = None  # type: ignore[assignment]
 
 
 class Runnable(Protocol):
@@ -207,11 +209,11 @@ class GradientPlans:
     names = "dy", "x", "w"
     w_shape: tuple[int, ...] | None = None
 
-    def __init__(self, plans: dict[str, Runnable]) -> None:
+    def __init__(self, plans: Mapping[Any, Runnable]) -> None:
         self._plans = plans
         self.threads = max((plan.threads for plan in plans.values()), default=0)
 
-    def run(self, arrays: Sequence[Array | None], out: None) -> ConvGradients:
+    def run(self, arrays: Sequence[Array | None], out: None) -> ConvGradients[Any]:
         """Run every plan."""
         dy, x, w = arrays
         operands = {"x": (dy, w), "w": (dy, x), "bias": (dy,)}

@@ -65,11 +65,11 @@ class DeformGradients(NamedTuple):
     DeformGradients(x=None, offset=None, w=None, mask=None, bias=0.5)
     """
 
-    x: Array | None = None
-    offset: Array | None = None
-    w: Array | None = None
-    mask: Array | None = None
-    bias: Array | None = None
+    x: Any = None
+    offset: Any = None
+    w: Any = None
+    mask: Any = None
+    bias: Any = None
 
 
 class DeformRequest(NamedTuple):

@@ -24,7 +24,7 @@ from cuconv.arrays import (
     native,
     resolve_types,
 )
-from cuconv.choices import check_choice, check_options
+from cuconv.choices import Layout, check_choice, check_options
 from cuconv.engine.pool_plan import INDEX, limit_of, plan_of, warn_of_sums, y_shape
 from cuconv.engine.pool_problem import MAXIMUM, MEAN, NORM, TAKE, PoolProblem
 from cuconv.engine.problem import check_shape
@@ -52,7 +52,7 @@ class PoolOptions(TypedDict, total=False):
     dilation: Sizes
     ceil_mode: bool
     cover_all: bool
-    layout: str
+    layout: Layout
 
 
 class UnpoolOptions(TypedDict, total=False):
@@ -62,7 +62,7 @@ class UnpoolOptions(TypedDict, total=False):
     padding: Padding
     dilation: Sizes
     output_size: Sizes | None
-    layout: str
+    layout: Layout
 
 
 class MeanOptions(PoolOptions, total=False):

@@ -64,10 +64,10 @@ class SeparableGradients(NamedTuple):
     SeparableGradients(x=None, depthwise=None, pointwise=None, bias=0.5)
     """
 
-    x: Array | None = None
-    depthwise: Array | None = None
-    pointwise: Array | None = None
-    bias: Array | None = None
+    x: Any = None
+    depthwise: Any = None
+    pointwise: Any = None
+    bias: Any = None
 
 
 class Piece(NamedTuple):

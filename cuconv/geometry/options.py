@@ -6,7 +6,7 @@ from typing import NamedTuple, TypeAlias
 
 import numpy as np
 
-from cuconv.choices import check_choice
+from cuconv.choices import PaddingWord, check_choice
 from cuconv.geometry.axis import Axis, EvenAxis, Range, Ranges, dilated_size
 
 LARGEST_PARAMETER = 2**31 - 1
@@ -30,7 +30,7 @@ LAYOUTS = {
 
 Sizes: TypeAlias = int | Sequence[int]
 
-Padding: TypeAlias = int | str | Sequence[int | Sequence[int]]
+Padding: TypeAlias = int | PaddingWord | Sequence[int | Sequence[int]]
 
 
 def as_index(name: str, value: object) -> int:

@@ -64,7 +64,7 @@ class Layer(ABC):
         """Compute the output, and keep what `backward` needs."""
 
     @abstractmethod
-    def backward(self, dy: Array, *, needs_input: bool = True) -> Array | None:
+    def backward(self, dy: Array, *, needs_input: bool = True) -> Any:
         """Fill `gradients`; return the gradient for the input, if it is needed."""
 
     def __repr__(self) -> str:

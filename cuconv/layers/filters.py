@@ -85,7 +85,7 @@ class Conv(Filters):
         weight, bias = self.parameters["weight"], self.parameters.get("bias")
         return conv(x, weight, bias, **self._options)
 
-    def _gradients(self, dy: Array, x: Array, needs: tuple[str, ...]) -> ConvGradients:
+    def _gradients(self, dy: Array, x: Array, needs: Any) -> ConvGradients[Any]:
         weight = self.parameters["weight"]
         return conv_backward(dy, x, weight, needs=needs, **self._options)
 
@@ -314,7 +314,7 @@ class ConvTranspose(Filters):
         weight, bias = self.parameters["weight"], self.parameters.get("bias")
         return conv_transpose(x, weight, bias, **self._all_options(output_size))
 
-    def _gradients(self, dy: Array, x: Array, needs: tuple[str, ...]) -> ConvGradients:
+    def _gradients(self, dy: Array, x: Array, needs: Any) -> ConvGradients[Any]:
         options = self._all_options(self._output_size)
         weight = self.parameters["weight"]
         return conv_transpose_backward(dy, x, weight, needs=needs, **options)

@@ -74,7 +74,7 @@ class _Pool(Layer):
         self._x = (*needed, x.shape)
         return y
 
-    def backward(self, dy: Array, *, needs_input: bool = True) -> Array | None:
+    def backward(self, dy: Array, *, needs_input: bool = True) -> Any:
         """Compute the gradient for the input of the last forward call.
 
         Parameters
@@ -464,7 +464,7 @@ class MaxUnpool(Layer):
         self._x = self._pool.indices
         return y
 
-    def backward(self, dy: Array, *, needs_input: bool = True) -> Array | None:
+    def backward(self, dy: Array, *, needs_input: bool = True) -> Any:
         """Compute the gradient for the input of the last forward call.
 
         Parameters

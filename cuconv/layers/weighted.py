@@ -62,7 +62,7 @@ class Weighted(Ranked):
     def _gradients(self, dy: Array, x: Array, needs: tuple[str, ...]) -> Any:
         """A named tuple of gradients: ``x`` for the input, the others by `_found`."""
 
-    def backward(self, dy: Array, *, needs_input: bool = True) -> Array | None:
+    def backward(self, dy: Array, *, needs_input: bool = True) -> Any:
         """Fill `gradients` from the last forward call.
 
         Parameters
