@@ -11,7 +11,7 @@ import numpy as np
 # NumPy adds strided arrays by way of three buffers of this many items; a thousand are
 # as fast as its default of 8192.
 BUFFER_ITEMS = 1024
-_CALL_BYTES = 64 * 1024
+_CALL_BYTES = 72 * 1024
 _WORKER_BYTES = 8 * 1024
 # A part of a plan: its problem, its candidate, and what the planner keeps of it.
 PART_BYTES = 6 * 1024
