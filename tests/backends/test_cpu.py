@@ -7,10 +7,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from support import blas_threads, large_arrays, strictly
+from support import blas_threads, integers, large_arrays, strictly
 from threadpoolctl import threadpool_limits
 
 import cuconv
+from cuconv import testing
 from cuconv.backends.cpu import backend as host
 from cuconv.backends.cpu import threads
 from cuconv.memory import ALIGNED
@@ -205,3 +206,21 @@ def test_more_workers_than_cores_take_any() -> None:
             if threads._core:
                 os.sched_setaffinity(0, before)
     assert sorted(seen) == sorted([0, 1, 2] * len(before))
+
+
+@pytest.mark.parametrize("kernel", [1, 3])
+def test_calls_are_repeated_by_two_workers(kernel) -> None:
+    """Also if the plan has no buffers, so that workers have no memory of their own."""
+    x = integers((1, 64, 112, 112), "float32")
+    w = integers((64, 64, kernel, kernel), "float32")
+    with cuconv.config(num_threads=1, precision="strict"):
+        wanted = cuconv.conv(x, w)
+    dy = integers(wanted.shape, "float32")
+    with cuconv.config(num_threads=2, precision="strict"):
+        assert cuconv.plan_conv(x.shape, w.shape).workers == 2
+        first = cuconv.conv_backward(dy, x, w)
+        for _ in range(3):
+            testing.assert_equal(cuconv.conv(x, w), wanted)
+            again = cuconv.conv_backward(dy, x, w)
+            for one, other in zip(first, again, strict=True):
+                testing.assert_equal(one, other)

@@ -333,6 +333,8 @@ class CpuBackend:
                 if program.workers == 1:
                     _run(phases, each[0])
                     return
+                if arena is None:  # nothing is a worker's own
+                    each *= program.workers
                 for items, workers in phases:
                     queue = Queue(items)
                     count = min(len(items), workers)
