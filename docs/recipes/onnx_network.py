@@ -107,5 +107,5 @@ if __name__ == "__main__":
             assert got.shape == wanted.shape
             assert wanted.max() > 0.5  # there is something to find
             difference = float(np.abs(got - wanted).max())
-            assert difference < 1e-4
+            assert difference < 1e-3
             print(f"{name}: {ran} nodes by cuconv, difference {difference:.1e}")
