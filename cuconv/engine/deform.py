@@ -10,7 +10,7 @@ are its gradients.  Pieces are some images, or outputs of one; columns exist for
 piece at a time.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -18,7 +18,6 @@ from cuconv.arrays import (
     Array,
     Types,
     any_dask,
-    base_array,
     check_out,
     check_overlap,
     merged_stride,
@@ -36,7 +35,7 @@ from cuconv.engine.lower import lower
 from cuconv.engine.lowering import Lowering
 from cuconv.engine.pieces import Pieces, Step, Tiling
 from cuconv.engine.problem import check_shape
-from cuconv.engine.recorded import LoweredCall
+from cuconv.engine.recorded import PiecesPlan
 from cuconv.engine.request import Request, chosen_options, named_inputs
 from cuconv.geometry import Axis, Block, ConvGeometry
 from cuconv.memory import Buffer, buffer_bytes, workspace_bytes
@@ -411,9 +410,10 @@ class Deformed(Pieces):
             run.backend.deform.store(self.request.problem, dx, run.arrays)
 
 
-class DeformPlan(LoweredCall):
+class DeformPlan(PiecesPlan):
     """The plan of a deformable convolution, or of gradients of one."""
 
+    gradients = DeformGradients
     lowering: Deformed
 
     def __init__(
@@ -425,10 +425,7 @@ class DeformPlan(LoweredCall):
     ) -> None:
         request = request._replace(results=request.with_batch(results))
         least = 0 if bias is None else bias.workspace_bytes
-        lowering = Deformed.of(request, least)
-        super().__init__(lowering, request.backend, request.options)
-        self.names, self._bias = names, bias
-        self._results = [(n, a.shape, a.dtype) for n, a in results.items()]
+        super().__init__(Deformed.of(request, least), request, names, results, bias)
 
     @property
     def workers(self) -> int:
@@ -437,24 +434,6 @@ class DeformPlan(LoweredCall):
     @property
     def is_single_threaded(self) -> bool:
         return super().is_single_threaded and self.lowering.tiling.workers == 1
-
-    def run(self, arrays: Sequence[Array | None], out: Array | None) -> Any:
-        """Run it on arrays that have been checked."""
-        given = zip(self.names, arrays, strict=False)
-        named = {name: array for name, array in given if array is not None}
-        for name, *how in self._results:
-            is_new = out is None
-            named[name] = self.backend.empty(*how) if is_new else base_array(out)
-        if self._results:
-            if self.program is None:
-                self.execute_first(named)
-            else:
-                self.backend.execute(self.program, tuple(named.values()))
-        if "y" in named:
-            return named["y"] if out is None else out
-        found = {name: named.get(f"d{name}") for name in DEFORM_GRADIENTS[:-1]}
-        bias = self._bias and self._bias.run(arrays[:1], None)
-        return DeformGradients(**found, bias=bias)
 
 
 def plan_deform(

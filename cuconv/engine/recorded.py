@@ -1,7 +1,7 @@
 """Plans whose steps are recorded at their second run, and replayed later."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol, Self
 
 from cuconv.arrays import (
@@ -342,3 +342,39 @@ def check_results(
         check_out(array, shape, dtype)
         check_overlap(backend.xp, array, taken)
         taken[name] = array
+
+
+class PiecesPlan(LoweredCall):
+    """The plan of a call in pieces: one result, or several gradients by name."""
+
+    # The type of several gradients; that of the bias is the last.
+    gradients: type[Any]
+
+    def __init__(
+        self,
+        lowering: Lowering,
+        request: Any,
+        names: tuple[str, ...],
+        results: Mapping[str, Array],
+        bias: Any,
+    ) -> None:
+        super().__init__(lowering, request.backend, request.options)
+        self.names, self._bias = names, bias
+        self._results = [(n, a.shape, a.dtype) for n, a in results.items()]
+
+    def run(self, arrays: Sequence[Array | None], out: Array | None) -> Any:
+        """Run it on arrays that have been checked."""
+        given = zip(self.names, arrays, strict=False)
+        named = {name: array for name, array in given if array is not None}
+        for name, *how in self._results:
+            named[name] = self.backend.empty(*how) if out is None else base_array(out)
+        if self._results:
+            if self.program is None:
+                self.execute_first(named)
+            else:
+                self.backend.execute(self.program, tuple(named.values()))
+        if "y" in named:
+            return named["y"] if out is None else out
+        found = {name: named.get(f"d{name}") for name in self.gradients._fields[:-1]}
+        bias = self._bias and self._bias.run(arrays[:1], None)
+        return self.gradients(**found, bias=bias)

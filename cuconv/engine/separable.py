@@ -9,7 +9,7 @@ that each element is written once.
 """
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from itertools import chain, product, starmap
 from typing import Any, NamedTuple, TypeAlias
@@ -17,7 +17,6 @@ from typing import Any, NamedTuple, TypeAlias
 from cuconv.arrays import (
     Array,
     Types,
-    base_array,
     check_out,
     check_overlap,
     module_of,
@@ -34,7 +33,7 @@ from cuconv.engine.lower import lower
 from cuconv.engine.lowering import Lowering
 from cuconv.engine.pieces import Pieces, Step, Tiling
 from cuconv.engine.problem import check_shape
-from cuconv.engine.recorded import LoweredCall
+from cuconv.engine.recorded import PiecesPlan
 from cuconv.engine.request import Request, chosen_options, named_inputs
 from cuconv.engine.tile_search import largest_fitting
 from cuconv.geometry import Axis, ConvGeometry, Range, Ranges, Tile
@@ -350,33 +349,17 @@ class Separable(Pieces):
                 run.backend.copy(sums, arrays[name])
 
 
-class SeparablePlan(LoweredCall):
+class SeparablePlan(PiecesPlan):
     """The plan of a separable convolution, or of gradients of one."""
+
+    gradients = SeparableGradients
 
     def __init__(
         self, request: SeparableRequest, names: tuple[str, ...], bias: BiasGrad | None
     ) -> None:
         least = 0 if bias is None else bias.workspace_bytes
-        super().__init__(Separable.of(request, least), request.backend, request.options)
-        self.names, self._bias = names, bias
-        self._results = [(n, a.shape, a.dtype) for n, a in request.results.items()]
-
-    def run(self, arrays: Sequence[Array | None], out: Array | None) -> Any:
-        """Run it on arrays that have been checked."""
-        named = dict(zip(self.names, arrays, strict=False))
-        for name, *how in self._results:
-            is_new = out is None
-            named[name] = self.backend.empty(*how) if is_new else base_array(out)
-        if self._results:
-            if self.program is None:
-                self.execute_first(named)
-            else:
-                self.backend.execute(self.program, tuple(named.values()))
-        if "y" in named:
-            return named["y"] if out is None else out
-        found = {name: named.get(f"d{name}") for name in _BACKWARD[1:]}
-        bias = self._bias and self._bias.run(arrays[:1], None)
-        return SeparableGradients(**found, bias=bias)
+        lowering = Separable.of(request, least)
+        super().__init__(lowering, request, names, request.results, bias)
 
 
 def plan_separable(
