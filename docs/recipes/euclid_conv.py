@@ -78,6 +78,7 @@ if __name__ == "__main__":
         for a, b in zip(ours, theirs, strict=True):
             np.testing.assert_array_equal(a, b)
             arrays += 1
+    assert arrays == 16
     print(f"{arrays} outputs and gradients are equal")
     layer = Conv2D(64, 64, 3, padding=1)
     x, dy = rng.standard_normal((2, 2, 64, 56, 56))

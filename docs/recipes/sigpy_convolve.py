@@ -106,7 +106,9 @@ def seconds(function, *arguments, **more):
 
 
 if __name__ == "__main__":
-    print(f"{compare()} cases agree with SigPy's own")
+    cases = compare()
+    assert cases == 96
+    print(f"{cases} cases agree with SigPy's own")
     image, filters = numbers((8, 4, 64, 64), "f8"), numbers((8, 4, 5, 5), "f8")
     theirs = seconds(sigpy.conv.convolve, image, filters, multi_channel=True)
     ours = seconds(convolve, image, filters, multi_channel=True)
